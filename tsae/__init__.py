@@ -1,0 +1,1 @@
+"""Temporal sparse autoencoders for language models."""
