@@ -1,0 +1,21 @@
+"""`python -m tsae_kernels`: the table of backends."""
+# ruff: noqa: T201
+
+import torch
+
+from tsae_kernels import available_backends
+from tsae_kernels.backends import BACKEND_VARIABLE, choose_backend
+
+
+def main() -> None:
+    print(f"torch {torch.__version__}, CUDA {'available' if torch.cuda.is_available() else 'not available'}")
+    for name, state in available_backends().items():
+        print(f"  {name:<10} {state}")
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    for device in devices:
+        chosen = choose_backend(None, torch.device(device))
+        print(f"default on {device}: {chosen} (set {BACKEND_VARIABLE} or backend= to change it)")
+
+
+if __name__ == "__main__":
+    main()

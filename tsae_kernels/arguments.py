@@ -1,0 +1,124 @@
+"""Checks of public arguments: each error names the argument, what it was and what it should be."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = ("relu", "gelu", "identity")
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {list(value.shape)} on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def check_features(name: str, value: Tensor) -> None:
+    """`value` must be a [B, T, k] tensor of a supported dtype with T, k >= 1."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a [B, T, k] tensor, got {_describe(value)}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {_describe(value)}")
+    if value.dim() != 3 or value.shape[1] < 1 or value.shape[2] < 1:
+        raise ValueError(f"{name} must be [B, T, k] with T and k at least 1, got {_describe(value)}")
+
+
+def check_tensor(name: str, value: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """`value` must be a floating-point tensor of `shape` on `device`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {list(shape)}, got {_describe(value)}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} must be a floating-point tensor, got {_describe(value)}")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {_describe(value)}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device} like the features, got {_describe(value)}")
+
+
+def check_segments(segments: Tensor | None, like: Tensor) -> None:
+    """`segments` must be None or integer ids [B, T] on the features' device."""
+    if segments is None:
+        return
+    shape = list(like.shape[:2])
+    if not isinstance(segments, Tensor) or segments.dtype not in _INTEGERS:
+        raise TypeError(
+            f"segments must be None or an integer tensor of shape {shape}, got {_describe(segments)}"
+        )
+    if list(segments.shape) != shape:
+        raise ValueError(f"segments must have shape {shape} ([B, T]), got {_describe(segments)}")
+    if segments.device != like.device:
+        raise ValueError(f"segments must be on {like.device} like the features, got {_describe(segments)}")
+
+
+def check_activation(
+    pre: Tensor,
+    activation: str,
+    threshold: float | Tensor | None,
+    release: float | Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """`threshold` and `release` as tensors, or the error."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    if threshold is not None and activation != "relu":
+        raise ValueError(f"threshold must be None with activation={activation!r} (it belongs to 'relu')")
+    if release is not None and threshold is None:
+        raise ValueError("release must be None without a threshold: it is the lower of the two")
+    B, T, k = pre.shape
+    level = _level("threshold", threshold, pre, {"[]": (), "[k]": (k,), "[B, T, 1]": (B, T, 1)})
+    low = _level("release", release, pre, {"[]": (), "[k]": (k,)})
+    if release is not None:
+        _check_release(threshold, release)
+    return level, low
+
+
+def _level(
+    name: str, value: float | Tensor | None, pre: Tensor, shapes: dict[str, tuple[int, ...]]
+) -> Tensor | None:
+    if value is None:
+        return None
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if value != value:
+            raise ValueError(f"{name} must be a number, got {value!r}")
+        dtype = torch.float64 if pre.dtype == torch.float64 else torch.float32
+        return torch.full((), float(value), dtype=dtype, device=pre.device)
+    wanted = " or ".join(f"{text} = {list(shape)}" for text, shape in shapes.items())
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a number or a tensor, got {_describe(value)}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} must be a floating-point tensor, got {_describe(value)}")
+    if tuple(value.shape) not in shapes.values():
+        raise ValueError(f"{name} must be a number or a tensor of shape {wanted}, got {_describe(value)}")
+    if value.device != pre.device:
+        raise ValueError(f"{name} must be on {pre.device} like pre, got {_describe(value)}")
+    return value.detach()
+
+
+def _check_release(threshold: float | Tensor, release: float | Tensor) -> None:
+    """0 <= release <= threshold, as far as it can be seen without waiting for a device.
+
+    A threshold per position may be anything (a TopK threshold can be negative): there min(release,
+    threshold) rules.
+    """
+    wanted = "release must satisfy 0 <= release <= threshold"
+    if not isinstance(release, Tensor):
+        if release < 0:
+            raise ValueError(f"{wanted}, got release={release!r}")
+        if not isinstance(threshold, Tensor) and release > threshold:
+            raise ValueError(f"{wanted}, got release={release!r} and threshold={threshold!r}")
+    tensors = [value for value in (threshold, release) if isinstance(value, Tensor)]
+    if torch.compiler.is_compiling() or not tensors or any(t.device.type != "cpu" for t in tensors):
+        return
+    if isinstance(release, Tensor) and bool((release < 0).any()):
+        raise ValueError(f"{wanted}, got a release of {release.min().item()}")
+    per_position = isinstance(threshold, Tensor) and threshold.dim() == 3
+    if not per_position and bool((torch.as_tensor(release) > torch.as_tensor(threshold)).any()):
+        raise ValueError(f"{wanted}, got release={_extremes(release)} and threshold={_extremes(threshold)}")
+
+
+def _extremes(value: float | Tensor) -> str:
+    if isinstance(value, Tensor) and value.numel() > 1:
+        return f"{value.min().item()} to {value.max().item()}"
+    return str(float(value))

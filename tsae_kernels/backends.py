@@ -1,0 +1,75 @@
+"""Which implementation runs: the table of backends and the rule that picks one.
+
+A backend is a module with the functions of `reference.py`. `docs/environment.md` lists the variable read
+here.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+import torch
+
+from tsae_kernels import eager, reference
+
+BACKEND_VARIABLE = "TSAE_BACKEND"
+
+OK = "ok"
+
+_IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "eager": eager}
+
+_UNAVAILABLE: dict[str, str] = {
+    "cpp": "not built in this version: the vectorised CPU kernels are not part of it yet",
+    "triton": "not built in this version: the Triton kernels are not part of it yet",
+    "cuda": "not built in this version: the CUDA kernels are not part of it yet",
+}
+
+# Fastest first; `reference` is an oracle and is never chosen unasked.
+_PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpp", "eager"),
+    "cuda": ("cuda", "triton", "eager"),
+}
+_FALLBACK = ("eager",)
+
+
+def available_backends() -> dict[str, str]:
+    """Every backend's name -> "ok", or the reason why it is not available here."""
+    return dict.fromkeys(_IMPLEMENTATIONS, OK) | _UNAVAILABLE
+
+
+def choose_backend(backend: str | None, device: torch.device) -> str:
+    """The backend asked for by argument or by `TSAE_BACKEND`, else the fastest one for `device`.
+
+    Raises `ValueError` for an unknown name and `RuntimeError`, with the reason and the command that helps,
+    for one that is not available.
+    """
+    asked_by = "backend"
+    if backend is None:
+        asked_by = BACKEND_VARIABLE
+        backend = os.environ.get(BACKEND_VARIABLE) or None
+    if backend is None:
+        for name in _PREFERENCE.get(device.type, _FALLBACK):
+            if name in _IMPLEMENTATIONS:
+                return name
+    if backend in _IMPLEMENTATIONS:
+        return backend
+    names = ", ".join(repr(name) for name in available_backends())
+    if not isinstance(backend, str):
+        raise TypeError(f"{asked_by} must be None or one of {names}, got {backend!r}")
+    if backend not in _UNAVAILABLE:
+        raise ValueError(f"{asked_by} must be one of {names}, got {backend!r}")
+    remedy = (
+        f"`unset {BACKEND_VARIABLE}` (or `export {BACKEND_VARIABLE}=eager`)"
+        if asked_by == BACKEND_VARIABLE
+        else "backend=None (or backend='eager')"
+    )
+    raise RuntimeError(
+        f"{asked_by}={backend!r} is not available: {_UNAVAILABLE[backend]}. Use {remedy} to run on the
+        PyTorch one; " "`python -m tsae_kernels` lists what is there."
+    )
+
+
+def implementation(backend: str) -> ModuleType:
+    """The module behind a name that `choose_backend` returned."""
+    return _IMPLEMENTATIONS[backend]

@@ -1,0 +1,125 @@
+"""The public functions that look at [B, T, k]: activation and temporal statistics."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tsae_kernels import ops as _ops  # noqa: F401  (registers the operators)
+from tsae_kernels.arguments import check_activation, check_features, check_segments, check_tensor
+from tsae_kernels.backends import choose_backend
+from tsae_kernels.bands import MULTISCALE, Bands, check_bands, flatten_bands
+
+
+class TemporalStats(NamedTuple):
+    """Sums over time, per sequence and feature; float32, or float64 for float64 features.
+
+    With bands (a_s, b_s), pairs and positions taken within segments and without excluded positions:
+
+    differences: [B, S, k]  sum over pairs (t, u) with a_s <= u - t <= b_s of (h[b,u,j] - h[b,t,j])^2
+    total:       [B, k]     sum over t of h[b,t,j]
+    square:      [B, k]     sum over t of h[b,t,j]^2
+    """
+
+    differences: Tensor
+    total: Tensor
+    square: Tensor
+
+
+def temporal_stats(
+    h: Tensor, bands: Bands = MULTISCALE, segments: Tensor | None = None, *, backend: str | None = None
+) -> TemporalStats:
+    """Squared temporal differences of `h` in every band, and its first two moments (TSAE, section 4.1).
+
+    h: [B, T, k] float64, float32, bfloat16 or float16; any strides; B may be 0
+    bands: disjoint ascending inclusive ranges of offsets >= 1; they may reach past T
+    segments: [B, T] integers or None. A segment is a maximal run of equal non-negative ids; a negative id
+        excludes the position. None: every row is one segment.
+    backend: a name from `available_backends()`; None for the fastest on h's device (or `TSAE_BACKEND`)
+    out: `TemporalStats`, in the square of h's unit (`total` in h's unit). Differentiable once in h.
+
+    Raises `TypeError` or `ValueError` for an argument that is not as above, `RuntimeError` for a backend
+    that is not available.
+    """
+    check_features("h", h)
+    bands = check_bands(bands)
+    check_segments(segments, h)
+    chosen = choose_backend(backend, h.device)
+    return TemporalStats(*torch.ops.tsae_kernels.temporal_stats(h, flatten_bands(bands), segments, chosen))
+
+
+def activate_with_stats(
+    pre: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "relu",
+    threshold: float | Tensor | None = None,
+    release: float | Tensor | None = None,
+    bands: Bands = MULTISCALE,
+    segments: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, TemporalStats]:
+    """h = activation(pre + bias), and `temporal_stats(h, bands, segments)` in the same pass.
+
+    pre: [B, T, k] float64, float32, bfloat16 or float16; any strides
+    bias: [k] floating point or None
+    activation: "relu", "gelu" (erf) or "identity"
+    threshold: None, a number or [], [k] or [B, T, 1]; only with "relu", which then keeps pre + bias where
+        it is greater than max(threshold, 0). This is TopK (the (K+1)-th value of each token), BatchTopK
+        (one number) and the forward of JumpReLU.
+    release: None, a number or [], [k]; 0 <= release <= threshold. A Schmitt trigger along T: a feature
+        turns on above `threshold` and stays on while it is above `release`. The state starts off at every
+        segment's start. An
+        excluded position neither reads nor passes on a state: it is kept if above `threshold`. Where a [B,
+        T, 1] threshold lies below `release`, the threshold alone decides.
+    bands, segments, backend: as in `temporal_stats`
+    out: h [B, T, k] in pre's dtype, `TemporalStats` of h as returned (after rounding to pre's dtype)
+
+    Sum, comparison and activation are made in float32 (float64 for float64). NaN is kept, so that it is
+    seen. The gradient flows to pre and bias through kept entries, as in TopK; `threshold` and `release` get
+    none. Every output is differentiable, once. The checks of `release` against `threshold` are skipped for
+    tensors on an accelerator and under torch.compile, where they would wait for the device.
+    """
+    check_features("pre", pre)
+    if bias is not None:
+        check_tensor("bias", bias, (pre.shape[2],), pre.device)
+    level, low = check_activation(pre, activation, threshold, release)
+    bands = check_bands(bands)
+    check_segments(segments, pre)
+    chosen = choose_backend(backend, pre.device)
+    h, *stats = torch.ops.tsae_kernels.activate_with_stats(
+        pre, bias, activation, level, low, flatten_bands(bands), segments, chosen
+    )
+    return h, TemporalStats(*stats)
+
+
+def encode_with_stats(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "relu",
+    threshold: float | Tensor | None = None,
+    release: float | Tensor | None = None,
+    bands: Bands = MULTISCALE,
+    segments: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, TemporalStats]:
+    """`activate_with_stats(x @ weight, bias, ...)`: a whole encoder.
+
+    x: [B, T, d] activations
+    weight: [d, k], in x's dtype unless autocast is on, which then also chooses h's dtype
+    the rest and out: as in `activate_with_stats`
+    """
+    check_features("x", x)
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[0] != x.shape[2]:
+        shape = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"weight must be a tensor of shape [d, k] with d = {x.shape[2]}, got {shape}")
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"weight must be {x.dtype} like x (or autocast be on), got {weight.dtype}")
+    check_tensor("weight", weight, tuple(weight.shape), x.device)
+    return activate_with_stats(
+        torch.matmul(x, weight), bias, activation, threshold, release, bands, segments, backend=backend
+    )

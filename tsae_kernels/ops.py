@@ -1,0 +1,203 @@
+"""The operators: schema, fake and autograd formula, in Python, so that they exist whatever is compiled.
+
+    activate_with_stats(pre [B, T, k], bias [k]?, ...) -> h [B, T, k], differences [B, S, k], total [B, k],
+    square [B, k] temporal_stats(h [B, T, k], ...)                   -> differences, total, square
+    activate_with_stats_backward(saved [B, T, k], ...) -> grad_pre [B, T, k], grad_bias [k]
+    step_energy(h [B, T, k], weights [B, T])           -> sum over b, t, j of weights[b, t] * (h[b, t+1, j]
+    - h[b, t, j])^2 step_energy_backward(h, weights, grad [])          -> grad_h
+
+`bands` is the flat list [a_1, b_1, a_2, b_2, ...]; `backend` names the module that does the work and has
+the functions of `reference.py`. In the backward operator
+
+* `saved` is the output h for relu and identity (h > 0 says what was kept) and the input pre for gelu;
+* each gradient may be absent, and `grad_differences` may have stride 0 over the batch;
+* a feature whose `grad_differences` are all exactly 0, which is what a variance mask makes of it, gets
+  exactly act'(pre) * grad_h (and the terms of total and square): its window arithmetic is skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tsae_kernels.backends import implementation
+from tsae_kernels.bands import unflatten_bands
+from tsae_kernels.reference import dtype_of_stats
+
+_SCHEMAS = {
+    "activate_with_stats": "(Tensor pre, Tensor? bias, str activation, Tensor? threshold, Tensor? release, "
+    "int[] bands, Tensor? segments, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "temporal_stats": "(Tensor h, int[] bands, Tensor? segments, str backend) -> (Tensor, Tensor, Tensor)",
+    "activate_with_stats_backward": "(Tensor saved, Tensor? bias, Tensor? grad_h, Tensor? grad_differences, "
+    "Tensor? grad_total, Tensor? grad_square, str activation, int[] bands, Tensor? segments, str backend) "
+    "-> (Tensor, Tensor)",
+    "step_energy": "(Tensor h, Tensor weights, str backend) -> Tensor",
+    "step_energy_backward": "(Tensor h, Tensor weights, Tensor grad, str backend) -> Tensor",
+}
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"tsae_kernels::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+_ONCE = (
+    "tsae_kernels is differentiable once: the gradients of its functions have no derivative here. "
+    "Do not differentiate through them (create_graph=True), or detach them first."
+)
+
+
+def _stats_like(h: Tensor, bands: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    B, _, k = h.shape
+    dtype = dtype_of_stats(h.dtype)
+    return (
+        h.new_empty(B, len(bands) // 2, k, dtype=dtype),
+        h.new_empty(B, k, dtype=dtype),
+        h.new_empty(B, k, dtype=dtype),
+    )
+
+
+def _like(h: Tensor) -> Tensor:
+    return torch.empty_like(h, memory_format=torch.contiguous_format)
+
+
+def _implement(name: str):
+    return torch.library.impl(f"tsae_kernels::{name}", "CompositeExplicitAutograd")
+
+
+def _fake(name: str):
+    return torch.library.register_fake(f"tsae_kernels::{name}")
+
+
+@_implement("activate_with_stats")
+def _(pre, bias, activation, threshold, release, bands, segments, backend):
+    return implementation(backend).activate_with_stats(
+        pre, bias, activation, threshold, release, unflatten_bands(bands), segments
+    )
+
+
+@_fake("activate_with_stats")
+def _(pre, bias, activation, threshold, release, bands, segments, backend):
+    return _like(pre), *_stats_like(pre, bands)
+
+
+@_implement("temporal_stats")
+def _(h, bands, segments, backend):
+    return implementation(backend).temporal_stats(h, unflatten_bands(bands), segments)
+
+
+@_fake("temporal_stats")
+def _(h, bands, segments, backend):
+    return _stats_like(h, bands)
+
+
+@_implement("activate_with_stats_backward")
+def _(saved, bias, grad_h, grad_differences, grad_total, grad_square, activation, bands, segments, backend):
+    return implementation(backend).activate_with_stats_backward(
+        saved,
+        bias,
+        grad_h,
+        grad_differences,
+        grad_total,
+        grad_square,
+        activation,
+        unflatten_bands(bands),
+        segments,
+    )
+
+
+@_fake("activate_with_stats_backward")
+def _(saved, bias, grad_h, grad_differences, grad_total, grad_square, activation, bands, segments, backend):
+    return _like(saved), saved.new_empty(saved.shape[2], dtype=dtype_of_stats(saved.dtype))
+
+
+@_implement("step_energy")
+def _(h, weights, backend):
+    return implementation(backend).step_energy(h, weights)
+
+
+@_fake("step_energy")
+def _(h, weights, backend):
+    return h.new_empty((), dtype=dtype_of_stats(h.dtype))
+
+
+@_implement("step_energy_backward")
+def _(h, weights, grad, backend):
+    return implementation(backend).step_energy_backward(h, weights, grad)
+
+
+@_fake("step_energy_backward")
+def _(h, weights, grad, backend):
+    return _like(h)
+
+
+def _save_activation(ctx, inputs, output):
+    pre, bias, ctx.activation, _, _, ctx.bands, segments, ctx.backend = inputs
+    gelu = ctx.activation == "gelu"
+    ctx.save_for_backward(pre if gelu else output[0], bias if gelu else None, segments)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _activation_backward(ctx, grad_h, grad_differences, grad_total, grad_square):
+    saved, bias, segments = ctx.saved_tensors
+    grad_pre, grad_bias = torch.ops.tsae_kernels.activate_with_stats_backward(
+        saved,
+        bias,
+        grad_h,
+        grad_differences,
+        grad_total,
+        grad_square,
+        ctx.activation,
+        ctx.bands,
+        segments,
+        ctx.backend,
+    )
+    wants_bias = ctx.bias_dtype is not None and ctx.needs_input_grad[1]
+    return grad_pre, grad_bias.to(ctx.bias_dtype) if wants_bias else None, *[None] * 6
+
+
+def _save_stats(ctx, inputs, output):
+    h, ctx.bands, segments, ctx.backend = inputs
+    ctx.save_for_backward(h, segments)
+    ctx.set_materialize_grads(False)
+
+
+def _stats_backward(ctx, grad_differences, grad_total, grad_square):
+    h, segments = ctx.saved_tensors
+    grad, _ = torch.ops.tsae_kernels.activate_with_stats_backward(
+        h,
+        None,
+        None,
+        grad_differences,
+        grad_total,
+        grad_square,
+        "identity",
+        ctx.bands,
+        segments,
+        ctx.backend,
+    )
+    return grad, None, None, None
+
+
+def _save_energy(ctx, inputs, output):
+    h, weights, ctx.backend = inputs
+    ctx.save_for_backward(h, weights)
+
+
+def _energy_backward(ctx, grad):
+    h, weights = ctx.saved_tensors
+    return torch.ops.tsae_kernels.step_energy_backward(h, weights, grad, ctx.backend), None, None
+
+
+def _refuse(ctx, *grads):
+    raise RuntimeError(_ONCE)
+
+
+def _register_autograd(name, backward, setup_context=None):
+    torch.library.register_autograd(f"tsae_kernels::{name}", backward, setup_context=setup_context)
+
+
+_register_autograd("activate_with_stats", _activation_backward, _save_activation)
+_register_autograd("temporal_stats", _stats_backward, _save_stats)
+_register_autograd("step_energy", _energy_backward, _save_energy)
+_register_autograd("activate_with_stats_backward", _refuse)
+_register_autograd("step_energy_backward", _refuse)

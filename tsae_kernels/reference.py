@@ -1,0 +1,147 @@
+"""The definition, offset by offset: the oracle of every other backend. Nothing here is fast.
+
+Backends share this interface (see `ops.py`, which documents the operators). `dtype_of_stats` is float32, or
+float64 for float64 input; activations are decided in it, and sums are taken in float64 here.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tsae_kernels.bands import Bands
+
+
+def dtype_of_stats(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def segment_numbers(h: Tensor, segments: Tensor | None) -> Tensor:
+    """[B, T]: equal numbers for positions of one segment, -1 for excluded ones."""
+    if segments is None:
+        return torch.zeros(h.shape[:2], dtype=torch.int64, device=h.device)
+    changes = torch.zeros_like(segments, dtype=torch.int64)
+    changes[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return torch.where(segments >= 0, changes.cumsum(1), -1)
+
+
+def pair_mask(numbers: Tensor, offset: int) -> Tensor:
+    """[B, T - offset, 1]: 1 where t and t + offset lie in one segment."""
+    early, late = numbers[:, :-offset], numbers[:, offset:]
+    return ((early == late) & (early >= 0))[..., None].double()
+
+
+def activate(
+    pre: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    threshold: Tensor | None,
+    release: Tensor | None,
+    segments: Tensor | None,
+) -> Tensor:
+    z = pre.to(dtype_of_stats(pre.dtype))
+    if bias is not None:
+        z = z + bias.to(z.dtype)
+    if activation == "identity":
+        return z.to(pre.dtype, copy=True)
+    if activation == "gelu":
+        return F.gelu(z).to(pre.dtype)
+    on_threshold = torch.zeros((), dtype=z.dtype, device=z.device)
+    if threshold is not None:
+        on_threshold = threshold.to(z.dtype).clamp_min(0)
+    off = z <= on_threshold  # [B, T, k]; written so that NaN stays on and is seen
+    if release is not None:
+        numbers = segment_numbers(pre, segments)
+        below_release = z <= release.to(z.dtype).clamp_min(0)
+        for t in range(1, pre.shape[1]):
+            carried = ((numbers[:, t] == numbers[:, t - 1]) & (numbers[:, t] >= 0))[:, None]
+            off[:, t] &= below_release[:, t] | off[:, t - 1] | ~carried
+    return z.masked_fill(off, 0).to(pre.dtype)
+
+
+def temporal_stats(h: Tensor, bands: Bands, segments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    numbers = segment_numbers(h, segments)
+    x = h.double().masked_fill(numbers[..., None] < 0, 0)
+    B, T, k = h.shape
+    differences = x.new_zeros(B, len(bands), k)
+    for s, (first, last) in enumerate(bands):
+        for offset in range(first, min(last, T - 1) + 1):
+            step = x[:, offset:] - x[:, :-offset]
+            differences[:, s] += (pair_mask(numbers, offset) * step**2).sum(1)
+    out = dtype_of_stats(h.dtype)
+    return differences.to(out), x.sum(1).to(out), (x**2).sum(1).to(out)
+
+
+def activate_with_stats(
+    pre: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    threshold: Tensor | None,
+    release: Tensor | None,
+    bands: Bands,
+    segments: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    h = activate(pre, bias, activation, threshold, release, segments)
+    return h, *temporal_stats(h, bands, segments)
+
+
+def activate_with_stats_backward(
+    saved: Tensor,
+    bias: Tensor | None,
+    grad_h: Tensor | None,
+    grad_differences: Tensor | None,
+    grad_total: Tensor | None,
+    grad_square: Tensor | None,
+    activation: str,
+    bands: Bands,
+    segments: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    h = activate(saved, bias, "gelu", None, None, segments) if activation == "gelu" else saved
+    numbers = segment_numbers(h, segments)
+    excluded = numbers[..., None] < 0
+    x = h.double().masked_fill(excluded, 0)
+    grad = torch.zeros_like(x)  # with respect to h
+    if grad_differences is not None:
+        for s, (first, last) in enumerate(bands):
+            for offset in range(first, min(last, x.shape[1] - 1) + 1):
+                step = x[:, offset:] - x[:, :-offset]
+                pull = 2 * grad_differences[:, s, None].double() * pair_mask(numbers, offset) * step
+                pull = torch.where(grad_differences[:, s, None] == 0, 0, pull)  # masked: inf stays out
+                grad[:, offset:] += pull
+                grad[:, :-offset] -= pull
+    if grad_total is not None:
+        grad += grad_total.double()[:, None].masked_fill(excluded, 0)
+    if grad_square is not None:
+        grad += 2 * x * grad_square.double()[:, None]
+    if grad_h is not None:
+        grad += grad_h
+    if activation == "relu":
+        grad = grad.masked_fill(h <= 0, 0)
+    elif activation == "gelu":
+        z = saved.to(dtype_of_stats(saved.dtype)).double()
+        if bias is not None:
+            z = z + bias
+        cdf = 0.5 * (1 + torch.erf(z / 2**0.5))
+        grad = grad * (cdf + z * torch.exp(-0.5 * z**2) / (2 * torch.pi) ** 0.5)
+    return grad.to(saved.dtype), grad.sum((0, 1)).to(dtype_of_stats(saved.dtype))
+
+
+def step_energy(h: Tensor, weights: Tensor) -> Tensor:
+    x = h.double()
+    energy = x.new_zeros(())
+    for t in range(h.shape[1] - 1):
+        step = (x[:, t + 1] - x[:, t]).masked_fill(weights[:, t, None] == 0, 0)
+        energy += (weights[:, t, None].double() * step**2).sum()
+    return energy.to(dtype_of_stats(h.dtype))
+
+
+def step_energy_backward(h: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
+    x = h.double()
+    grad_h = torch.zeros_like(x)
+    for t in range(h.shape[1] - 1):
+        step = (x[:, t + 1] - x[:, t]).masked_fill(weights[:, t, None] == 0, 0)
+        pull = 2 * grad.double() * weights[:, t, None] * step
+        grad_h[:, t + 1] += pull
+        grad_h[:, t] -= pull
+    return grad_h.to(h.dtype)
