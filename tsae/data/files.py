@@ -1,0 +1,143 @@
+"""Text in local files: .txt, .jsonl (both also gzipped) and .parquet, alone or in a folder."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO
+
+from tsae.data.passages import Document, cut
+from tsae.errors import UserError
+
+__all__ = ["SUFFIXES", "choose_column", "find_files", "read_files"]
+
+SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
+
+_CHUNK = 1 << 20  # characters read at a time
+_ROWS = 1_000  # parquet rows read at a time
+
+
+def find_files(source: Path) -> list[Path]:
+    """The readable text files of a file or folder (recursively, without hidden ones), sorted by name.
+
+    Raises UserError if there are none.
+    """
+    kinds = ", ".join(SUFFIXES)
+    if source.is_file():
+        if not source.name.endswith(SUFFIXES):
+            raise UserError(
+                f"cannot read text from {str(source)!r}: expected a file that ends in one of {kinds}"
+            )
+        return [source]
+    found = []
+    for folder, subfolders, names in os.walk(source):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        found += [Path(folder, n) for n in names if n.endswith(SUFFIXES) and not n.startswith(".")]
+    if not found:
+        raise UserError(
+            f"no text files in the folder {str(source)!r}: expected files that end in one of {kinds}"
+        )
+    return sorted(found)
+
+
+def read_files(paths: Iterable[Path], column: str | None) -> Iterator[Document]:
+    """The documents of the files, in order: passages of .txt files, rows of the others, without blank ones.
+
+    Raises UserError for a file that cannot be read or a row that has no text column.
+    """
+    for path in paths:
+        try:
+            if path.name.endswith(".parquet"):
+                documents = _read_parquet(path, column)
+            elif path.name.endswith((".jsonl", ".jsonl.gz")):
+                documents = _read_jsonl(path, column)
+            else:
+                documents = _read_txt(path)
+            for document in documents:
+                if document.text and not document.text.isspace():
+                    yield document
+        except (OSError, EOFError, zlib.error) as error:  # gzip's errors are among these
+            raise UserError(f"cannot read {str(path)!r}: {error}") from error
+
+
+def choose_column(columns: Mapping[str, bool], requested: str | None, source: str) -> str:
+    """The column that holds the text: the requested one, else "text", else the only one with strings.
+
+    columns: for every column, whether it holds strings.
+    Raises UserError naming the columns there are.
+    """
+    there = ", ".join(columns) or "none"
+    if requested is not None:
+        if requested not in columns:
+            raise UserError(f"no column {requested!r} in {source}: the columns are {there}")
+        if not columns[requested]:
+            raise UserError(
+                f"the column {requested!r} of {source} does not hold text: the columns are {there}"
+            )
+        return requested
+    strings = [name for name, is_string in columns.items() if is_string]
+    if "text" in strings:
+        return "text"
+    if len(strings) != 1:
+        raise UserError(f"cannot tell which column of {source} holds the text: name one of {there}")
+    return strings[0]
+
+
+def _open(path: Path) -> IO[str]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    return opener(path, "rt", encoding="utf-8-sig", errors="replace")
+
+
+def _read_txt(path: Path) -> Iterator[Document]:
+    with _open(path) as file:
+        for i, passage in enumerate(cut(iter(lambda: file.read(_CHUNK), ""))):
+            yield Document(f"{path}#{i}", passage)
+
+
+def _read_jsonl(path: Path, column: str | None) -> Iterator[Document]:
+    name = None
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"line {number} of {str(path)!r} is not valid JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise UserError(f"line {number} of {str(path)!r} is not a JSON object with a text column")
+            if name is None:
+                name = choose_column(
+                    {k: isinstance(v, str) for k, v in row.items()}, column, f"{str(path)!r}"
+                )
+            text = row.get(name)
+            if text is None:
+                continue
+            if not isinstance(text, str):
+                raise UserError(f"line {number} of {str(path)!r}: the column {name!r} does not hold text")
+            # JSON can spell lone surrogates, which no tokenizer takes.
+            yield Document(f"{path}#{number}", text.encode("utf-8", "replace").decode("utf-8"))
+
+
+def _read_parquet(path: Path, column: str | None) -> Iterator[Document]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def is_string(kind: pa.DataType) -> bool:
+        return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+    try:
+        with pq.ParquetFile(path) as file:
+            columns = {field.name: is_string(field.type) for field in file.schema_arrow}
+            name = choose_column(columns, column, f"{str(path)!r}")
+            number = 0
+            for batch in file.iter_batches(_ROWS, columns=[name]):
+                for text in batch.column(0).to_pylist():
+                    yield Document(f"{path}#{number}", text or "")
+                    number += 1
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {str(path)!r} as parquet: {error}") from error

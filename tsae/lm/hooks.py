@@ -1,0 +1,96 @@
+"""Reading and replacing a block's output with plain module hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tsae.errors import UserError
+from tsae.lm.loading import LanguageModel
+
+__all__ = ["activations", "check_layer", "logits_with"]
+
+
+class _Reached(Exception):  # noqa: N818  (no error: it carries the activations out of the forward pass)
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+def check_layer(lm: LanguageModel, layer: int) -> None:
+    """Raises UserError unless `layer` counts a block of the model, from 0."""
+    if not 0 <= layer < lm.n_layers:
+        raise UserError(
+            f"layer {layer} does not exist: {lm.name} has {lm.n_layers} layers, 0 to {lm.n_layers - 1}"
+        )
+
+
+@torch.no_grad()  # not inference_mode: the backward pass of what is trained on them could not save its tensors
+def activations(lm: LanguageModel, tokens: Tensor, layer: int) -> Tensor:
+    """The residual stream after block `layer` (SAELens's `blocks.{layer}.hook_resid_post`).
+
+    The forward pass stops there: no later block, no language-model head, no key-value cache.
+
+    tokens: [N, P + T] int64, moved to the model's device if need be.
+    layer: blocks counted from 0.
+    out: [N, P + T, d_model] in the model's dtype, on its device, detached.
+    Raises UserError if there is no such layer.
+    """
+    check_layer(lm, layer)
+
+    def stop(module: nn.Module, inputs: Any, output: Any) -> None:
+        raise _Reached(_hidden(output))
+
+    with _hook(lm.blocks[layer], stop):
+        try:
+            lm.model(input_ids=tokens.to(lm.device), use_cache=False)
+        except _Reached as reached:
+            return reached.hidden
+    raise RuntimeError(f"the forward pass of {lm.name} did not come to block {layer}")
+
+
+@torch.no_grad()
+def logits_with(
+    lm: LanguageModel, tokens: Tensor, layer: int, replace: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """The model's logits with the output of block `layer` replaced.
+
+    tokens: [N, P + T] int64, moved to the model's device if need be.
+    replace: the block's output [N, P + T, d_model] -> what later blocks see instead, of the same shape; it is
+        cast to the model's dtype. None leaves the model as it is.
+    out: [N, P + T, vocabulary] in the model's dtype, on its device. Mind the memory with large vocabularies.
+    Raises UserError if there is no such layer, ValueError if `replace` changes the shape.
+    """
+    check_layer(lm, layer)
+
+    def substitute(module: nn.Module, inputs: Any, output: Any) -> Any:
+        if replace is None:
+            return None
+        hidden = _hidden(output)
+        new = replace(hidden)
+        if new.shape != hidden.shape:
+            raise ValueError(
+                f"replace must keep the shape {tuple(hidden.shape)}, but gave {tuple(new.shape)}"
+            )
+        new = new.to(hidden.dtype)
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    with _hook(lm.blocks[layer], substitute):
+        return lm.model(input_ids=tokens.to(lm.device), use_cache=False).logits
+
+
+def _hidden(output: Tensor | tuple[Any, ...]) -> Tensor:
+    """A block returns its hidden state, or, in some models and versions, a tuple that begins with it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _hook(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,180 @@
+"""Loading language models of transformers: from the hub, a local folder, or the packaged demo model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from tsae.data.hub import hub_is_reachable
+from tsae.data.sequences import prefix_token
+from tsae.errors import UserError
+from tsae.lm import gemma_package
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["LanguageModel", "default_dtype", "find_blocks", "load_language_model"]
+
+# Where the transformers classes keep their blocks; the second is the text part of a multimodal model.
+_BLOCK_PATHS = (
+    "model.layers",
+    "model.language_model.layers",
+    "gpt_neox.layers",
+    "transformer.h",
+    "model.decoder.layers",
+)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+@dataclass
+class LanguageModel:
+    """A frozen decoder and its tokenizer.
+
+    model: in evaluation mode, no parameter requires a gradient.
+    name: what it was asked for by, for records and messages.
+    dtype: of its weights and activations.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks, in order."""
+        return find_blocks(self.model)
+
+    @property
+    def n_layers(self) -> int:
+        """How many blocks there are."""
+        return len(self.blocks)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.model.get_input_embeddings().weight.shape[1]
+
+    @property
+    def prefix_id(self) -> int | None:
+        """The token every sequence begins with (see `tsae.data.sequences.prefix_token`)."""
+        return prefix_token(self.tokenizer)
+
+
+def find_blocks(model: nn.Module) -> nn.ModuleList:
+    """The model's list of decoder blocks: where the common classes keep it, else the longest list of modules.
+
+    Raises UserError if the model has no list of modules.
+    """
+    for path in _BLOCK_PATHS:
+        try:
+            blocks = model.get_submodule(path)
+        except AttributeError:
+            continue
+        if isinstance(blocks, nn.ModuleList) and len(blocks):
+            return blocks
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    if not lists:
+        raise UserError(f"{type(model).__name__} has no list of blocks: only models with one can be hooked")
+    return max(lists, key=len)
+
+
+def default_dtype(device: torch.device | str) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it, else float32 (emulated bfloat16 is many times slower)."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif kind == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        fast = False
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load_language_model(
+    name: str, *, device: torch.device | str = "cpu", dtype: str = "auto", revision: str | None = None
+) -> LanguageModel:
+    """A language model, ready to be hooked.
+
+    name: "gemma-3-270m" (the packaged demo model, converted once and cached), a local folder, or a hub id.
+    dtype: "float32", "bfloat16", "float16", or "auto" for `default_dtype`.
+    revision: branch, tag or commit of a hub model.
+    Raises UserError if there is no such model, part of it is missing, or the device or dtype does not exist.
+    """
+    place = _device(device)
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise UserError(f"dtype must be auto, {', '.join(_DTYPES)}, not {dtype!r}")
+    torch_dtype = default_dtype(place) if dtype == "auto" else _DTYPES[dtype]
+
+    path = Path(name).expanduser()
+    if name == gemma_package.NAME:
+        source = str(gemma_package.model_folder())
+    elif path.is_dir():
+        _check_folder(path)
+        source = str(path)
+    elif path.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise UserError(
+            f"no model at {name!r}: expected a folder with a model in it, or the id of a hub model"
+        )
+    else:
+        source = name
+    model, tokenizer = _load(source, torch_dtype, revision, hub=source == name and not path.is_dir())
+    model.requires_grad_(False).eval().to(place)
+    return LanguageModel(model, tokenizer, name, torch_dtype, place)
+
+
+def _load(
+    source: str, dtype: torch.dtype, revision: str | None, *, hub: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    local_only = not hub or not hub_is_reachable()
+    options = {"local_files_only": local_only, "revision": revision or "main"}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation="sdpa", **options
+        )
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        if hub and local_only:
+            raise UserError(
+                f"cannot load the model {source!r}: the Hugging Face hub cannot be reached and the model is not "
+                "in its cache, so connect to the network or name a local folder"
+            ) from error
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"cannot load the model {source!r}: {reason[0] if reason else type(error).__name__}"
+        ) from error
+    return model, tokenizer
+
+
+def _check_folder(folder: Path) -> None:
+    missing = []
+    if not (folder / "config.json").is_file():
+        missing.append("config.json")
+    if not any((*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"))):
+        missing.append("weights (model.safetensors)")
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        missing.append("a tokenizer (tokenizer.json)")
+    if missing:
+        raise UserError(
+            f"the model folder {str(folder)!r} has no {' and no '.join(missing)}: "
+            "expected what save_pretrained writes for a model and its tokenizer"
+        )
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the device {str(device)!r} cannot be used: {reason}") from error
+    return place
