@@ -65,8 +65,8 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
         else "backend=None (or backend='eager')"
     )
     raise RuntimeError(
-        f"{asked_by}={backend!r} is not available: {_UNAVAILABLE[backend]}. Use {remedy} to run on the
-        PyTorch one; " "`python -m tsae_kernels` lists what is there."
+        f"{asked_by}={backend!r} is not available: {_UNAVAILABLE[backend]}. Use {remedy} to run in PyTorch; "
+        "`python -m tsae_kernels` lists what is there."
     )
 
 

@@ -72,8 +72,8 @@ class _Windows:
         return self.P.flatten(0, 1).index_select(0, row * self.B + self.lanes)
 
     def degrees(self, bands: Bands) -> Tensor:
-        """[1 or B, T, S]: how many positions of the segment lie within each band's offsets of t, on both
-        sides.""" t = torch.arange(self.T, device=self.P.device)
+        """[1 or B, T, S]: how many positions of t's segment lie at each band's offsets, on both sides."""
+        t = torch.arange(self.T, device=self.P.device)
         start = t.new_zeros(1, self.T) if self.runs is None else self.runs.start
         end = t.new_full((1, self.T), self.T) if self.runs is None else self.runs.end
         counts = [
@@ -172,8 +172,7 @@ def _stats(
     windows = _Windows(h_slices, total if runs is None else _run_sums(h_slices, runs, k, dtype), runs, dtype)
     degree = windows.degrees(bands)
     weights = degree[0].tolist() if runs is None else degree[..., None].unbind(1)  # per t
-    # products[m] = sum over t of y_t * (y before t - m in the segment); a band's pairs lie between two of
-    # them.
+    # products[m] = sum over t of y_t * (sum of y before t - m in the segment).
     products = {reach: torch.zeros_like(total) for first, last in bands for reach in (first - 1, last)}
     for t in range(T):
         y = windows.centred(t)
@@ -236,8 +235,11 @@ def _gather_chunks(
 def _window_gradient(
     slices: Sequence[Tensor], coefficient: Tensor, bands: Bands, runs: Runs | None, dtype: torch.dtype
 ) -> Iterator[Tensor]:
-    """sum over bands of coefficient * (degree * y - N), [B, k] for every t in turn. coefficient: [1 or B,
-    S, k].""" k = slices[0].shape[1]
+    """coefficient * (degree * y - N) summed over bands: [B, k] for every t in turn.
+
+    slices: T of [B, k]. coefficient: [1 or B, S, k].
+    """
+    k = slices[0].shape[1]
     if runs is None:
         sums = torch.zeros(slices[0].shape, dtype=dtype, device=slices[0].device)
         for h_t in slices:

@@ -71,9 +71,8 @@ def activate_with_stats(
         (one number) and the forward of JumpReLU.
     release: None, a number or [], [k]; 0 <= release <= threshold. A Schmitt trigger along T: a feature
         turns on above `threshold` and stays on while it is above `release`. The state starts off at every
-        segment's start. An
-        excluded position neither reads nor passes on a state: it is kept if above `threshold`. Where a [B,
-        T, 1] threshold lies below `release`, the threshold alone decides.
+        segment's start. An excluded position neither reads nor passes on a state: it is kept if above
+        `threshold`. Where a [B, T, 1] threshold lies below `release`, the threshold alone decides.
     bands, segments, backend: as in `temporal_stats`
     out: h [B, T, k] in pre's dtype, `TemporalStats` of h as returned (after rounding to pre's dtype)
 
