@@ -1,0 +1,416 @@
+"""Evaluate a sparse autoencoder: `python -m tsae.evaluate RUN`, and the functions the trainer calls."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tsae.config import TrainConfig, from_dict, load_json
+from tsae.data.passages import Document
+from tsae.data.sequences import SequenceStream, TokenBatch
+from tsae.data.text import TextConfig, open_text
+from tsae.errors import UserError
+from tsae.lm.hooks import activations, logits_with
+from tsae.lm.loading import LanguageModel, load_language_model
+from tsae.metrics import (
+    LanguageModelMetrics,
+    Persistence,
+    ReconstructionMetrics,
+    TemporalMetrics,
+    shuffle_within_segments,
+)
+from tsae.progress import bar
+from tsae.report import write_report
+from tsae.sae.model import SparseAutoencoder
+
+__all__ = ["EvaluationResult", "evaluate", "evaluation_progress", "main", "print_table", "write_eval"]
+
+logger = logging.getLogger(__name__)
+
+# Called with what is being measured, the tokens done and the tokens in all.
+ProgressCallback = Callable[[str, int, int], None]
+
+
+@dataclass
+class EvaluationResult:
+    """What an evaluation measured."""
+
+    metrics: dict[str, Any]
+    """The content of eval.json: finite floats, and the `temporal` object."""
+    density: Tensor
+    """[d_sae] float64 on the CPU: share of the tokens at which each feature is active."""
+    autocorrelation_curve: dict[int, float]
+    """Mean autocorrelation of the features by lag in tokens."""
+    tokens: int
+    """Tokens behind the reconstruction, sparsity and temporal metrics."""
+
+
+@torch.no_grad()
+def evaluate(
+    sae: SparseAutoencoder,
+    lm: LanguageModel,
+    batches: Iterable[TokenBatch],
+    *,
+    layer: int,
+    ce_sequences: int = 16,
+    lm_batch: int = 4,
+    harvest_batch: int = 16,
+    seed: int = 0,
+    reference_mean: Tensor | None = None,
+    progress: ProgressCallback | None = None,
+) -> EvaluationResult:
+    """Measure a sparse autoencoder that works on raw activations.
+
+    sae:            the autoencoder; its arithmetic is done in float32
+    lm:             the language model
+    batches:        the evaluation set, finite: tokens [N, 1 + T] with BOS first, segments [N, T]
+    layer:          block whose output is encoded, counted from 0
+    ce_sequences:   the first so many sequences also go through the whole language model, for the
+                    cross-entropy and KL metrics (0 leaves those at 0.0)
+    lm_batch:       sequences in one pass of it; two [lm_batch, 1 + T, V] logits are held at once, which is
+                    0.54 GB for 4 sequences, bfloat16 and a vocabulary of 262,144
+    harvest_batch:  sequences in one pass up to `layer`
+    seed:           of the permutation behind `persistence_excess_shuffled`
+    reference_mean: [d] activation of the mean ablation; None takes the evaluation set's own mean
+    progress:       called as the work goes on
+
+    Definitions: `tsae.metrics`. What reaches the language model: position 0 (BOS) and positions with a
+    negative segment keep their own activation in every run, for the autoencoder never sees them; all others
+    are replaced by the reconstruction, by zeros, or by the mean. SAEBench 0.6.0 leaves special tokens out of
+    the reconstruction on request, yet its zero ablation does put BOS to zero, which in a model without biases
+    makes the prediction uniform. Keeping BOS leaves the attention sink in place, so the zero ablation can
+    come out *worse* than uniform and flatter `ce_loss_score`: read `ce_loss_score_mean_ablation` beside it.
+
+    Raises UserError if there is no token to evaluate or a metric is not finite.
+    """
+    parts = [part for batch in batches for part in _split(batch, harvest_batch)]
+    total = sum(part.segments.numel() for part in parts)
+    device = next(sae.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    reconstruction, temporal, shuffled = ReconstructionMetrics(), TemporalMetrics(), Persistence()
+
+    done = 0
+    for part in parts:
+        segments = part.segments.to(device)
+        x = activations(lm, part.tokens, layer)[:, 1:].to(device, torch.float32)  # [N, T, d]
+        h = sae.encode(x, segments)
+        reconstruction.update(x, sae.decode(h), h, segments)
+        temporal.update(x, h, segments)
+        del h
+        shuffled.update_features(
+            sae.encode(shuffle_within_segments(x, segments, generator), segments), segments
+        )
+        done += segments.numel()
+        if progress:
+            progress("features", done, total)
+    if reconstruction.tokens == 0:
+        raise UserError("The evaluation set has no token; give more text, or more sequences.")
+    logger.info("evaluated %d tokens", reconstruction.tokens)
+
+    mean = reconstruction.mean() if reference_mean is None else reference_mean
+    predictions = _predictions(sae, lm, parts, layer, mean, ce_sequences, lm_batch, progress)
+    temporal_metrics = temporal.compute()
+    temporal_metrics["persistence_excess_shuffled"] = shuffled.excess()
+    metrics = {**reconstruction.compute(), **predictions.compute(), "temporal": temporal_metrics}
+    for name, value in _leaves(metrics):
+        if not math.isfinite(value):
+            raise UserError(
+                f"The metric {name} is {value}: the activations or the autoencoder's weights are not finite."
+            )
+    return EvaluationResult(
+        metrics=metrics,
+        density=reconstruction.density(),
+        autocorrelation_curve={int(lag): r for lag, r in temporal_metrics["autocorrelation"].items()},
+        tokens=reconstruction.tokens,
+    )
+
+
+def _predictions(
+    sae: SparseAutoencoder,
+    lm: LanguageModel,
+    parts: list[TokenBatch],
+    layer: int,
+    mean: Tensor,
+    ce_sequences: int,
+    lm_batch: int,
+    progress: ProgressCallback | None,
+) -> LanguageModelMetrics:
+    """The four runs of the language model over the first `ce_sequences` sequences."""
+    metrics = LanguageModelMetrics()
+    device = next(sae.parameters()).device
+    ce_sequences = min(ce_sequences, sum(len(part.tokens) for part in parts))
+    done = 0
+    for batch in (small for part in parts for small in _split(part, lm_batch)):
+        if done >= ce_sequences:
+            break
+        tokens, segments = batch.tokens[: ce_sequences - done], batch.segments[: ce_sequences - done]
+
+        def replaced(content: Callable[[Tensor], Tensor], segments: Tensor = segments) -> Callable:
+            """A hook that puts `content(x)` [N, T, d] in place of the counted positions."""
+
+            def hook(x: Tensor) -> Tensor:  # [N, 1 + T, d]
+                out = x.clone()
+                counted = (segments >= 0).to(x.device)[..., None]
+                out[:, 1:] = torch.where(counted, content(x[:, 1:]).to(x), x[:, 1:])
+                return out
+
+            return hook
+
+        def reconstructed(x: Tensor, segments: Tensor = segments) -> Tensor:
+            return sae(x.to(device, torch.float32), segments.to(device))
+
+        runs = {
+            "with_sae": reconstructed,
+            "with_ablation": torch.zeros_like,
+            "with_mean_ablation": lambda x: mean.expand(x.shape),
+        }
+        untouched = logits_with(lm, tokens, layer, None)
+        metrics.update("without_sae", untouched, tokens, segments)
+        for run, content in runs.items():
+            logits = logits_with(lm, tokens, layer, replaced(content))
+            # KL is reported against zero ablation alone.
+            reference = untouched if run != "with_mean_ablation" else None
+            metrics.update(run, logits, tokens, segments, reference)
+            del logits
+        done += len(tokens)
+        if progress:
+            T = segments.shape[1]
+            progress("predictions", done * T, ce_sequences * T)
+    return metrics
+
+
+def _split(batch: TokenBatch, size: int) -> Iterator[TokenBatch]:
+    for tokens, segments in zip(batch.tokens.split(size), batch.segments.split(size), strict=True):
+        yield TokenBatch(tokens, segments)
+
+
+def _leaves(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in metrics.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def write_eval(result: EvaluationResult, run_dir: str | Path) -> None:
+    """Write `eval.json` and `sae/sparsity.safetensors` into a run directory, each atomically.
+
+    The second is SAELens's optional file: `sparsity` [d_sae] float32, log10 of the firing frequency with a
+    floor of 1e-10.
+    """
+    run_dir = Path(run_dir)
+    (run_dir / "sae").mkdir(parents=True, exist_ok=True)
+    sparsity = result.density.clamp(min=1e-10).log10().to(torch.float32).contiguous()
+    with _replacing(run_dir / "sae" / "sparsity.safetensors") as temporary:
+        save_file({"sparsity": sparsity}, temporary)
+    with _replacing(run_dir / "eval.json") as temporary:
+        temporary.write_text(json.dumps(result.metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary neighbour of `path` that takes its place when the block ends without an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# Rows of the table: key, what it is, its unit, digits behind the point.
+_TABLE: dict[str, tuple[tuple[str, str, str, int], ...]] = {
+    "Reconstruction": (
+        ("explained_variance", "explained variance", "", 4),
+        ("explained_variance_legacy", "  mean of per-token ratios (legacy)", "", 4),
+        ("explained_variance_saebench", "  as SAEBench 0.6.0", "", 4),
+        ("mse", "mean squared error", "act²", 4),
+        ("cossim", "cosine similarity", "", 4),
+        ("l2_ratio", "norm out / norm in", "", 4),
+        ("relative_reconstruction_bias", "relative reconstruction bias", "", 4),
+    ),
+    "Sparsity": (
+        ("l0", "active features (L0)", "per token", 2),
+        ("l1", "sum of features (L1)", "act/token", 2),
+        ("frac_alive", "features alive", "of all", 4),
+    ),
+    "Language model": (
+        ("ce_loss_without_sae", "cross-entropy, untouched", "nats/token", 4),
+        ("ce_loss_with_sae", "cross-entropy with the SAE", "nats/token", 4),
+        ("ce_loss_with_mean_ablation", "cross-entropy, mean ablation", "nats/token", 4),
+        ("ce_loss_with_ablation", "cross-entropy, zero ablation", "nats/token", 4),
+        ("ce_loss_score", "loss recovered (zero ablation)", "", 4),
+        ("ce_loss_score_mean_ablation", "loss recovered (mean ablation)", "", 4),
+        ("kl_div_score", "KL recovered (zero ablation)", "", 4),
+    ),
+    "Temporal": (
+        ("temporal.relative_difference", "relative difference", "", 3),
+        ("temporal.relative_difference_per_feature", "  mean over features", "", 3),
+        ("temporal.autocorrelation", "autocorrelation", "", 3),
+        ("temporal.persistence", "P(stays on)", "", 4),
+        ("temporal.persistence_excess", "  beyond chance", "", 4),
+        ("temporal.persistence_excess_shuffled", "  beyond chance, tokens shuffled", "", 4),
+        ("temporal.transitions", "transitions", "of pairs", 4),
+        ("temporal.smoothness", "smoothness (T-SAE, lower is smoother)", "", 4),
+    ),
+}
+
+
+def print_table(metrics: dict[str, Any], console: Console | None = None) -> None:
+    """Print the metrics of an eval.json as a table, on stdout unless a console is given."""
+    table = Table(title="Evaluation", title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("metric", no_wrap=True)
+    table.add_column("value", justify="right")
+    table.add_column("unit", style="dim", no_wrap=True)
+    for group, rows in _TABLE.items():
+        table.add_section()
+        table.add_row(f"[bold]{group}[/bold]", "", "")
+        for key, label, unit, digits in rows:
+            value: Any = metrics
+            for part in key.split("."):
+                value = value.get(part, {}) if isinstance(value, dict) else {}
+            if isinstance(value, dict):
+                for name, entry in value.items():
+                    lag = f"lag {name}" if name.isdigit() else name.replace("_", " to ")
+                    table.add_row(f"{label}, {lag}", f"{entry:.{digits}f}", unit)
+            else:
+                table.add_row(label, f"{value:.{digits}f}", unit)
+    (console or Console()).print(table)
+
+
+@contextmanager
+def evaluation_progress() -> Iterator[ProgressCallback]:
+    """Progress bars with throughput for `evaluate(progress=...)`, on stderr."""
+    with ExitStack() as bars:
+        stages: dict[str, list[Any]] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in stages:
+                bars.close()  # one live display at a time
+                stages[stage] = [bars.enter_context(bar(f"evaluating {stage}", total)), 0]
+            advance, before = stages[stage]
+            advance(done - before)
+            stages[stage][1] = done
+
+        yield update
+
+
+@dataclass
+class Arguments:
+    """Evaluate a trained run again: rewrites its eval.json and report.png and prints the metrics."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run directory."""
+    data: str | None = None
+    """Text to evaluate on: its evaluation part, or all of it if that is empty. Default: the evaluation part
+    of the run's own text, which training never saw."""
+    tokens: int | None = None
+    """Tokens for reconstruction, sparsity and temporal metrics. Default: as in the run's configuration."""
+    ce_sequences: int | None = None
+    """Sequences for the cross-entropy and KL metrics. Default: as in the run's configuration."""
+    seed: int | None = None
+    """Seed of the text order and of the shuffled control. Default: the run's."""
+    device: str | None = None
+    """Where to compute: `auto`, `cpu`, `cuda`, ... Default: the run's."""
+    column: str | None = None
+    """Column of the data set that holds the text. Default: the run's."""
+
+
+def evaluate_run(arguments: Arguments) -> EvaluationResult:
+    """Evaluate RUN/sae as `arguments` say and rewrite RUN/eval.json and RUN/report.png.
+
+    Nothing is written unless everything was measured. Raises UserError for a directory that is not a run,
+    a value that makes no sense, or text or a model that cannot be read.
+    """
+    run = arguments.run
+    if not run.is_dir():
+        raise UserError(f"There is no run directory {run}; name the directory that training wrote.")
+    config = from_dict(TrainConfig, load_json(run / "config.json"))
+    if not (run / "sae" / "cfg.json").is_file():
+        raise UserError(f"{run} has no trained autoencoder in sae/; let training finish, or resume it.")
+    for name in ("tokens", "ce_sequences"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+    seed = config.seed if arguments.seed is None else arguments.seed
+    data = config.data if arguments.data is None else arguments.data
+    text = config.text if arguments.column is None else replace(config.text, column=arguments.column)
+    device = config.device if arguments.device is None else arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    sae = SparseAutoencoder.load(run / "sae")
+    lm = load_language_model(config.model, device=device, dtype=config.lm_dtype, revision=config.revision)
+    sae.to(lm.device)
+
+    stream = SequenceStream(
+        lambda epoch: _evaluation_text(data, text, seed, epoch, own=data == config.data),
+        lm.tokenizer,
+        repeat=False,
+    )
+    sequences = config.evaluation.sequences
+    if arguments.tokens is not None:
+        sequences = math.ceil(arguments.tokens / stream.length)
+    ce_sequences = arguments.ce_sequences or config.evaluation.ce_sequences
+    with evaluation_progress() as progress:
+        result = evaluate(
+            sae,
+            lm,
+            [stream.next_batch(sequences)],
+            layer=config.layer,
+            ce_sequences=ce_sequences,
+            lm_batch=config.evaluation.lm_batch,
+            harvest_batch=config.buffer.harvest_batch,
+            seed=seed,
+            progress=progress,
+        )
+    write_eval(result, run)
+    write_report(run)
+    return result
+
+
+def _evaluation_text(data: str, text: TextConfig, seed: int, epoch: int, *, own: bool) -> Iterator[Document]:
+    """The evaluation part of `data`; all of it if that part is empty and training used other text (`own`)."""
+    try:
+        return open_text(data, part="evaluation", seed=seed, config=text, epoch=epoch)
+    except UserError:
+        if own:
+            raise
+        whole = replace(text, evaluation_share=1.0)
+        return open_text(data, part="evaluation", seed=seed, config=whole, epoch=epoch)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    arguments = tyro.cli(Arguments, args=argv, prog="python -m tsae.evaluate")
+    try:
+        result = evaluate_run(arguments)
+    except UserError as error:
+        Console(stderr=True, soft_wrap=True).print(Text(str(error)))
+        return 2
+    console = Console()
+    print_table(result.metrics, console)
+    console.print(
+        f"{result.tokens:,} tokens. Written: {arguments.run / 'eval.json'}, report.png.", markup=False
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
