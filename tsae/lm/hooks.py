@@ -28,7 +28,7 @@ def check_layer(lm: LanguageModel, layer: int) -> None:
         )
 
 
-@torch.no_grad()  # not inference_mode: the backward pass of what is trained on them could not save its tensors
+@torch.no_grad()  # inference_mode's tensors could not be saved for the backward of what is trained on them
 def activations(lm: LanguageModel, tokens: Tensor, layer: int) -> Tensor:
     """The residual stream after block `layer` (SAELens's `blocks.{layer}.hook_resid_post`).
 

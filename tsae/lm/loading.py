@@ -145,8 +145,8 @@ def _load(
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         if hub and local_only:
             raise UserError(
-                f"cannot load the model {source!r}: the Hugging Face hub cannot be reached and the model is not "
-                "in its cache, so connect to the network or name a local folder"
+                f"cannot load the model {source!r}: the Hugging Face hub cannot be reached and the model is "
+                "not in its cache, so connect to the network or name a local folder"
             ) from error
         reason = str(error).strip().splitlines()
         raise UserError(
