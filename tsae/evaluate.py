@@ -17,10 +17,10 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tsae.cli import parse, report_errors
 from tsae.config import TrainConfig, from_dict, load_json
 from tsae.data.passages import Document
 from tsae.data.sequences import SequenceStream, TokenBatch
@@ -100,12 +100,31 @@ def evaluate(
     Raises UserError if there is no token to evaluate or a metric is not finite.
     """
     parts = [part for batch in batches for part in _split(batch, harvest_batch)]
-    total = sum(part.segments.numel() for part in parts)
+    was_training = sae.training
+    sae.eval()
+    try:
+        return _measure(
+            sae, lm, parts, layer, ce_sequences, lm_batch, seed, reference_mean, progress or _no_progress
+        )
+    finally:
+        sae.train(was_training)
+
+
+def _measure(
+    sae: SparseAutoencoder,
+    lm: LanguageModel,
+    parts: list[TokenBatch],
+    layer: int,
+    ce_sequences: int,
+    lm_batch: int,
+    seed: int,
+    reference_mean: Tensor | None,
+    progress: ProgressCallback,
+) -> EvaluationResult:
     device = next(sae.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     reconstruction, temporal, shuffled = ReconstructionMetrics(), TemporalMetrics(), Persistence()
-
-    done = 0
+    done, total = 0, sum(part.segments.numel() for part in parts)
     for part in parts:
         segments = part.segments.to(device)
         x = activations(lm, part.tokens, layer)[:, 1:].to(device, torch.float32)  # [N, T, d]
@@ -117,8 +136,7 @@ def evaluate(
             sae.encode(shuffle_within_segments(x, segments, generator), segments), segments
         )
         done += segments.numel()
-        if progress:
-            progress("features", done, total)
+        progress("features", done, total)
     if reconstruction.tokens == 0:
         raise UserError("The evaluation set has no token; give more text, or more sequences.")
     logger.info("evaluated %d tokens", reconstruction.tokens)
@@ -149,7 +167,7 @@ def _predictions(
     mean: Tensor,
     ce_sequences: int,
     lm_batch: int,
-    progress: ProgressCallback | None,
+    progress: ProgressCallback,
 ) -> LanguageModelMetrics:
     """The four runs of the language model over the first `ce_sequences` sequences."""
     metrics = LanguageModelMetrics()
@@ -189,10 +207,12 @@ def _predictions(
             metrics.update(run, logits, tokens, segments, reference)
             del logits
         done += len(tokens)
-        if progress:
-            T = segments.shape[1]
-            progress("predictions", done * T, ce_sequences * T)
+        progress("predictions", done * segments.shape[1], ce_sequences * segments.shape[1])
     return metrics
+
+
+def _no_progress(stage: str, done: int, total: int) -> None:
+    pass
 
 
 def _split(batch: TokenBatch, size: int) -> Iterator[TokenBatch]:
@@ -398,18 +418,14 @@ def _evaluation_text(data: str, text: TextConfig, seed: int, epoch: int, *, own:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit status."""
-    arguments = tyro.cli(Arguments, args=argv, prog="python -m tsae.evaluate")
-    try:
+    with report_errors() as status:
+        arguments = parse(Arguments, sys.argv[1:] if argv is None else argv, None, "python -m tsae.evaluate")
         result = evaluate_run(arguments)
-    except UserError as error:
-        Console(stderr=True, soft_wrap=True).print(Text(str(error)))
-        return 2
-    console = Console()
-    print_table(result.metrics, console)
-    console.print(
-        f"{result.tokens:,} tokens. Written: {arguments.run / 'eval.json'}, report.png.", markup=False
-    )
-    return 0
+        console = Console()
+        print_table(result.metrics, console)
+        written = f"{arguments.run / 'eval.json'} and {arguments.run / 'report.png'}"
+        console.print(f"{result.tokens:,} tokens. Wrote {written}.", markup=False, highlight=False)
+    return status.code
 
 
 if __name__ == "__main__":

@@ -1,0 +1,329 @@
+"""Evaluation of autoencoders whose scores are known, on a tiny language model, and its command line."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tsae import evaluate as module
+from tsae.config import EvaluationConfig, SAEConfig, TrainConfig, to_dict
+from tsae.data.sequences import TokenBatch
+from tsae.errors import UserError
+from tsae.evaluate import evaluate, main, print_table, write_eval
+from tsae.lm.loading import load_language_model
+from tsae.sae.model import SparseAutoencoder
+
+LAYER = 1
+KEYS = {
+    "explained_variance",
+    "explained_variance_legacy",
+    "explained_variance_saebench",
+    "mse",
+    "cossim",
+    "l2_ratio",
+    "relative_reconstruction_bias",
+    "l0",
+    "l1",
+    "frac_alive",
+    "ce_loss_without_sae",
+    "ce_loss_with_sae",
+    "ce_loss_with_ablation",
+    "ce_loss_with_mean_ablation",
+    "ce_loss_score",
+    "ce_loss_score_mean_ablation",
+    "kl_div_score",
+    "temporal",
+}
+TEMPORAL_KEYS = {
+    "relative_difference",
+    "relative_difference_per_feature",
+    "autocorrelation",
+    "persistence",
+    "persistence_excess",
+    "persistence_excess_shuffled",
+    "transitions",
+    "smoothness",
+}
+
+
+class Fake(nn.Module):
+    """h = (x - m)+ and (m - x)+; the reconstruction is `scale` of the way from m to x."""
+
+    def __init__(self, mean: Tensor, scale: float) -> None:
+        super().__init__()
+        self.mean, self.scale = nn.Parameter(mean), scale
+
+    def encode(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        assert x.dtype == torch.float32
+        assert not self.training
+        y = x - self.mean
+        return torch.cat([y.relu(), (-y).relu()], dim=-1)
+
+    def decode(self, h: Tensor) -> Tensor:
+        plus, minus = h.chunk(2, dim=-1)
+        return self.mean + self.scale * (plus - minus)
+
+    def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        return self.decode(self.encode(x, segments))
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_gemma3):
+    return load_language_model(str(tiny_gemma3), dtype="float32")
+
+
+@pytest.fixture
+def batch(lm) -> TokenBatch:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(10, 300, (6, 33), generator=generator)
+    tokens[:, 0] = lm.prefix_id
+    segments = torch.zeros(6, 32, dtype=torch.int32)
+    segments[1, 11:] = 1
+    segments[2, 20:] = -1
+    segments[3, 5] = -1
+    return TokenBatch(tokens, segments)
+
+
+def sample_text(words: int, seed: int = 0) -> str:
+    """Made-up words, twelve to a paragraph."""
+    generator = torch.Generator().manual_seed(seed)
+    syllables = ("ba", "do", "ki", "le", "mu", "ran", "sto", "vi")
+    picks = torch.randint(0, 8, (words, 2), generator=generator).tolist()
+    spelled = [syllables[a] + syllables[b] for a, b in picks]
+    return "\n\n".join(" ".join(spelled[i : i + 12]) + "." for i in range(0, words, 12))
+
+
+def test_exact_keys_and_finite_values(lm, batch):
+    result = evaluate(Fake(torch.zeros(32), 0.8), lm, [batch], layer=LAYER, lm_batch=2)
+    assert set(result.metrics) == KEYS
+    temporal = result.metrics["temporal"]
+    assert set(temporal) == TEMPORAL_KEYS
+    for name in ("relative_difference", "relative_difference_per_feature"):
+        assert list(temporal[name]) == ["1", "4", "16", "64"]
+    assert list(temporal["transitions"]) == ["on_on", "on_off", "off_on", "off_off"]
+    assert sum(temporal["transitions"].values()) == pytest.approx(1)
+    assert json.loads(json.dumps(result.metrics, allow_nan=False)) == result.metrics
+    assert result.tokens == int((batch.segments >= 0).sum())
+    assert result.density.shape == (64,)
+    assert set(result.autocorrelation_curve) == {1, 2, 4, 8, 16, 32, 64}
+
+
+def test_a_perfect_autoencoder(lm, batch):
+    metrics = evaluate(Fake(torch.zeros(32), 1.0), lm, [batch], layer=LAYER).metrics
+    for key in ("explained_variance", "cossim", "ce_loss_score", "kl_div_score", "l2_ratio"):
+        assert metrics[key] == pytest.approx(1, abs=1e-5), key
+    assert metrics["ce_loss_with_sae"] == pytest.approx(metrics["ce_loss_without_sae"], abs=1e-5)
+    assert metrics["ce_loss_with_ablation"] != pytest.approx(metrics["ce_loss_without_sae"], abs=1e-2)
+
+
+def test_autoencoders_that_are_the_ablations(lm, batch):
+    zero = evaluate(Fake(torch.zeros(32), 0.0), lm, [batch], layer=LAYER, ce_sequences=6)
+    assert zero.metrics["ce_loss_with_sae"] == pytest.approx(zero.metrics["ce_loss_with_ablation"], abs=1e-6)
+    assert zero.metrics["ce_loss_score"] == pytest.approx(0, abs=1e-6)
+    assert zero.metrics["kl_div_score"] == pytest.approx(0, abs=1e-6)
+    x = module.activations(lm, batch.tokens, LAYER)[:, 1:][batch.segments >= 0]
+    mean = evaluate(Fake(x.mean(0), 0.0), lm, [batch], layer=LAYER, ce_sequences=6).metrics
+    assert mean["explained_variance"] == pytest.approx(0, abs=1e-5)
+    assert mean["ce_loss_with_sae"] == pytest.approx(mean["ce_loss_with_mean_ablation"], abs=1e-5)
+    reference = evaluate(
+        Fake(torch.zeros(32), 0.0), lm, [batch], layer=LAYER, reference_mean=torch.zeros(32)
+    ).metrics
+    assert reference["ce_loss_with_mean_ablation"] == pytest.approx(reference["ce_loss_with_ablation"])
+
+
+def test_bos_and_excluded_positions_keep_their_activation(lm, batch, monkeypatch):
+    seen = []
+
+    def spy(lm, tokens, layer, replace):
+        if replace is not None:
+            x = torch.randn(*tokens.shape, 32)
+            seen.append((x, replace(x)))
+        return torch.zeros(*tokens.shape, 5)
+
+    monkeypatch.setattr(module, "logits_with", spy)
+    batch = batch._replace(tokens=batch.tokens.clamp(max=4))
+    evaluate(Fake(torch.zeros(32), 0.0), lm, [batch], layer=LAYER, lm_batch=6, reference_mean=torch.ones(32))
+    kept = torch.cat([torch.ones(6, 1, dtype=torch.bool), batch.segments < 0], dim=1)
+    assert len(seen) == 3
+    for (x, out), value in zip(seen, (0.0, 0.0, 1.0), strict=True):
+        assert torch.equal(out[kept], x[kept])
+        assert torch.equal(out[~kept], torch.full_like(x[~kept], value))
+
+
+def test_batching_changes_nothing(lm, batch):
+    whole = evaluate(Fake(torch.zeros(32), 0.7), lm, [batch], layer=LAYER, ce_sequences=5).metrics
+    parts = [
+        TokenBatch(batch.tokens[:4], batch.segments[:4]),
+        TokenBatch(batch.tokens[4:], batch.segments[4:]),
+    ]
+    split = evaluate(
+        Fake(torch.zeros(32), 0.7), lm, parts, layer=LAYER, ce_sequences=5, lm_batch=2, harvest_batch=3
+    ).metrics
+    for metrics in (whole, split):
+        metrics.pop("explained_variance_legacy")  # about each batch's own mean, by definition
+        metrics["temporal"].pop("persistence_excess_shuffled")  # random
+    for (key, a), (_, b) in zip(module._leaves(whole), module._leaves(split), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6), key
+
+
+def test_the_seed_decides_the_shuffled_control(lm, batch):
+    def control(seed: int) -> float:
+        sae = Fake(torch.zeros(32), 1.0)
+        return evaluate(sae, lm, [batch], layer=LAYER, seed=seed).metrics["temporal"][
+            "persistence_excess_shuffled"
+        ]
+
+    assert control(0) == control(0)
+    assert control(0) != control(1)
+
+
+def test_progress_ends_at_its_totals(lm, batch):
+    calls = []
+    evaluate(
+        Fake(torch.zeros(32), 1.0),
+        lm,
+        [batch],
+        layer=LAYER,
+        ce_sequences=5,
+        lm_batch=2,
+        harvest_batch=4,
+        progress=lambda *call: calls.append(call),
+    )
+    assert calls == [
+        ("features", 128, 192),
+        ("features", 192, 192),
+        ("predictions", 64, 160),
+        ("predictions", 128, 160),
+        ("predictions", 160, 160),
+    ]
+
+
+def test_training_mode_is_given_back(lm, batch):
+    sae = Fake(torch.zeros(32), 1.0).train()
+    evaluate(sae, lm, [batch], layer=LAYER, ce_sequences=0)
+    assert sae.training
+
+
+def test_nothing_to_evaluate_and_broken_weights(lm, batch):
+    excluded = batch._replace(segments=torch.full_like(batch.segments, -1))
+    for empty in ([], [excluded]):
+        with pytest.raises(UserError, match="no token"):
+            evaluate(Fake(torch.zeros(32), 1.0), lm, empty, layer=LAYER)
+    with pytest.raises(UserError, match=r"explained_variance is nan"):
+        evaluate(Fake(torch.zeros(32), math.nan), lm, [batch], layer=LAYER)
+
+
+def test_the_real_autoencoder_in_every_activation(lm, batch):
+    for activation in ("relu", "topk", "batchtopk", "schmitt"):
+        sae = SparseAutoencoder(SAEConfig(d_in=32, d_sae=48, k=4, activation=activation))
+        sae.threshold.fill_(0.1)
+        sae.release.fill_(0.03)
+        metrics = evaluate(sae, lm, [batch], layer=LAYER).metrics
+        assert metrics["l0"] > 0
+        if activation == "topk":
+            assert metrics["l0"] <= 4
+
+
+def test_written_files(lm, batch, tmp_path):
+    result = evaluate(Fake(torch.zeros(32), 1.0), lm, [batch], layer=LAYER)
+    result.density[3] = 0
+    write_eval(result, tmp_path)
+    assert json.loads((tmp_path / "eval.json").read_text()) == result.metrics
+    sparsity = load_file(tmp_path / "sae" / "sparsity.safetensors")["sparsity"]
+    assert sparsity.dtype == torch.float32
+    assert sparsity[3] == -10
+    torch.testing.assert_close(10.0 ** sparsity[:3].double(), result.density[:3], rtol=1e-5, atol=0)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["eval.json", "sae", "sparsity.safetensors"]
+
+    before = (tmp_path / "eval.json").read_bytes()
+    result.metrics["l0"] = math.nan
+    with pytest.raises(ValueError):
+        write_eval(result, tmp_path)
+    assert (tmp_path / "eval.json").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["eval.json", "sae", "sparsity.safetensors"]
+
+
+def test_table_names_groups_and_units(lm, batch, capsys):
+    print_table(evaluate(Fake(torch.zeros(32), 1.0), lm, [batch], layer=LAYER).metrics)
+    table = capsys.readouterr().out
+    for word in (
+        "Reconstruction",
+        "Sparsity",
+        "Language model",
+        "Temporal",
+        "nats/token",
+        "lag 64",
+        "on to off",
+    ):
+        assert word in table
+
+
+@pytest.fixture
+def run_dir(tmp_path, tiny_gemma3):
+    text = tmp_path / "text.txt"
+    text.write_text(sample_text(20000))
+    config = TrainConfig(
+        model=str(tiny_gemma3),
+        layer=LAYER,
+        data=str(text),
+        device="cpu",
+        lm_dtype="float32",
+        sae=SAEConfig(d_in=32, d_sae=48, k=4, activation="topk"),
+        evaluation=EvaluationConfig(sequences=4, ce_sequences=2),
+    )
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(to_dict(config)))
+    SparseAutoencoder(config.sae, generator=torch.Generator().manual_seed(0)).save(run / "sae")
+    return run
+
+
+def test_command_line(run_dir, capsys):
+    assert main([str(run_dir)]) == 0
+    out = capsys.readouterr().out
+    assert "explained variance" in out
+    first = json.loads((run_dir / "eval.json").read_text())
+    assert set(first) == KEYS
+    assert (run_dir / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert (run_dir / "sae" / "sparsity.safetensors").exists()
+    assert main([str(run_dir), "--tokens", "300", "--ce-sequences", "1", "--seed", "3"]) == 0
+    assert "384 tokens" in capsys.readouterr().out.replace("\n", " ")  # three sequences
+    assert main([str(run_dir)]) == 0
+    assert json.loads((run_dir / "eval.json").read_text()) == first
+
+
+def test_command_line_on_other_text(run_dir, tmp_path):
+    # One passage: no evaluation part, so all of it is used; training used other text.
+    other = tmp_path / "other.txt"
+    other.write_text(sample_text(200, seed=5))
+    assert main([str(run_dir), "--data", str(other)]) == 0
+    assert (run_dir / "eval.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "message"),
+    [
+        (lambda run: (run / "config.json").unlink(), [], "config.json"),
+        (lambda run: (run / "sae" / "cfg.json").unlink(), [], "sae"),
+        (lambda run: (run / "config.json").write_text("{"), [], "JSON"),
+        (lambda run: None, ["--tokens", "0"], "--tokens is 0"),
+        (lambda run: None, ["--data", "/no/such/file.txt"], "file"),
+        (lambda run: None, ["--device", "quantum"], "quantum"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(run_dir, capsys, spoil, options, message):
+    spoil(run_dir)
+    before = sorted(run_dir.rglob("*"))
+    assert main([str(run_dir), *options]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error
+    assert "Traceback" not in error
+    assert sorted(run_dir.rglob("*")) == before
+
+
+def test_no_such_run(tmp_path, capsys):
+    assert main([str(tmp_path / "nothing")]) == 2
+    assert "no run directory" in capsys.readouterr().err
