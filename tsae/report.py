@@ -183,7 +183,7 @@ def _header(
         how.append(f"{sae['activation']} ({', '.join(details)})" if details else str(sae["activation"]))
     if "temporal" in objective:
         how.append(f"temporal objective: {objective['temporal']}")
-    if "l1" in objective:
+    if objective.get("l1"):
         how.append(f"L1 weight {objective['l1']:g}")
     if "seed" in config:
         how.append(f"seed {config['seed']}")
@@ -201,10 +201,10 @@ def _header(
         ("active features per token", evaluation.get("l0"), "{:.1f}", "L0"),
         ("features alive", evaluation.get("frac_alive"), "{:.1%}", "fired in the evaluation"),
         (
-            "loss recovered, mean ablation",
+            "loss recovered",
             evaluation.get("ce_loss_score_mean_ablation"),
             "{:.1%}",
-            _with(evaluation.get("ce_loss_score"), "{:.1%} against zero ablation"),
+            _with(evaluation.get("ce_loss_score"), "vs mean ablation; {:.1%} vs zero"),
         ),
         (
             "stays on, beyond chance",
@@ -306,7 +306,7 @@ def _lags(ax: Axes, evaluation: dict[str, Any]) -> None:
         ("autocorrelation", "autocorrelation", BLUE, "o"),
         ("autocorrelation_shuffled", "autocorrelation, tokens shuffled", GREY, "o"),
         ("relative_difference", "relative difference", RED, "s"),
-        ("relative_difference_per_feature", "relative difference, mean over features", ORANGE, "D"),
+        ("relative_difference_per_feature", "relative difference, per feature", ORANGE, "D"),
     ):
         values = {int(lag): value for lag, value in temporal.get(key, {}).items()}
         if values:

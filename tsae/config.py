@@ -1,0 +1,361 @@
+"""The configuration of a run: nested dataclasses that Python reads and the command line overrides.
+
+Field docstrings become the text of ``--help``. Nothing here computes anything but checks of its own values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tsae.data.text import TextConfig
+from tsae.errors import UserError
+from tsae_kernels import MULTISCALE
+
+__all__ = [
+    "Activation",
+    "BufferConfig",
+    "CheckpointConfig",
+    "EvaluationConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "SAEConfig",
+    "TrainConfig",
+    "from_dict",
+    "load_json",
+    "to_dict",
+]
+
+Activation = Literal["relu", "gelu", "topk", "batchtopk", "jumprelu", "schmitt"]
+
+
+@dataclass
+class SAEConfig:
+    """Architecture of a sparse autoencoder."""
+
+    d_in: int = 0
+    """Width of the activations; 0 takes it from the language model."""
+    d_sae: int = 2560
+    """Number of features."""
+    activation: Activation = "schmitt"
+    """Nonlinearity of the encoder; `schmitt` is the hysteresis trigger: on above a threshold, off below a
+    lower release, along the sequence."""
+    k: int = 32
+    """Features active per token: exact (topk), on average (batchtopk), or the target (schmitt)."""
+    release_ratio: float = 0.3
+    """schmitt: the release threshold as a share of the switch-on threshold, 0 to 1 (1: no hysteresis)."""
+    layer_norm: Literal["none", "pre", "post"] = "none"
+    """Layer normalization on features, before or after the nonlinearity (TSAE section 4.3)."""
+    init: Literal["tied", "xavier"] = "tied"
+    """Initial weights: `tied` draws unit decoder rows and transposes them into the encoder; `xavier` is
+    Xavier uniform for both (TC-SAE section 4)."""
+    unit_norm_decoder: bool = True
+    """Keep the decoder's rows at norm 1, and take the gradient's component along them out (TC-SAE section 4)."""
+    apply_b_dec_to_input: bool = True
+    """Subtract `b_dec` from the input before the encoder."""
+    input_scale: float = 1.0
+    """The input is divided by this, the output multiplied. Set when weights are folded, for what is not
+    homogeneous (gelu, layer normalization); 1 everywhere else."""
+
+    def check(self) -> None:
+        """Raise `UserError` for a value that makes no sense."""
+        if self.d_in < 0:
+            raise UserError(f"sae.d_in is {self.d_in}; it must be positive, or 0 to take the model's width.")
+        if self.d_sae < 1:
+            raise UserError(f"sae.d_sae is {self.d_sae}; an autoencoder needs at least 1 feature.")
+        if self.activation in ("topk", "batchtopk", "schmitt") and not 1 <= self.k <= self.d_sae:
+            raise UserError(f"sae.k is {self.k}; it must be from 1 to sae.d_sae, which is {self.d_sae}.")
+        if not 0.0 <= self.release_ratio <= 1.0:
+            raise UserError(f"sae.release_ratio is {self.release_ratio}; it must be from 0 to 1.")
+        if self.activation == "schmitt" and self.layer_norm == "post":
+            raise UserError(
+                "sae.layer_norm is 'post' with sae.activation 'schmitt'; use 'pre' or 'none', as normalising "
+                "after the trigger would undo its zeros."
+            )
+        if not self.input_scale > 0.0:
+            raise UserError(f"sae.input_scale is {self.input_scale}; it must be positive.")
+
+
+@dataclass
+class ObjectiveConfig:
+    """The loss: reconstruction, sparsity, temporal consistency, revival of dead features."""
+
+    temporal: Literal["none", "multiscale", "window"] = "multiscale"
+    """Temporal term: `multiscale` is TSAE equation 2, `window` is TC-SAE equation 3."""
+    bands: tuple[tuple[int, int], ...] = MULTISCALE
+    """multiscale: inclusive ranges of token offsets, one per scale (TSAE section 4.1)."""
+    weights: tuple[float, ...] = (0.01, 0.005, 0.001)
+    """multiscale: weight of each band (TSAE section 5.2)."""
+    adaptive: bool = True
+    """multiscale: weigh features by their activation variance (TSAE equation 3)."""
+    min_variance: float = 0.01
+    """multiscale: features whose variance is below this are left out (TSAE section 4.1)."""
+    window: int = 3
+    """window: tokens in the sliding window, at least 2 (TC-SAE section 4)."""
+    window_weight: float = 0.01
+    """window: weight of the temporal term (TC-SAE equation 4, lambda_2)."""
+    l1: float = 0.04
+    """Weight of the L1 penalty on features (TSAE section 4.3; TC-SAE equation 4, lambda_1)."""
+    boost: float = 2.0
+    """Factor on the reconstruction term until `hold_steps`, falling linearly to 1 over `ramp_steps`
+    (TSAE equation 4)."""
+    hold_steps: int = 1000
+    """Steps before the temporal term comes in and the boost starts to fall (TSAE equation 4)."""
+    ramp_steps: int = 1000
+    """Steps over which the temporal term rises to its full weight and the boost falls (TSAE equation 4)."""
+    buffer_std: float = 0.1
+    """Standard deviation of the normal draws that start the temporal buffer (TSAE section 4.3)."""
+    buffer_mixing: float = 0.25
+    """Share of the new variance mixed into the temporal buffer until the warm-up of hold + ramp steps ends;
+    1 afterwards (TSAE section 4.3)."""
+    aux_weight: float = 1 / 32
+    """Weight of the AuxK term that revives dead features (Gao et al. 2024); 0 switches it off."""
+    aux_k: int = 0
+    """Dead features used per token in the AuxK term; 0 takes half the input width."""
+    dead_after_tokens: int = 10_000_000
+    """A feature that has not fired for this many tokens counts as dead."""
+
+    def check(self) -> None:
+        """Raise `UserError` for a value that makes no sense."""
+        if self.temporal == "multiscale":
+            previous = 0
+            for low, high in self.bands:
+                if not previous < low <= high:
+                    raise UserError(
+                        f"objective.bands is {self.bands}; bands must be ascending, disjoint ranges of offsets "
+                        "from 1 on, such as ((1, 3), (4, 15), (16, 127))."
+                    )
+                previous = high
+            if not self.bands or len(self.bands) != len(self.weights):
+                raise UserError(
+                    f"objective.weights has {len(self.weights)} values for {len(self.bands)} bands; give one "
+                    "weight for each band."
+                )
+        if self.window < 2:
+            raise UserError(f"objective.window is {self.window}; a window needs at least 2 tokens.")
+        for name in ("l1", "window_weight", "aux_weight", "min_variance", "buffer_std"):
+            if getattr(self, name) < 0:
+                raise UserError(f"objective.{name} is {getattr(self, name)}; it must not be negative.")
+        for name in ("hold_steps", "ramp_steps", "aux_k", "dead_after_tokens"):
+            if getattr(self, name) < 0:
+                raise UserError(f"objective.{name} is {getattr(self, name)}; it must not be negative.")
+        if not 0.0 <= self.buffer_mixing <= 1.0:
+            raise UserError(f"objective.buffer_mixing is {self.buffer_mixing}; it must be from 0 to 1.")
+
+
+@dataclass
+class OptimizerConfig:
+    """Optimizer, learning-rate schedule, and what is done to gradients."""
+
+    name: Literal["adam", "adamw"] = "adam"
+    """Adam, or AdamW with decoupled weight decay."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's moment decays."""
+    weight_decay: float = 0.01
+    """adamw: decoupled weight decay (PyTorch's default)."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0 to the peak."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """After the warm-up: constant, cosine to 0, or constant and then linear to 0 over `decay_share`."""
+    decay_share: float = 0.3
+    """linear: share of all steps over which the rate falls to 0."""
+    clip_norm: float = 2.0
+    """Clip the gradient to this norm; 0 switches it off (TSAE section 4.2)."""
+    noise_eta: float = 0.0
+    """Gradient noise of variance eta / (1 + step)^0.55, relative to each parameter's gradient RMS (Neelakantan
+    et al. 2015; TSAE section 4.2); 0 switches it off."""
+    noise_steps: int = 2000
+    """Steps after which the gradient noise ends."""
+
+    def check(self) -> None:
+        """Raise `UserError` for a value that makes no sense."""
+        if not self.lr > 0:
+            raise UserError(f"optimizer.lr is {self.lr}; it must be positive.")
+        for name in ("weight_decay", "warmup_steps", "clip_norm", "noise_eta", "noise_steps"):
+            if getattr(self, name) < 0:
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must not be negative.")
+        if not 0.0 <= self.decay_share <= 1.0:
+            raise UserError(f"optimizer.decay_share is {self.decay_share}; it must be from 0 to 1.")
+
+
+@dataclass
+class BufferConfig:
+    """The activation buffer between the language model and the autoencoder."""
+
+    sequences: int = 2048
+    """Sequences held; the buffer mixes sequences and never tokens."""
+    reuse: int = 1
+    """Times each sequence is trained on before it is replaced."""
+    harvest_batch: int = 16
+    """Sequences per forward pass of the language model."""
+    estimate_sequences: int = 128
+    """Sequences, the first of the run, from which the input's mean and scale are estimated."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Storage type of activations; `auto` is the language model's."""
+
+    def check(self, batch: int) -> None:
+        """Raise `UserError` for a value that makes no sense."""
+        for name in ("sequences", "reuse", "harvest_batch", "estimate_sequences"):
+            if getattr(self, name) < 1:
+                raise UserError(f"buffer.{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.sequences < batch:
+            raise UserError(
+                f"buffer.sequences is {self.sequences}; it must hold at least one batch of {batch} sequences."
+            )
+
+
+@dataclass
+class EvaluationConfig:
+    """What is measured after training, on text that training never saw."""
+
+    sequences: int = 192
+    """Sequences for reconstruction, sparsity and temporal metrics."""
+    ce_sequences: int = 16
+    """Sequences, of those, for the cross-entropy and KL metrics."""
+    lm_batch: int = 4
+    """Sequences per forward pass of the whole language model."""
+    final: bool = True
+    """Evaluate at the end of training."""
+
+    def check(self) -> None:
+        """Raise `UserError` for a value that makes no sense."""
+        for name in ("sequences", "ce_sequences", "lm_batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"evaluation.{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+@dataclass
+class CheckpointConfig:
+    """Checkpoints: atomic, the newest `keep` are kept."""
+
+    every: int = 500
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep: int = 2
+    """Checkpoints kept."""
+
+    def check(self) -> None:
+        """Raise `UserError` for a value that makes no sense."""
+        if self.every < 0:
+            raise UserError(f"checkpoint.every is {self.every}; it must not be negative.")
+        if self.keep < 1:
+            raise UserError(f"checkpoint.keep is {self.keep}; at least 1 checkpoint must be kept.")
+
+
+@dataclass
+class TrainConfig:
+    """Train a temporal sparse autoencoder on a language model's activations."""
+
+    preset: str = "demo"
+    """Name of the preset this configuration started from."""
+    model: str = "gemma-3-270m"
+    """Language model: a hub id, a local folder, or `gemma-3-270m` for the packaged demo model."""
+    revision: str | None = None
+    """Revision of the model on the hub."""
+    layer: int = 9
+    """Block whose output is encoded, counted from 0."""
+    data: str = "python-docs"
+    """Text: `python-docs`, a .txt, .jsonl or .parquet file, a folder of them, or a hub data set id."""
+    steps: int = 1000
+    """Optimizer steps."""
+    batch: int = 16
+    """Sequences of 128 tokens per step."""
+    seed: int = 0
+    """Seed of everything random: text order, weights, batches, noise."""
+    device: str = "auto"
+    """Where to compute: `auto`, `cpu`, `cuda`, `cuda:1`, ..."""
+    lm_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the language model; `auto` is bfloat16 where the hardware is faster so."""
+    autocast: Literal["auto", "none", "bfloat16"] = "auto"
+    """Precision of the autoencoder's matrix products; its weights stay float32."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    sae: SAEConfig = field(default_factory=SAEConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    buffer: BufferConfig = field(default_factory=BufferConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def check(self) -> None:
+        """Raise `UserError`, one sentence, for the first value that makes no sense."""
+        for name in ("steps", "batch", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        self.sae.check()
+        self.objective.check()
+        self.optimizer.check()
+        self.buffer.check(self.batch)
+        self.evaluation.check()
+        self.checkpoint.check()
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as nested dictionaries that JSON can hold (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
+    """The inverse of `to_dict`.
+
+    Fields that `values` lacks keep their defaults; a field that `cls` lacks, or a value of the wrong type,
+    raises `UserError` naming it.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"The configuration's '{where or 'top level'}' is {values!r}; it must be an object.")
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
+    arguments = {}
+    for key, value in values.items():
+        path = f"{where}.{key}" if where else key
+        if key not in known:
+            raise UserError(f"The configuration has an unknown field '{path}'; {cls.__name__} has {sorted(known)}.")
+        arguments[key] = _convert(hints[key], value, path)
+    return cls(**arguments)
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """`value`, from JSON, as the type `hint`; `UserError` names `path` where it does not fit."""
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, path)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise UserError(f"The configuration's '{path}' is {value!r}; it must be one of {list(args)}.")
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, path)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"The configuration's '{path}' is {value!r}; it must be a list.")
+        if args[-1] is not Ellipsis and len(args) != len(value):
+            raise UserError(f"The configuration's '{path}' is {value!r}; it must have {len(args)} entries.")
+        inner = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        return tuple(_convert(h, v, path) for h, v in zip(inner, value, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UserError(f"The configuration's '{path}' is {value!r}; it must be of type {hint.__name__}.")
+    return value
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from `path`; a missing or broken file raises `UserError` naming it."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"There is no file {path}; name an existing JSON file.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}); name a valid JSON file.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds {type(values).__name__}, not a JSON object; name a configuration file.")
+    return values

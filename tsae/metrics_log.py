@@ -1,0 +1,41 @@
+"""`metrics.jsonl`: one JSON object a line, appended, cut back to a checkpoint's length on resume."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import TracebackType
+
+__all__ = ["MetricsLog"]
+
+
+class MetricsLog:
+    """Appends measurements to a file; numbers that are not finite are written as null.
+
+    Args:
+        path: the file.
+        keep_bytes: how much of an existing file to keep.
+    """
+
+    def __init__(self, path: Path, keep_bytes: int = 0) -> None:
+        self._file = path.open("a+b")
+        self._file.truncate(keep_bytes)
+        self._file.seek(0, 2)
+
+    def write(self, values: dict[str, float]) -> None:
+        """One line, flushed."""
+        clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in values.items()}
+        self._file.write(json.dumps(clean).encode() + b"\n")
+        self._file.flush()
+
+    @property
+    def bytes_written(self) -> int:
+        """Length of the file."""
+        return self._file.tell()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()

@@ -1,0 +1,145 @@
+"""Named configurations: `demo`, and the two papers' settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tsae.config import (
+    BufferConfig,
+    CheckpointConfig,
+    EvaluationConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    SAEConfig,
+    TrainConfig,
+)
+from tsae.data.text import TextConfig
+from tsae.errors import UserError
+from tsae_kernels import MULTISCALE
+
+__all__ = ["PRESETS", "preset"]
+
+
+def demo() -> TrainConfig:
+    """Gemma-3-270m, layer 9, on the Python installation's own text: minutes on two CPU cores.
+
+    The hysteresis activation with TSAE's multi-scale loss at the paper's weights; the paper's schedules are
+    shortened with the run.
+    """
+    return TrainConfig(
+        preset="demo",
+        model="gemma-3-270m",
+        layer=9,
+        data="python-docs",
+        steps=400,
+        batch=16,
+        sae=SAEConfig(d_sae=2560, activation="schmitt", k=32, release_ratio=0.3),
+        objective=ObjectiveConfig(
+            temporal="multiscale",
+            weights=(0.01, 0.005, 0.001),  # TSAE section 5.2
+            l1=0.0,  # the steered threshold sets the sparsity
+            boost=1.0,
+            hold_steps=100,
+            ramp_steps=100,
+            dead_after_tokens=40_000,
+        ),
+        optimizer=OptimizerConfig(name="adam", lr=3e-3, warmup_steps=20, schedule="linear", clip_norm=0.0),
+        buffer=BufferConfig(sequences=1024, reuse=8, estimate_sequences=128),
+        evaluation=EvaluationConfig(sequences=192, ce_sequences=16),
+        checkpoint=CheckpointConfig(every=200),
+    )
+
+
+def tsae_gemma_2_2b() -> TrainConfig:
+    """TSAE (the Gemma-2-2B paper): its hyper-parameters, on centred and scaled input."""
+    return TrainConfig(
+        preset="tsae-gemma-2-2b",
+        model="google/gemma-2-2b",  # section 5: "Gemma-2B", hidden dimension 2304
+        layer=12,  # section 5: "intermediate layer"; 12 of 26 is our reading
+        data="monology/pile-uncopyrighted",  # section 5.1: the Pile
+        steps=20_000,  # not stated; ten times the warm-up
+        batch=16,  # section 5.1: batch size 2048, read as tokens: 16 sequences of 128
+        sae=SAEConfig(
+            d_sae=2304,  # section 5: 2304 is "both input and sparse feature space dimensions"
+            activation="relu",  # section 3.1 leaves f open; ReLU is the common choice it cites
+            layer_norm="none",  # section 4.3 normalizes features; --sae.layer-norm post is that variant
+            unit_norm_decoder=False,  # not in the paper
+        ),
+        objective=ObjectiveConfig(
+            temporal="multiscale",  # section 4.1
+            bands=MULTISCALE,  # section 4.1: offsets 1-3, 4-15, 16-127
+            weights=(0.01, 0.005, 0.001),  # section 5.2
+            adaptive=True,  # equation 3
+            min_variance=0.01,  # section 4.1 and 5.2
+            l1=0.04,  # section 4.3 and 5.1
+            boost=2.0,  # equation 4
+            hold_steps=1000,  # equation 4
+            ramp_steps=1000,  # equation 4: 2000 steps of warm-up in all
+            buffer_std=0.1,  # section 4.3
+            buffer_mixing=0.25,  # section 4.3
+            aux_weight=0.0,  # not in the paper
+        ),
+        optimizer=OptimizerConfig(
+            name="adamw",  # section 4.3
+            lr=3e-4,  # section 4.3
+            schedule="constant",  # no decay is stated
+            clip_norm=2.0,  # section 4.2
+            noise_eta=0.01,  # section 4.2: "noise injection during warmup"; eta as in Neelakantan et al. 2015
+            noise_steps=2000,  # section 4.2: the warm-up
+        ),
+        buffer=BufferConfig(sequences=2048),
+        text=TextConfig(column="text"),
+        checkpoint=CheckpointConfig(every=1000),
+    )
+
+
+def tcsae_pythia_70m() -> TrainConfig:
+    """TC-SAE (the Pythia-70m paper): its hyper-parameters, on centred and scaled input."""
+    return TrainConfig(
+        preset="tcsae-pythia-70m",
+        model="EleutherAI/pythia-70m",  # section 5
+        layer=4,  # section 5
+        data="Skylion007/openwebtext",  # section 5: OpenWebText
+        steps=20_000,  # not stated
+        batch=32,  # section 5: "batch size of 32", of sequences of 128 tokens
+        sae=SAEConfig(
+            d_sae=512,  # not stated; an L0 of 249 under GELU is half of 512
+            activation="gelu",  # equation 1
+            init="xavier",  # section 4
+            unit_norm_decoder=True,  # section 4
+            apply_b_dec_to_input=False,  # equation 1
+        ),
+        objective=ObjectiveConfig(
+            temporal="window",  # equation 3
+            window=3,  # section 4
+            window_weight=0.01,  # equation 4, lambda_2
+            l1=0.1,  # equation 4, lambda_1
+            boost=1.0,  # not in the paper
+            hold_steps=0,  # the temporal term is on from the first step
+            ramp_steps=0,
+            aux_weight=0.0,  # not in the paper
+        ),
+        optimizer=OptimizerConfig(
+            name="adam",  # section 5
+            lr=3e-4,  # section 5
+            warmup_steps=1000,  # section 5
+            schedule="cosine",  # section 5
+            clip_norm=2.0,  # section 5, runs 1 and 2: "gradient clipping"; the norm is TSAE's
+        ),
+        buffer=BufferConfig(sequences=2048),  # section 5: "buffer size of 2048 sequences"
+        checkpoint=CheckpointConfig(every=1000),
+    )
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    "demo": demo,
+    "tsae-gemma-2-2b": tsae_gemma_2_2b,
+    "tcsae-pythia-70m": tcsae_pythia_70m,
+}
+
+
+def preset(name: str) -> TrainConfig:
+    """The preset's configuration, a fresh copy; an unknown name raises `UserError` with the known ones."""
+    if name not in PRESETS:
+        raise UserError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
+    return PRESETS[name]()

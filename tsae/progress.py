@@ -1,0 +1,42 @@
+"""Progress bars with throughput for the long parts of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+__all__ = ["bar", "console"]
+
+console = Console(stderr=True)
+
+
+class _Rate(ProgressColumn):
+    """Units per second since the start."""
+
+    def render(self, task: Task) -> Text:
+        elapsed = task.finished_time if task.finished else task.elapsed
+        rate = task.completed / elapsed if elapsed else 0.0
+        return Text(f"{rate:,.0f} {task.fields['unit']}/s" if rate >= 10 else f"{rate:.1f} {task.fields['unit']}/s")
+
+
+@contextmanager
+def bar(description: str, total: int, unit: str = "tokens") -> Iterator[Callable[[int], None]]:
+    """A bar on stderr; the yielded function takes the units done since its last call.
+
+    On a terminal the bar moves; elsewhere one line is written when the part ends.
+    """
+    columns = (
+        TextColumn("{task.description:<14}"),
+        BarColumn(bar_width=28),
+        TextColumn("{task.completed:>10,.0f}/{task.total:,.0f} {task.fields[unit]}"),
+        _Rate(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(description, total=total, unit=unit)
+        yield lambda done: progress.update(task, advance=done)

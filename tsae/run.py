@@ -1,0 +1,270 @@
+"""The main job: text -> language model -> activations -> temporal SAE -> evaluation -> report, in one directory."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import replace
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tsae import checkpoint
+from tsae.config import TrainConfig, to_dict
+from tsae.data.buffer import ActivationBuffer
+from tsae.data.harvest import Harvest, Harvester
+from tsae.data.sequences import SequenceStream
+from tsae.data.text import open_text
+from tsae.errors import UserError
+from tsae.evaluate import EvaluationResult, evaluate, write_eval
+from tsae.lm.hooks import check_layer
+from tsae.lm.loading import LanguageModel, default_dtype, load_language_model
+from tsae.metrics_log import MetricsLog
+from tsae.progress import bar, console
+from tsae.report import write_report
+from tsae.sae.normalization import InputNormalizer
+from tsae.sae.saving import write_json
+from tsae.trainer import DivergedError, Trainer
+
+__all__ = ["LENGTH", "evaluation_batches", "run", "run_directory"]
+
+LENGTH = 128  # content tokens per sequence
+log = logging.getLogger(__name__)
+
+
+def run_directory(cfg: TrainConfig, out: Path | None, *, overwrite: bool) -> Path:
+    """Where a new run goes: ``out``, or `runs/<preset>/<timestamp>`. Nothing is created here.
+
+    Raises:
+        UserError: the directory already has a run and ``overwrite`` is off, or holds something else.
+    """
+    if out is None:
+        return Path("runs") / cfg.preset / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a directory.")
+    if (out / "config.json").exists() and not overwrite:
+        raise UserError(f"{out} already has a run; continue it with --resume {out}, or replace it with --overwrite.")
+    if out.is_dir() and not (out / "config.json").exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty and holds no run; name a new directory.")
+    return out
+
+
+def run(cfg: TrainConfig, directory: Path, *, resume: bool = False) -> EvaluationResult | None:
+    """Train, evaluate and report; everything lands in ``directory``.
+
+    cfg: checked here; bad values and unusable models or texts raise `UserError` before anything is written
+    directory: from `run_directory`, or an existing run's with ``resume``
+    out: the evaluation, or None with ``cfg.evaluation.final`` off
+    """
+    cfg.check()
+    device = resolve_device(cfg.device)
+    train_text = partial(open_text, cfg.data, part="train", seed=cfg.seed, config=cfg.text)
+    next(iter(train_text(epoch=0)))  # unusable text is reported before the model is loaded
+    lm = load_language_model(cfg.model, device=device, dtype=cfg.lm_dtype, revision=cfg.revision)
+    check_layer(lm, cfg.layer)
+    cfg = replace(cfg, sae=replace(cfg.sae, d_in=matching_width(cfg, lm)))
+
+    def text_of_epoch(epoch: int) -> Any:
+        return train_text(epoch=epoch)
+
+    SequenceStream(text_of_epoch, lm.tokenizer, LENGTH).next_batch(1)  # likewise for text that is too short
+    if cfg.evaluation.final:
+        evaluation_batches(cfg, lm, 1)
+
+    trainer_device = device
+    generator = torch.Generator().manual_seed(cfg.seed + 2)
+    stream = SequenceStream(text_of_epoch, lm.tokenizer, LENGTH)
+    storage = lm.dtype if cfg.buffer.dtype == "auto" else getattr(torch, cfg.buffer.dtype)
+    harvester = Harvester(lm, cfg.layer, stream, batch=cfg.buffer.harvest_batch, dtype=storage)
+    buffer = ActivationBuffer(
+        partial(_harvest_with_bar, harvester), cfg.buffer.sequences, cfg.buffer.reuse, cfg.steps * cfg.batch, generator
+    )
+    autocast = default_dtype(device) == torch.bfloat16 if cfg.autocast == "auto" else cfg.autocast == "bfloat16"
+    _announce(cfg, lm, buffer, storage, device, autocast)
+
+    if not resume:
+        _start_directory(directory, cfg)
+    saved = checkpoint.latest(directory / "checkpoint")
+    if saved is not None:
+        state, contents = checkpoint.load(saved)
+        buffer.load_state_dict(state["buffer"], contents)
+        stream.load_state_dict(state["stream"])
+        normalizer = InputNormalizer(state["trainer"]["normalizer"]["mean"], state["trainer"]["normalizer"]["scale"])
+        trainer = Trainer(cfg, normalizer, trainer_device, autocast=autocast)
+        trainer.load_state_dict(state["trainer"])
+        metrics = MetricsLog(directory / "metrics.jsonl", keep_bytes=state["metrics_bytes"])
+        console.print(f"Resuming {directory} after step {trainer.step}.")
+    else:
+        first = buffer.first(cfg.buffer.estimate_sequences)
+        trainer = Trainer(cfg, InputNormalizer.estimate(*first), trainer_device, autocast=autocast)
+        metrics = MetricsLog(directory / "metrics.jsonl", keep_bytes=0)
+
+    def save_checkpoint() -> None:
+        state = {
+            "trainer": trainer.state_dict(),
+            "buffer": buffer.state_dict(),
+            "stream": stream.state_dict(),
+            "metrics_bytes": metrics.bytes_written,
+        }
+        checkpoint.save(
+            directory / "checkpoint", trainer.step, state, buffer.contents(), buffer.refills, cfg.checkpoint.keep
+        )
+
+    with metrics:
+        _train(cfg, trainer, buffer, metrics, save_checkpoint, directory)
+    sae = trainer.finished()
+    sae.save(
+        directory / "sae",
+        model_name=cfg.model,
+        hook_name=f"blocks.{cfg.layer}.hook_resid_post",
+        hook_layer=cfg.layer,
+        context_size=LENGTH + 1,
+        prepend_bos=True,
+        dataset_path=cfg.data,
+    )
+    if not cfg.evaluation.final:
+        write_report(directory)
+        return None
+    del buffer  # its memory is the evaluation's
+    batches = evaluation_batches(cfg, lm, cfg.evaluation.sequences)
+    result = evaluate(
+        sae,
+        lm,
+        batches,
+        layer=cfg.layer,
+        ce_sequences=cfg.evaluation.ce_sequences,
+        lm_batch=cfg.evaluation.lm_batch,
+        harvest_batch=cfg.buffer.harvest_batch,
+        seed=cfg.seed,
+    )
+    write_eval(result, directory)
+    write_report(directory)
+    return result
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one; an unknown or absent device raises `UserError`."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"There is no device {name!r}; use auto, cpu, cuda or cuda:N.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"Device {name!r} was asked for, but PyTorch sees no GPU here; use --device cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"Device {name!r} was asked for, but there are {torch.cuda.device_count()} GPUs.")
+    return device
+
+
+def matching_width(cfg: TrainConfig, lm: LanguageModel) -> int:
+    """The model's width, which a configured ``sae.d_in`` must equal."""
+    if cfg.sae.d_in not in (0, lm.d_model):
+        raise UserError(f"sae.d_in is {cfg.sae.d_in}, but {lm.name} has width {lm.d_model}; leave sae.d_in out.")
+    return lm.d_model
+
+
+def evaluation_batches(cfg: TrainConfig, lm: LanguageModel, sequences: int) -> list[Any]:
+    """Token batches of at most ``sequences`` sequences of the evaluation part of the run's text.
+
+    Raises:
+        UserError: the evaluation text is too short for one sequence.
+    """
+
+    def text_of_epoch(epoch: int) -> Any:
+        return open_text(cfg.data, part="evaluation", seed=cfg.seed, config=cfg.text, epoch=epoch)
+
+    stream = SequenceStream(text_of_epoch, lm.tokenizer, LENGTH, repeat=False)
+    batches, left = [], sequences
+    while left > 0:
+        batch = stream.next_batch(min(left, cfg.buffer.harvest_batch))
+        if batch.tokens.shape[0] == 0:
+            break
+        batches.append(batch)
+        left -= batch.tokens.shape[0]
+    if not batches:
+        raise UserError(f"The evaluation part of {cfg.data} is too short for one sequence of {LENGTH} tokens.")
+    return batches
+
+
+def _announce(
+    cfg: TrainConfig,
+    lm: LanguageModel,
+    buffer: ActivationBuffer,
+    storage: torch.dtype,
+    device: torch.device,
+    autocast: bool,
+) -> None:
+    size = buffer.memory(LENGTH, lm.d_model, storage) / 2**20
+    console.print(
+        f"{cfg.preset}: {lm.name} layer {cfg.layer} ({str(lm.dtype).removeprefix('torch.')}) on {device}, "
+        f"{cfg.sae.d_sae} {cfg.sae.activation} features{' (bfloat16 autocast)' if autocast else ''}, "
+        f"{cfg.steps} steps of {cfg.batch} x {LENGTH} tokens."
+    )
+    console.print(
+        f"Activation buffer: at most {buffer.capacity} sequences, {size:,.0f} MiB "
+        f"({str(storage).removeprefix('torch.')}); each is trained on {cfg.buffer.reuse} times."
+    )
+
+
+def _harvest_with_bar(harvester: Harvester, n: int) -> Harvest:
+    with bar("Harvest", n * LENGTH) as advance:
+        return harvester.take(n, advance)
+
+
+def _start_directory(directory: Path, cfg: TrainConfig) -> None:
+    """Make the run directory, empty but for `config.json`; an old run's files go first."""
+    import shutil
+
+    for name in ("config.json", "metrics.jsonl", "eval.json", "report.png"):
+        (directory / name).unlink(missing_ok=True)
+    for name in ("checkpoint", "sae"):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / "config.json", to_dict(cfg))
+    if directory.parent == Path("runs") / cfg.preset:
+        link = Path("runs") / "latest"
+        temporary = link.with_name("latest.tmp")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(Path(cfg.preset) / directory.name)
+        os.replace(temporary, link)
+
+
+def _train(
+    cfg: TrainConfig,
+    trainer: Trainer,
+    buffer: ActivationBuffer,
+    metrics: MetricsLog,
+    save_checkpoint: Any,
+    directory: Path,
+) -> None:
+    if trainer.step >= cfg.steps:
+        return
+    buffer.first(1)  # the harvest's bar before the training's
+    since, tokens_before = time.perf_counter(), trainer.tokens
+    with bar("Training", (cfg.steps - trainer.step) * cfg.batch * LENGTH) as advance:
+        while trainer.step < cfg.steps:
+            number = trainer.step + 1
+            logged = number % cfg.log_every == 0 or number in (1, cfg.steps)
+            try:
+                values = trainer.train_step(buffer.next_batch(cfg.batch), log=logged)
+            except DivergedError as error:
+                raise _with_checkpoint(error, directory) from None
+            advance(cfg.batch * LENGTH)
+            if logged:
+                now = time.perf_counter()
+                values["tokens_per_second"] = (trainer.tokens - tokens_before) / max(now - since, 1e-9)
+                since, tokens_before = now, trainer.tokens
+                metrics.write(values)
+            if number == cfg.steps or (cfg.checkpoint.every and number % cfg.checkpoint.every == 0):
+                save_checkpoint()
+
+
+def _with_checkpoint(error: DivergedError, directory: Path) -> DivergedError:
+    good = checkpoint.latest(directory / "checkpoint")
+    where = f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
+    return DivergedError(f"Training stopped at {error}; {where}; try a lower optimizer.lr or a higher clipping.")

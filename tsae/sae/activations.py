@@ -1,0 +1,104 @@
+"""Thresholds of the sparse activations: per token, per batch, and steered to a target sparsity.
+
+Every activation reaches the kernels in one form, `relu` with a threshold and perhaps a release, so this file
+only has to say what the threshold is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["ThresholdController", "batch_topk_threshold", "initial_threshold", "mean_l0", "topk_threshold"]
+
+
+def topk_threshold(pre: Tensor, bias: Tensor | None, k: int) -> Tensor:
+    """The per-token threshold that ``pre + bias > threshold`` passes for exactly k features, ties apart.
+
+    pre: (B, T, d_sae); bias: (d_sae) or None
+    out: (B, T, 1), no gradient: the (k + 1)-th largest value (Gao et al. 2024, equation 4)
+    """
+    values = pre.detach() if bias is None else pre.detach() + bias.detach().to(pre.dtype)
+    if k >= values.shape[-1]:
+        return torch.full_like(values[..., :1], torch.finfo(values.dtype).min)
+    return values.topk(k + 1, dim=-1, sorted=True).values[..., k:]
+
+
+def batch_topk_threshold(pre: Tensor, bias: Tensor | None, k: int, segments: Tensor | None) -> Tensor:
+    """The one threshold that passes k features a token on average over the batch (Bussmann et al. 2024).
+
+    pre: (B, T, d_sae); bias: (d_sae) or None; positions of negative segment id do not count
+    out: scalar, no gradient
+    """
+    values = pre.detach() if bias is None else pre.detach() + bias.detach().to(pre.dtype)
+    values = values.flatten(0, 1) if segments is None else values[segments >= 0]
+    tokens, d_sae = values.shape
+    if tokens == 0 or k >= d_sae:
+        return values.new_full((), torch.finfo(values.dtype).min)
+    return values.flatten().kthvalue(tokens * (d_sae - k)).values
+
+
+def mean_l0(h: Tensor, segments: Tensor | None = None) -> Tensor:
+    """Mean number of features above 0 per position that is not excluded.
+
+    h: (B, T, d_sae); segments: (B, T) or None
+    out: scalar float32
+    """
+    active = (h > 0).sum(-1, dtype=torch.float32)  # [B, T]
+    if segments is None:
+        return active.mean()
+    kept = segments >= 0
+    return (active * kept).sum() / kept.sum().clamp(min=1)
+
+
+def initial_threshold(pre: Tensor, bias: Tensor | None, k: int, segments: Tensor | None = None) -> Tensor:
+    """Where a steered threshold starts: k features a token on average without hysteresis, and at least 0."""
+    return batch_topk_threshold(pre, bias, k, segments).float().clamp(min=0.0)
+
+
+class ThresholdController:
+    """Steers one threshold so that the mean L0 meets a target.
+
+    ``theta <- theta * exp(gain * clip(L0 / target - 1, -1, 1))`` after every step. What is frozen for inference
+    is the exponential mean of log theta, which does not carry the last batch's noise.
+
+    Args:
+        target: wanted mean number of active features per token.
+        gain: step size on log theta.
+        decay: of the exponential mean.
+    """
+
+    def __init__(self, target: float, gain: float = 0.3, decay: float = 0.95) -> None:
+        self.target, self.gain, self.decay = target, gain, decay
+        self.theta = torch.zeros(())
+        self.log_mean = torch.zeros(())
+
+    @property
+    def started(self) -> bool:
+        """Whether `start` or `load_state_dict` has set the threshold."""
+        return bool(self.theta > 0)
+
+    def start(self, theta: Tensor) -> None:
+        """Set the threshold, a positive scalar tensor."""
+        self.theta = theta.detach().float().clamp(min=1e-6).clone()
+        self.log_mean = self.theta.log()
+
+    def update(self, l0: Tensor) -> Tensor:
+        """One step of control; ``l0`` and the returned threshold are scalars. No device synchronisation."""
+        error = (l0.float() / self.target - 1.0).clamp(-1.0, 1.0)
+        self.theta = self.theta * torch.exp(self.gain * error)
+        self.log_mean = self.decay * self.log_mean + (1.0 - self.decay) * self.theta.log()
+        return self.theta
+
+    @property
+    def frozen(self) -> Tensor:
+        """The threshold for inference, a scalar."""
+        return self.log_mean.exp()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything `load_state_dict` needs to go on."""
+        return {"theta": self.theta, "log_mean": self.log_mean}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.theta, self.log_mean = state["theta"], state["log_mean"]

@@ -1,0 +1,194 @@
+"""The sparse autoencoder: parameters, encode, decode, and folding of the input normalization."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tsae.config import SAEConfig
+from tsae.errors import UserError
+from tsae.sae.activations import batch_topk_threshold, topk_threshold
+from tsae_kernels import TemporalStats, activate_with_stats
+
+__all__ = ["SparseAutoencoder"]
+
+NO_BANDS = ((1, 1),)  # the cheapest statistics, for callers that want the features alone
+THRESHOLD_MOMENTUM = 0.05  # of batchtopk's running threshold
+THRESHOLDED = ("batchtopk", "jumprelu", "schmitt")
+
+
+class SparseAutoencoder(nn.Module):
+    """A sparse autoencoder over sequences.
+
+    ``h = activation((x - b_dec) / s W_enc + b_enc)`` and ``xhat = s (h W_dec) + b_dec``, with the input scale
+    ``s`` 1 except where folding cannot absorb it (`folded`).
+
+    Parameters: ``W_enc`` (d_in, d_sae), ``b_enc`` (d_sae), ``W_dec`` (d_sae, d_in), ``b_dec`` (d_in), float32.
+    Buffers: ``threshold`` and ``release`` (d_sae), in the units of the pre-activation: the switch-on and release
+    thresholds of `schmitt`, the frozen threshold of `batchtopk` and `jumprelu`; 0 and unused otherwise.
+
+    A batchtopk autoencoder takes its threshold from the batch in ``train()`` mode and from ``threshold`` in
+    ``eval()`` mode.
+
+    Args:
+        cfg: the architecture; ``cfg.d_in`` must be positive.
+        generator: source of the initial weights.
+
+    Raises:
+        UserError: where ``cfg`` makes no sense.
+    """
+
+    def __init__(self, cfg: SAEConfig, *, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        cfg.check()
+        if cfg.d_in < 1:
+            raise UserError(f"sae.d_in is {cfg.d_in}; a model needs the width of its input.")
+        self.cfg = dataclasses.replace(cfg)
+        shape = (cfg.d_sae, cfg.d_in)
+        if cfg.init == "xavier":
+            W_dec = nn.init.xavier_uniform_(torch.empty(shape), generator=generator)
+            W_enc = nn.init.xavier_uniform_(torch.empty(shape), generator=generator).T
+        else:
+            W_dec = functional.normalize(torch.randn(shape, generator=generator), dim=1)
+            W_enc = W_dec.T
+        if cfg.unit_norm_decoder:
+            W_dec = functional.normalize(W_dec, dim=1)
+        self.W_enc = nn.Parameter(W_enc.clone(memory_format=torch.contiguous_format))  # [d_in, d_sae]
+        self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae))
+        self.W_dec = nn.Parameter(W_dec)  # [d_sae, d_in]
+        self.b_dec = nn.Parameter(torch.zeros(cfg.d_in))
+        self.threshold: Tensor
+        self.release: Tensor
+        self.register_buffer("threshold", torch.zeros(cfg.d_sae))
+        self.register_buffer("release", torch.zeros(cfg.d_sae))
+
+    def pre_activation(self, x: Tensor) -> Tensor:
+        """``(x - b_dec) / s W_enc``, without ``b_enc``.
+
+        x: (..., d_in)
+        out: (..., d_sae), in the autocast dtype where autocast is on
+        """
+        if self.cfg.apply_b_dec_to_input:
+            x = x - self.b_dec
+        if self.cfg.input_scale != 1.0:
+            x = x / self.cfg.input_scale
+        return x @ self.W_enc
+
+    def activate(
+        self,
+        pre: Tensor,
+        bands: tuple[tuple[int, int], ...] = NO_BANDS,
+        segments: Tensor | None = None,
+        *,
+        backend: str | None = None,
+    ) -> tuple[Tensor, TemporalStats]:
+        """Bias, nonlinearity and temporal statistics in one pass.
+
+        pre: (B, T, d_sae), from `pre_activation`
+        segments: (B, T) integers or None; negative ids are excluded from statistics and batch thresholds
+        out: features (B, T, d_sae) and their `TemporalStats` over ``bands``
+        """
+        cfg = self.cfg
+        bias: Tensor | None = self.b_enc
+        if cfg.layer_norm == "pre":
+            pre, bias = functional.layer_norm(pre + self.b_enc, (cfg.d_sae,)), None
+        threshold: Tensor | None = None
+        release: Tensor | None = None
+        if cfg.activation == "topk":
+            threshold = topk_threshold(pre, bias, cfg.k)  # [B, T, 1]
+        elif cfg.activation == "batchtopk" and self.training:
+            threshold = batch_topk_threshold(pre, bias, cfg.k, segments)
+            self._track(threshold)
+        elif cfg.activation in THRESHOLDED:
+            threshold = self.threshold
+            release = self.release if cfg.activation == "schmitt" else None
+        kind = "gelu" if cfg.activation == "gelu" else "relu"
+        if cfg.layer_norm == "post":
+            h, _ = activate_with_stats(pre, bias, kind, threshold, release, NO_BANDS, segments, backend=backend)
+            h = functional.layer_norm(h, (cfg.d_sae,))
+            return activate_with_stats(h, None, "identity", None, None, bands, segments, backend=backend)
+        return activate_with_stats(pre, bias, kind, threshold, release, bands, segments, backend=backend)
+
+    @torch.no_grad()
+    def _track(self, threshold: Tensor) -> None:
+        """Running mean of the batch's threshold, for inference, as BatchNorm keeps its mean."""
+        threshold = threshold.float().clamp(min=0.0)
+        moved = torch.lerp(self.threshold, threshold.expand_as(self.threshold), THRESHOLD_MOMENTUM)
+        self.threshold.copy_(torch.where(self.threshold == 0, threshold, moved))
+
+    def encode(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        """Features of activations; the last dimension but one is the sequence (hysteresis runs along it).
+
+        x: (..., d_in)
+        segments: (..., T) integers or None
+        out: (..., d_sae)
+        """
+        if x.shape[-1] != self.cfg.d_in:
+            raise UserError(f"The input's last dimension is {x.shape[-1]}; this autoencoder takes {self.cfg.d_in}.")
+        lead = x.shape[:-1]
+        tokens = lead[-1] if lead else 1
+        pre = self.pre_activation(x).reshape(-1, tokens, self.cfg.d_sae)
+        h, _ = self.activate(pre, segments=None if segments is None else segments.reshape(-1, tokens))
+        return h.reshape(*lead, self.cfg.d_sae)
+
+    def decode(self, h: Tensor) -> Tensor:
+        """Reconstruction from features.
+
+        h: (..., d_sae)
+        out: (..., d_in)
+        """
+        out = h @ self.W_dec
+        if self.cfg.input_scale != 1.0:
+            out = out * self.cfg.input_scale
+        return out + self.b_dec
+
+    def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        """``decode(encode(x))``; x and out: (..., d_in)."""
+        return self.decode(self.encode(x, segments))
+
+    @torch.no_grad()
+    def folded(self, mean: Tensor, scale: float) -> SparseAutoencoder:
+        """This autoencoder, trained on ``(x - mean) / scale``, as one that works on raw ``x``.
+
+        The mean goes into ``b_dec``, subtracted from the input first, which keeps float32 exact enough where
+        the mean is thousands of times the spread. The scale goes into the biases and thresholds where the
+        nonlinearity is homogeneous, so that features come out in the activations' units; for gelu and layer
+        normalization it stays in ``cfg.input_scale``.
+
+        mean: (d_in), float
+        scale: positive, in the units of ``x``
+        """
+        mean = mean.to(self.b_dec)
+        cfg = dataclasses.replace(self.cfg, apply_b_dec_to_input=True)
+        homogeneous = cfg.activation != "gelu" and cfg.layer_norm == "none"
+        b_enc = self.b_enc.clone()
+        if not self.cfg.apply_b_dec_to_input:
+            b_enc += self.b_dec @ self.W_enc
+        if not homogeneous:
+            cfg.input_scale = self.cfg.input_scale * scale
+        out = SparseAutoencoder(cfg).to(self.b_dec.device)
+        gain = scale if homogeneous else 1.0
+        out.W_enc.copy_(self.W_enc)
+        out.W_dec.copy_(self.W_dec)
+        out.b_enc.copy_(b_enc * gain)
+        out.b_dec.copy_(self.b_dec * scale + mean)
+        out.threshold.copy_(self.threshold * gain)
+        out.release.copy_(self.release * gain)
+        return out.train(self.training)
+
+    def save(self, directory: str | Path, **metadata: object) -> None:
+        """Write SAELens's directory format, see `tsae.sae.saving.save`."""
+        from tsae.sae.saving import save
+
+        save(self, Path(directory), metadata)
+
+    @classmethod
+    def load(cls, directory: str | Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
+        """Read a directory written by `save`, in ``eval()`` mode, see `tsae.sae.saving.load`."""
+        from tsae.sae.saving import load
+
+        return load(Path(directory), device)

@@ -1,0 +1,139 @@
+"""An autoencoder on disk: SAELens's directory of `cfg.json` and `sae_weights.safetensors`.
+
+relu is saved as SAELens's `standard`, topk as `topk`, batchtopk and jumprelu as `jumprelu`. SAELens has no form
+for `gelu`, `schmitt` and layer normalization: they carry an architecture name of their own, so that a reader
+who does not know them refuses instead of computing something else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from tsae.config import SAEConfig, from_dict, load_json
+from tsae.errors import UserError
+
+if TYPE_CHECKING:
+    from tsae.sae.model import SparseAutoencoder
+
+__all__ = ["load", "save", "write_json"]
+
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+ARCHITECTURE = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu"}
+SAELENS_VERSION = "6.54.0"  # the format written; a version below 6 is read through a legacy path there
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON to `path` atomically: a reader sees the old file or the whole new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(values, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def architecture(cfg: SAEConfig) -> str:
+    """The `architecture` of `cfg.json`: SAELens's name where it has the form, else a name of our own."""
+    if cfg.layer_norm != "none":
+        return f"tsae_{cfg.activation}_layer_norm_{cfg.layer_norm}"
+    return ARCHITECTURE.get(cfg.activation, f"tsae_{cfg.activation}")
+
+
+def save(sae: SparseAutoencoder, directory: Path, metadata: dict[str, object]) -> None:
+    """Write ``sae`` to ``directory``, each file atomically.
+
+    ``metadata`` goes into `cfg.json`'s `metadata`: `model_name`, `hook_name`, `context_size`, `prepend_bos`,
+    `dataset_path` are the names SAELens reads.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    cfg = sae.cfg
+    values: dict[str, Any] = {
+        "architecture": architecture(cfg),
+        "d_in": cfg.d_in,
+        "d_sae": cfg.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": cfg.apply_b_dec_to_input,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "sae_lens_version": SAELENS_VERSION,
+            "sae_lens_training_version": None,
+            **metadata,
+            "tsae": dataclasses.asdict(cfg),
+        },
+    }
+    if values["architecture"] == "topk":
+        values |= {"k": cfg.k, "rescale_acts_by_decoder_norm": False}
+    state = sae.state_dict()
+    if cfg.activation not in ("batchtopk", "jumprelu", "schmitt"):
+        del state["threshold"]
+    if cfg.activation != "schmitt":
+        del state["release"]
+    weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
+    temporary = directory / (WEIGHTS + ".tmp")
+    save_file(weights, temporary)
+    os.replace(temporary, directory / WEIGHTS)
+    write_json(directory / CONFIG, values)
+
+
+def load(directory: Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
+    """Read an autoencoder written by `save` or by SAELens (standard, topk, jumprelu), in ``eval()`` mode.
+
+    Raises:
+        UserError: a file is missing or broken, the architecture is not known, or a tensor has the wrong shape.
+    """
+    from tsae.sae.model import SparseAutoencoder
+
+    for name in (CONFIG, WEIGHTS):
+        if not (directory / name).is_file():
+            raise UserError(f"{directory} holds no autoencoder: it has no {name}; name a run's sae/ directory.")
+    cfg = _config(load_json(directory / CONFIG), directory)
+    try:
+        weights = load_file(directory / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{directory / WEIGHTS} cannot be read ({error}); the file is damaged.") from None
+    sae = SparseAutoencoder(cfg)
+    expected = sae.state_dict()
+    optional = {"threshold", "release"}
+    for name, tensor in expected.items():
+        if name not in weights:
+            if name in optional and not (name == "threshold" and cfg.activation in ("jumprelu", "schmitt")):
+                continue
+            raise UserError(f"{directory / WEIGHTS} has no tensor {name}; it has {sorted(weights)}.")
+        if weights[name].shape != tensor.shape:
+            raise UserError(
+                f"{directory / WEIGHTS}: {name} is {tuple(weights[name].shape)}; cfg.json asks for {tuple(tensor.shape)}."
+            )
+    sae.load_state_dict({name: weights.get(name, tensor).float() for name, tensor in expected.items()})
+    return sae.to(device).eval()
+
+
+def _config(values: dict[str, Any], directory: Path) -> SAEConfig:
+    own = (values.get("metadata") or {}).get("tsae")
+    if own is not None:
+        return from_dict(SAEConfig, own)
+    kinds = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}
+    kind = values.get("architecture")
+    if kind not in kinds:
+        raise UserError(f"{directory / CONFIG} is of architecture {kind!r}; this version reads {sorted(kinds)}.")
+    for name in ("d_in", "d_sae"):
+        if not isinstance(values.get(name), int):
+            raise UserError(f"{directory / CONFIG} has {name} = {values.get(name)!r}; it must be a whole number.")
+    return SAEConfig(
+        d_in=values["d_in"],
+        d_sae=values["d_sae"],
+        activation=kinds[kind],  # type: ignore[arg-type]
+        k=values.get("k", min(32, values["d_sae"])),
+        unit_norm_decoder=False,
+        apply_b_dec_to_input=bool(values.get("apply_b_dec_to_input", True)),
+    )

@@ -1,0 +1,80 @@
+"""Running per-feature statistics over training: the temporal buffer, dead features, lag-1 correlation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tsae_kernels import TemporalStats, temporal_stats
+
+__all__ = ["DeadFeatures", "TemporalBuffer", "lag1_correlation"]
+
+
+class TemporalBuffer:
+    """The running estimate behind ``var_j`` (TSAE section 4.3, "temporal buffers").
+
+    The paper leaves it open; our reading: it starts as the variance of 128 draws of N(0, std^2) for each feature,
+    so at the 0.01 threshold for std 0.1, and moves by ``v <- (1 - m) v + m batch_var``.
+
+    ``variance``: (d_sae), float32.
+    """
+
+    def __init__(self, d_sae: int, std: float = 0.1, *, generator: torch.Generator | None = None) -> None:
+        self.variance = (torch.randn(128, d_sae, generator=generator) * std).var(0, correction=0)
+
+    def update(self, batch_variance: Tensor, mixing: float) -> None:
+        """Mix in ``batch_variance`` (d_sae) with weight ``mixing``."""
+        self.variance = torch.lerp(self.variance.to(batch_variance.device), batch_variance, mixing)
+
+
+class DeadFeatures:
+    """Counts the tokens since each feature last fired.
+
+    ``silent``: (d_sae), int64.
+    """
+
+    def __init__(self, d_sae: int) -> None:
+        self.silent = torch.zeros(d_sae, dtype=torch.int64)
+
+    def update(self, stats: TemporalStats, tokens: int | Tensor) -> None:
+        """A feature fired if its squares do not sum to 0 in the batch of ``tokens`` positions."""
+        fired = (stats.square.detach() > 0).any(0)
+        self.silent = torch.where(fired, 0, self.silent.to(fired.device) + tokens)
+
+    def indices(self, after_tokens: int) -> Tensor:
+        """Indices of the features silent for more than ``after_tokens`` tokens, (n) int64."""
+        return (self.silent > after_tokens).nonzero().squeeze(1)
+
+
+@torch.no_grad()
+def lag1_correlation(h: Tensor, segments: Tensor | None = None) -> Tensor:
+    """Correlation of each feature with itself one token later (TC-SAE section 4, "feature correlation tracking").
+
+    From the statistics of band (1, 1): ``2 sum f_t f_{t+1} = sum (f_t^2 + f_{t+1}^2) - D_1`` over pairs inside a
+    segment, centred by the mean and divided by the variance over all positions that count.
+
+    h: (B, T, d_sae); segments: (B, T) or None
+    out: (d_sae), float32; 0 where a feature does not vary or there is no pair
+    """
+    D1, total, square = (s.double().sum(0) for s in temporal_stats(h.detach(), ((1, 1),), segments))
+    batch, tokens, _ = h.shape
+    if segments is None:
+        segments = h.new_zeros(batch, tokens, dtype=torch.int32)
+    kept = segments >= 0
+    joined = (segments[:, 1:] == segments[:, :-1]) & kept[:, 1:]  # [B, T-1]
+    pairs, n = int(joined.sum()), int(kept.sum())
+    if pairs == 0:
+        return h.new_zeros(h.shape[-1], dtype=torch.float32)
+    # Every position counts twice in sum (f_t^2 + f_{t+1}^2), but those at an end of a segment lack a neighbour.
+    missing = torch.full((batch, tokens), 2, device=h.device)
+    missing[:, 1:] -= joined.int()
+    missing[:, :-1] -= joined.int()
+    edge = missing * kept  # [B, T]
+    rows = edge > 0
+    ends, weight = h.detach()[rows].double(), edge[rows].double()[:, None]  # [edges, d_sae]
+    products = 0.5 * (2.0 * square - (weight * ends.square()).sum(0) - D1[0])
+    sums = 2.0 * total - (weight * ends).sum(0)  # of f_t + f_{t+1} over pairs
+    mean = total / n
+    variance = square / n - mean.square()
+    covariance = (products - mean * sums) / pairs + mean.square()
+    return torch.where(variance > 1e-12 * (square / n), covariance / variance.clamp(min=1e-300), 0.0).float()

@@ -1,0 +1,200 @@
+"""One autoencoder in training: a step, and the state that a checkpoint holds.
+
+The trainer knows no formula: losses are in `tsae.sae.objectives`, schedules in `tsae.sae.schedules`, thresholds
+in `tsae.sae.activations`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tsae.config import TrainConfig
+from tsae.data.harvest import Harvest
+from tsae.errors import UserError
+from tsae.sae.activations import ThresholdController, initial_threshold, mean_l0
+from tsae.sae.model import SparseAutoencoder
+from tsae.sae.normalization import InputNormalizer
+from tsae.sae.objectives import LossTerms, auxk_loss, bands_for, objective
+from tsae.sae.optimization import add_gradient_noise, build_optimizer, project_decoder_gradient, renormalize_decoder
+from tsae.sae.schedules import buffer_mixing, learning_rate, noise_std
+from tsae.sae.temporal_buffer import DeadFeatures, TemporalBuffer, lag1_correlation
+from tsae_kernels import count_positions, within_sequence_variance
+
+__all__ = ["DivergedError", "Trainer"]
+
+
+class DivergedError(UserError):
+    """A loss term is not finite."""
+
+
+class Trainer:
+    """Trains one `SparseAutoencoder` on batches of activations.
+
+    Args:
+        cfg: the run's configuration, with ``cfg.sae.d_in`` set.
+        normalizer: input centring and scaling.
+        device: where the autoencoder lives.
+        autocast: whether matrix products run in bfloat16.
+    """
+
+    def __init__(self, cfg: TrainConfig, normalizer: InputNormalizer, device: torch.device, *, autocast: bool) -> None:
+        if cfg.sae.activation == "jumprelu":
+            raise UserError("sae.activation 'jumprelu' is for loaded autoencoders; train 'batchtopk' or 'schmitt'.")
+        generator = torch.Generator().manual_seed(cfg.seed)
+        self.cfg, self.device, self.autocast = cfg, device, autocast
+        self.sae = SparseAutoencoder(cfg.sae, generator=generator).to(device).train()
+        self.normalizer = InputNormalizer(normalizer.mean.to(device), normalizer.scale)
+        self.optimizer = build_optimizer(self.sae, cfg.optimizer)
+        self.controller = ThresholdController(cfg.sae.k)
+        self.temporal_buffer = TemporalBuffer(cfg.sae.d_sae, cfg.objective.buffer_std, generator=generator)
+        self.temporal_buffer.variance = self.temporal_buffer.variance.to(device)
+        self.dead = DeadFeatures(cfg.sae.d_sae)
+        self.dead.silent = self.dead.silent.to(device)
+        self.noise_generator = torch.Generator().manual_seed(cfg.seed + 1)
+        self.correlation = torch.zeros(cfg.sae.d_sae, device=device)  # running lag-1 correlation of each feature
+        self.step = 0
+        self.tokens = 0
+
+    def train_step(self, batch: Harvest, *, log: bool = False) -> dict[str, float]:
+        """One optimizer step on raw activations; with ``log``, the measurements of `metrics.jsonl`, else nothing.
+
+        batch: x (B, T, d_in) and segments (B, T), on any device
+
+        Raises:
+            DivergedError: a term of the loss is NaN or infinite; the weights are as before the step. (On a GPU this is
+                looked at on steps with ``log`` only.)
+        """
+        cfg, sae, step = self.cfg, self.sae, self.step
+        segments = batch.segments.to(self.device, non_blocking=True)
+        x = self.normalizer(batch.x.to(self.device, non_blocking=True))
+        dead = self.dead.indices(cfg.objective.dead_after_tokens) if cfg.objective.aux_weight > 0 else None
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            pre = sae.pre_activation(x)
+            self._set_threshold(pre, segments)
+            h, stats = sae.activate(pre, bands_for(cfg.objective), segments)
+            xhat = sae.decode(h)
+            auxiliary = self._auxiliary(x - xhat, pre, dead, segments)
+        variance = self._variance(stats, segments, step)
+        terms = objective(
+            x, xhat, h, stats, step, cfg.objective, segments=segments, variance=variance, auxiliary=auxiliary
+        )
+        if log or self.device.type == "cpu":
+            self._check_finite(terms)
+        self.optimizer.zero_grad(set_to_none=True)
+        terms.total.backward()
+        norm = self._prepare_gradients(step)
+        self.optimizer.step()
+        if cfg.sae.unit_norm_decoder:
+            renormalize_decoder(sae)
+        l0 = mean_l0(h.detach(), segments)
+        if cfg.sae.activation == "schmitt":
+            self.controller.update(l0)
+        tokens = int((batch.segments >= 0).sum())
+        self.dead.update(stats, tokens)
+        self.step, self.tokens = step + 1, self.tokens + tokens
+        return self._measurements(terms, x, h.detach(), segments, l0, norm) if log else {}
+
+    def _set_threshold(self, pre: Tensor, segments: Tensor) -> None:
+        if self.cfg.sae.activation != "schmitt":
+            return
+        if self.step == 0 and not self.controller.started:
+            self.controller.start(initial_threshold(pre, self.sae.b_enc, self.cfg.sae.k, segments))
+        self.sae.threshold.fill_(self.controller.theta)
+        self.sae.release.copy_(self.sae.threshold * self.cfg.sae.release_ratio)
+
+    def _auxiliary(self, residual: Tensor, pre: Tensor, dead: Tensor | None, segments: Tensor) -> Tensor | None:
+        if dead is None or dead.numel() == 0:
+            return None
+        dead_pre = pre[..., dead] + self.sae.b_enc[dead]
+        k = self.cfg.objective.aux_k or max(1, self.cfg.sae.d_in // 2)
+        return auxk_loss(residual, dead_pre, self.sae.W_dec[dead], k, segments)
+
+    def _variance(self, stats: Any, segments: Tensor, step: int) -> Tensor:
+        """The temporal buffer after this batch."""
+        if self.cfg.objective.temporal == "multiscale" and self.cfg.objective.adaptive:
+            batch_variance = within_sequence_variance(stats, count_positions(segments))
+            self.temporal_buffer.update(batch_variance, buffer_mixing(step, self.cfg.objective))
+        return self.temporal_buffer.variance
+
+    def _check_finite(self, terms: LossTerms) -> None:
+        # The parts before their sum, so that the message names the one that broke.
+        for name, value in reversed(list(terms._asdict().items())):
+            if not torch.isfinite(value):
+                raise DivergedError(f"step {self.step + 1}: the {name} term of the loss is {value.item()}")
+
+    def _prepare_gradients(self, step: int) -> Tensor:
+        """Noise, projection, clipping, learning rate; returns the gradient's norm before clipping."""
+        cfg = self.cfg.optimizer
+        parameters = list(self.sae.parameters())
+        std = noise_std(step, cfg)
+        if std > 0:
+            add_gradient_noise(parameters, std, self.noise_generator)
+        if self.cfg.sae.unit_norm_decoder:
+            project_decoder_gradient(self.sae)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip_norm if cfg.clip_norm > 0 else float("inf"))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.cfg.steps, cfg)
+        return norm
+
+    @torch.no_grad()
+    def _measurements(
+        self, terms: LossTerms, x: Tensor, h: Tensor, segments: Tensor, l0: Tensor, norm: Tensor
+    ) -> dict[str, float]:
+        kept = x[segments >= 0]  # [n, d_in]
+        spread = (kept - kept.mean(0)).square().sum(-1).mean()
+        self.correlation = lag1_correlation(h, segments)
+        alive = self.correlation[h.flatten(0, 1).amax(0) > 0]
+        quantiles = alive.quantile(torch.tensor([0.1, 0.5, 0.9], device=h.device)) if alive.numel() else torch.zeros(3)
+        out = {"step": self.step, "tokens": self.tokens, "loss": terms.total.item()}
+        out |= {name: getattr(terms, name).item() for name in LossTerms._fields[1:]}
+        out |= {
+            "explained_variance": 1.0 - terms.reconstruction.item() / max(spread.item(), 1e-12),
+            "l0": l0.item(),
+            "dead": int(self.dead.indices(self.cfg.objective.dead_after_tokens).numel()),
+            "gradient_norm": norm.item(),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "lag1_correlation": alive.mean().item() if alive.numel() else 0.0,
+        }
+        out |= {f"lag1_correlation_p{p}": q.item() for p, q in zip((10, 50, 90), quantiles, strict=True)}
+        if self.cfg.sae.activation in ("schmitt", "batchtopk"):
+            out["threshold"] = self.sae.threshold[0].item()
+        return out
+
+    @torch.no_grad()
+    def finished(self) -> SparseAutoencoder:
+        """The autoencoder for inference on raw activations: threshold frozen, normalization folded in."""
+        if self.cfg.sae.activation == "schmitt" and self.controller.started:
+            self.sae.threshold.fill_(self.controller.frozen)
+            self.sae.release.copy_(self.sae.threshold * self.cfg.sae.release_ratio)
+        return self.sae.folded(self.normalizer.mean, self.normalizer.scale).eval()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values that `load_state_dict` goes on from, bit for bit."""
+        return {
+            "sae": self.sae.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "controller": self.controller.state_dict(),
+            "temporal_buffer": self.temporal_buffer.variance,
+            "silent": self.dead.silent,
+            "correlation": self.correlation,
+            "noise_generator": self.noise_generator.get_state(),
+            "normalizer": {"mean": self.normalizer.mean, "scale": self.normalizer.scale},
+            "steps": self.step,
+            "tokens": self.tokens,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.sae.load_state_dict(state["sae"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.controller.load_state_dict({k: v.to(self.device) for k, v in state["controller"].items()})
+        self.temporal_buffer.variance = state["temporal_buffer"].to(self.device)
+        self.dead.silent = state["silent"].to(self.device)
+        self.correlation = state["correlation"].to(self.device)
+        self.noise_generator.set_state(state["noise_generator"])
+        normalizer = state["normalizer"]
+        self.normalizer = InputNormalizer(normalizer["mean"].to(self.device), normalizer["scale"])
+        self.step, self.tokens = state["steps"], state["tokens"]
