@@ -94,8 +94,9 @@ def evaluate(
     negative segment keep their own activation in every run, for the autoencoder never sees them; all others
     are replaced by the reconstruction, by zeros, or by the mean. SAEBench 0.6.0 leaves special tokens out of
     the reconstruction on request, yet its zero ablation does put BOS to zero, which in a model without biases
-    makes the prediction uniform. Keeping BOS leaves the attention sink in place, so the zero ablation can
-    come out *worse* than uniform and flatter `ce_loss_score`: read `ce_loss_score_mean_ablation` beside it.
+    makes every prediction uniform (Gemma-3-270m: ln 262,144 = 12.5 nats). With BOS in place the zero ablation
+    is *worse* than uniform there (20.5 nats after layer 9), so `ce_loss_score` comes out higher than
+    SAEBench's; `ce_loss_score_mean_ablation` (7.3 nats with BOS, 7.5 without) does not depend on the choice.
 
     Raises UserError if there is no token to evaluate or a metric is not finite.
     """

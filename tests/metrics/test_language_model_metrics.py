@@ -59,9 +59,9 @@ def fed(samples) -> LanguageModelMetrics:
     return metrics
 
 
-@pytest.mark.parametrize("chunk", [2, 32])
-def test_equals_the_definition(monkeypatch, chunk):
-    monkeypatch.setattr(module, "CHUNK_POSITIONS", chunk)
+@pytest.mark.parametrize("logits_at_once", [1, 25, 1 << 20])
+def test_equals_the_definition(monkeypatch, logits_at_once):
+    monkeypatch.setitem(module.CHUNK_LOGITS, "cpu", logits_at_once)
     samples = [sample(seed) for seed in range(3)]
     assert fed(samples).compute() == pytest.approx(slow_metrics(samples), rel=1e-5)
 

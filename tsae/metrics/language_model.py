@@ -9,8 +9,9 @@ from tsae.metrics.accumulator import Accumulator, pair_mask, ratio
 
 __all__ = ["LanguageModelMetrics"]
 
-# Positions whose logits are in float32 at once: 34 MB a copy for a vocabulary of 262,144.
-CHUNK_POSITIONS = 32
+# Logits in float32 at once: on a CPU few, as the passes over them are 3 times faster from its cache.
+CHUNK_LOGITS = {"cpu": 1 << 20}
+CHUNK_LOGITS_ELSEWHERE = 1 << 25
 
 
 class LanguageModelMetrics(Accumulator):
@@ -50,14 +51,16 @@ class LanguageModelMetrics(Accumulator):
         targets = tokens.to(logits.device)[row, position + 2]
         loss = torch.zeros((), dtype=torch.float64, device=logits.device)
         divergence = torch.zeros_like(loss)
-        for at in range(0, len(row), CHUNK_POSITIONS):
-            chunk = slice(at, at + CHUNK_POSITIONS)
+        size = max(1, CHUNK_LOGITS.get(logits.device.type, CHUNK_LOGITS_ELSEWHERE) // logits.shape[-1])
+        for at in range(0, len(row), size):
+            chunk = slice(at, at + size)
             where = row[chunk], position[chunk] + 1
             log_p = logits[where].float().log_softmax(dim=-1)  # [chunk, V]
             loss -= log_p.gather(1, targets[chunk, None]).sum(dtype=torch.float64)
             if untouched is not None:
                 log_q = untouched[where].float().log_softmax(dim=-1)
-                divergence += (log_q.exp() * log_p.neg_().add_(log_q)).sum(dim=-1).sum(dtype=torch.float64)
+                difference = log_p.neg_().add_(log_q)
+                divergence += torch.linalg.vecdot(log_q.exp_(), difference).sum(dtype=torch.float64)
         self._add(f"{run}/tokens", float(len(row)))
         self._add(f"{run}/loss", loss)
         self._add(f"{run}/divergence", divergence)
