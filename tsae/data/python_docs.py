@@ -24,7 +24,7 @@ _LEFT_OUT = {
     "pydoc_data",  # read as documentation, not as source
 }
 _SOURCE_EPOCHS = (
-    4  # source is about 3.5 times the documentation: each epoch takes a quarter of it, to have as much
+    3  # there is about three times as much source as documentation, so an epoch takes a third of it
 )
 _POOL = 500  # passages among which the order is shuffled, beside the shuffled files
 _HEADED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -77,9 +77,7 @@ def documents(chosen: Sequence[Unit], rng: random.Random, epoch: int) -> Iterato
     def passages() -> Iterator[Document]:
         for unit in order:
             documentation, source = _passages(unit)
-            turn = (
-                epoch + len(unit.text)
-            ) % _SOURCE_EPOCHS  # so that short modules do not all begin with epoch 0
+            turn = (epoch + len(unit.text)) % _SOURCE_EPOCHS  # else every short module came in epoch 0
             yield from documentation
             yield from source[turn::_SOURCE_EPOCHS]
 

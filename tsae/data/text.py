@@ -67,7 +67,7 @@ def open_text(
         return python_docs.documents([unit for unit in units if split.keeps(unit.text)], rng, epoch)
 
     path = Path(source).expanduser()
-    if path.exists():
+    if source and path.exists():
         if config.subset is not None:
             raise UserError(
                 f"subset {config.subset!r} applies to hub datasets only, but {source!r} is a local path"

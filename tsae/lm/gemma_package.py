@@ -1,7 +1,7 @@
 """The demo model: Gemma 3 270M as Python packages carry it, converted once to a folder for transformers.
 
 The packages hold a quantized GGUF file in parts. It is converted here rather than by transformers, which
-takes minutes and whose way of doing it differs from version to version; this one model is all that is supported.
+takes minutes and whose way of doing it differs from version to version; only this model is supported.
 """
 
 from __future__ import annotations

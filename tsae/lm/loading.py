@@ -116,10 +116,10 @@ def load_language_model(
     path = Path(name).expanduser()
     if name == gemma_package.NAME:
         source = str(gemma_package.model_folder())
-    elif path.is_dir():
+    elif name and path.is_dir():
         _check_folder(path)
         source = str(path)
-    elif path.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+    elif not name or path.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise UserError(
             f"no model at {name!r}: expected a folder with a model in it, or the id of a hub model"
         )
@@ -139,10 +139,8 @@ def _load(
     options = {"local_files_only": local_only, "revision": revision or "main"}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation="sdpa", **options
-        )
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    except Exception as error:  # damaged files make each of the libraries below raise something of its own
         if hub and local_only:
             raise UserError(
                 f"cannot load the model {source!r}: the Hugging Face hub cannot be reached and the model is "
@@ -165,7 +163,7 @@ def _check_folder(folder: Path) -> None:
         missing.append("a tokenizer (tokenizer.json)")
     if missing:
         raise UserError(
-            f"the model folder {str(folder)!r} has no {' and no '.join(missing)}: "
+            f"the model folder {str(folder)!r} lacks {' and '.join(missing)}: "
             "expected what save_pretrained writes for a model and its tokenizer"
         )
 

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_tokenizer, sample_text
+
+from tsae.data.passages import Document
+from tsae.data.sequences import SequenceStream, TokenBatch
+from tsae.errors import UserError
+
+T = 16
+
+
+def documents(epoch: int) -> Iterator[Document]:
+    """150 documents of 1 to 60 words, others in every epoch."""
+    for i in range(150):
+        yield Document(f"{epoch}.{i}", sample_text(1 + 37 * i % 60, seed=1000 * epoch + i))
+
+
+def fixed(*texts: str) -> Any:
+    return lambda epoch: iter([Document(str(i), text) for i, text in enumerate(texts)])
+
+
+def ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def batches(stream: SequenceStream, sizes: list[int]) -> list[TokenBatch]:
+    return [stream.next_batch(n) for n in sizes]
+
+
+def same(a: list[TokenBatch], b: list[TokenBatch]) -> bool:
+    return all(
+        torch.equal(x.tokens, y.tokens) and torch.equal(x.segments, y.segments)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def test_shapes_dtypes_and_prefix(tokenizer: Any) -> None:
+    batch = SequenceStream(documents, tokenizer, T).next_batch(5)
+    assert batch.tokens.shape == (5, T + 1)
+    assert batch.tokens.dtype == torch.int64
+    assert batch.segments.shape == (5, T)
+    assert batch.segments.dtype == torch.int32
+    assert (batch.tokens[:, 0] == tokenizer.bos_token_id).all()
+
+
+def test_tokens_and_segments_against_plain_packing(tokenizer: Any) -> None:
+    flat, owner = [], []
+    for i, document in enumerate(documents(0)):
+        tokens = ids(tokenizer, document.text)
+        flat += tokens
+        owner += [i] * len(tokens)
+    rows = len(flat) // T
+    stream = SequenceStream(documents, tokenizer, T)
+    got = batches(stream, [3, 1, rows - 4])
+    tokens = torch.cat([batch.tokens for batch in got])[:, 1:]
+    segments = torch.cat([batch.segments for batch in got])
+    assert tokens.flatten().tolist() == flat[: rows * T]
+    for row in range(rows):
+        seen: list[int] = []
+        for t in range(T):
+            document = owner[row * T + t]
+            if document not in seen:
+                seen.append(document)
+            assert segments[row, t] == seen.index(document)
+    assert stream.tokens_read == rows * T
+
+
+def test_special_tokens_in_the_text_are_excluded(tokenizer: Any) -> None:
+    text = "ba<bos>be bi<eos>bo" + " du" * 30
+    batch = SequenceStream(fixed(text), tokenizer, T, repeat=False).next_batch(1)
+    special = torch.isin(batch.tokens[:, 1:], torch.tensor(tokenizer.all_special_ids))
+    assert special.sum() == 2
+    assert torch.equal(batch.segments == -1, special)
+
+
+def test_eos_is_the_prefix_without_bos() -> None:
+    tokenizer = make_tokenizer(bos=False)
+    batch = SequenceStream(documents, tokenizer, T).next_batch(2)
+    assert (batch.tokens[:, 0] == tokenizer.eos_token_id).all()
+
+
+def test_first_token_of_content_is_the_prefix_without_bos_and_eos() -> None:
+    tokenizer = make_tokenizer(bos=False, eos=False)
+    flat = [t for document in documents(0) for t in ids(tokenizer, document.text)]
+    batch = SequenceStream(documents, tokenizer, T).next_batch(3)
+    assert batch.tokens.flatten().tolist() == flat[: 3 * (T + 1)]
+    assert batch.segments.shape == (3, T)
+    assert (batch.segments[:, 0] == 0).all()
+
+
+@pytest.mark.parametrize("before", [[], [1], [3, 2], [40], [40] * 4, [41] * 8])
+def test_resumed_stream_goes_on_with_the_same_batches(tokenizer: Any, before: list[int]) -> None:
+    stream = SequenceStream(documents, tokenizer, T)
+    batches(stream, before)
+    state = json.loads(json.dumps(stream.state_dict()))
+    expected = batches(stream, [7, 1, 50, 60, 60])
+
+    resumed = SequenceStream(documents, tokenizer, T)
+    resumed.load_state_dict(state)
+    assert same(batches(resumed, [7, 1, 50, 60, 60]), expected)
+    assert resumed.tokens_read == stream.tokens_read
+    assert resumed.state_dict() == stream.state_dict()
+    assert stream.epoch == (sum(before) > 300)
+
+
+def test_resuming_does_not_tokenize_what_was_read(tokenizer: Any) -> None:
+    class Counting:
+        def __init__(self) -> None:
+            self.texts: list[str] = []
+
+        def __call__(self, texts: list[str], **options: Any) -> Any:
+            self.texts += texts
+            return tokenizer(texts, **options)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+    stream = SequenceStream(documents, tokenizer, T)
+    stream.next_batch(80)
+    resumed = SequenceStream(documents, counting := Counting(), T)
+    resumed.load_state_dict(stream.state_dict())
+    resumed.next_batch(1)
+    begun = stream.state_dict()["documents"]
+    assert begun > 10
+    assert counting.texts[0] == list(documents(0))[begun].text
+
+
+def test_epochs_follow_each_other_and_are_announced_once(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    flat = [t for epoch in range(3) for d in documents(epoch) for t in ids(tokenizer, d.text)]
+    stream = SequenceStream(documents, tokenizer, T)
+    with caplog.at_level(logging.WARNING):
+        got = batches(stream, [50] * (len(flat) // T // 50))
+    assert torch.cat([b.tokens for b in got])[:, 1:].flatten().tolist() == flat[: len(got) * 50 * T]
+    assert stream.epoch == 2
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(("extra", "rows"), [(0, 2), (T // 4 - 1, 2), (T // 4, 3), (T - 1, 3)])
+def test_end_of_the_text_without_repeat(tokenizer: Any, extra: int, rows: int) -> None:
+    tokens = ids(tokenizer, " du" * 100)
+    assert len(set(tokens)) == 1  # one token a word, so lengths are known
+    stream = SequenceStream(fixed(" du" * (2 * T + extra)), tokenizer, T, repeat=False)
+    batch = stream.next_batch(10)
+    assert batch.tokens.shape == (rows, T + 1)
+    assert (batch.segments[:2] == 0).all()
+    if rows == 3:
+        assert (batch.segments[2, :extra] == 0).all()
+        assert (batch.segments[2, extra:] == -1).all()
+        assert (batch.tokens[2, 1 + extra :] == tokenizer.pad_token_id).all()
+    assert stream.tokens_read == 2 * T + (extra if rows == 3 else 0)
+    after = stream.next_batch(10)
+    assert after.tokens.shape == (0, T + 1)
+    assert after.segments.shape == (0, T)
+
+
+@pytest.mark.parametrize("repeat", [True, False])
+def test_too_short_text_says_how_many_tokens_there_were(tokenizer: Any, repeat: bool) -> None:
+    words = 20 if repeat else 3
+    stream = SequenceStream(fixed(" du" * words), tokenizer, T, repeat=repeat)
+    with pytest.raises(UserError, match=f"has {words} tokens"):
+        stream.next_batch(2)
+
+
+def test_empty_source(tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="has 0 tokens"):
+        SequenceStream(fixed(), tokenizer, T).next_batch(1)
+
+
+def test_text_that_shrank_is_refused(tokenizer: Any) -> None:
+    stream = SequenceStream(documents, tokenizer, T)
+    stream.next_batch(80)
+    resumed = SequenceStream(fixed("ba be"), tokenizer, T)
+    resumed.load_state_dict(stream.state_dict())
+    with pytest.raises(UserError, match="text has changed"):
+        resumed.next_batch(80)
+
+
+def test_document_of_many_rows(tokenizer: Any) -> None:
+    text = sample_text(3000)
+    stream = SequenceStream(fixed(text), tokenizer, T)
+    first = stream.next_batch(2)
+    resumed = SequenceStream(fixed(text), tokenizer, T)
+    resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+    rest = resumed.next_batch(100)
+    got = torch.cat([first.tokens, rest.tokens])[:, 1:].flatten().tolist()
+    assert got == ids(tokenizer, text)[: len(got)]
+    assert (rest.segments == 0).all()
+
+
+@pytest.mark.parametrize(("length", "n"), [(0, 1), (T, 0)])
+def test_sizes_must_be_positive(tokenizer: Any, length: int, n: int) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        SequenceStream(documents, tokenizer, length).next_batch(n)

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tsae.errors import UserError
+from tsae.lm.loading import default_dtype, find_blocks, load_language_model
+
+TINY = ["tiny_gemma2", "tiny_gemma3", "tiny_neox", "tiny_llama"]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_loads_frozen_with_sizes(name: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(name)
+    lm = load_language_model(str(folder), dtype="float32")
+    assert (lm.n_layers, lm.d_model) == (4, 32)
+    assert lm.blocks is find_blocks(lm.model)
+    assert lm.prefix_id == lm.tokenizer.bos_token_id
+    assert lm.tokenizer.pad_token_id is not None
+    assert lm.name == str(folder)
+    assert not lm.model.training
+    assert not any(parameter.requires_grad for parameter in lm.model.parameters())
+    # Soft-capped attention scores are only computed by the eager implementation.
+    assert lm.model.config._attn_implementation == ("eager" if name == "tiny_gemma2" else "sdpa")
+    assert {parameter.dtype for parameter in lm.model.parameters()} == {lm.dtype} == {torch.float32}
+    assert lm.device == torch.device("cpu")
+
+
+def test_dtype_can_be_chosen(tiny_llama: Path) -> None:
+    lm = load_language_model(str(tiny_llama), dtype="bfloat16")
+    assert {parameter.dtype for parameter in lm.model.parameters()} == {lm.dtype} == {torch.bfloat16}
+    assert load_language_model(str(tiny_llama)).dtype == default_dtype("cpu")
+
+
+@pytest.mark.parametrize(
+    ("avx512_bf16", "amx", "expected"),
+    [
+        (False, False, torch.float32),
+        (True, False, torch.bfloat16),
+        (False, True, torch.bfloat16),
+    ],
+)
+def test_default_dtype_of_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, avx512_bf16: bool, amx: bool, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert default_dtype("cpu") == expected
+
+
+@pytest.mark.parametrize(("supported", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_default_dtype_of_a_gpu_asks_for_real_support(
+    monkeypatch: pytest.MonkeyPatch, supported: bool, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: supported or including_emulation
+    )
+    assert default_dtype("cuda:0") == expected
+    assert default_dtype("mps") == torch.float32
+
+
+def test_blocks_of_an_unknown_class_are_its_longest_list() -> None:
+    model = nn.Module()
+    model.heads = nn.ModuleList([nn.Linear(1, 1)])
+    model.stack = nn.ModuleList([nn.Linear(1, 1)] * 3)
+    assert find_blocks(model) is model.stack
+    with pytest.raises(UserError, match="no list of blocks"):
+        find_blocks(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("removed", "named"),
+    [
+        (["config.json"], "config.json"),
+        (["model.safetensors"], "weights"),
+        (["tokenizer.json"], "a tokenizer"),
+        (["model.safetensors", "tokenizer.json"], "weights .* and a tokenizer"),
+    ],
+)
+def test_folder_that_lacks_something(
+    tiny_llama: Path, tmp_path: Path, removed: list[str], named: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    for name in removed:
+        (folder / name).unlink()
+    with pytest.raises(UserError, match=named):
+        load_language_model(str(folder))
+
+
+def test_folder_with_damaged_files(tiny_llama: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        folder = tmp_path / name
+        shutil.copytree(tiny_llama, folder)
+        (folder / name).write_bytes(b"{")
+        with pytest.raises(UserError, match="cannot load the model") as info:
+            load_language_model(str(folder))
+        assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/model", "a/b/c", ""])
+def test_path_that_does_not_exist(name: str) -> None:
+    with pytest.raises(UserError, match="no model at"):
+        load_language_model(name)
+
+
+def test_hub_without_network_fails_at_once() -> None:
+    start = time.perf_counter()
+    with pytest.raises(UserError, match="hub") as info:
+        load_language_model("nobody-there/no-such-model")
+    assert time.perf_counter() - start < 15
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, "dtype must be auto, float32, bfloat16, float16, not 'int8'"),
+        ({"device": "abacus"}, "device 'abacus' cannot be used"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
+    ],
+)
+def test_bad_options(tiny_llama: Path, options: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_language_model(str(tiny_llama), **options)
