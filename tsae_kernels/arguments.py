@@ -10,6 +10,11 @@ ACTIVATIONS = ("relu", "gelu", "identity")
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+def dtype_of_stats(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics, and of all arithmetic, for features of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {list(value.shape)} on {value.device}"
@@ -82,8 +87,7 @@ def _level(
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if value != value:
             raise ValueError(f"{name} must be a number, got {value!r}")
-        dtype = torch.float64 if pre.dtype == torch.float64 else torch.float32
-        return torch.full((), float(value), dtype=dtype, device=pre.device)
+        return torch.full((), float(value), dtype=dtype_of_stats(pre.dtype), device=pre.device)
     wanted = " or ".join(f"{text} = {list(shape)}" for text, shape in shapes.items())
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a number or a tensor, got {_describe(value)}")

@@ -3,7 +3,8 @@
 Per band, the sum of y over a window is a difference of two rows of the running sum P of y = h - (segment
 mean); see docs/mathematics.md for the identities. On a CPU the slices stay in cache, so the walk costs less
 than one `cumsum` over [B, T, k]; nothing of size [B, T, k] is made but P (for a bounded number of rows at a
-time) and the results.
+time) and the results. Masks are 0 or 1 in the features' dtype, because PyTorch vectorises those on a CPU and
+boolean ones not (a `masked_fill` takes 20 times as long as a product).
 """
 
 from __future__ import annotations
@@ -14,97 +15,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tsae_kernels.arguments import dtype_of_stats
 from tsae_kernels.bands import Bands
-from tsae_kernels.reference import dtype_of_stats
-from tsae_kernels.segments import Runs, find_runs
+from tsae_kernels.segments import find_runs
+from tsae_kernels.windows import ChunkRuns, Windows, rows_by_time
 
 # Rows of the batch are walked together until a slice is this large: enough to hide the cost of a call.
 _SLICE_ELEMENTS = {"cpu": 2**16}
 _SLICE_ELEMENTS_ELSEWHERE = 2**22
 
 
-class _Windows:
-    """Running sums of the centred rows of one chunk, and the bounds of the windows that bands ask for."""
-
-    def __init__(self, slices: Sequence[Tensor], sums: Tensor, runs: Runs | None, dtype: torch.dtype) -> None:
-        """slices: T of [B, k]. sums: [B, k], or [B, R, k] with the sum of each of R runs. runs: [B, T]."""
-        self.slices, self.runs, self.dtype = slices, runs, dtype
-        self.T, (self.B, self.k) = len(slices), slices[0].shape
-        self.P = sums.new_empty(self.T + 1, self.B, self.k)  # P[t] = y[0] + ... + y[t-1]
-        self.P[0] = 0
-        self.rows = self.P.unbind(0)
-        if runs is None:
-            self.mean = sums / self.T
-            return
-        self.lanes = torch.arange(self.B, device=sums.device)
-        lengths = (runs.end - runs.start).clamp_min(1)
-        count = torch.ones_like(sums[..., :1]).scatter_(
-            1, runs.index[..., None], lengths[..., None].to(dtype)
-        )
-        self.run_means = (sums / count).flatten(0, 1)  # [B * R, k]
-        self.run_of = (runs.index + self.lanes[:, None] * sums.shape[1]).unbind(1)
-        self.excluded = (~runs.valid)[..., None].unbind(1)
-        self.start, self.end = runs.start.unbind(1), runs.end.unbind(1)
-
-    def centred(self, t: int) -> Tensor:
-        """y[t]: [B, k], zero at excluded positions."""
-        x = self.slices[t].to(self.dtype)
-        if self.runs is None:
-            return x - self.mean
-        return (x - self.run_means.index_select(0, self.run_of[t])).masked_fill_(self.excluded[t], 0)
-
-    def push(self, t: int, y: Tensor) -> None:
-        torch.add(self.rows[t], y, out=self.rows[t + 1])
-
-    def below(self, t: int, reach: int) -> Tensor:
-        """P at t - reach, but not before the segment's start: [B, k]."""
-        if self.runs is None:
-            return self.rows[max(t - reach, 0)]
-        return self._gather(self.start[t].clamp_min(t - reach))
-
-    def above(self, t: int, reach: int) -> Tensor:
-        """P at t + reach + 1, but not after the segment's end: [B, k]."""
-        if self.runs is None:
-            return self.rows[min(t + reach + 1, self.T)]
-        return self._gather(self.end[t].clamp_max(t + reach + 1))
-
-    def _gather(self, row: Tensor) -> Tensor:
-        return self.P.flatten(0, 1).index_select(0, row * self.B + self.lanes)
-
-    def degrees(self, bands: Bands) -> Tensor:
-        """[1 or B, T, S]: how many positions of t's segment lie at each band's offsets, on both sides."""
-        t = torch.arange(self.T, device=self.P.device)
-        start = t.new_zeros(1, self.T) if self.runs is None else self.runs.start
-        end = t.new_full((1, self.T), self.T) if self.runs is None else self.runs.end
-        counts = [
-            torch.maximum(t - first + 1, start)
-            - torch.maximum(t - last, start)
-            + torch.minimum(t + last + 1, end)
-            - torch.minimum(t + first, end)
-            for first, last in bands
-        ]
-        return torch.stack(counts, dim=2).to(self.dtype) if counts else start.new_zeros(*start.shape, 0)
-
-
-def _chunks(h: Tensor, segments: Tensor | None) -> Iterator[tuple[slice, Runs | None]]:
+def _chunks(h: Tensor, segments: Tensor | None) -> Iterator[tuple[slice, ChunkRuns | None]]:
     """Ranges of rows to walk together, with their runs."""
     B, _, k = h.shape
     step = max(1, _SLICE_ELEMENTS.get(h.device.type, _SLICE_ELEMENTS_ELSEWHERE) // k)
     runs = None if segments is None else find_runs(segments)
     for begin in range(0, B, step):
         rows = slice(begin, min(begin + step, B))
-        yield rows, runs and Runs(*(field[rows] for field in runs))
-
-
-def _run_sums(slices: Iterable[Tensor], runs: Runs, k: int, dtype: torch.dtype) -> Tensor:
-    """[B, R, k]: the sum of every run."""
-    B = runs.index.shape[0]
-    R = int(runs.index.max()) + 1
-    lanes = torch.arange(B, device=runs.index.device)
-    sums = torch.zeros(B * R, k, dtype=dtype, device=runs.index.device)
-    for t, h_t in enumerate(slices):
-        sums.index_add_(0, runs.index[:, t] + lanes * R, h_t.to(dtype))
-    return sums.view(B, R, k)
+        yield rows, None if runs is None else ChunkRuns(runs, rows)
 
 
 def _activated(
@@ -114,7 +42,7 @@ def _activated(
     activation: str,
     threshold: Tensor | None,
     release: Tensor | None,
-    runs: Runs | None,
+    runs: ChunkRuns | None,
 ) -> Iterator[Tensor]:
     """Write h[t] for every t in turn, and yield it."""
     dtype = dtype_of_stats(pre[0].dtype)
@@ -122,26 +50,27 @@ def _activated(
     if threshold is not None:
         threshold = threshold.to(dtype).clamp_min(0)
         on_threshold = threshold.unbind(1) if threshold.dim() == 3 else [threshold] * len(pre)
+    carries: Sequence[Tensor] | None = None  # [B, 1] each: does the state before t reach t
     if release is not None:
         release = release.to(dtype).clamp_min(0)
         if runs is not None:
             positions = torch.arange(len(pre), device=runs.start.device)
-            begins = ((runs.start == positions) | ~runs.valid)[..., None].unbind(1)  # nothing is carried over
-    off = None  # [B, k], the state before t
+            carries = ((runs.start < positions) & runs.valid).to(dtype)[..., None].unbind(1)
+    on: Tensor | None = None  # [B, k], the state before t
     for t in range(len(pre)):
         z = pre[t].to(dtype)
         if bias is not None:
             z = z + bias
         if on_threshold is not None:
-            now_off = z <= on_threshold[t]  # so that NaN stays on and is seen
+            now_on = torch.gt(z, on_threshold[t], out=torch.empty_like(z))
             if release is not None:
-                if off is not None:
-                    off = (z <= release).bitwise_or_(off)
-                    if runs is not None:
-                        off.bitwise_or_(begins[t])
-                    now_off.bitwise_and_(off)
-                off = now_off
-            z = z.masked_fill(now_off, 0)
+                if on is not None:
+                    on.mul_(torch.gt(z, release, out=torch.empty_like(z)))
+                    if carries is not None:
+                        on.mul_(carries[t])
+                    torch.maximum(now_on, on, out=now_on)
+                on = now_on
+            z = z.clamp_min(0) * now_on  # NaN stays NaN, to be seen
         elif activation == "relu":
             z = z.clamp_min(0)
         elif activation == "gelu":
@@ -151,42 +80,42 @@ def _activated(
 
 
 def _stats(
-    slices: Iterable[Tensor], h: Tensor, bands: Bands, runs: Runs | None
+    slices: Iterable[Tensor], h: Tensor, bands: Bands, runs: ChunkRuns | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`slices` yields h[:, t] in order; it may compute them on the way."""
-    B, T, k = h.shape
+    B, _, k = h.shape
     dtype = dtype_of_stats(h.dtype)
     total = torch.zeros(B, k, dtype=dtype, device=h.device)
     square = torch.zeros_like(total)
     for t, h_t in enumerate(slices):
         x = h_t.to(dtype)
         if runs is not None:
-            x = x.masked_fill(~runs.valid[:, t, None], 0)
+            x = runs.clear(x, t)
         total += x
         square.addcmul_(x, x)
     differences = torch.zeros(len(bands), B, k, dtype=dtype, device=h.device)
     if not bands:
         return differences.transpose(0, 1), total, square
 
-    h_slices = h.unbind(1)
-    windows = _Windows(h_slices, total if runs is None else _run_sums(h_slices, runs, k, dtype), runs, dtype)
-    degree = windows.degrees(bands)
-    weights = degree[0].tolist() if runs is None else degree[..., None].unbind(1)  # per t
-    # products[m] = sum over t of y_t * (sum of y before t - m in the segment).
-    products = {reach: torch.zeros_like(total) for first, last in bands for reach in (first - 1, last)}
-    for t in range(T):
-        y = windows.centred(t)
-        windows.push(t, y)
-        y2 = y * y
-        for s in range(len(bands)):
+    windows = Windows(h.unbind(1), bands, runs, dtype)
+    half_degree = windows.degrees() / 2
+    per_band = differences.unbind(0)
+    if runs is None:
+        weights = half_degree[0].tolist()  # [T][S] numbers
+    else:
+        weights = [at_t.split(1, dim=1) for at_t in half_degree.unbind(1)]  # [T][S] of [B, 1]
+    reaches = {reach for first, last in bands for reach in (first - 1, last)}
+    # D = -2 sum_t y_t (F_t - degree_t y_t / 2), F_t the sum of y over [t - last, t - first]. Subtracting first
+    # and then multiplying keeps the terms of a slowly changing feature, and their rounding errors, small.
+    for t, y in enumerate(windows.fill()):
+        low = {reach: windows.low_row(t, reach) for reach in reaches}
+        for difference, weight, (first, last) in zip(per_band, weights[t], bands, strict=True):
+            term = low[first - 1] - low[last]
             if runs is None:
-                differences[s].add_(y2, alpha=weights[t][s])
+                term.sub_(y, alpha=weight)
             else:
-                differences[s].addcmul_(y2, weights[t][:, s])
-        for reach, product in products.items():
-            product.addcmul_(y, windows.below(t, reach))
-    for s, (first, last) in enumerate(bands):
-        differences[s].sub_(products[first - 1] - products[last], alpha=2)
+                term.addcmul_(y, weight, value=-1)
+            difference.addcmul_(y, term, value=-2)
     return differences.clamp_min_(0).transpose(0, 1), total, square
 
 
@@ -233,37 +162,29 @@ def _gather_chunks(
 
 
 def _window_gradient(
-    slices: Sequence[Tensor], coefficient: Tensor, bands: Bands, runs: Runs | None, dtype: torch.dtype
+    slices: Sequence[Tensor], coefficient: Tensor, bands: Bands, runs: ChunkRuns | None, dtype: torch.dtype
 ) -> Iterator[Tensor]:
     """coefficient * (degree * y - N) summed over bands: [B, k] for every t in turn.
 
     slices: T of [B, k]. coefficient: [1 or B, S, k].
     """
-    k = slices[0].shape[1]
-    if runs is None:
-        sums = torch.zeros(slices[0].shape, dtype=dtype, device=slices[0].device)
-        for h_t in slices:
-            sums += h_t
-    else:
-        sums = _run_sums(slices, runs, k, dtype)
-    windows = _Windows(slices, sums, runs, dtype)
-    for t in range(len(slices)):
-        windows.push(t, windows.centred(t))
-    degree = windows.degrees(bands)
-    # N of band (a, b) is (sum over |u-t| <= b) - (sum over |u-t| <= a-1), so neighbouring bands share a
-    # window.
+    windows = Windows(slices, bands, runs, dtype)
+    for _ in windows.fill():
+        pass
+    degrees = windows.degrees()[..., None].unbind(1)  # T of [1 or B, S, 1]
+    # N of band (a, b) is (sum over |u-t| <= b) - (sum over |u-t| <= a-1): neighbouring bands share a window.
     shares: dict[int, Tensor] = {}
     for s, (first, last) in enumerate(bands):
         shares[first - 1] = shares.get(first - 1, 0) - coefficient[:, s]
         shares[last] = coefficient[:, s]
     itself = shares.pop(0, None)  # the window |u-t| <= 0 is y_t
-    for t in range(len(slices)):
-        diagonal = torch.matmul(degree[:, t : t + 1], coefficient)[:, 0]
+    for t, y in enumerate(windows.centred()):
+        diagonal = (degrees[t] * coefficient).sum(1)  # [1 or B, k]
         if itself is not None:
-            diagonal = diagonal - itself
-        w = windows.centred(t).mul_(diagonal)
+            diagonal -= itself
+        w = y.mul_(diagonal)
         for reach, share in shares.items():
-            w.addcmul_(windows.above(t, reach) - windows.below(t, reach), share, value=-1)
+            w.addcmul_(windows.high_row(t, reach) - windows.low_row(t, reach), share, value=-1)
         yield w
 
 
@@ -303,23 +224,22 @@ def activate_with_stats_backward(
         incoming = None if grad_h is None else grad_h[rows].unbind(1)
         outgoing = grad_pre[rows].unbind(1)
         accumulated = torch.zeros(rows.stop - rows.start, k, dtype=dtype, device=saved.device)
+        total_term = None if grad_total is None else grad_total[rows].to(dtype)
+        square_term = None if grad_square is None else 2 * grad_square[rows].to(dtype)
         for t, window_term in enumerate(window_terms):
-            if incoming is None:
-                grad = torch.zeros_like(accumulated)
-            else:
-                grad = incoming[t].to(dtype, copy=True)
-            if window_term is not None:
-                if active is None:
-                    grad += window_term
-                else:
-                    grad.index_add_(1, active, window_term)
-            for gradient, factor in ((grad_total, None), (grad_square, 2 * h[t].to(dtype))):
-                if gradient is None:
-                    continue
-                term = gradient[rows].to(dtype) if factor is None else gradient[rows] * factor
-                grad += term if runs is None else term.masked_fill(~runs.valid[:, t, None], 0)
+            grad = torch.zeros_like(accumulated) if total_term is None else total_term.clone()
+            if square_term is not None:
+                grad.addcmul_(square_term, h[t].to(dtype))
+            if runs is not None:
+                grad = runs.clear(grad, t)  # excluded positions are in no statistic
+            if active is not None and window_term is not None:
+                grad.index_add_(1, active, window_term)
+            elif window_term is not None:
+                grad += window_term
+            if incoming is not None:
+                grad += incoming[t]
             if activation == "relu":
-                grad.masked_fill_(h[t] <= 0, 0)
+                grad = torch.ops.aten.threshold_backward(grad, h[t].to(dtype), 0)
             elif activation == "gelu":
                 z = chunk[t].to(dtype)
                 grad = torch.ops.aten.gelu_backward(grad, z if bias is None else z + bias)
@@ -332,8 +252,7 @@ def activate_with_stats_backward(
 def _active_features(
     grad_differences: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The coefficients 2 * dL/dD and the features that have any: features without one are skipped, not
-    multiplied.
+    """The coefficients 2 * dL/dD, and the features that have any: others are skipped, not multiplied by 0.
 
     out: [1 or B, S, k'] (None: no feature has any), and the indices of the k' features (None: all of them).
     """
@@ -376,6 +295,7 @@ def step_energy_backward(h: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
 def _steps(h: Tensor, weights: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """h[:, t+1] - h[:, t], zero where the pair has no weight: [B, k] for every t < T - 1."""
     slices = h.unbind(1)
-    unused = (weights == 0)[..., None].unbind(1)
+    unused = rows_by_time(weights == 0)
     for t in range(len(slices) - 1):
-        yield (slices[t + 1].to(dtype) - slices[t].to(dtype)).masked_fill_(unused[t], 0)
+        step = slices[t + 1].to(dtype) - slices[t].to(dtype)
+        yield step if unused[t] is None else step.index_fill_(0, unused[t], 0)

@@ -22,9 +22,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tsae_kernels.arguments import dtype_of_stats
 from tsae_kernels.backends import implementation
 from tsae_kernels.bands import unflatten_bands
-from tsae_kernels.reference import dtype_of_stats
 
 _SCHEMAS = {
     "activate_with_stats": "(Tensor pre, Tensor? bias, str activation, Tensor? threshold, Tensor? release, "

@@ -10,11 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tsae_kernels.arguments import dtype_of_stats
 from tsae_kernels.bands import Bands
-
-
-def dtype_of_stats(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def segment_numbers(h: Tensor, segments: Tensor | None) -> Tensor:

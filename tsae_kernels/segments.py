@@ -17,7 +17,6 @@ class Runs(NamedTuple):
 
     start: Tensor  # int64, first position of the segment
     end: Tensor  # int64, one past its last position; equal to `start` at excluded positions
-    index: Tensor  # int64, number of the run within its row (excluded runs are counted too)
     valid: Tensor  # bool, False at excluded positions
 
 
@@ -31,7 +30,7 @@ def find_runs(segments: Tensor) -> Runs:
     valid = segments >= 0
     start = torch.where(first, positions, 0).cummax(1).values
     end = torch.where(last, positions + 1, segments.shape[1]).flip(1).cummin(1).values.flip(1)
-    return Runs(start, torch.where(valid, end, start), first.cumsum(1) - 1, valid)
+    return Runs(start, torch.where(valid, end, start), valid)
 
 
 def count_positions(segments: Tensor) -> Tensor:
