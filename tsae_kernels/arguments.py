@@ -72,15 +72,15 @@ def check_activation(
     if release is not None and threshold is None:
         raise ValueError("release must be None without a threshold: it is the lower of the two")
     B, T, k = pre.shape
-    level = _level("threshold", threshold, pre, {"[]": (), "[k]": (k,), "[B, T, 1]": (B, T, 1)})
-    low = _level("release", release, pre, {"[]": (), "[k]": (k,)})
+    level = _level("threshold", threshold, pre, [(), (k,), (B, T, 1)], "[], [k] or [B, T, 1]")
+    low = _level("release", release, pre, [(), (k,)], "[] or [k]")
     if release is not None:
         _check_release(threshold, release)
     return level, low
 
 
 def _level(
-    name: str, value: float | Tensor | None, pre: Tensor, shapes: dict[str, tuple[int, ...]]
+    name: str, value: float | Tensor | None, pre: Tensor, shapes: list[tuple[int, ...]], wanted: str
 ) -> Tensor | None:
     if value is None:
         return None
@@ -88,13 +88,15 @@ def _level(
         if value != value:
             raise ValueError(f"{name} must be a number, got {value!r}")
         return torch.full((), float(value), dtype=dtype_of_stats(pre.dtype), device=pre.device)
-    wanted = " or ".join(f"{text} = {list(shape)}" for text, shape in shapes.items())
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a number or a tensor, got {_describe(value)}")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be a floating-point tensor, got {_describe(value)}")
-    if tuple(value.shape) not in shapes.values():
-        raise ValueError(f"{name} must be a number or a tensor of shape {wanted}, got {_describe(value)}")
+    if tuple(value.shape) not in shapes:
+        features = f"features of shape {list(pre.shape)}"
+        raise ValueError(
+            f"{name} must be a number or a {wanted} tensor for {features}, got {_describe(value)}"
+        )
     if value.device != pre.device:
         raise ValueError(f"{name} must be on {pre.device} like pre, got {_describe(value)}")
     return value.detach()

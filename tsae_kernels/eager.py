@@ -252,7 +252,7 @@ def activate_with_stats_backward(
 def _active_features(
     grad_differences: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The coefficients 2 * dL/dD, and the features that have any: others are skipped, not multiplied by 0.
+    """The coefficients 2 * dL/dD, and the features that have any: others are skipped.
 
     out: [1 or B, S, k'] (None: no feature has any), and the indices of the k' features (None: all of them).
     """
