@@ -1,0 +1,95 @@
+"""Streaming from the hub, with the hub itself played by a local dataset."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tsae.data import hub
+from tsae.data.text import TextConfig, open_text
+from tsae.errors import UserError
+
+ROWS = [{"id": i, "text": f"document {i}" if i % 10 else "", "title": f"title {i}"} for i in range(400)]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Makes every hub id stand for ROWS; what `load_dataset` was asked for is put on the list."""
+    datasets = pytest.importorskip("datasets")
+    calls: list[dict[str, Any]] = []
+
+    def load_dataset(path: str, **options: Any) -> Any:
+        calls.append({"path": path, **options})
+        if "broken" in path:
+            raise RuntimeError("first line\nsecond line")
+        rows = datasets.Dataset.from_list([] if "empty" in path else ROWS).to_iterable_dataset(num_shards=4)
+        return (
+            rows.map(lambda row: row) if "untyped" in path else rows
+        )  # mapped ones do not know their columns
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub, "hub_is_reachable", lambda: True)
+    return calls
+
+
+def read(source: str, part: str = "train", seed: int = 0, epoch: int = 0, **config: Any) -> list[str]:
+    documents = open_text(source, part=part, seed=seed, epoch=epoch, config=TextConfig(**config))
+    return [document.text for document in documents]
+
+
+@pytest.mark.parametrize("source", ["someone/typed", "untyped"])
+def test_parts_and_order(asked: list[dict[str, Any]], source: str) -> None:
+    options = {"evaluation_share": 0.2, "shuffle_buffer": 50}
+    train, evaluation = read(source, **options), read(source, "evaluation", **options)
+    assert sorted(train + evaluation) == sorted(row["text"] for row in ROWS if row["text"])
+    assert 30 < len(evaluation) < 120
+    assert train == read(source, **options)
+    for other in (read(source, seed=1, **options), read(source, epoch=1, **options)):
+        assert train != other
+        assert sorted(train) == sorted(other)
+
+
+def test_subset_split_and_column_are_passed_on(asked: list[dict[str, Any]]) -> None:
+    texts = read("someone/some", subset="en", split="validation", column="title")
+    assert asked == [{"path": "someone/some", "name": "en", "split": "validation", "streaming": True}]
+    assert all(text.startswith("title") for text in texts)
+
+
+@pytest.mark.parametrize("source", ["someone/typed", "untyped"])
+def test_missing_column_names_those_there_are(asked: list[dict[str, Any]], source: str) -> None:
+    with pytest.raises(UserError, match=r"'body'.*id, text, title"):
+        open_text(source, part="train", seed=0, config=TextConfig(column="body"))
+
+
+def test_error_of_the_library_is_one_sentence(asked: list[dict[str, Any]]) -> None:
+    with pytest.raises(UserError, match=r"cannot open the dataset 'some/broken'.*: first line$"):
+        open_text("some/broken", part="train", seed=0)
+
+
+def test_part_without_text(asked: list[dict[str, Any]]) -> None:
+    with pytest.raises(UserError, match="no evaluation text"):
+        read("someone/some", "evaluation", evaluation_share=0)
+    with pytest.raises(UserError):
+        read("some/empty")
+
+
+def test_offline_mode_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants, utils
+
+    monkeypatch.setattr(utils, "get_session", lambda: pytest.fail("asked the network"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert not hub.hub_is_reachable()
+
+
+def test_any_answer_means_reachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants, utils
+
+    class Session:
+        def head(self, url: str, timeout: float) -> None:
+            assert url == constants.ENDPOINT
+            assert timeout <= 10
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(utils, "get_session", Session)
+    assert hub.hub_is_reachable()

