@@ -107,6 +107,12 @@ class TestFiles:
         assert first != read(lines, epoch=1)
         assert sorted(first) == sorted(read(lines, seed=1)) == sorted(read(lines, epoch=1))
 
+    def test_files_are_shuffled_beyond_the_buffer(self, tmp_path: Path) -> None:
+        for i in range(20):
+            (tmp_path / f"{i:02}.txt").write_text(f"file {i:02}")
+        first = read(tmp_path, shuffle_buffer=1, evaluation_share=0)
+        assert sorted(first) != first != read(tmp_path, shuffle_buffer=1, evaluation_share=0, seed=1)
+
     def test_parts_do_not_overlap_and_make_up_the_whole(self, lines: Path) -> None:
         train, evaluation = both(lines, evaluation_share=0.2)
         assert evaluation

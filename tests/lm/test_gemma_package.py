@@ -137,6 +137,11 @@ def test_tokenizer(package: ModuleType, cache: Path) -> None:
     assert tokenizer.decode(tokenizer(text := "bade  ba é.", add_special_tokens=False)["input_ids"]) == text
 
 
+def test_merges_are_in_the_order_of_tokens_and_the_longest_left_part_first() -> None:
+    expected = [("a", "a"), ("aa", "a"), ("a", "aa"), ("aa", "b")]
+    assert gemma_package._merges(["a", "b", "aa", "aaa", "aab"]) == expected
+
+
 def test_is_converted_once_and_then_needs_no_package(
     package: ModuleType, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
