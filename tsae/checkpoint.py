@@ -25,7 +25,12 @@ NAME = re.compile(r"step-(\d+)")
 
 
 def save(
-    directory: Path, step: int, state: dict[str, Any], buffer: dict[str, torch.Tensor], refills: int, keep: int
+    directory: Path,
+    step: int,
+    state: dict[str, Any],
+    buffer: dict[str, torch.Tensor],
+    refills: int,
+    keep: int,
 ) -> Path:
     """Write the checkpoint of ``step`` (steps completed) and drop those beyond the newest ``keep``.
 

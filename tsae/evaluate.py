@@ -83,8 +83,8 @@ def evaluate(
     layer:          block whose output is encoded, counted from 0
     ce_sequences:   the first so many sequences also go through the whole language model, for the
                     cross-entropy and KL metrics (0 leaves those at 0.0)
-    lm_batch:       sequences in one pass of it; two [lm_batch, 1 + T, V] logits are held at once, which is
-                    0.54 GB for 4 sequences, bfloat16 and a vocabulary of 262,144
+    lm_batch:       sequences in one pass of it; two [lm_batch, 1 + T, V] logits are held at once: 1.1 GB for
+                    4 sequences, float32 and a vocabulary of 262,144
     harvest_batch:  sequences in one pass up to `layer`
     seed:           of the permutation behind `persistence_excess_shuffled`
     reference_mean: [d] activation of the mean ablation; None takes the evaluation set's own mean

@@ -6,7 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 __all__ = ["bar", "console"]
@@ -20,7 +28,9 @@ class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         elapsed = task.finished_time if task.finished else task.elapsed
         rate = task.completed / elapsed if elapsed else 0.0
-        return Text(f"{rate:,.0f} {task.fields['unit']}/s" if rate >= 10 else f"{rate:.1f} {task.fields['unit']}/s")
+        return Text(
+            f"{rate:,.0f} {task.fields['unit']}/s" if rate >= 10 else f"{rate:.1f} {task.fields['unit']}/s"
+        )
 
 
 @contextmanager
@@ -30,9 +40,9 @@ def bar(description: str, total: int, unit: str = "tokens") -> Iterator[Callable
     On a terminal the bar moves; elsewhere one line is written when the part ends.
     """
     columns = (
-        TextColumn("{task.description:<14}"),
-        BarColumn(bar_width=28),
-        TextColumn("{task.completed:>10,.0f}/{task.total:,.0f} {task.fields[unit]}"),
+        TextColumn("{task.description:<10}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.completed:>9,.0f}/{task.total:,.0f}"),
         _Rate(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),

@@ -29,7 +29,12 @@ class ActivationBuffer:
     """
 
     def __init__(
-        self, harvest: Callable[[int], Harvest], capacity: int, reuse: int, demand: int, generator: torch.Generator
+        self,
+        harvest: Callable[[int], Harvest],
+        capacity: int,
+        reuse: int,
+        demand: int,
+        generator: torch.Generator,
     ) -> None:
         self.harvest, self.generator = harvest, generator
         self.reuse = reuse

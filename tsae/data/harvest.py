@@ -36,7 +36,13 @@ class Harvester:
     """
 
     def __init__(
-        self, lm: LanguageModel, layer: int, stream: SequenceStream, *, batch: int = 16, dtype: torch.dtype | None = None
+        self,
+        lm: LanguageModel,
+        layer: int,
+        stream: SequenceStream,
+        *,
+        batch: int = 16,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.lm, self.layer, self.stream, self.batch = lm, layer, stream, batch
         self.dtype = dtype or lm.dtype

@@ -12,6 +12,7 @@ from torch.nn import functional
 from tsae.config import SAEConfig
 from tsae.errors import UserError
 from tsae.sae.activations import batch_topk_threshold, topk_threshold
+from tsae.sae.sparse_linear import decode_sparse, encode_linear, worthwhile
 from tsae_kernels import TemporalStats, activate_with_stats
 
 __all__ = ["SparseAutoencoder"]
@@ -66,6 +67,11 @@ class SparseAutoencoder(nn.Module):
         self.register_buffer("threshold", torch.zeros(cfg.d_sae))
         self.register_buffer("release", torch.zeros(cfg.d_sae))
 
+    @property
+    def _k_sparse(self) -> bool:
+        """Whether few features are active, and those come out of a thresholded relu."""
+        return self.cfg.activation in ("topk", "batchtopk", "schmitt") and self.cfg.layer_norm != "post"
+
     def pre_activation(self, x: Tensor) -> Tensor:
         """``(x - b_dec) / s W_enc``, without ``b_enc``.
 
@@ -76,6 +82,8 @@ class SparseAutoencoder(nn.Module):
             x = x - self.b_dec
         if self.cfg.input_scale != 1.0:
             x = x / self.cfg.input_scale
+        if self._k_sparse and torch.is_grad_enabled() and worthwhile(x):
+            return encode_linear(x, self.W_enc)
         return x @ self.W_enc
 
     def activate(
@@ -108,7 +116,9 @@ class SparseAutoencoder(nn.Module):
             release = self.release if cfg.activation == "schmitt" else None
         kind = "gelu" if cfg.activation == "gelu" else "relu"
         if cfg.layer_norm == "post":
-            h, _ = activate_with_stats(pre, bias, kind, threshold, release, NO_BANDS, segments, backend=backend)
+            h, _ = activate_with_stats(
+                pre, bias, kind, threshold, release, NO_BANDS, segments, backend=backend
+            )
             h = functional.layer_norm(h, (cfg.d_sae,))
             return activate_with_stats(h, None, "identity", None, None, bands, segments, backend=backend)
         return activate_with_stats(pre, bias, kind, threshold, release, bands, segments, backend=backend)
@@ -128,7 +138,9 @@ class SparseAutoencoder(nn.Module):
         out: (..., d_sae)
         """
         if x.shape[-1] != self.cfg.d_in:
-            raise UserError(f"The input's last dimension is {x.shape[-1]}; this autoencoder takes {self.cfg.d_in}.")
+            raise UserError(
+                f"The input's last dimension is {x.shape[-1]}; this autoencoder takes {self.cfg.d_in}."
+            )
         lead = x.shape[:-1]
         tokens = lead[-1] if lead else 1
         pre = self.pre_activation(x).reshape(-1, tokens, self.cfg.d_sae)
@@ -141,7 +153,7 @@ class SparseAutoencoder(nn.Module):
         h: (..., d_sae)
         out: (..., d_in)
         """
-        out = h @ self.W_dec
+        out = decode_sparse(h, self.W_dec) if self._k_sparse and worthwhile(h) else h @ self.W_dec
         if self.cfg.input_scale != 1.0:
             out = out * self.cfg.input_scale
         return out + self.b_dec

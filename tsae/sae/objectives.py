@@ -18,7 +18,15 @@ from tsae.config import ObjectiveConfig
 from tsae.sae.schedules import reconstruction_weight, temporal_ramp
 from tsae_kernels import TemporalStats, count_positions, temporal_loss_from_stats, window_consistency
 
-__all__ = ["LossTerms", "auxk_loss", "bands_for", "l1_norm", "objective", "reconstruction_loss", "temporal_term"]
+__all__ = [
+    "LossTerms",
+    "auxk_loss",
+    "bands_for",
+    "l1_norm",
+    "objective",
+    "reconstruction_loss",
+    "temporal_term",
+]
 
 
 class LossTerms(NamedTuple):
@@ -48,7 +56,7 @@ def reconstruction_loss(x: Tensor, xhat: Tensor, segments: Tensor | None = None)
 
 def l1_norm(h: Tensor, segments: Tensor | None = None) -> Tensor:
     """``mean_t |h_t|_1``; h: (B, T, d_sae), segments: (B, T)."""
-    norm = h.abs().sum(-1, dtype=torch.float32)  # [B, T]
+    norm = h.abs().sum(-1, dtype=h.dtype if h.dtype == torch.float64 else torch.float32)  # [B, T]
     if segments is None:
         return norm.mean()
     return (norm * (segments >= 0)).sum() / kept_positions(segments, h)
@@ -80,11 +88,17 @@ def temporal_term(
         # Every feature alike: omega = 1 / d_sae, so that the weights mean the same as with equation 3.
         variance = torch.ones(h.shape[-1], device=h.device)
     return temporal_loss_from_stats(
-        stats, positions, cfg.weights, variance=variance, min_variance=cfg.min_variance if cfg.adaptive else 0.0
+        stats,
+        positions,
+        cfg.weights,
+        variance=variance,
+        min_variance=cfg.min_variance if cfg.adaptive else 0.0,
     )
 
 
-def auxk_loss(residual: Tensor, dead_pre: Tensor, dead_W_dec: Tensor, k: int, segments: Tensor | None = None) -> Tensor:
+def auxk_loss(
+    residual: Tensor, dead_pre: Tensor, dead_W_dec: Tensor, k: int, segments: Tensor | None = None
+) -> Tensor:
     """AuxK (Gao et al. 2024, appendix A.2): dead features reconstruct what the live ones left.
 
     residual: ``x - xhat`` (B, T, d_in), taken as a constant
@@ -137,5 +151,9 @@ def objective(
         # Relative to the residual, so it is put back on the reconstruction's scale.
         total = total + cfg.aux_weight * auxiliary * reconstruction.detach()
     return LossTerms(
-        total, *(term.detach() for term in (reconstruction, sparsity, temporal, zero if auxiliary is None else auxiliary))
+        total,
+        *(
+            term.detach()
+            for term in (reconstruction, sparsity, temporal, zero if auxiliary is None else auxiliary)
+        ),
     )

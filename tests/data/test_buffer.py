@@ -1,0 +1,100 @@
+"""The activation buffer: bounds, mixing of whole sequences, reuse, resuming."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from tsae.data.buffer import ActivationBuffer
+from tsae.data.harvest import Harvest
+
+T, D = 5, 3
+
+
+class Source:
+    """Sequence i holds i * 1000 + position, so that every token is known."""
+
+    def __init__(self, start: int = 0) -> None:
+        self.next, self.sizes = start, []
+
+    def __call__(self, n: int) -> Harvest:
+        ids = torch.arange(self.next, self.next + n)
+        self.next += n
+        self.sizes.append(n)
+        x = (ids[:, None, None] * 1000 + torch.arange(T)[None, :, None]).expand(n, T, D).float().contiguous()
+        return Harvest(x, torch.zeros(n, T, dtype=torch.int32))
+
+
+def make(source: Source, capacity: int, reuse: int, demand: int) -> ActivationBuffer:
+    return ActivationBuffer(source, capacity, reuse, demand, torch.Generator().manual_seed(0))
+
+
+def served(batch: Harvest) -> list[int]:
+    """Sequence numbers, after checking that tokens are in order."""
+    for row in batch.x:
+        torch.testing.assert_close(row[:, 0] % 1000, torch.arange(T).float())
+    return (batch.x[:, 0, 0] / 1000).long().tolist()
+
+
+@pytest.mark.parametrize(
+    ("capacity", "reuse", "steps"), [(16, 1, 40), (16, 3, 40), (1000, 1, 10), (40, 8, 40), (7, 2, 9)]
+)
+def test_every_sequence_is_served_as_often_as_it_may_and_nothing_is_wasted(
+    capacity: int, reuse: int, steps: int
+) -> None:
+    source = Source()
+    buffer = make(source, capacity, reuse, demand=steps * 4)
+    counts: Counter[int] = Counter()
+    for _ in range(steps):
+        batch = served(buffer.next_batch(4))
+        assert len(set(batch)) == 4
+        counts.update(batch)
+    assert source.next == -(-steps * 4 // reuse)  # no more is harvested than is needed
+    assert max(source.sizes) <= capacity
+    # The very last batches may find fewer than 4 distinct sequences with uses left; one batch at most is repeated.
+    assert sum(max(0, count - reuse) for count in counts.values()) <= 4
+    assert sum(counts.values()) == steps * 4
+    assert len(counts) == source.next
+    assert buffer.x is not None
+    assert buffer.x.shape[0] <= capacity
+
+
+def test_order_is_mixed_over_the_buffer_and_fixed_by_the_seed() -> None:
+    first, second = (make(Source(), 64, 1, 64) for _ in range(2))
+    a = [served(first.next_batch(8)) for _ in range(8)]
+    assert a == [served(second.next_batch(8)) for _ in range(8)]
+    assert sorted(sum(a, [])) == list(range(64))
+    assert max(a[0]) - min(a[0]) > 20
+
+
+def test_new_sequences_are_mixed_with_old_ones() -> None:
+    buffer = make(Source(), 32, 1, 320)
+    batches = [served(buffer.next_batch(4)) for _ in range(80)]
+    both = [b for b in batches if min(b) < 32 <= max(b)]
+    assert both
+
+
+def test_first_does_not_use_sequences_up() -> None:
+    source = Source()
+    buffer = make(source, 8, 1, 8)
+    assert served(buffer.first(3)) == [0, 1, 2]
+    assert sorted(served(buffer.next_batch(8))) == list(range(8))
+    assert source.sizes == [8]
+
+
+@pytest.mark.parametrize("when", [0, 1, 7, 20])
+def test_resumes_bit_for_bit(when: int) -> None:
+    whole_source = Source()
+    whole = make(whole_source, 12, 2, 120)
+    for _ in range(when):
+        whole.next_batch(4)
+    state, contents = whole.state_dict(), {k: v.clone() for k, v in whole.contents().items()}
+    state = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+    resumed = make(Source(whole_source.next), 12, 2, 120)
+    resumed.load_state_dict(state, contents)
+    for _ in range(30 - when):
+        a, b = whole.next_batch(4), resumed.next_batch(4)
+        assert torch.equal(a.x, b.x)
+        assert torch.equal(a.segments, b.segments)

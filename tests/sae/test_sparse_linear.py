@@ -1,0 +1,37 @@
+"""Products that skip zeros equal the dense ones, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tsae.sae.sparse_linear import decode_sparse, encode_linear, worthwhile
+
+pytestmark = pytest.mark.skipif(not worthwhile(torch.zeros(1)), reason="sparse products need MKL")
+
+
+def features(active: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    h = torch.zeros(4, 9, 100)
+    indices = torch.rand(4, 9, 100, generator=generator).topk(active, -1).indices
+    return h.scatter(-1, indices, torch.rand(4, 9, active, generator=generator) + 0.1)
+
+
+@pytest.mark.parametrize("active", [0, 3, 60])  # none; sparse; so many that the dense product is taken
+def test_decode_and_encode_equal_dense(active: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    h = features(active).requires_grad_()
+    W_dec = torch.randn(100, 7, generator=generator, requires_grad=True)
+    W_enc = torch.randn(7, 100, generator=generator, requires_grad=True)
+    x = torch.randn(4, 9, 7, generator=generator, requires_grad=True)
+    upstream = torch.randn(4, 9, 7, generator=generator)
+    results = []
+    for decode, encode in ((decode_sparse, encode_linear), (torch.matmul, torch.matmul)):
+        xhat = decode(h, W_dec)
+        grad_h, grad_dec = torch.autograd.grad(xhat, (h, W_dec), upstream)
+        grad_h = grad_h * (h > 0)  # what a thresholded relu lets through
+        pre = encode(x, W_enc)
+        grad_x, grad_enc = torch.autograd.grad(pre, (x, W_enc), grad_h)
+        results.append((xhat, grad_h, grad_dec, pre, grad_x, grad_enc))
+    for sparse, dense in zip(*results, strict=True):
+        torch.testing.assert_close(sparse, dense)

@@ -1,0 +1,141 @@
+"""Configuration: presets carry the papers' values, JSON round trips, bad values are one sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tsae.config import SAEConfig, TrainConfig, from_dict, to_dict
+from tsae.errors import UserError
+from tsae.presets import PRESETS, preset
+from tsae.train import command
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_are_valid_and_round_trip_through_json(name: str) -> None:
+    cfg = preset(name)
+    cfg.check()
+    assert cfg.preset == name
+    assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(cfg)))) == cfg
+
+
+def test_tsae_preset_is_the_papers() -> None:
+    cfg = preset("tsae-gemma-2-2b")
+    assert (cfg.model, cfg.layer, cfg.sae.d_sae) == ("google/gemma-2-2b", 12, 2304)
+    assert cfg.batch * 128 == 2048
+    objective = cfg.objective
+    assert objective.temporal == "multiscale"
+    assert objective.bands == ((1, 3), (4, 15), (16, 127))
+    assert objective.weights == (0.01, 0.005, 0.001)
+    assert (objective.l1, objective.min_variance, objective.adaptive) == (0.04, 0.01, True)
+    assert (objective.boost, objective.hold_steps, objective.ramp_steps) == (2.0, 1000, 1000)
+    assert (objective.buffer_std, objective.buffer_mixing) == (0.1, 0.25)
+    optimizer = cfg.optimizer
+    assert (optimizer.name, optimizer.lr, optimizer.clip_norm) == ("adamw", 3e-4, 2.0)
+    assert optimizer.noise_eta > 0
+    assert optimizer.noise_steps == 2000
+
+
+def test_tcsae_preset_is_the_papers() -> None:
+    cfg = preset("tcsae-pythia-70m")
+    assert (cfg.model, cfg.layer, cfg.batch) == ("EleutherAI/pythia-70m", 4, 32)
+    assert (cfg.sae.activation, cfg.sae.init, cfg.sae.unit_norm_decoder) == ("gelu", "xavier", True)
+    assert (cfg.objective.temporal, cfg.objective.window) == ("window", 3)
+    assert (cfg.objective.l1, cfg.objective.window_weight) == (0.1, 0.01)
+    optimizer = cfg.optimizer
+    assert (optimizer.name, optimizer.lr, optimizer.warmup_steps, optimizer.schedule) == (
+        "adam",
+        3e-4,
+        1000,
+        "cosine",
+    )
+    assert cfg.buffer.sequences == 2048
+
+
+def test_demo_is_the_hysteresis_activation_with_the_papers_loss() -> None:
+    cfg = preset("demo")
+    assert (cfg.model, cfg.layer, cfg.data) == ("gemma-3-270m", 9, "python-docs")
+    assert (cfg.sae.activation, cfg.sae.release_ratio) == ("schmitt", 0.3)
+    assert (cfg.objective.temporal, cfg.objective.weights) == ("multiscale", (0.01, 0.005, 0.001))
+
+
+def test_command_line_overrides_file_overrides_preset(tmp_path: Path) -> None:
+    cfg, asked = command([])
+    assert cfg == preset("demo")
+    assert asked.out is None
+    cfg, _ = command(["tcsae-pythia-70m", "--steps", "7", "--sae.d-sae", "64", "--objective.window", "4"])
+    assert (cfg.preset, cfg.steps, cfg.sae.d_sae, cfg.objective.window) == ("tcsae-pythia-70m", 7, 64, 4)
+    assert cfg.optimizer == preset("tcsae-pythia-70m").optimizer
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_dict(cfg)))
+    again, _ = command(["--config", str(path), "--seed", "5", "--objective.bands", "1", "2", "5", "9"])
+    assert (again.preset, again.steps, again.seed, again.sae.d_sae) == ("tcsae-pythia-70m", 7, 5, 64)
+    assert again.objective.bands == ((1, 2), (5, 9))
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["nonsense"], "no preset 'nonsense'; choose one of demo, tsae-gemma-2-2b, tcsae-pythia-70m"),
+        (["--stepz", "3"], "--stepz"),
+        (["--steps", "many"], "--steps"),
+        (["--sae.activation", "tanh"], "tanh"),
+        (["--config", "/no/such/file.json"], "no file /no/such/file.json"),
+    ],
+)
+def test_bad_command_lines_are_one_sentence(argv: list[str], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        command(argv)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"stepz": 3}, "unknown field 'stepz'"),
+        ({"sae": {"d_sea": 3}}, "unknown field 'sae.d_sea'"),
+        ({"steps": "3"}, "'steps' is '3'; it must be of type int"),
+        ({"steps": True}, "'steps' is True"),
+        ({"sae": {"activation": "tanh"}}, "'sae.activation' is 'tanh'"),
+        ({"sae": []}, "'sae' is []; it must be an object"),
+        ({"objective": {"bands": [[1, 2, 3]]}}, "must have 2 entries"),
+    ],
+)
+def test_bad_configuration_files_are_named(values: dict[str, object], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        from_dict(TrainConfig, values)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--sae.d-sae", "0"], "sae.d_sae is 0"),
+        (["--sae.k", "0"], "sae.k is 0"),
+        (["--sae.k", "5000"], "sae.k is 5000; it must be from 1 to sae.d_sae, which is 2560"),
+        (["--sae.release-ratio", "1.5"], "sae.release_ratio is 1.5"),
+        (["--objective.bands", "1", "3", "3", "9", "--objective.weights", "1", "1"], "objective.bands"),
+        (["--objective.bands", "5", "3", "--objective.weights", "1"], "objective.bands"),
+        (["--objective.weights", "1", "1"], "objective.weights has 2 values for 3 bands"),
+        (["--objective.window", "1"], "objective.window is 1"),
+        (["--steps", "0"], "steps is 0"),
+        (["--batch", "0"], "batch is 0"),
+        (["--optimizer.lr", "0"], "optimizer.lr is 0"),
+        (["--buffer.sequences", "4"], "buffer.sequences is 4"),
+        (["--checkpoint.keep", "0"], "checkpoint.keep is 0"),
+    ],
+)
+def test_values_that_make_no_sense_are_one_sentence(argv: list[str], words: str) -> None:
+    cfg, _ = command(argv)
+    with pytest.raises(UserError) as caught:
+        cfg.check()
+    assert words in str(caught.value)
+
+
+def test_saeconfig_needs_a_width_only_for_a_model() -> None:
+    SAEConfig().check()
+    with pytest.raises(UserError, match=r"sae\.d_in is -1"):
+        SAEConfig(d_in=-1).check()

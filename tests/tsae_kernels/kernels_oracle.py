@@ -1,0 +1,109 @@
+"""Brute force over pairs and windows in float64: what the kernels must agree with, without their code."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def same_segment(ids, t, u) -> bool:
+    """Positions t <= u of one row lie in one maximal run of equal, non-negative ids. ids: list or None."""
+    return ids is None or (ids[t] >= 0 and all(ids[v] == ids[t] for v in range(t, u + 1)))
+
+
+def rows_of(segments, B):
+    return [None] * B if segments is None else segments.tolist()
+
+
+def stats(h, bands, segments=None):
+    """h: [B, T, k]. out: differences [B, S, k], total [B, k], square [B, k], all float64."""
+    h = h.detach().double()
+    B, T, k = h.shape
+    differences = torch.zeros(B, len(bands), k, dtype=torch.float64)
+    total, square = torch.zeros(2, B, k, dtype=torch.float64)
+    for b, ids in enumerate(rows_of(segments, B)):
+        for t in range(T):
+            if not same_segment(ids, t, t):
+                continue
+            total[b] += h[b, t]
+            square[b] += h[b, t] ** 2
+            for u in range(t + 1, T):
+                if ids is not None and ids[u] != ids[t]:
+                    break
+                for s, (first, last) in enumerate(bands):
+                    if first <= u - t <= last:
+                        differences[b, s] += (h[b, u] - h[b, t]) ** 2
+    return differences, total, square
+
+
+def activation(pre, bias=None, name="relu", threshold=None, release=None, segments=None):
+    """Entry by entry, in pre's own precision."""
+    z = pre.detach() + (0 if bias is None else bias.detach())
+    if name == "identity":
+        return z
+    out = torch.zeros_like(z)
+    B, T, k = z.shape
+    zero = torch.zeros(B, T, k, dtype=z.dtype)
+    level = zero if threshold is None else zero + threshold
+    low = None if release is None else zero + release
+    rows = rows_of(segments, B)
+    for b in range(B):
+        for j in range(k):
+            on = False
+            for t in range(T):
+                value = z[b, t, j].item()
+                if name == "gelu":
+                    out[b, t, j] = 0.5 * value * (1 + math.erf(value / math.sqrt(2)))
+                    continue
+                carried = t > 0 and same_segment(rows[b], t - 1, t) and on
+                on = value > max(level[b, t, j].item(), 0)
+                if low is not None and carried and value > low[b, t, j].item():
+                    on = True
+                out[b, t, j] = value if on else 0
+    return out
+
+
+def window_loss(h, window, segments=None):
+    """Every window, one after another."""
+    h = h.detach().double()
+    B, T, _ = h.shape
+    losses = []
+    for b, ids in enumerate(rows_of(segments, B)):
+        for t in range(T - window + 1):
+            if same_segment(ids, t, t + window - 1):
+                steps = h[b, t + 1 : t + window] - h[b, t : t + window - 1]
+                losses.append((steps**2).sum() / (window - 1))
+    return torch.stack(losses).mean() if losses else torch.zeros((), dtype=torch.float64)
+
+
+def temporal_loss(h, weights, bands, variance=None, min_variance=0.01, segments=None):
+    differences, _, _ = stats(h, bands, segments)
+    h = h.detach().double()
+    B, T, _ = h.shape
+    positions, variances = 0, []
+    for b, ids in enumerate(rows_of(segments, B)):
+        kept = [t for t in range(T) if ids is None or ids[t] >= 0]
+        positions += len(kept)
+        if kept:
+            variances.append(h[b, kept].var(0, correction=0))
+    if variance is None:
+        variance = torch.stack(variances).mean(0)
+    variance = torch.where(variance >= min_variance, variance.double(), 0)
+    if variance.sum() == 0:
+        return torch.zeros((), dtype=torch.float64)
+    omega = variance / variance.sum()
+    scale = torch.tensor(weights, dtype=torch.float64)
+    return (differences.sum(0) * scale[:, None] * omega).sum() / positions
+
+
+def random_segments(B, T, generator=None, longest=40):
+    """Runs of random length with ids that come back, and excluded stretches."""
+    rows = []
+    for _ in range(B):
+        row = []
+        while len(row) < T:
+            length = int(torch.randint(1, longest, (), generator=generator))
+            row += [int(torch.randint(-1, 3, (), generator=generator))] * length
+        rows.append(row[:T])
+    return torch.tensor(rows).reshape(B, T)

@@ -1,0 +1,120 @@
+"""Registration, compilation, cost, and what importing the package brings with it."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from tsae_kernels import (
+    activate_with_stats,
+    count_positions,
+    encode_with_stats,
+    temporal_loss,
+    temporal_loss_from_stats,
+    temporal_stats,
+    window_consistency,
+)
+
+ops = torch.ops.tsae_kernels
+BACKENDS = ("reference", "eager")
+SEGMENTS = torch.tensor([[0, 0, 1, 1, -1, 2]] * 2)
+
+
+def features():
+    return torch.randn(2, 6, 3, requires_grad=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("activation", "threshold", "release", "bands", "segments", "dtype"),
+    [
+        ("relu", None, None, [1, 3, 4, 15], None, torch.float32),
+        ("relu", torch.tensor(0.5), torch.tensor(0.2), [1, 2], SEGMENTS, torch.float64),
+        ("relu", torch.rand(2, 6, 1), None, [1, 2], SEGMENTS, torch.bfloat16),
+        ("gelu", None, None, [2, 2], None, torch.float32),
+        ("identity", None, None, [], SEGMENTS, torch.float16),
+    ],
+)
+def test_opcheck_activate(backend, activation, threshold, release, bands, segments, dtype):
+    pre = features().detach().to(dtype).requires_grad_()
+    bias = torch.randn(3, requires_grad=True)
+    opcheck(ops.activate_with_stats, (pre, bias, activation, threshold, release, bands, segments, backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_the_rest(backend):
+    h, weights = features(), torch.rand(2, 6)
+    opcheck(ops.temporal_stats, (h, [1, 3], SEGMENTS, backend))
+    opcheck(ops.step_energy, (h, weights, backend))
+    plain = h.detach()
+    opcheck(ops.step_energy_backward, (plain, weights, torch.ones(()), backend))
+    grads = (torch.randn(2, 6, 3), torch.randn(1, 3).expand(2, 1, 3), None, torch.randn(2, 3))
+    for activation in ("relu", "gelu", "identity"):
+        opcheck(
+            ops.activate_with_stats_backward, (plain, None, *grads, activation, [1, 2], SEGMENTS, backend)
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dynamic", "segments"), [(False, None), (True, SEGMENTS)])
+def test_compiles_without_graph_breaks(backend, dynamic, segments):
+    torch.compiler.reset()
+
+    def function(x, weight, bias, segments):
+        h, stats = encode_with_stats(
+            x, weight, bias, "relu", 0.5, 0.2, ((1, 2), (3, 9)), segments, backend=backend
+        )
+        positions = x.shape[1] if segments is None else count_positions(segments)
+        loss = temporal_loss_from_stats(stats, positions, (0.1, 0.2), min_variance=0.0)
+        loss = loss + temporal_loss(h, (0.1, 0.2), ((1, 2), (3, 9)), None, 0.0, segments, backend=backend)
+        gelu, gelu_stats = activate_with_stats(h, bias, "gelu", segments=segments, backend=backend)
+        again = temporal_stats(gelu, segments=segments, backend=backend)
+        return (
+            loss
+            + window_consistency(h, 3, segments, backend=backend)
+            + gelu.sum()
+            + (gelu_stats.square * again.differences[:, 0]).sum()
+        )
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    inputs = (features(), torch.randn(3, 4, requires_grad=True), torch.randn(4, requires_grad=True))
+    expected, got = function(*inputs, segments), compiled(*inputs, segments)
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+def test_eager_is_linear_in_time(segmented):
+    def seconds(T):
+        h = torch.randn(1, T, 16, requires_grad=True)
+        segments = (torch.arange(T) // (T // 3)).expand(1, T) if segmented else None
+        best = float("inf")
+        for _ in range(3):
+            begin = time.process_time()
+            activated, stats = activate_with_stats(h, threshold=0.5, release=0.2, segments=segments)
+            (activated.sum() + stats.differences.sum() + window_consistency(h, 5, segments)).backward()
+            best = min(best, time.process_time() - begin)
+        return best
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seconds(64)
+        ratio = seconds(2048) / seconds(256)  # 8 if linear, 64 if quadratic
+    finally:
+        torch.set_num_threads(threads)
+    assert ratio < 16, ratio
+
+
+def test_importing_needs_torch_alone():
+    code = (
+        "import sys, torch; before = set(sys.modules); import tsae_kernels; "
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}; "
+        "print(sorted(new - set(sys.stdlib_module_names)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "['tsae_kernels']"

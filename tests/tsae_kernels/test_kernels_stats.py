@@ -1,0 +1,170 @@
+"""Temporal statistics against brute force."""
+
+import kernels_oracle as oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tsae_kernels import MULTISCALE, activate_with_stats, temporal_stats
+
+BACKENDS = ("reference", "eager")
+
+
+@st.composite
+def bands(draw):
+    edges = sorted(draw(st.sets(st.integers(1, 60), min_size=0, max_size=6)))
+    edges = edges[: len(edges) // 2 * 2]
+    return tuple(zip(edges[::2], edges[1::2], strict=True))
+
+
+def assert_stats(stats, h, bands, segments=None, rtol=1e-10):
+    for got, wanted in zip(stats, oracle.stats(h, bands, segments), strict=True):
+        scale = max(wanted.abs().max().item() if wanted.numel() else 0.0, 1e-30)
+        torch.testing.assert_close(got.double(), wanted, rtol=rtol, atol=rtol * scale)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(deadline=None, max_examples=30)
+@given(
+    B=st.integers(1, 3),
+    T=st.integers(1, 45),
+    k=st.integers(1, 4),
+    bands=bands(),
+    with_segments=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_random_shapes_bands_and_segments(backend, B, T, k, bands, with_segments, seed):
+    generator = torch.Generator().manual_seed(seed)
+    h = torch.randn(B, T, k, dtype=torch.float64, generator=generator)
+    segments = oracle.random_segments(B, T, generator, longest=12) if with_segments else None
+    assert_stats(temporal_stats(h, bands, segments, backend=backend), h, bands, segments)
+
+
+@pytest.mark.parametrize("T", [1, 2, 5, 127, 128, 129, 300])
+@pytest.mark.parametrize("k", [1, 3, 33])
+def test_lengths_in_float32(T, k):
+    generator = torch.Generator().manual_seed(T * k)
+    h = torch.randn(2, T, k, generator=generator)
+    for segments in (None, oracle.random_segments(2, T, generator)):
+        assert_stats(temporal_stats(h, MULTISCALE, segments), h, MULTISCALE, segments, rtol=1e-5)
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("T", [5, 128, 300])
+def test_a_mean_a_thousand_times_the_deviation(T, segmented):
+    generator = torch.Generator().manual_seed(T)
+    h = torch.randn(3, T, 4, generator=generator) + 1e3
+    segments = oracle.random_segments(3, T, generator) if segmented else None
+    if segmented:  # segments far from each other: the row's mean would not do
+        h = h * torch.where(segments % 2 == 0, 1.0, -1.0)[..., None]
+    eager = temporal_stats(h, segments=segments, backend="eager")
+    reference = temporal_stats(h, segments=segments, backend="reference")
+    for got, wanted, atol in zip(
+        eager, reference, (0, 1e-7 * T * 1e3, 0), strict=True
+    ):  # a sum of both signs
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=atol)
+
+
+@pytest.mark.parametrize("kind", ["walk", "sparse", "ramp", "spike", "constant"])
+def test_float32_accuracy_of_smooth_and_sparse_features(kind):
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 128, 20, generator=generator)
+    time = torch.arange(128.0)[:, None]
+    h = {
+        "walk": noise.cumsum(1),
+        "sparse": noise * (torch.rand(2, 128, 20, generator=generator) < 0.03),
+        "ramp": (0.37 * time).expand(2, 128, 20),
+        "spike": 0.01 * noise + 1e3 * (time == 64),
+        "constant": torch.full((2, 128, 20), 3.3),
+    }[kind]
+    eager, reference = (temporal_stats(h, backend=backend).differences for backend in ("eager", "reference"))
+    # A running sum over a ramp grows with T, and its rounding with it: docs/mathematics.md, section 4.
+    torch.testing.assert_close(eager, reference, rtol=5e-5 if kind == "ramp" else 1e-5, atol=1e-9)
+    assert (eager >= 0).all()
+
+
+def test_an_id_that_comes_back_is_another_segment():
+    h = torch.randn(1, 6, 2, dtype=torch.float64)
+    segments = torch.tensor([[0, 0, 1, 0, -1, 0]])
+    expected = (h[0, 1] - h[0, 0]) ** 2
+    for backend in BACKENDS:
+        stats = temporal_stats(h, ((1, 9),), segments, backend=backend)
+        torch.testing.assert_close(stats.differences[0, 0], expected)
+        torch.testing.assert_close(stats.total[0], h[0, [0, 1, 2, 3, 5]].sum(0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_may_hold_anything(backend):
+    h = torch.randn(2, 9, 3)
+    segments = torch.tensor([[-1, 0, 0, 0, -1, -1, 1, 1, 1], [0, 0, 0, 0, 0, 0, -1, -1, -1]])
+    clean = temporal_stats(h, segments=segments, backend=backend)
+    h[segments < 0] = torch.tensor([float("inf"), float("nan"), 1e30])
+    h.requires_grad_()
+    stats = temporal_stats(h, segments=segments, backend=backend)
+    for got, wanted in zip(stats, clean, strict=True):
+        assert torch.equal(got, wanted)
+    (grad,) = torch.autograd.grad(sum(s.sum() for s in stats), h)
+    assert grad.isfinite().all()
+    assert (grad[segments < 0] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_positions_excluded(backend):
+    segments = torch.full((2, 5), -1)
+    h = torch.randn(2, 5, 3, requires_grad=True)
+    stats = temporal_stats(h, segments=segments, backend=backend)
+    assert all((s == 0).all() for s in stats)
+    (grad,) = torch.autograd.grad(stats.differences.sum() + stats.square.sum(), h)
+    assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("with_segments", [False, True])
+def test_empty_batch(backend, with_segments):
+    pre = torch.randn(0, 7, 3, requires_grad=True)
+    segments = torch.zeros(0, 7, dtype=torch.int64) if with_segments else None
+    h, stats = activate_with_stats(pre, torch.zeros(3), segments=segments, backend=backend)
+    assert h.shape == (0, 7, 3)
+    assert [tuple(s.shape) for s in stats] == [(0, 3, 3), (0, 3), (0, 3)]
+    torch.autograd.grad(h.sum() + stats.differences.sum(), pre)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides_do_not_matter(backend):
+    base = torch.randn(3, 5, 20, dtype=torch.float64)
+    for h in (base.transpose(1, 2), base[:, :, ::2].transpose(0, 1), base[:1].expand(4, 5, 20)):
+        leaf = h.detach().requires_grad_()
+        out, stats = activate_with_stats(leaf, activation="identity", bands=((1, 2),), backend=backend)
+        assert torch.equal(out, h)
+        assert_stats(stats, h, ((1, 2),))
+        (grad,) = torch.autograd.grad(stats.differences.sum(), leaf)
+        copy = h.contiguous().requires_grad_()
+        again = temporal_stats(copy, ((1, 2),), backend=backend)
+        torch.testing.assert_close(grad, torch.autograd.grad(again.differences.sum(), copy)[0])
+
+
+def test_rows_walked_in_several_chunks_agree_with_one():
+    h = torch.randn(7, 12, 2**15, requires_grad=True)  # two rows to a chunk
+    segments = torch.tensor([[0] * 5 + [-1] + [1] * 6] * 6 + [[2] * 12])
+    stats = temporal_stats(h, ((1, 3),), segments)
+    part = temporal_stats(h[3:5], ((1, 3),), segments[3:5])
+    for whole, two in zip(stats, part, strict=True):
+        torch.testing.assert_close(whole[3:5], two)
+    weights = torch.rand(7, 1, 2**15)
+    (grad,) = torch.autograd.grad((stats.differences * weights).sum(), h)
+    (of_part,) = torch.autograd.grad((part.differences * weights[3:5]).sum(), h)
+    torch.testing.assert_close(grad[3:5], of_part[3:5])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_summed_in_float32(backend, dtype):
+    largest = 6e4 if dtype == torch.float16 else 1e15
+    h = (torch.randn(2, 50, 3) * largest / 4).to(dtype).requires_grad_()
+    stats = temporal_stats(h, backend=backend)
+    assert {s.dtype for s in stats} == {torch.float32}
+    assert_stats(stats, h, MULTISCALE, rtol=1e-5)
+    (grad,) = torch.autograd.grad((stats.differences / stats.square[:, None]).sum(), h)
+    assert grad.dtype == dtype
+    assert grad.isfinite().all()
