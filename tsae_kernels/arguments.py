@@ -49,9 +49,7 @@ def check_segments(segments: Tensor | None, like: Tensor) -> None:
         return
     shape = list(like.shape[:2])
     if not isinstance(segments, Tensor) or segments.dtype not in _INTEGERS:
-        raise TypeError(
-            f"segments must be None or an integer tensor of shape {shape}, got {_describe(segments)}"
-        )
+        raise TypeError(f"segments must be None or an integer tensor of shape {shape}, got {_describe(segments)}")
     if list(segments.shape) != shape:
         raise ValueError(f"segments must have shape {shape} ([B, T]), got {_describe(segments)}")
     if segments.device != like.device:
@@ -94,9 +92,7 @@ def _level(
         raise TypeError(f"{name} must be a floating-point tensor, got {_describe(value)}")
     if tuple(value.shape) not in shapes:
         features = f"features of shape {list(pre.shape)}"
-        raise ValueError(
-            f"{name} must be a number or a {wanted} tensor for {features}, got {_describe(value)}"
-        )
+        raise ValueError(f"{name} must be a number or a {wanted} tensor for {features}, got {_describe(value)}")
     if value.device != pre.device:
         raise ValueError(f"{name} must be on {pre.device} like pre, got {_describe(value)}")
     return value.detach()

@@ -79,9 +79,7 @@ def _activated(
         yield h[t]
 
 
-def _stats(
-    slices: Iterable[Tensor], h: Tensor, bands: Bands, runs: ChunkRuns | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _stats(slices: Iterable[Tensor], h: Tensor, bands: Bands, runs: ChunkRuns | None) -> tuple[Tensor, Tensor, Tensor]:
     """`slices` yields h[:, t] in order; it may compute them on the way."""
     B, _, k = h.shape
     dtype = dtype_of_stats(h.dtype)
@@ -105,8 +103,8 @@ def _stats(
     else:
         weights = [at_t.split(1, dim=1) for at_t in half_degree.unbind(1)]  # [T][S] of [B, 1]
     reaches = {reach for first, last in bands for reach in (first - 1, last)}
-    # D = -2 sum_t y_t (F_t - degree_t y_t / 2), F_t the sum of y over [t - last, t - first]. Subtracting first
-    # and then multiplying keeps the terms of a slowly changing feature, and their rounding errors, small.
+    # D = -2 sum_t y_t (F_t - degree_t y_t / 2), F_t the sum of y over [t - last, t - first]: difference first,
+    # then product, because a slowly changing feature then has small terms and small rounding errors.
     for t, y in enumerate(windows.fill()):
         low = {reach: windows.low_row(t, reach) for reach in reaches}
         for difference, weight, (first, last) in zip(per_band, weights[t], bands, strict=True):
@@ -218,9 +216,7 @@ def activate_with_stats_backward(
         if coefficient is not None:
             compared = h if active is None else [h_t.index_select(1, active) for h_t in h]
             shared = coefficient.shape[0] == 1
-            window_terms = _window_gradient(
-                compared, coefficient if shared else coefficient[rows], bands, runs, dtype
-            )
+            window_terms = _window_gradient(compared, coefficient if shared else coefficient[rows], bands, runs, dtype)
         incoming = None if grad_h is None else grad_h[rows].unbind(1)
         outgoing = grad_pre[rows].unbind(1)
         accumulated = torch.zeros(rows.stop - rows.start, k, dtype=dtype, device=saved.device)
@@ -249,9 +245,7 @@ def activate_with_stats_backward(
     return grad_pre, grad_bias
 
 
-def _active_features(
-    grad_differences: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None]:
+def _active_features(grad_differences: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """The coefficients 2 * dL/dD, and the features that have any: others are skipped.
 
     out: [1 or B, S, k'] (None: no feature has any), and the indices of the k' features (None: all of them).

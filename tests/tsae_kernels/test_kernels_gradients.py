@@ -74,9 +74,7 @@ def test_gradcheck_at_many_lengths(T, k, segmented):
     offset=st.sampled_from([0.0, 1e3]),
     seed=st.integers(0, 2**31),
 )
-def test_eager_gradients_in_float32_agree_with_the_reference(
-    B, T, k, activation, edges, segmented, offset, seed
-):
+def test_eager_gradients_in_float32_agree_with_the_reference(B, T, k, activation, edges, segmented, offset, seed):
     generator = torch.Generator().manual_seed(seed)
     edges = sorted(edges)[: len(edges) // 2 * 2]
     bands = tuple(zip(edges[::2], edges[1::2], strict=True))
@@ -99,13 +97,9 @@ def test_gradcheck_of_the_losses(backend, segmented):
     h = torch.randn(2, 9, 3, dtype=torch.float64).requires_grad_()
     segments = torch.tensor([[0, 0, 0, 0, 1, 1, -1, 2, 2], [0] * 9]) if segmented else None
     variance = torch.tensor([0.5, 0.001, 2.0])
-    torch.autograd.gradcheck(
-        lambda h: temporal_loss(h, variance=variance, segments=segments, backend=backend), (h,)
-    )
+    torch.autograd.gradcheck(lambda h: temporal_loss(h, variance=variance, segments=segments, backend=backend), (h,))
     for window in (2, 3, 5):
-        torch.autograd.gradcheck(
-            lambda h, w=window: window_consistency(h, w, segments, backend=backend), (h,)
-        )
+        torch.autograd.gradcheck(lambda h, w=window: window_consistency(h, w, segments, backend=backend), (h,))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -81,9 +81,7 @@ def test_variance_from_statistics():
     rows = [h[b, segments[b] >= 0].var(0, correction=0) for b in (0, 2) if (segments[b] >= 0).any()]
     wanted = torch.stack(rows).mean(0)
     torch.testing.assert_close(within_sequence_variance(stats, count_positions(segments)), wanted)
-    torch.testing.assert_close(
-        within_sequence_variance(temporal_stats(h), 50), h.var(1, correction=0).mean(0)
-    )
+    torch.testing.assert_close(within_sequence_variance(temporal_stats(h), 50), h.var(1, correction=0).mean(0))
     assert (within_sequence_variance(temporal_stats(torch.full((2, 50, 3), 7.3)), 50) >= 0).all()
 
 

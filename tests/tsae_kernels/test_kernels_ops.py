@@ -53,9 +53,7 @@ def test_opcheck_the_rest(backend):
     opcheck(ops.step_energy_backward, (plain, weights, torch.ones(()), backend))
     grads = (torch.randn(2, 6, 3), torch.randn(1, 3).expand(2, 1, 3), None, torch.randn(2, 3))
     for activation in ("relu", "gelu", "identity"):
-        opcheck(
-            ops.activate_with_stats_backward, (plain, None, *grads, activation, [1, 2], SEGMENTS, backend)
-        )
+        opcheck(ops.activate_with_stats_backward, (plain, None, *grads, activation, [1, 2], SEGMENTS, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -64,9 +62,7 @@ def test_compiles_without_graph_breaks(backend, dynamic, segments):
     torch.compiler.reset()
 
     def function(x, weight, bias, segments):
-        h, stats = encode_with_stats(
-            x, weight, bias, "relu", 0.5, 0.2, ((1, 2), (3, 9)), segments, backend=backend
-        )
+        h, stats = encode_with_stats(x, weight, bias, "relu", 0.5, 0.2, ((1, 2), (3, 9)), segments, backend=backend)
         positions = x.shape[1] if segments is None else count_positions(segments)
         loss = temporal_loss_from_stats(stats, positions, (0.1, 0.2), min_variance=0.0)
         loss = loss + temporal_loss(h, (0.1, 0.2), ((1, 2), (3, 9)), None, 0.0, segments, backend=backend)

@@ -60,9 +60,7 @@ def test_a_mean_a_thousand_times_the_deviation(T, segmented):
         h = h * torch.where(segments % 2 == 0, 1.0, -1.0)[..., None]
     eager = temporal_stats(h, segments=segments, backend="eager")
     reference = temporal_stats(h, segments=segments, backend="reference")
-    for got, wanted, atol in zip(
-        eager, reference, (0, 1e-7 * T * 1e3, 0), strict=True
-    ):  # a sum of both signs
+    for got, wanted, atol in zip(eager, reference, (0, 1e-7 * T * 1e3, 0), strict=True):  # a sum of both signs
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=atol)
 
 

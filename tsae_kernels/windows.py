@@ -1,0 +1,122 @@
+"""Sliding-window sums along T for the PyTorch backend: running sums of centred rows, within segments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from tsae_kernels.bands import Bands
+from tsae_kernels.segments import Runs
+
+
+def rows_by_time(mask: Tensor) -> list[Tensor | None]:
+    """mask: [B, T]. out: for every t the rows b with mask[b, t], or None if there are none."""
+    rows = mask.t().nonzero()[:, 1].split(mask.sum(0).tolist())
+    return [chosen if len(chosen) else None for chosen in rows]
+
+
+class ChunkRuns:
+    """The runs of one chunk of rows, [B, T] each, and for every t the rows excluded, or beginning a run."""
+
+    def __init__(self, runs: Runs, rows: slice) -> None:
+        self.start, self.end, self.valid = (field[rows] for field in runs)
+        self.excluded = rows_by_time(~self.valid)
+        t = torch.arange(self.start.shape[1], device=self.start.device)
+        self.begins = rows_by_time((self.start == t) & self.valid)
+
+    def clear(self, x: Tensor, t: int) -> Tensor:
+        """x [B, k] with zeros at the excluded rows of t; a copy if there are any.
+
+        A product with 0 would keep an inf or NaN of the padding.
+        """
+        return x if self.excluded[t] is None else x.index_fill(0, self.excluded[t], 0)
+
+
+class Windows:
+    """Sums of y = h - (mean of its segment) over windows, as differences of the running sum P.
+
+    P[t] = y[0] + ... + y[t-1]; rows are [B, k], and T comes first so that they are contiguous.
+    """
+
+    def __init__(self, slices: Sequence[Tensor], bands: Bands, runs: ChunkRuns | None, dtype: torch.dtype) -> None:
+        """slices: T of [B, k]. runs: of the same rows, None if each is one segment."""
+        self.slices, self.bands, self.runs, self.dtype = slices, bands, runs, dtype
+        self.T, (self.B, k) = len(slices), slices[0].shape
+        self.P = torch.empty(self.T + 1, self.B, k, dtype=dtype, device=slices[0].device)
+        self.P[0] = 0
+        self.rows = self.P.unbind(0)
+        self.means = self._means()
+        if runs is None:
+            return
+        # The rows of P, flattened to [(T + 1) * B, k], at every window bound that the bands ask for.
+        self.flat = self.P.flatten(0, 1)
+        t = torch.arange(self.T, device=self.P.device)[:, None]
+        lanes = torch.arange(self.B, device=self.P.device)
+        start, end = runs.start.t(), runs.end.t()  # [T, B]
+        reaches = {reach for first, last in bands for reach in (first - 1, last)}
+        self.low = {r: (torch.maximum(t - r, start) * self.B + lanes).unbind(0) for r in reaches}
+        self.high = {r: (torch.minimum(t + r + 1, end) * self.B + lanes).unbind(0) for r in reaches}
+
+    def _means(self) -> list[Tensor | None]:
+        """For every t the means, [rows, k], of the segments that begin there."""
+        means: list[Tensor | None] = [None] * self.T
+        running = torch.zeros_like(self.rows[0])
+        if self.runs is None:
+            for h_t in self.slices:
+                running += h_t
+            means[0] = running / self.T
+            return means
+        length = (self.runs.end - self.runs.start).to(self.dtype)
+        for t in reversed(range(self.T)):  # backwards: a segment's sum is complete where it begins
+            running += self.runs.clear(self.slices[t], t)
+            rows = self.runs.begins[t]
+            if rows is not None:
+                means[t] = running.index_select(0, rows) / length[rows, t, None]
+                running.index_fill_(0, rows, 0)
+        return means
+
+    def fill(self) -> Iterator[Tensor]:
+        """Yield y[t], [B, k], zero where excluded, for t = 0, 1, ... and write P[t + 1]."""
+        for t, y in enumerate(self.centred()):
+            torch.add(self.rows[t], y, out=self.rows[t + 1])
+            yield y
+
+    def centred(self) -> Iterator[Tensor]:
+        """Yield y[t], [B, k], zero where excluded, for t = 0, 1, ..."""
+        if self.runs is None:
+            for h_t in self.slices:
+                yield h_t.to(self.dtype) - self.means[0]
+            return
+        mean = torch.zeros_like(self.rows[0])
+        for t, h_t in enumerate(self.slices):
+            if self.means[t] is not None:
+                mean.index_copy_(0, self.runs.begins[t], self.means[t])
+            yield self.runs.clear(h_t.to(self.dtype) - mean, t)
+
+    def low_row(self, t: int, reach: int) -> Tensor:
+        """P at t - reach, but not before the segment's start: [B, k]."""
+        if self.runs is None:
+            return self.rows[max(t - reach, 0)]
+        return self.flat.index_select(0, self.low[reach][t])
+
+    def high_row(self, t: int, reach: int) -> Tensor:
+        """P at t + reach + 1, but not after the segment's end: [B, k]."""
+        if self.runs is None:
+            return self.rows[min(t + reach + 1, self.T)]
+        return self.flat.index_select(0, self.high[reach][t])
+
+    def degrees(self) -> Tensor:
+        """[1 or B, T, S]: how many positions of t's segment lie at each band's offsets, on both sides."""
+        t = torch.arange(self.T, device=self.P.device)
+        start = t.new_zeros(1, self.T) if self.runs is None else self.runs.start
+        end = t.new_full((1, self.T), self.T) if self.runs is None else self.runs.end
+        counts = [
+            torch.maximum(t - first + 1, start)
+            - torch.maximum(t - last, start)
+            + torch.minimum(t + last + 1, end)
+            - torch.minimum(t + first, end)
+            for first, last in self.bands
+        ]
+        return torch.stack(counts, dim=2).to(self.dtype)
