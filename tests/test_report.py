@@ -115,9 +115,7 @@ def test_any_key_may_be_missing_or_odd(run_dir):
 
 @pytest.mark.parametrize("drop", sorted(record(1).keys() - {"step"}))
 def test_each_series_may_be_missing(drop):
-    history = {
-        key: (np.arange(1, 50), np.linspace(0.1, 1, 49)) for key in record(1) if key not in ("step", drop)
-    }
+    history = {key: (np.arange(1, 50), np.linspace(0.1, 1, 49)) for key in record(1) if key not in ("step", drop)}
     draw(history, EVALUATION, CONFIG, None, title="run")
 
 
@@ -145,9 +143,7 @@ def test_a_running_mean_follows_long_series(run_dir):
 
 def test_history_keeps_the_last_line_of_a_step_and_survives_a_cut_one(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text(
-        '{"step": 2, "l0": 5}\n{"step": 1, "l0": 4, "x": "text"}\n{"step": 2, "l0": 6}\n{"step": 3, "l'
-    )
+    path.write_text('{"step": 2, "l0": 5}\n{"step": 1, "l0": 4, "x": "text"}\n{"step": 2, "l0": 6}\n{"step": 3, "l')
     history = read_history(path)
     assert set(history) == {"step", "l0"}
     assert history["l0"][0].tolist() == [1, 2]

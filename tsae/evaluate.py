@@ -104,9 +104,7 @@ def evaluate(
     was_training = sae.training
     sae.eval()
     try:
-        return _measure(
-            sae, lm, parts, layer, ce_sequences, lm_batch, seed, reference_mean, progress or _no_progress
-        )
+        return _measure(sae, lm, parts, layer, ce_sequences, lm_batch, seed, reference_mean, progress or _no_progress)
     finally:
         sae.train(was_training)
 
@@ -133,9 +131,7 @@ def _measure(
         reconstruction.update(x, sae.decode(h), h, segments)
         temporal.update(x, h, segments)
         del h
-        shuffled.update_features(
-            sae.encode(shuffle_within_segments(x, segments, generator), segments), segments
-        )
+        shuffled.update_features(sae.encode(shuffle_within_segments(x, segments, generator), segments), segments)
         done += segments.numel()
         progress("features", done, total)
     if reconstruction.tokens == 0:

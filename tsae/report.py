@@ -69,9 +69,7 @@ def write_report(run_dir: str | Path) -> Path:
     evaluation = _read_object(run_dir / "eval.json")
     config = _read_object(run_dir / "config.json")
     sparsity_file = run_dir / "sae" / "sparsity.safetensors"
-    density = (
-        10.0 ** load_file(sparsity_file)["sparsity"].astype(np.float64) if sparsity_file.exists() else None
-    )
+    density = 10.0 ** load_file(sparsity_file)["sparsity"].astype(np.float64) if sparsity_file.exists() else None
 
     with matplotlib.rc_context(STYLE):
         figure = draw(history, evaluation, config, density, title=run_dir.resolve().name)
@@ -104,9 +102,7 @@ def read_history(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         except (ValueError, KeyError, TypeError):
             if number == len(lines):
                 break
-            raise UserError(
-                f"Line {number} of {path} is not a JSON object with a step; mend or delete it."
-            ) from None
+            raise UserError(f"Line {number} of {path} is not a JSON object with a step; mend or delete it.") from None
     series: dict[str, list[tuple[int, float]]] = {}
     for step in sorted(by_step):
         for key, value in by_step[step].items():
@@ -311,21 +307,13 @@ def _lags(ax: Axes, evaluation: dict[str, Any]) -> None:
         values = {int(lag): value for lag, value in temporal.get(key, {}).items()}
         if values:
             lags = sorted(values)
-            ax.plot(
-                lags, [values[lag] for lag in lags], color=colour, marker=marker, markersize=4.5, label=label
-            )
+            ax.plot(lags, [values[lag] for lag in lags], color=colour, marker=marker, markersize=4.5, label=label)
             drawn = True
     if not drawn:
         return _empty(ax, "not evaluated")
     ax.set_xscale("log", base=2)
     lags = sorted(
-        {
-            int(lag)
-            for values in temporal.values()
-            if isinstance(values, dict)
-            for lag in values
-            if lag.isdigit()
-        }
+        {int(lag) for values in temporal.values() if isinstance(values, dict) for lag in values if lag.isdigit()}
     )
     ax.xaxis.set_major_locator(FixedLocator(lags))
     ax.xaxis.set_minor_locator(NullLocator())
@@ -365,9 +353,7 @@ def _lag_one(ax: Axes, history: dict[str, tuple[np.ndarray, np.ndarray]]) -> Non
     ax.set_title("Lag-1 correlation in training")
     low, high = history.get("lag1_correlation_p10"), history.get("lag1_correlation_p90")
     if low is not None and high is not None and np.array_equal(low[0], high[0]):
-        ax.fill_between(
-            low[0], low[1], high[1], color=BLUE, alpha=0.15, linewidth=0, label="middle 80 % of features"
-        )
+        ax.fill_between(low[0], low[1], high[1], color=BLUE, alpha=0.15, linewidth=0, label="middle 80 % of features")
     drawn = _curve(ax, history, "lag1_correlation", BLUE, "mean over active features")
     if not drawn:
         return _empty(ax, "no training log")
@@ -394,9 +380,7 @@ def _density(ax: Axes, density: np.ndarray | None) -> None:
     if fired.size:
         lines.insert(0, f"median {_percent(float(np.median(fired)))} of tokens")
     ax.set_ylim(0, 1.22 * max(ax.get_ylim()[1], 1.0))
-    ax.text(
-        0.98, 0.98, "\n".join(lines), transform=ax.transAxes, ha="right", va="top", fontsize=8.5, color=GREY
-    )
+    ax.text(0.98, 0.98, "\n".join(lines), transform=ax.transAxes, ha="right", va="top", fontsize=8.5, color=GREY)
     ax.set_xlabel("share of tokens (logarithmic)")
     ax.set_ylabel("features")
 

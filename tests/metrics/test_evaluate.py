@@ -128,9 +128,7 @@ def test_autoencoders_that_are_the_ablations(lm, batch):
     mean = evaluate(Fake(x.mean(0), 0.0), lm, [batch], layer=LAYER, ce_sequences=6).metrics
     assert mean["explained_variance"] == pytest.approx(0, abs=1e-5)
     assert mean["ce_loss_with_sae"] == pytest.approx(mean["ce_loss_with_mean_ablation"], abs=1e-5)
-    reference = evaluate(
-        Fake(torch.zeros(32), 0.0), lm, [batch], layer=LAYER, reference_mean=torch.zeros(32)
-    ).metrics
+    reference = evaluate(Fake(torch.zeros(32), 0.0), lm, [batch], layer=LAYER, reference_mean=torch.zeros(32)).metrics
     assert reference["ce_loss_with_mean_ablation"] == pytest.approx(reference["ce_loss_with_ablation"])
 
 
@@ -172,9 +170,7 @@ def test_batching_changes_nothing(lm, batch):
 def test_the_seed_decides_the_shuffled_control(lm, batch):
     def control(seed: int) -> float:
         sae = Fake(torch.zeros(32), 1.0)
-        return evaluate(sae, lm, [batch], layer=LAYER, seed=seed).metrics["temporal"][
-            "persistence_excess_shuffled"
-        ]
+        return evaluate(sae, lm, [batch], layer=LAYER, seed=seed).metrics["temporal"]["persistence_excess_shuffled"]
 
     assert control(0) == control(0)
     assert control(0) != control(1)

@@ -20,8 +20,7 @@ def sample(seed=0, N=3, T=6, V=11):
     scale = {"without_sae": 1.0, "with_sae": 1.1, "with_ablation": 6.0, "with_mean_ablation": 3.0}
     untouched = torch.randn(N, 1 + T, V, generator=generator)
     logits = {
-        run: untouched + (factor - 1) * torch.randn(N, 1 + T, V, generator=generator)
-        for run, factor in scale.items()
+        run: untouched + (factor - 1) * torch.randn(N, 1 + T, V, generator=generator) for run, factor in scale.items()
     }
     return tokens, segments, logits
 
@@ -40,9 +39,7 @@ def slow_metrics(samples) -> dict[str, float]:
                     loss[run] -= float(log_p[tokens[n, i + 2]])
                     divergence[run] = divergence.get(run, 0) + float((clean.exp() * (clean - log_p)).sum())
     ce = {run: value / count for run, value in loss.items()}
-    zero, mean, sae, clean = (
-        ce[run] for run in ("with_ablation", "with_mean_ablation", "with_sae", "without_sae")
-    )
+    zero, mean, sae, clean = (ce[run] for run in ("with_ablation", "with_mean_ablation", "with_sae", "without_sae"))
     return {
         **{f"ce_loss_{run}": value for run, value in ce.items()},
         "ce_loss_score": (zero - sae) / (zero - clean),

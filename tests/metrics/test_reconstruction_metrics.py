@@ -31,8 +31,7 @@ def slow_metrics(batches: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> dict[s
         ]
         batch_mean = torch.stack([one for one, _, _ in mine]).mean(0)
         legacy += [
-            1 - float((one - other).square().sum() / (one - batch_mean).square().sum())
-            for one, other, _ in mine
+            1 - float((one - other).square().sum() / (one - batch_mean).square().sum()) for one, other, _ in mine
         ]
         tokens += mine
     n, d = len(tokens), len(tokens[0][0])
@@ -79,9 +78,7 @@ def test_explained_variance_survives_a_huge_mean():
     deviation[:4] += 0.5  # batches whose means differ
     h, segments = torch.zeros(8, 64, 3), torch.zeros(8, 64, dtype=torch.int32)
     x = deviation + mean
-    halves = [
-        (x[rows], mean + 0.5 * deviation[rows], h[rows], segments[rows]) for rows in (slice(4), slice(4, 8))
-    ]
+    halves = [(x[rows], mean + 0.5 * deviation[rows], h[rows], segments[rows]) for rows in (slice(4), slice(4, 8))]
     residual = (0.5 * deviation).square().sum()
     total = (deviation - deviation.mean((0, 1))).square().sum()
     assert computed(*halves)["explained_variance"] == pytest.approx(float(1 - residual / total), rel=1e-10)
@@ -169,6 +166,4 @@ def test_degenerate_sets_are_finite(case):
 def test_half_precision_input_is_computed_in_double():
     x, xhat, h, segments = sample(mean=100.0)
     x, xhat = x.bfloat16(), xhat.bfloat16()
-    assert computed((x, xhat, h, segments)) == pytest.approx(
-        computed((x.double(), xhat.double(), h, segments))
-    )
+    assert computed((x, xhat, h, segments)) == pytest.approx(computed((x.double(), xhat.double(), h, segments)))

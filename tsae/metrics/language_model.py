@@ -72,9 +72,7 @@ class LanguageModelMetrics(Accumulator):
         return {
             **{f"ce_loss_{run}": value for run, value in ce.items()},
             "ce_loss_score": _recovered(ce["with_ablation"], ce["with_sae"], ce["without_sae"]),
-            "ce_loss_score_mean_ablation": _recovered(
-                ce["with_mean_ablation"], ce["with_sae"], ce["without_sae"]
-            ),
+            "ce_loss_score_mean_ablation": _recovered(ce["with_mean_ablation"], ce["with_sae"], ce["without_sae"]),
             "kl_div_score": ratio(kl_zero - kl_sae, kl_zero),
         }
 

@@ -128,9 +128,7 @@ class ReconstructionMetrics(Accumulator):
             "explained_variance": 1 - ratio(residual, total) if total > 0 else 0.0,
             "explained_variance_legacy": ratio(self._get("legacy"), n),
             "explained_variance_saebench": (
-                1 - ratio(residual, n) / (mean_square - per_element**2)
-                if mean_square != per_element**2
-                else 0.0
+                1 - ratio(residual, n) / (mean_square - per_element**2) if mean_square != per_element**2 else 0.0
             ),
             "mse": ratio(residual, self._get("dimensions")),
             "cossim": ratio(self._get("cossim"), n),
