@@ -9,6 +9,7 @@ boolean ones not (a `masked_fill` takes 20 times as long as a product).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -20,15 +21,24 @@ from tsae_kernels.bands import Bands
 from tsae_kernels.segments import find_runs
 from tsae_kernels.windows import ChunkRuns, Windows, rows_by_time
 
-# Rows of the batch are walked together until a slice is this large: enough to hide the cost of a call.
-_SLICE_ELEMENTS = {"cpu": 2**16}
-_SLICE_ELEMENTS_ELSEWHERE = 2**22
+
+def _slice_elements(device: torch.device) -> int:
+    """How large a [rows, k] slice of the walk may be: large enough to hide the cost of a call.
+
+    From 2^15 elements PyTorch splits an elementwise operation over the CPU's threads. For slices that small waking
+    them costs as much as the work, and far more if other processes want the cores (measured on two busy ones: 600 ms
+    a step instead of 170), so with several threads a slice stays just below.
+    """
+    if device.type != "cpu":
+        return 2**22
+    return 2**16 if torch.get_num_threads() == 1 else 2**15 - 1
 
 
 def _chunks(h: Tensor, segments: Tensor | None) -> Iterator[tuple[slice, ChunkRuns | None]]:
     """Ranges of rows to walk together, with their runs."""
     B, _, k = h.shape
-    step = max(1, _SLICE_ELEMENTS.get(h.device.type, _SLICE_ELEMENTS_ELSEWHERE) // k)
+    chunks = math.ceil(B * k / _slice_elements(h.device))
+    step = math.ceil(B / max(chunks, 1)) or 1
     runs = None if segments is None else find_runs(segments)
     for begin in range(0, B, step):
         rows = slice(begin, min(begin + step, B))
@@ -176,11 +186,12 @@ def _window_gradient(
         shares[first - 1] = shares.get(first - 1, 0) - coefficient[:, s]
         shares[last] = coefficient[:, s]
     itself = shares.pop(0, None)  # the window |u-t| <= 0 is y_t
-    for t, y in enumerate(windows.centred()):
-        diagonal = (degrees[t] * coefficient).sum(1)  # [1 or B, k]
-        if itself is not None:
-            diagonal -= itself
-        w = y.mul_(diagonal)
+    if degrees[0].shape[0] == coefficient.shape[0] == 1:  # one diagonal for all rows
+        diagonals: Iterable[Tensor] = (torch.stack(degrees) * coefficient).sum(2)  # [T, 1, k]
+    else:
+        diagonals = ((degree * coefficient).sum(1) for degree in degrees)  # [B, k] each
+    for t, (y, diagonal) in enumerate(zip(windows.centred(), diagonals, strict=True)):
+        w = y.mul_(diagonal if itself is None else diagonal - itself)
         for reach, share in shares.items():
             w.addcmul_(windows.high_row(t, reach) - windows.low_row(t, reach), share, value=-1)
         yield w
@@ -223,15 +234,18 @@ def activate_with_stats_backward(
         total_term = None if grad_total is None else grad_total[rows].to(dtype)
         square_term = None if grad_square is None else 2 * grad_square[rows].to(dtype)
         for t, window_term in enumerate(window_terms):
-            grad = torch.zeros_like(accumulated) if total_term is None else total_term.clone()
+            if window_term is None or active is not None:
+                grad = torch.zeros_like(accumulated)
+            else:
+                grad = window_term
+            if active is not None and window_term is not None:
+                grad.index_add_(1, active, window_term)
+            if total_term is not None:
+                grad += total_term
             if square_term is not None:
                 grad.addcmul_(square_term, h[t].to(dtype))
             if runs is not None:
                 grad = runs.clear(grad, t)  # excluded positions are in no statistic
-            if active is not None and window_term is not None:
-                grad.index_add_(1, active, window_term)
-            elif window_term is not None:
-                grad += window_term
             if incoming is not None:
                 grad += incoming[t]
             if activation == "relu":

@@ -87,7 +87,7 @@ def test_eager_gradients_in_float32_agree_with_the_reference(B, T, k, activation
         loss = h.sin().sum() + stats[0].sum() + (stats[1] * 0.1).sum()
         results.append([h, *stats, torch.autograd.grad(loss, leaf)[0]])
     for wanted, got in zip(*results, strict=True):
-        scale = wanted.abs().max().item() if wanted.numel() else 0
+        scale = max(wanted.abs().max().item(), 1) if wanted.numel() else 1  # gelu' has a root: not below 1
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5 * scale)
 
 
