@@ -28,11 +28,12 @@ def check_layer(lm: LanguageModel, layer: int) -> None:
         )
 
 
-@torch.no_grad()  # inference_mode's tensors could not be saved for the backward of what is trained on them
 def activations(lm: LanguageModel, tokens: Tensor, layer: int) -> Tensor:
     """The residual stream after block `layer` (SAELens's `blocks.{layer}.hook_resid_post`).
 
-    The forward pass stops there: no later block, no language-model head, no key-value cache.
+    The forward pass stops there: no later block, no language-model head, no key-value cache. It runs in
+    inference mode; what is returned is a copy made outside of it, because autograd cannot save tensors that were
+    made inside.
 
     tokens: [N, P + T] int64, moved to the model's device if need be.
     layer: blocks counted from 0.
@@ -46,9 +47,10 @@ def activations(lm: LanguageModel, tokens: Tensor, layer: int) -> Tensor:
 
     with _hook(lm.blocks[layer], stop):
         try:
-            lm.model(input_ids=tokens.to(lm.device), use_cache=False)
+            with torch.inference_mode():
+                lm.model(input_ids=tokens.to(lm.device), use_cache=False)
         except _Reached as reached:
-            return reached.hidden
+            return reached.hidden.clone()
     raise RuntimeError(f"the forward pass of {lm.name} did not come to block {layer}")
 
 

@@ -1,0 +1,44 @@
+# `make demo` and `make test` do everything on a fresh machine; everything else is a part of them.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# A GPU machine brings its own torch: make VENV=/path/to/its/environment ... skips the installation.
+
+.PHONY: demo install test lint format bench bench-smoke gpu-check clean
+
+demo: install
+	$(BIN)/python -m tsae.train
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel ninja torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[demo,dev]"
+	touch $@
+
+test: install
+	$(BIN)/python -m pytest tests
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	$(BIN)/python -m pytest benchmarks
+
+bench-smoke: install
+	TSAE_BENCH_SMOKE=1 $(BIN)/python -m pytest benchmarks --benchmark-disable-gc --benchmark-warmup=off
+
+# Tests and benchmarks on a machine with a GPU, in one go, with its own Python environment.
+gpu-check:
+	bash benchmarks/gpu_check.sh
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs
