@@ -20,7 +20,7 @@ from tsae.data.harvest import Harvest, Harvester
 from tsae.data.sequences import SequenceStream
 from tsae.data.text import open_text
 from tsae.errors import UserError
-from tsae.evaluate import EvaluationResult, evaluate, write_eval
+from tsae.evaluate import EvaluationResult, evaluate, evaluation_progress, write_eval
 from tsae.lm.hooks import check_layer
 from tsae.lm.loading import LanguageModel, default_dtype, load_language_model
 from tsae.metrics_log import MetricsLog
@@ -77,7 +77,6 @@ def run(cfg: TrainConfig, directory: Path, *, resume: bool = False) -> Evaluatio
     if cfg.evaluation.final:
         evaluation_batches(cfg, lm, 1)
 
-    trainer_device = device
     generator = torch.Generator().manual_seed(cfg.seed + 2)
     stream = SequenceStream(text_of_epoch, lm.tokenizer, LENGTH)
     storage = lm.dtype if cfg.buffer.dtype == "auto" else getattr(torch, cfg.buffer.dtype)
@@ -104,13 +103,13 @@ def run(cfg: TrainConfig, directory: Path, *, resume: bool = False) -> Evaluatio
         normalizer = InputNormalizer(
             state["trainer"]["normalizer"]["mean"], state["trainer"]["normalizer"]["scale"]
         )
-        trainer = Trainer(cfg, normalizer, trainer_device, autocast=autocast)
+        trainer = Trainer(cfg, normalizer, device, autocast=autocast)
         trainer.load_state_dict(state["trainer"])
         metrics = MetricsLog(directory / "metrics.jsonl", keep_bytes=state["metrics_bytes"])
         console.print(f"Resuming {directory} after step {trainer.step}.")
     else:
         first = buffer.first(cfg.buffer.estimate_sequences)
-        trainer = Trainer(cfg, InputNormalizer.estimate(*first), trainer_device, autocast=autocast)
+        trainer = Trainer(cfg, InputNormalizer.estimate(*first), device, autocast=autocast)
         metrics = MetricsLog(directory / "metrics.jsonl", keep_bytes=0)
 
     def save_checkpoint() -> None:
@@ -146,16 +145,18 @@ def run(cfg: TrainConfig, directory: Path, *, resume: bool = False) -> Evaluatio
         return None
     del buffer  # its memory is the evaluation's
     batches = evaluation_batches(cfg, lm, cfg.evaluation.sequences)
-    result = evaluate(
-        sae,
-        lm,
-        batches,
-        layer=cfg.layer,
-        ce_sequences=cfg.evaluation.ce_sequences,
-        lm_batch=cfg.evaluation.lm_batch,
-        harvest_batch=cfg.buffer.harvest_batch,
-        seed=cfg.seed,
-    )
+    with evaluation_progress() as progress:
+        result = evaluate(
+            sae,
+            lm,
+            batches,
+            layer=cfg.layer,
+            ce_sequences=cfg.evaluation.ce_sequences,
+            lm_batch=cfg.evaluation.lm_batch,
+            harvest_batch=cfg.buffer.harvest_batch,
+            seed=cfg.seed,
+            progress=progress,
+        )
     write_eval(result, directory)
     write_report(directory)
     return result

@@ -29,10 +29,10 @@ class ReconstructionMetrics(Accumulator):
     cossim                      E[x.xhat / (|x| |xhat|)]; a zero vector counts as 0
     l2_ratio                    E[|xhat| / |x|]; |x| below 1e-4 counts as 1, as in SAEBench
     relative_reconstruction_bias  E|xhat|^2 / E[x.xhat] (arXiv 2404.16014, eq. 10), over the whole set
-    l0                          E[number of h != 0]
+    l0                          E[number of h > 0]
     l1                          E[sum of h], activation units. SAEBench's definition, without absolute value;
                                 it is the |h|_1 of the papers wherever h >= 0 (all activations but gelu).
-    frac_alive                  share of the features with h != 0 at least once in the set
+    frac_alive                  share of the features with h > 0 at least once in the set
 
     Degenerate cases, so that every value is finite: a ratio whose denominator is 0 is 0.0 (no token, constant
     x, an SAE that outputs nothing); a token equal to its batch mean adds 0 to `explained_variance_legacy`.
@@ -57,7 +57,7 @@ class ReconstructionMetrics(Accumulator):
         flat = h.reshape(-1, h.shape[-1])
         if n < counted.numel():
             flat = flat.masked_fill(~counted.flatten()[:, None], 0)
-        self._add("active", weights @ (flat != 0).to(h.dtype))  # [d_sae]
+        self._add("active", weights @ (flat > 0).to(h.dtype))  # [d_sae]
         self._add("l1", (weights @ flat).sum(dtype=torch.float64))
 
         x = x[counted].to(torch.float64)  # [n, d]

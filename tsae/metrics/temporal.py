@@ -1,7 +1,7 @@
 """How features behave along the sequence: the `temporal` object of eval.json.
 
 A pair (t, t + lag) counts if both positions lie in the same segment, so no pair touches an excluded position
-or crosses a document border. `h` is the feature activations, [B, T, d_sae]; a feature is on where h != 0.
+or crosses a document border. `h` is the feature activations, [B, T, d_sae]; a feature is on where h > 0.
 """
 
 from __future__ import annotations
@@ -161,10 +161,10 @@ class Persistence(Accumulator):
         self._add("count", torch.stack([weights[0].sum(), mask.sum()]))
 
     def update_features(self, h: Tensor, segments: Tensor) -> None:
-        """The same from features: h [B, T, d_sae], on where h != 0."""
+        """The same from features: h [B, T, d_sae], on where h > 0."""
         for rows in row_chunks(h):
             part = _counted(h[rows], segments[rows])
-            self.update((part != 0).to(part.dtype), segments[rows])
+            self.update((part > 0).to(part.dtype), segments[rows])
 
     def excess(self) -> float:
         """`persistence_excess` alone."""
@@ -244,7 +244,7 @@ class TemporalMetrics:
         """
         for rows in row_chunks(h):
             part, ids = _counted(h[rows], segments[rows]), segments[rows]
-            on = (part != 0).to(part.dtype)
+            on = (part > 0).to(part.dtype)
             self.lags.update(part, ids)
             self.persistence.update(on, ids)
             self.smoothness.update(part, on, x[rows], ids)
