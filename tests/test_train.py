@@ -165,9 +165,7 @@ def same(a: Path, b: Path) -> None:
     for name, tensor in weights(a).items():
         assert torch.equal(tensor, weights(b)[name]), name
     timing = "tokens_per_second"
-    first, second = (
-        [{k: v for k, v in x.items() if k != timing} for x in lines(p / "metrics.jsonl")] for p in (a, b)
-    )
+    first, second = ([{k: v for k, v in x.items() if k != timing} for x in lines(p / "metrics.jsonl")] for p in (a, b))
     assert first == second
 
 
@@ -341,9 +339,7 @@ def test_empty_and_short_text_and_missing_columns(
     assert "body" in message
 
 
-def test_resume_says_what_is_wrong(
-    tmp_path: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resume_says_what_is_wrong(tmp_path: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--resume", str(tmp_path)]) == 2
     assert "holds no run to resume" in capsys.readouterr().err
     assert main(["--resume", str(uninterrupted), "--steps", "9"]) == 2

@@ -44,9 +44,7 @@ def parse(cls: type[T], argv: list[str], default: T | None, prog: str) -> T:
         text = re.sub(r"\s+", " ", re.sub(r"(Parsing|Value) error |Invalid choice (?=invalid)", "", text))
         text = re.sub(r"^(Unrecognized options) \1", r"\1", text)
         text = re.split("For full helptext|Argument helptext|Perhaps you meant", text)[0].strip().rstrip(".")
-        raise UserError(
-            f"{text}; see {prog} --help." if text else f"Bad options; see {prog} --help."
-        ) from None
+        raise UserError(f"{text}; see {prog} --help." if text else f"Bad options; see {prog} --help.") from None
 
 
 @contextlib.contextmanager

@@ -291,9 +291,7 @@ class TrainConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         self.sae.check()
         if self.sae.activation == "jumprelu":
-            raise UserError(
-                "sae.activation 'jumprelu' is for loaded autoencoders; train 'batchtopk' or 'schmitt'."
-            )
+            raise UserError("sae.activation 'jumprelu' is for loaded autoencoders; train 'batchtopk' or 'schmitt'.")
         self.objective.check()
         self.optimizer.check()
         self.buffer.check(self.batch)
@@ -320,9 +318,7 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
     for key, value in values.items():
         path = f"{where}.{key}" if where else key
         if key not in known:
-            raise UserError(
-                f"The configuration has an unknown field '{path}'; {cls.__name__} has {sorted(known)}."
-            )
+            raise UserError(f"The configuration has an unknown field '{path}'; {cls.__name__} has {sorted(known)}.")
         arguments[key] = _convert(hints[key], value, path)
     return cls(**arguments)
 
@@ -363,7 +359,5 @@ def load_json(path: Path) -> dict[str, Any]:
     except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}); name a valid JSON file.") from None
     if not isinstance(values, dict):
-        raise UserError(
-            f"{path} holds {type(values).__name__}, not a JSON object; name a configuration file."
-        )
+        raise UserError(f"{path} holds {type(values).__name__}, not a JSON object; name a configuration file.")
     return values

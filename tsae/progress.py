@@ -28,9 +28,7 @@ class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         elapsed = task.finished_time if task.finished else task.elapsed
         rate = task.completed / elapsed if elapsed else 0.0
-        return Text(
-            f"{rate:,.0f} {task.fields['unit']}/s" if rate >= 10 else f"{rate:.1f} {task.fields['unit']}/s"
-        )
+        return Text(f"{rate:,.0f} {task.fields['unit']}/s" if rate >= 10 else f"{rate:.1f} {task.fields['unit']}/s")
 
 
 @contextmanager

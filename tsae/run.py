@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 from dataclasses import replace
 from datetime import datetime
@@ -47,9 +48,7 @@ def run_directory(cfg: TrainConfig, out: Path | None, *, overwrite: bool) -> Pat
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a directory.")
     if (out / "config.json").exists() and not overwrite:
-        raise UserError(
-            f"{out} already has a run; continue it with --resume {out}, or replace it with --overwrite."
-        )
+        raise UserError(f"{out} already has a run; continue it with --resume {out}, or replace it with --overwrite.")
     if out.is_dir() and not (out / "config.json").exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty and holds no run; name a new directory.")
     return out
@@ -88,9 +87,7 @@ def run(cfg: TrainConfig, directory: Path, *, resume: bool = False) -> Evaluatio
         cfg.steps * cfg.batch,
         generator,
     )
-    autocast = (
-        default_dtype(device) == torch.bfloat16 if cfg.autocast == "auto" else cfg.autocast == "bfloat16"
-    )
+    autocast = default_dtype(device) == torch.bfloat16 if cfg.autocast == "auto" else cfg.autocast == "bfloat16"
     _announce(cfg, lm, buffer, storage, device, autocast)
 
     if not resume:
@@ -100,9 +97,7 @@ def run(cfg: TrainConfig, directory: Path, *, resume: bool = False) -> Evaluatio
         state, contents = checkpoint.load(saved)
         buffer.load_state_dict(state["buffer"], contents)
         stream.load_state_dict(state["stream"])
-        normalizer = InputNormalizer(
-            state["trainer"]["normalizer"]["mean"], state["trainer"]["normalizer"]["scale"]
-        )
+        normalizer = InputNormalizer(state["trainer"]["normalizer"]["mean"], state["trainer"]["normalizer"]["scale"])
         trainer = Trainer(cfg, normalizer, device, autocast=autocast)
         trainer.load_state_dict(state["trainer"])
         metrics = MetricsLog(directory / "metrics.jsonl", keep_bytes=state["metrics_bytes"])
@@ -180,9 +175,7 @@ def resolve_device(name: str) -> torch.device:
 def matching_width(cfg: TrainConfig, lm: LanguageModel) -> int:
     """The model's width, which a configured ``sae.d_in`` must equal."""
     if cfg.sae.d_in not in (0, lm.d_model):
-        raise UserError(
-            f"sae.d_in is {cfg.sae.d_in}, but {lm.name} has width {lm.d_model}; leave sae.d_in out."
-        )
+        raise UserError(f"sae.d_in is {cfg.sae.d_in}, but {lm.name} has width {lm.d_model}; leave sae.d_in out.")
     return lm.d_model
 
 
@@ -205,9 +198,7 @@ def evaluation_batches(cfg: TrainConfig, lm: LanguageModel, sequences: int) -> l
         batches.append(batch)
         left -= batch.tokens.shape[0]
     if not batches:
-        raise UserError(
-            f"The evaluation part of {cfg.data} is too short for one sequence of {LENGTH} tokens."
-        )
+        raise UserError(f"The evaluation part of {cfg.data} is too short for one sequence of {LENGTH} tokens.")
     return batches
 
 
@@ -238,8 +229,6 @@ def _harvest_with_bar(harvester: Harvester, n: int) -> Harvest:
 
 def _start_directory(directory: Path, cfg: TrainConfig) -> None:
     """Make the run directory, empty but for `config.json`; an old run's files go first."""
-    import shutil
-
     for name in ("config.json", "metrics.jsonl", "eval.json", "report.png"):
         (directory / name).unlink(missing_ok=True)
     for name in ("checkpoint", "sae"):
@@ -287,6 +276,4 @@ def _train(
 def _with_checkpoint(error: DivergedError, directory: Path) -> DivergedError:
     good = checkpoint.latest(directory / "checkpoint")
     where = f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
-    return DivergedError(
-        f"Training stopped at {error}; {where}; try a lower optimizer.lr or a higher clipping."
-    )
+    return DivergedError(f"Training stopped at {error}; {where}; try a lower optimizer.lr or a higher clipping.")

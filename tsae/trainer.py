@@ -45,9 +45,7 @@ class Trainer:
         autocast: whether matrix products run in bfloat16.
     """
 
-    def __init__(
-        self, cfg: TrainConfig, normalizer: InputNormalizer, device: torch.device, *, autocast: bool
-    ) -> None:
+    def __init__(self, cfg: TrainConfig, normalizer: InputNormalizer, device: torch.device, *, autocast: bool) -> None:
         generator = torch.Generator().manual_seed(cfg.seed)
         self.cfg, self.device, self.autocast = cfg, device, autocast
         self.sae = SparseAutoencoder(cfg.sae, generator=generator).to(device).train()
@@ -59,9 +57,7 @@ class Trainer:
         self.dead = DeadFeatures(cfg.sae.d_sae)
         self.dead.silent = self.dead.silent.to(device)
         self.noise_generator = torch.Generator().manual_seed(cfg.seed + 1)
-        self.correlation = torch.zeros(
-            cfg.sae.d_sae, device=device
-        )  # running lag-1 correlation of each feature
+        self.correlation = torch.zeros(cfg.sae.d_sae, device=device)  # running lag-1 correlation of each feature
         self.step = 0
         self.tokens = 0
 
@@ -112,9 +108,7 @@ class Trainer:
         self.sae.threshold.fill_(self.controller.theta)
         self.sae.release.copy_(self.sae.threshold * self.cfg.sae.release_ratio)
 
-    def _auxiliary(
-        self, residual: Tensor, pre: Tensor, dead: Tensor | None, segments: Tensor
-    ) -> Tensor | None:
+    def _auxiliary(self, residual: Tensor, pre: Tensor, dead: Tensor | None, segments: Tensor) -> Tensor | None:
         if dead is None or dead.numel() == 0:
             return None
         dead_pre = pre[..., dead] + self.sae.b_enc[dead]
@@ -143,9 +137,7 @@ class Trainer:
             add_gradient_noise(parameters, std, self.noise_generator)
         if self.cfg.sae.unit_norm_decoder:
             project_decoder_gradient(self.sae)
-        norm = torch.nn.utils.clip_grad_norm_(
-            parameters, cfg.clip_norm if cfg.clip_norm > 0 else float("inf")
-        )
+        norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip_norm if cfg.clip_norm > 0 else float("inf"))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.cfg.steps, cfg)
         return norm
@@ -158,11 +150,7 @@ class Trainer:
         spread = (kept - kept.mean(0)).square().sum(-1).mean()
         self.correlation = lag1_correlation(h, segments)
         alive = self.correlation[h.flatten(0, 1).amax(0) > 0]
-        quantiles = (
-            alive.quantile(torch.tensor([0.1, 0.5, 0.9], device=h.device))
-            if alive.numel()
-            else torch.zeros(3)
-        )
+        quantiles = alive.quantile(torch.tensor([0.1, 0.5, 0.9], device=h.device)) if alive.numel() else torch.zeros(3)
         out = {"step": self.step, "tokens": self.tokens, "loss": terms.total.item()}
         out |= {name: getattr(terms, name).item() for name in LossTerms._fields[1:]}
         out |= {

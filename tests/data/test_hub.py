@@ -24,9 +24,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         if "broken" in path:
             raise RuntimeError("first line\nsecond line")
         rows = datasets.Dataset.from_list([] if "empty" in path else ROWS).to_iterable_dataset(num_shards=4)
-        return (
-            rows.map(lambda row: row) if "untyped" in path else rows
-        )  # mapped ones do not know their columns
+        return rows.map(lambda row: row) if "untyped" in path else rows  # mapped ones do not know their columns
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(hub, "hub_is_reachable", lambda: True)

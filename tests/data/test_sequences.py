@@ -36,8 +36,7 @@ def batches(stream: SequenceStream, sizes: list[int]) -> list[TokenBatch]:
 
 def same(a: list[TokenBatch], b: list[TokenBatch]) -> bool:
     return all(
-        torch.equal(x.tokens, y.tokens) and torch.equal(x.segments, y.segments)
-        for x, y in zip(a, b, strict=True)
+        torch.equal(x.tokens, y.tokens) and torch.equal(x.segments, y.segments) for x, y in zip(a, b, strict=True)
     )
 
 
@@ -132,9 +131,7 @@ def test_resuming_does_not_tokenize_what_was_read(tokenizer: Any) -> None:
     assert counting.texts[0] == list(documents(0))[begun].text
 
 
-def test_epochs_follow_each_other_and_are_announced_once(
-    tokenizer: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_epochs_follow_each_other_and_are_announced_once(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     flat = [t for epoch in range(3) for d in documents(epoch) for t in ids(tokenizer, d.text)]
     stream = SequenceStream(documents, tokenizer, T)
     with caplog.at_level(logging.WARNING):

@@ -17,9 +17,7 @@ from tsae.data.text import TextConfig, open_text
 from tsae.errors import UserError
 
 
-def read(
-    source: Path | str, part: str = "train", seed: int = 0, epoch: int = 0, **config: object
-) -> list[str]:
+def read(source: Path | str, part: str = "train", seed: int = 0, epoch: int = 0, **config: object) -> list[str]:
     documents = open_text(str(source), part=part, seed=seed, epoch=epoch, config=TextConfig(**config))
     return [document.text for document in documents]
 
@@ -285,8 +283,7 @@ class TestPythonDocs:
 
     def test_epochs_take_turns_with_the_source(self) -> None:
         epochs = [
-            {d.name for d in open_text("python-docs", part="evaluation", seed=0, epoch=epoch)}
-            for epoch in range(4)
+            {d.name for d in open_text("python-docs", part="evaluation", seed=0, epoch=epoch)} for epoch in range(4)
         ]
         documentation = {name for name in epochs[0] if "(documentation)" in name}
         assert epochs[0] & epochs[1] == documentation
@@ -299,8 +296,7 @@ class TestPythonDocs:
 
     def test_docstrings_are_taken_out_of_the_source(self) -> None:
         text = (
-            '"""Top."""\nx = 1\n\n\nclass A:\n    """Of A."""\n\n'
-            '    def f(self):\n        "Of f."\n        return 1\n'
+            '"""Top."""\nx = 1\n\n\nclass A:\n    """Of A."""\n\n    def f(self):\n        "Of f."\n        return 1\n'
         )
         documentation, source = python_docs._separate(python_docs.Unit("p/m.py", text, is_module=True))
         assert documentation == "p.m\n---\n\nTop.\n\np.m.A\n-----\n\nOf A.\n\np.m.A.f\n-------\n\nOf f.\n\n"

@@ -162,9 +162,7 @@ def test_incomplete_folder_is_converted_again(package: ModuleType, cache: Path) 
     assert not (cache / f"{gemma_package.NAME}.partial").exists()
 
 
-def test_failed_conversion_leaves_nothing(
-    package: ModuleType, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_conversion_leaves_nothing(package: ModuleType, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(metadata: dict[str, Any]) -> None:
         raise KeyboardInterrupt
 
@@ -227,9 +225,7 @@ def start(seconds: float) -> subprocess.Popen[str]:
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": root}
     command = [sys.executable, "-c", SLOW, str(seconds)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_of_two_processes_one_converts_and_both_succeed(cache: Path) -> None:

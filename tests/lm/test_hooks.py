@@ -71,8 +71,7 @@ def test_nothing_after_the_layer_runs(lm: LanguageModel, tokens: torch.Tensor, l
     watched = {f"block {i}": block for i, block in enumerate(lm.blocks)}
     watched["head"] = lm.model.get_output_embeddings()
     handles = [
-        module.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
-        for name, module in watched.items()
+        module.register_forward_pre_hook(lambda *_, name=name: ran.append(name)) for name, module in watched.items()
     ]
     try:
         activations(lm, tokens, layer)

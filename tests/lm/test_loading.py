@@ -82,9 +82,7 @@ def test_blocks_of_an_unknown_class_are_its_longest_list() -> None:
         (["model.safetensors", "tokenizer.json"], "weights .* and a tokenizer"),
     ],
 )
-def test_folder_that_lacks_something(
-    tiny_llama: Path, tmp_path: Path, removed: list[str], named: str
-) -> None:
+def test_folder_that_lacks_something(tiny_llama: Path, tmp_path: Path, removed: list[str], named: str) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_llama, folder)
     for name in removed:

@@ -127,9 +127,7 @@ def test_width_mismatch_is_named() -> None:
         {"activation": "relu", "layer_norm": "post"},
     ],
 )
-def test_folding_gives_the_same_autoencoder_on_raw_activations(
-    options: dict[str, object], tmp_path: Path
-) -> None:
+def test_folding_gives_the_same_autoencoder_on_raw_activations(options: dict[str, object], tmp_path: Path) -> None:
     sae = make(**options)
     mean, scale = torch.full((D_IN,), 600.0), 25.0
     x = activations()

@@ -103,9 +103,7 @@ def test_segments_and_excluded_positions(data: tuple[torch.Tensor, ...]) -> None
     expected = sum(WEIGHTS[s] * d[s][j] / K for s in range(3) for j in range(K)) / n
     terms = run(x, xhat, h, 2000, ObjectiveConfig(), variance=variance, segments=segments)
     assert float(terms.temporal) == pytest.approx(expected, rel=1e-6)
-    assert float(terms.reconstruction) == pytest.approx(
-        float((x - xhat)[kept].square().sum(-1).mean()), rel=1e-6
-    )
+    assert float(terms.reconstruction) == pytest.approx(float((x - xhat)[kept].square().sum(-1).mean()), rel=1e-6)
     assert float(terms.sparsity) == pytest.approx(float(h[kept].sum(-1).mean()), rel=1e-6)
     x2, h2 = x.clone(), h.clone()
     x2[~kept], h2[~kept] = 1e6, 1e3
@@ -121,9 +119,7 @@ def test_window_loss_is_equation_3_of_tcsae(data: tuple[torch.Tensor, ...], wind
     for b in range(B):
         for t in range(T - window + 1):
             count += 1
-            total += sum(float((h[b, t + i] - h[b, t + i - 1]).square().sum()) for i in range(1, window)) / (
-                window - 1
-            )
+            total += sum(float((h[b, t + i] - h[b, t + i - 1]).square().sum()) for i in range(1, window)) / (window - 1)
     cfg = ObjectiveConfig(temporal="window", window=window, l1=0.1, boost=1.0, hold_steps=0, ramp_steps=0)
     terms = run(x, xhat, h, 0, cfg)
     assert float(terms.temporal) == pytest.approx(0.01 * total / count, rel=1e-6)
@@ -160,9 +156,7 @@ def test_auxk_uses_the_k_largest_dead_features_and_leaves_the_residual_alone() -
     segments = torch.tensor([[0, 0, 0, 0], [0, -1, -1, 0]])
     damaged = residual.detach().clone()
     damaged[1, 1:3] = 1e4
-    torch.testing.assert_close(
-        auxk_loss(residual, pre, W, 3, segments), auxk_loss(damaged, pre, W, 3, segments)
-    )
+    torch.testing.assert_close(auxk_loss(residual, pre, W, 3, segments), auxk_loss(damaged, pre, W, 3, segments))
 
 
 def test_auxk_enters_the_total_on_the_scale_of_the_reconstruction(data: tuple[torch.Tensor, ...]) -> None:

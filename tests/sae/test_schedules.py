@@ -12,9 +12,7 @@ from tsae.sae.schedules import buffer_mixing, learning_rate, noise_std, reconstr
 PAPER = ObjectiveConfig()
 
 
-@pytest.mark.parametrize(
-    ("step", "weight"), [(0, 2.0), (999, 2.0), (1000, 2.0), (1500, 1.5), (2000, 1.0), (9999, 1.0)]
-)
+@pytest.mark.parametrize(("step", "weight"), [(0, 2.0), (999, 2.0), (1000, 2.0), (1500, 1.5), (2000, 1.0), (9999, 1.0)])
 def test_reconstruction_is_boosted_twofold_and_falls_to_one(step: int, weight: float) -> None:
     assert reconstruction_weight(step, PAPER) == pytest.approx(weight)  # TSAE equation 4
 

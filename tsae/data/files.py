@@ -29,18 +29,14 @@ def find_files(source: Path) -> list[Path]:
     kinds = ", ".join(SUFFIXES)
     if source.is_file():
         if not source.name.endswith(SUFFIXES):
-            raise UserError(
-                f"cannot read text from {str(source)!r}: expected a file that ends in one of {kinds}"
-            )
+            raise UserError(f"cannot read text from {str(source)!r}: expected a file that ends in one of {kinds}")
         return [source]
     found = []
     for folder, subfolders, names in os.walk(source):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         found += [Path(folder, n) for n in names if n.endswith(SUFFIXES) and not n.startswith(".")]
     if not found:
-        raise UserError(
-            f"no text files in the folder {str(source)!r}: expected files that end in one of {kinds}"
-        )
+        raise UserError(f"no text files in the folder {str(source)!r}: expected files that end in one of {kinds}")
     return sorted(found)
 
 
@@ -75,9 +71,7 @@ def choose_column(columns: Mapping[str, bool], requested: str | None, source: st
         if requested not in columns:
             raise UserError(f"no column {requested!r} in {source}: the columns are {there}")
         if not columns[requested]:
-            raise UserError(
-                f"the column {requested!r} of {source} does not hold text: the columns are {there}"
-            )
+            raise UserError(f"the column {requested!r} of {source} does not hold text: the columns are {there}")
         return requested
     strings = [name for name, is_string in columns.items() if is_string]
     if "text" in strings:
@@ -111,9 +105,7 @@ def _read_jsonl(path: Path, column: str | None) -> Iterator[Document]:
             if not isinstance(row, dict):
                 raise UserError(f"line {number} of {str(path)!r} is not a JSON object with a text column")
             if name is None:
-                name = choose_column(
-                    {k: isinstance(v, str) for k, v in row.items()}, column, f"{str(path)!r}"
-                )
+                name = choose_column({k: isinstance(v, str) for k, v in row.items()}, column, f"{str(path)!r}")
             text = row.get(name)
             if text is None:
                 continue

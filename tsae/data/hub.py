@@ -53,9 +53,7 @@ def read_hub(
             first = next(iter(rows), {})
             columns = {name: isinstance(value, str) for name, value in first.items()}
         else:
-            columns = {
-                name: getattr(f, "dtype", "") in ("string", "large_string") for name, f in features.items()
-            }
+            columns = {name: getattr(f, "dtype", "") in ("string", "large_string") for name, f in features.items()}
     except Exception as error:  # `datasets` raises whatever its readers and its HTTP client raise
         reason = str(error).strip().splitlines()
         raise UserError(

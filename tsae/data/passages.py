@@ -106,13 +106,9 @@ def decide_split(texts: Iterable[str], part: Part, share: float, source: str) ->
         threshold = 0.0  # one document: all of it is training text
     if part == "evaluation" and threshold == 0:
         why = "the evaluation share is 0" if share == 0 else "it holds a single document or passage"
-        raise UserError(
-            f"no evaluation text in {source!r} because {why}: name another text for the evaluation"
-        )
+        raise UserError(f"no evaluation text in {source!r} because {why}: name another text for the evaluation")
     if part == "train" and threshold == 1:
-        raise UserError(
-            f"no training text in {source!r} because the evaluation share is 1: choose a smaller share"
-        )
+        raise UserError(f"no training text in {source!r} because the evaluation share is 1: choose a smaller share")
     return Split(part, threshold)
 
 

@@ -23,9 +23,7 @@ _LEFT_OUT = {
     "encodings",  # tables
     "pydoc_data",  # read as documentation, not as source
 }
-_SOURCE_EPOCHS = (
-    3  # there is about three times as much source as documentation, so an epoch takes a third of it
-)
+_SOURCE_EPOCHS = 3  # there is about three times as much source as documentation, so an epoch takes a third of it
 _POOL = 500  # passages among which the order is shuffled, beside the shuffled files
 _HEADED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 

@@ -69,9 +69,7 @@ def open_text(
     path = Path(source).expanduser()
     if source and path.exists():
         if config.subset is not None:
-            raise UserError(
-                f"subset {config.subset!r} applies to hub datasets only, but {source!r} is a local path"
-            )
+            raise UserError(f"subset {config.subset!r} applies to hub datasets only, but {source!r} is a local path")
         paths = find_files(path)
         documents = read_files(paths, config.column)
         split = decide_split((document.text for document in documents), part, share, source)
@@ -119,6 +117,4 @@ def _not_empty(documents: Iterator[Document], source: str, part: Part) -> Iterat
             count += 1
             yield document
     if not count:
-        raise UserError(
-            f"no {part} text in the dataset {source!r}: use a larger one, or another for evaluation"
-        )
+        raise UserError(f"no {part} text in the dataset {source!r}: use a larger one, or another for evaluation")

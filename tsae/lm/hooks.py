@@ -23,9 +23,7 @@ class _Reached(Exception):  # noqa: N818  (no error: it carries the activations 
 def check_layer(lm: LanguageModel, layer: int) -> None:
     """Raises UserError unless `layer` counts a block of the model, from 0."""
     if not 0 <= layer < lm.n_layers:
-        raise UserError(
-            f"layer {layer} does not exist: {lm.name} has {lm.n_layers} layers, 0 to {lm.n_layers - 1}"
-        )
+        raise UserError(f"layer {layer} does not exist: {lm.name} has {lm.n_layers} layers, 0 to {lm.n_layers - 1}")
 
 
 def activations(lm: LanguageModel, tokens: Tensor, layer: int) -> Tensor:
@@ -74,9 +72,7 @@ def logits_with(
         hidden = _hidden(output)
         new = replace(hidden)
         if new.shape != hidden.shape:
-            raise ValueError(
-                f"replace must keep the shape {tuple(hidden.shape)}, but gave {tuple(new.shape)}"
-            )
+            raise ValueError(f"replace must keep the shape {tuple(hidden.shape)}, but gave {tuple(new.shape)}")
         new = new.to(hidden.dtype)
         return (new, *output[1:]) if isinstance(output, tuple) else new
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -120,9 +122,7 @@ def load_language_model(
         _check_folder(path)
         source = str(path)
     elif not name or path.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise UserError(
-            f"no model at {name!r}: expected a folder with a model in it, or the id of a hub model"
-        )
+        raise UserError(f"no model at {name!r}: expected a folder with a model in it, or the id of a hub model")
     else:
         source = name
     model, tokenizer = _load(source, torch_dtype, revision, hub=source == name and not path.is_dir())
@@ -138,8 +138,9 @@ def _load(
     local_only = not hub or not hub_is_reachable()
     options = {"local_files_only": local_only, "revision": revision or "main"}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        with _no_weight_bar(enabled=hub):
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     except Exception as error:  # damaged files make each of the libraries below raise something of its own
         if hub and local_only:
             raise UserError(
@@ -147,10 +148,23 @@ def _load(
                 "not in its cache, so connect to the network or name a local folder"
             ) from error
         reason = str(error).strip().splitlines()
-        raise UserError(
-            f"cannot load the model {source!r}: {reason[0] if reason else type(error).__name__}"
-        ) from error
+        raise UserError(f"cannot load the model {source!r}: {reason[0] if reason else type(error).__name__}") from error
     return model, tokenizer
+
+
+@contextmanager
+def _no_weight_bar(*, enabled: bool) -> Iterator[None]:
+    """A local model loads in seconds: its bar of weights is noise. Downloads keep their bars (`enabled`)."""
+    from transformers.utils import logging as hf_logging
+
+    if enabled or not hf_logging.is_progress_bar_enabled():
+        yield
+        return
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.enable_progress_bar()
 
 
 def _check_folder(folder: Path) -> None:

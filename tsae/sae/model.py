@@ -116,9 +116,7 @@ class SparseAutoencoder(nn.Module):
             release = self.release if cfg.activation == "schmitt" else None
         kind = "gelu" if cfg.activation == "gelu" else "relu"
         if cfg.layer_norm == "post":
-            h, _ = activate_with_stats(
-                pre, bias, kind, threshold, release, NO_BANDS, segments, backend=backend
-            )
+            h, _ = activate_with_stats(pre, bias, kind, threshold, release, NO_BANDS, segments, backend=backend)
             h = functional.layer_norm(h, (cfg.d_sae,))
             return activate_with_stats(h, None, "identity", None, None, bands, segments, backend=backend)
         return activate_with_stats(pre, bias, kind, threshold, release, bands, segments, backend=backend)
@@ -138,9 +136,7 @@ class SparseAutoencoder(nn.Module):
         out: (..., d_sae)
         """
         if x.shape[-1] != self.cfg.d_in:
-            raise UserError(
-                f"The input's last dimension is {x.shape[-1]}; this autoencoder takes {self.cfg.d_in}."
-            )
+            raise UserError(f"The input's last dimension is {x.shape[-1]}; this autoencoder takes {self.cfg.d_in}.")
         lead = x.shape[:-1]
         tokens = lead[-1] if lead else 1
         pre = self.pre_activation(x).reshape(-1, tokens, self.cfg.d_sae)

@@ -49,9 +49,7 @@ class InputNormalizer:
             total += tokens.sum(0)
             square += tokens.square().sum()
         if shift is None:
-            raise UserError(
-                "There is no content token to estimate the input's mean and scale from; use more text."
-            )
+            raise UserError("There is no content token to estimate the input's mean and scale from; use more text.")
         variance = (square / n - (total / n).square().sum()) / width
         if not torch.isfinite(variance) or variance <= 0:
             raise UserError(

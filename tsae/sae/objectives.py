@@ -96,9 +96,7 @@ def temporal_term(
     )
 
 
-def auxk_loss(
-    residual: Tensor, dead_pre: Tensor, dead_W_dec: Tensor, k: int, segments: Tensor | None = None
-) -> Tensor:
+def auxk_loss(residual: Tensor, dead_pre: Tensor, dead_W_dec: Tensor, k: int, segments: Tensor | None = None) -> Tensor:
     """AuxK (Gao et al. 2024, appendix A.2): dead features reconstruct what the live ones left.
 
     residual: ``x - xhat`` (B, T, d_in), taken as a constant
@@ -152,8 +150,5 @@ def objective(
         total = total + cfg.aux_weight * auxiliary * reconstruction.detach()
     return LossTerms(
         total,
-        *(
-            term.detach()
-            for term in (reconstruction, sparsity, temporal, zero if auxiliary is None else auxiliary)
-        ),
+        *(term.detach() for term in (reconstruction, sparsity, temporal, zero if auxiliary is None else auxiliary)),
     )

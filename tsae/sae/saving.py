@@ -96,9 +96,7 @@ def load(directory: Path, device: str | torch.device = "cpu") -> SparseAutoencod
 
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
-            raise UserError(
-                f"{directory} holds no autoencoder: it has no {name}; name a run's sae/ directory."
-            )
+            raise UserError(f"{directory} holds no autoencoder: it has no {name}; name a run's sae/ directory.")
     cfg = _config(load_json(directory / CONFIG), directory)
     try:
         weights = load_file(directory / WEIGHTS)
@@ -127,14 +125,10 @@ def _config(values: dict[str, Any], directory: Path) -> SAEConfig:
     kinds = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}
     kind = values.get("architecture")
     if kind not in kinds:
-        raise UserError(
-            f"{directory / CONFIG} is of architecture {kind!r}; this version reads {sorted(kinds)}."
-        )
+        raise UserError(f"{directory / CONFIG} is of architecture {kind!r}; this version reads {sorted(kinds)}.")
     for name in ("d_in", "d_sae"):
         if not isinstance(values.get(name), int):
-            raise UserError(
-                f"{directory / CONFIG} has {name} = {values.get(name)!r}; it must be a whole number."
-            )
+            raise UserError(f"{directory / CONFIG} has {name} = {values.get(name)!r}; it must be a whole number.")
     return SAEConfig(
         d_in=values["d_in"],
         d_sae=values["d_sae"],
