@@ -145,9 +145,9 @@ def test_every_preset_runs_end_to_end(
 
 def run_options(model: Path, text: Path, out: Path) -> list[str]:
     """Everything with state on: noise, temporal loss, dead features, a buffer that refills."""
-    return options(model, text, out, *["--steps", "24", "--optimizer.noise-eta", "0.1", "--objective.hold-steps", "4"],
-                   *["--objective.ramp-steps", "4", "--objective.dead-after-tokens", "600", "--optimizer.clip-norm", "2"],
-                   "--evaluation.no-final")  # fmt: skip
+    more = "--steps 24 --optimizer.noise-eta 0.1 --optimizer.clip-norm 2 --objective.hold-steps 4"
+    more += " --objective.ramp-steps 4 --objective.dead-after-tokens 600 --evaluation.no-final"
+    return options(model, text, out, *more.split())
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -367,8 +367,8 @@ def test_excluded_positions_change_nothing(tiny_gemma2: Path, text_file: Path) -
     from tsae.sae.normalization import InputNormalizer
 
     for activation in ("schmitt", "batchtopk", "topk", "relu"):
-        cfg, _ = command(["demo", "--sae.d-sae", "32", "--sae.k", "4", "--sae.activation", activation, "--objective.l1", "0.1",
-                          "--objective.hold-steps", "0", "--objective.dead-after-tokens", "1"])  # fmt: skip
+        more = "--sae.d-sae 32 --sae.k 4 --objective.l1 0.1 --objective.hold-steps 0 --objective.dead-after-tokens 1"
+        cfg, _ = command(["demo", *more.split(), "--sae.activation", activation])
         cfg = replace(cfg, sae=replace(cfg.sae, d_in=8))
         x = torch.randn(4, 20, 8, generator=torch.Generator().manual_seed(0))
         segments = torch.zeros(4, 20, dtype=torch.int32)

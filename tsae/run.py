@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,8 +17,8 @@ from tsae import checkpoint
 from tsae.config import TrainConfig, to_dict
 from tsae.data.buffer import ActivationBuffer
 from tsae.data.harvest import Harvest, Harvester
-from tsae.data.sequences import SequenceStream
-from tsae.data.text import open_text
+from tsae.data.sequences import SequenceStream, TokenBatch
+from tsae.data.text import Document, Part, open_text
 from tsae.errors import UserError
 from tsae.evaluate import EvaluationResult, evaluate, evaluation_progress, write_eval
 from tsae.lm.hooks import check_layer
@@ -34,7 +33,6 @@ from tsae.trainer import DivergedError, Trainer
 __all__ = ["LENGTH", "evaluation_batches", "run", "run_directory"]
 
 LENGTH = 128  # content tokens per sequence
-log = logging.getLogger(__name__)
 
 
 def run_directory(cfg: TrainConfig, out: Path | None, *, overwrite: bool) -> Path:
@@ -63,69 +61,8 @@ def run(cfg: TrainConfig, directory: Path, *, resume: bool = False) -> Evaluatio
     """
     cfg.check()
     device = resolve_device(cfg.device)
-    train_text = partial(open_text, cfg.data, part="train", seed=cfg.seed, config=cfg.text)
-    next(iter(train_text(epoch=0)))  # unusable text is reported before the model is loaded
-    lm = load_language_model(cfg.model, device=device, dtype=cfg.lm_dtype, revision=cfg.revision)
-    check_layer(lm, cfg.layer)
-    cfg = replace(cfg, sae=replace(cfg.sae, d_in=matching_width(cfg, lm)))
-
-    def text_of_epoch(epoch: int) -> Any:
-        return train_text(epoch=epoch)
-
-    SequenceStream(text_of_epoch, lm.tokenizer, LENGTH).next_batch(1)  # likewise for text that is too short
-    if cfg.evaluation.final:
-        evaluation_batches(cfg, lm, 1)
-
-    generator = torch.Generator().manual_seed(cfg.seed + 2)
-    stream = SequenceStream(text_of_epoch, lm.tokenizer, LENGTH)
-    storage = lm.dtype if cfg.buffer.dtype == "auto" else getattr(torch, cfg.buffer.dtype)
-    harvester = Harvester(lm, cfg.layer, stream, batch=cfg.buffer.harvest_batch, dtype=storage)
-    buffer = ActivationBuffer(
-        partial(_harvest_with_bar, harvester),
-        cfg.buffer.sequences,
-        cfg.buffer.reuse,
-        cfg.steps * cfg.batch,
-        generator,
-    )
-    autocast = default_dtype(device) == torch.bfloat16 if cfg.autocast == "auto" else cfg.autocast == "bfloat16"
-    _announce(cfg, lm, buffer, storage, device, autocast)
-
-    if not resume:
-        _start_directory(directory, cfg)
-    saved = checkpoint.latest(directory / "checkpoint")
-    if saved is not None:
-        state, contents = checkpoint.load(saved)
-        buffer.load_state_dict(state["buffer"], contents)
-        stream.load_state_dict(state["stream"])
-        normalizer = InputNormalizer(state["trainer"]["normalizer"]["mean"], state["trainer"]["normalizer"]["scale"])
-        trainer = Trainer(cfg, normalizer, device, autocast=autocast)
-        trainer.load_state_dict(state["trainer"])
-        metrics = MetricsLog(directory / "metrics.jsonl", keep_bytes=state["metrics_bytes"])
-        console.print(f"Resuming {directory} after step {trainer.step}.")
-    else:
-        first = buffer.first(cfg.buffer.estimate_sequences)
-        trainer = Trainer(cfg, InputNormalizer.estimate(*first), device, autocast=autocast)
-        metrics = MetricsLog(directory / "metrics.jsonl", keep_bytes=0)
-
-    def save_checkpoint() -> None:
-        state = {
-            "trainer": trainer.state_dict(),
-            "buffer": buffer.state_dict(),
-            "stream": stream.state_dict(),
-            "metrics_bytes": metrics.bytes_written,
-        }
-        checkpoint.save(
-            directory / "checkpoint",
-            trainer.step,
-            state,
-            buffer.contents(),
-            buffer.refills,
-            cfg.checkpoint.keep,
-        )
-
-    with metrics:
-        _train(cfg, trainer, buffer, metrics, save_checkpoint, directory)
-    sae = trainer.finished()
+    lm, cfg = _open(cfg, device)
+    sae = _trained(cfg, lm, device, directory, resume=resume).finished()
     sae.save(
         directory / "sae",
         model_name=cfg.model,
@@ -138,13 +75,11 @@ def run(cfg: TrainConfig, directory: Path, *, resume: bool = False) -> Evaluatio
     if not cfg.evaluation.final:
         write_report(directory)
         return None
-    del buffer  # its memory is the evaluation's
-    batches = evaluation_batches(cfg, lm, cfg.evaluation.sequences)
     with evaluation_progress() as progress:
         result = evaluate(
             sae,
             lm,
-            batches,
+            evaluation_batches(cfg, lm, cfg.evaluation.sequences),
             layer=cfg.layer,
             ce_sequences=cfg.evaluation.ce_sequences,
             lm_batch=cfg.evaluation.lm_batch,
@@ -155,6 +90,71 @@ def run(cfg: TrainConfig, directory: Path, *, resume: bool = False) -> Evaluatio
     write_eval(result, directory)
     write_report(directory)
     return result
+
+
+def _open(cfg: TrainConfig, device: torch.device) -> tuple[LanguageModel, TrainConfig]:
+    """The language model, and the configuration with its width; whatever is unusable is found here."""
+    next(iter(_text(cfg, "train")(0)))  # unusable text is reported before the model is loaded
+    lm = load_language_model(cfg.model, device=device, dtype=cfg.lm_dtype, revision=cfg.revision)
+    check_layer(lm, cfg.layer)
+    cfg = replace(cfg, sae=replace(cfg.sae, d_in=matching_width(cfg, lm)))
+    SequenceStream(_text(cfg, "train"), lm.tokenizer, LENGTH).next_batch(1)  # likewise text that is too short
+    if cfg.evaluation.final:
+        evaluation_batches(cfg, lm, 1)
+    return lm, cfg
+
+
+def _text(cfg: TrainConfig, part: Part) -> Callable[[int], Iterator[Document]]:
+    """The run's text, one part of it, by epoch."""
+    return lambda epoch: open_text(cfg.data, part=part, seed=cfg.seed, config=cfg.text, epoch=epoch)
+
+
+def _trained(cfg: TrainConfig, lm: LanguageModel, device: torch.device, directory: Path, *, resume: bool) -> Trainer:
+    """Train to the last step, from the start or from the newest checkpoint."""
+    stream = SequenceStream(_text(cfg, "train"), lm.tokenizer, LENGTH)
+    storage = lm.dtype if cfg.buffer.dtype == "auto" else getattr(torch, cfg.buffer.dtype)
+    harvester = Harvester(lm, cfg.layer, stream, batch=cfg.buffer.harvest_batch, dtype=storage)
+    buffer = ActivationBuffer(
+        partial(_harvest_with_bar, harvester),
+        cfg.buffer.sequences,
+        cfg.buffer.reuse,
+        cfg.steps * cfg.batch,
+        torch.Generator().manual_seed(cfg.seed + 2),
+    )
+    autocast = default_dtype(device) == torch.bfloat16 if cfg.autocast == "auto" else cfg.autocast == "bfloat16"
+    _announce(cfg, lm, buffer, storage, device, autocast)
+
+    if not resume:
+        _start_directory(directory, cfg)
+    saved = checkpoint.latest(directory / "checkpoint")
+    if saved is not None:
+        state, contents = checkpoint.load(saved)
+        buffer.load_state_dict(state["buffer"], contents)
+        stream.load_state_dict(state["stream"])
+        trainer = Trainer(cfg, InputNormalizer(**state["trainer"]["normalizer"]), device, autocast=autocast)
+        trainer.load_state_dict(state["trainer"])
+        keep_bytes = state["metrics_bytes"]
+        console.print(f"Resuming {directory} after step {trainer.step}.", soft_wrap=True)
+    else:
+        first = buffer.first(cfg.buffer.estimate_sequences)
+        trainer = Trainer(cfg, InputNormalizer.estimate(*first), device, autocast=autocast)
+        keep_bytes = 0
+
+    with MetricsLog(directory / "metrics.jsonl", keep_bytes) as metrics:
+
+        def save_checkpoint() -> None:
+            state = {
+                "trainer": trainer.state_dict(),
+                "buffer": buffer.state_dict(),
+                "stream": stream.state_dict(),
+                "metrics_bytes": metrics.bytes_written,
+            }
+            checkpoint.save(
+                directory / "checkpoint", trainer.step, state, buffer.contents(), buffer.refills, cfg.checkpoint.keep
+            )
+
+        _train(cfg, trainer, buffer, metrics, save_checkpoint, directory)
+    return trainer
 
 
 def resolve_device(name: str) -> torch.device:
@@ -179,17 +179,13 @@ def matching_width(cfg: TrainConfig, lm: LanguageModel) -> int:
     return lm.d_model
 
 
-def evaluation_batches(cfg: TrainConfig, lm: LanguageModel, sequences: int) -> list[Any]:
+def evaluation_batches(cfg: TrainConfig, lm: LanguageModel, sequences: int) -> list[TokenBatch]:
     """Token batches of at most ``sequences`` sequences of the evaluation part of the run's text.
 
     Raises:
         UserError: the evaluation text is too short for one sequence.
     """
-
-    def text_of_epoch(epoch: int) -> Any:
-        return open_text(cfg.data, part="evaluation", seed=cfg.seed, config=cfg.text, epoch=epoch)
-
-    stream = SequenceStream(text_of_epoch, lm.tokenizer, LENGTH, repeat=False)
+    stream = SequenceStream(_text(cfg, "evaluation"), lm.tokenizer, LENGTH, repeat=False)
     batches, left = [], sequences
     while left > 0:
         batch = stream.next_batch(min(left, cfg.buffer.harvest_batch))
@@ -248,7 +244,7 @@ def _train(
     trainer: Trainer,
     buffer: ActivationBuffer,
     metrics: MetricsLog,
-    save_checkpoint: Any,
+    save_checkpoint: Callable[[], None],
     directory: Path,
 ) -> None:
     if trainer.step >= cfg.steps:

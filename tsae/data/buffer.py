@@ -16,9 +16,9 @@ __all__ = ["ActivationBuffer"]
 class ActivationBuffer:
     """Serves random batches of sequences and refills itself.
 
-    The buffer is filled at the first draw or by `first`. Whenever fewer than half of its sequences have uses left, the spent
-    ones are replaced by new ones. It never harvests more than ``demand`` draws need, and once nothing is left to
-    harvest it evens out the remaining uses.
+    The buffer is filled at the first draw or by `first`. Whenever fewer than half of its sequences have uses left,
+    the spent ones are replaced by new ones. It never harvests more than ``demand`` draws need, and once nothing is
+    left to harvest it evens out the remaining uses.
 
     Args:
         harvest: ``harvest(n)`` gives the next n sequences.
@@ -49,7 +49,8 @@ class ActivationBuffer:
         """The first ``n`` sequences (or all, where fewer are held), without using them up; fills the buffer."""
         if self.x is None or self.segments is None:
             self._refill()
-        assert self.x is not None and self.segments is not None
+        assert self.x is not None
+        assert self.segments is not None
         return Harvest(self.x[:n], self.segments[:n])
 
     def next_batch(self, n: int) -> Harvest:
@@ -65,7 +66,8 @@ class ActivationBuffer:
         if chosen.numel() < n:
             chosen = chosen.repeat(-(-n // chosen.numel()))[:n]
         self.uses[chosen] = (self.uses[chosen] - 1).clamp(min=0)
-        assert self.x is not None and self.segments is not None
+        assert self.x is not None
+        assert self.segments is not None
         return Harvest(self.x[chosen], self.segments[chosen])
 
     def _refill(self) -> None:

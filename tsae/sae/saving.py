@@ -111,9 +111,8 @@ def load(directory: Path, device: str | torch.device = "cpu") -> SparseAutoencod
                 continue
             raise UserError(f"{directory / WEIGHTS} has no tensor {name}; it has {sorted(weights)}.")
         if weights[name].shape != tensor.shape:
-            raise UserError(
-                f"{directory / WEIGHTS}: {name} is {tuple(weights[name].shape)}; cfg.json asks for {tuple(tensor.shape)}."
-            )
+            got, wanted = tuple(weights[name].shape), tuple(tensor.shape)
+            raise UserError(f"{directory / WEIGHTS}: {name} is {got}; cfg.json asks for {wanted}.")
     sae.load_state_dict({name: weights.get(name, tensor).float() for name, tensor in expected.items()})
     return sae.to(device).eval()
 
