@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from safetensors.numpy import load_file
 
 from tsae.errors import UserError
+from tsae.files import replacing
 
 __all__ = ["write_report"]
 
@@ -74,12 +74,8 @@ def write_report(run_dir: str | Path) -> Path:
     with matplotlib.rc_context(STYLE):
         figure = draw(history, evaluation, config, density, title=run_dir.resolve().name)
         path = run_dir / "report.png"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with replacing(path) as temporary:
             figure.savefig(temporary, format="png", metadata={"Software": None})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
     return path
 
 

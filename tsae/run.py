@@ -21,13 +21,13 @@ from tsae.data.sequences import SequenceStream, TokenBatch
 from tsae.data.text import Document, Part, open_text
 from tsae.errors import UserError
 from tsae.evaluate import EvaluationResult, evaluate, evaluation_progress, write_eval
+from tsae.files import write_json
 from tsae.lm.hooks import check_layer
 from tsae.lm.loading import LanguageModel, default_dtype, load_language_model
 from tsae.metrics_log import MetricsLog
 from tsae.progress import bar, console
 from tsae.report import write_report
 from tsae.sae.normalization import InputNormalizer
-from tsae.sae.saving import write_json
 from tsae.trainer import DivergedError, Trainer
 
 __all__ = ["LENGTH", "evaluation_batches", "run", "run_directory"]

@@ -68,9 +68,9 @@ def main(argv: list[str] | None = None) -> int:
     with report_errors() as status:
         cfg, asked = command(argv)
         # Imported here, so that --help and a misspelt option answer at once.
-        from tsae.evaluate import print_table
         from tsae.progress import console
         from tsae.run import run, run_directory
+        from tsae.table import print_table
 
         if asked.resume is not None:
             cfg, directory = _resumed(asked, argv)

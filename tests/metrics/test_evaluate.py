@@ -12,9 +12,10 @@ from tsae import evaluate as module
 from tsae.config import EvaluationConfig, SAEConfig, TrainConfig, to_dict
 from tsae.data.sequences import TokenBatch
 from tsae.errors import UserError
-from tsae.evaluate import evaluate, main, print_table, write_eval
+from tsae.evaluate import evaluate, main, write_eval
 from tsae.lm.loading import load_language_model
 from tsae.sae.model import SparseAutoencoder
+from tsae.table import print_table
 
 LAYER = 1
 KEYS = {

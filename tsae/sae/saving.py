@@ -8,8 +8,6 @@ who does not know them refuses instead of computing something else.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,26 +17,16 @@ from safetensors.torch import load_file, save_file
 
 from tsae.config import SAEConfig, from_dict, load_json
 from tsae.errors import UserError
+from tsae.files import replacing, write_json
 
 if TYPE_CHECKING:
     from tsae.sae.model import SparseAutoencoder
 
-__all__ = ["load", "save", "write_json"]
+__all__ = ["load", "save"]
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 ARCHITECTURE = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu"}
 SAELENS_VERSION = "6.54.0"  # the format written; a version below 6 is read through a legacy path there
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write JSON to `path` atomically: a reader sees the old file or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(values, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def architecture(cfg: SAEConfig) -> str:
@@ -80,9 +68,8 @@ def save(sae: SparseAutoencoder, directory: Path, metadata: dict[str, object]) -
     if cfg.activation != "schmitt":
         del state["release"]
     weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
-    temporary = directory / (WEIGHTS + ".tmp")
-    save_file(weights, temporary)
-    os.replace(temporary, directory / WEIGHTS)
+    with replacing(directory / WEIGHTS) as temporary:
+        save_file(weights, temporary)
     write_json(directory / CONFIG, values)
 
 

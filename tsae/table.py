@@ -1,0 +1,69 @@
+"""The metrics of an `eval.json` as a table on the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["print_table"]
+
+# Rows of the table: key, what it is, its unit, digits behind the point.
+_TABLE: dict[str, tuple[tuple[str, str, str, int], ...]] = {
+    "Reconstruction": (
+        ("explained_variance", "explained variance", "", 4),
+        ("explained_variance_legacy", "  mean of per-token ratios (legacy)", "", 4),
+        ("explained_variance_saebench", "  as SAEBench 0.6.0", "", 4),
+        ("mse", "mean squared error", "act²", 4),
+        ("cossim", "cosine similarity", "", 4),
+        ("l2_ratio", "norm out / norm in", "", 4),
+        ("relative_reconstruction_bias", "relative reconstruction bias", "", 4),
+    ),
+    "Sparsity": (
+        ("l0", "active features (L0)", "per token", 2),
+        ("l1", "sum of features (L1)", "act/token", 2),
+        ("frac_alive", "features alive", "of all", 4),
+    ),
+    "Language model": (
+        ("ce_loss_without_sae", "cross-entropy, untouched", "nats/token", 4),
+        ("ce_loss_with_sae", "cross-entropy with the SAE", "nats/token", 4),
+        ("ce_loss_with_mean_ablation", "cross-entropy, mean ablation", "nats/token", 4),
+        ("ce_loss_with_ablation", "cross-entropy, zero ablation", "nats/token", 4),
+        ("ce_loss_score", "loss recovered (zero ablation)", "", 4),
+        ("ce_loss_score_mean_ablation", "loss recovered (mean ablation)", "", 4),
+        ("kl_div_score", "KL recovered (zero ablation)", "", 4),
+    ),
+    "Temporal": (
+        ("temporal.relative_difference", "relative difference", "", 3),
+        ("temporal.relative_difference_per_feature", "  mean over features", "", 3),
+        ("temporal.autocorrelation", "autocorrelation", "", 3),
+        ("temporal.persistence", "P(stays on)", "", 4),
+        ("temporal.persistence_excess", "  beyond chance", "", 4),
+        ("temporal.persistence_excess_shuffled", "  beyond chance, tokens shuffled", "", 4),
+        ("temporal.transitions", "transitions", "of pairs", 4),
+        ("temporal.smoothness", "smoothness (T-SAE, lower is smoother)", "", 4),
+    ),
+}
+
+
+def print_table(metrics: dict[str, Any], console: Console | None = None) -> None:
+    """Print the metrics of an eval.json as a table, on stdout unless a console is given."""
+    table = Table(title="Evaluation", title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("metric", no_wrap=True)
+    table.add_column("value", justify="right")
+    table.add_column("unit", style="dim", no_wrap=True)
+    for group, rows in _TABLE.items():
+        table.add_section()
+        table.add_row(f"[bold]{group}[/bold]", "", "")
+        for key, label, unit, digits in rows:
+            value: Any = metrics
+            for part in key.split("."):
+                value = value.get(part, {}) if isinstance(value, dict) else {}
+            if isinstance(value, dict):
+                for name, entry in value.items():
+                    lag = f"lag {name}" if name.isdigit() else name.replace("_", " to ")
+                    table.add_row(f"{label}, {lag}", f"{entry:.{digits}f}", unit)
+            else:
+                table.add_row(label, f"{value:.{digits}f}", unit)
+    (console or Console()).print(table)
