@@ -31,22 +31,22 @@ def demo() -> TrainConfig:
         model="gemma-3-270m",
         layer=9,
         data="python-docs",
-        steps=400,
-        batch=16,
-        sae=SAEConfig(d_sae=2560, activation="schmitt", k=32, release_ratio=0.3),
+        steps=1200,
+        batch=8,
+        sae=SAEConfig(d_sae=2560, activation="schmitt", k=38, release_ratio=0.3),
         objective=ObjectiveConfig(
             temporal="multiscale",
             weights=(0.01, 0.005, 0.001),  # TSAE section 5.2
             l1=0.0,  # the steered threshold sets the sparsity
             boost=1.0,
-            hold_steps=100,
-            ramp_steps=100,
-            dead_after_tokens=40_000,
+            hold_steps=200,
+            ramp_steps=200,
+            dead_after_tokens=60_000,
         ),
-        optimizer=OptimizerConfig(name="adam", lr=3e-3, warmup_steps=20, schedule="linear", clip_norm=0.0),
-        buffer=BufferConfig(sequences=1024, reuse=8, estimate_sequences=128),
-        evaluation=EvaluationConfig(sequences=192, ce_sequences=16),
-        checkpoint=CheckpointConfig(every=200),
+        optimizer=OptimizerConfig(name="adam", lr=1e-3, warmup_steps=20, schedule="linear", clip_norm=0.0),
+        buffer=BufferConfig(sequences=1024, reuse=15, estimate_sequences=128),
+        evaluation=EvaluationConfig(sequences=160, ce_sequences=12),
+        checkpoint=CheckpointConfig(every=400),
     )
 
 

@@ -219,8 +219,10 @@ def _announce(
 
 
 def _harvest_with_bar(harvester: Harvester, n: int) -> Harvest:
+    with bar("Tokenizing", n * LENGTH) as advance:
+        tokens = harvester.tokenize(n, advance)
     with bar("Harvest", n * LENGTH) as advance:
-        return harvester.take(n, advance)
+        return harvester.harvest(tokens, advance)
 
 
 def _start_directory(directory: Path, cfg: TrainConfig) -> None:

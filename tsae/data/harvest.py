@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tsae.data.sequences import SequenceStream
+from tsae.data.sequences import SequenceStream, TokenBatch
 from tsae.lm.hooks import activations
 from tsae.lm.loading import LanguageModel
 
@@ -47,22 +47,31 @@ class Harvester:
         self.lm, self.layer, self.stream, self.batch = lm, layer, stream, batch
         self.dtype = dtype or lm.dtype
 
-    def take(self, n: int, progress: Callable[[int], None] | None = None) -> Harvest:
-        """The next ``n`` sequences, on the CPU; ``progress`` is called with the tokens of each forward pass.
+    def tokenize(self, n: int, progress: Callable[[int], None] | None = None) -> TokenBatch:
+        """The next ``n`` sequences of the stream, as tokens; ``progress`` is called with tokens as they come."""
+        parts = []
+        for start in range(0, n, self.batch):
+            part = self.stream.next_batch(min(self.batch, n - start))
+            parts.append(part)
+            if progress is not None:
+                progress(part.segments.numel())
+        return TokenBatch(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def harvest(self, tokens: TokenBatch, progress: Callable[[int], None] | None = None) -> Harvest:
+        """Activations of sequences, on the CPU; ``progress`` is called with the tokens of each forward pass.
 
         The position of the prefix (BOS) is fed to the model and dropped here.
         """
-        x: Tensor | None = None
-        segments = torch.empty(n, self.stream.length, dtype=torch.int32)
+        n, length = tokens.segments.shape
+        x = torch.empty(n, length, self.lm.d_model, dtype=self.dtype)
         for start in range(0, n, self.batch):
-            count = min(self.batch, n - start)
-            tokens = self.stream.next_batch(count)
-            out = activations(self.lm, tokens.tokens.to(self.lm.device), self.layer)[:, -self.stream.length :]
-            if x is None:
-                x = torch.empty(n, self.stream.length, out.shape[-1], dtype=self.dtype)
-            x[start : start + count] = out.to("cpu", self.dtype)
-            segments[start : start + count] = tokens.segments
+            rows = slice(start, start + self.batch)
+            out = activations(self.lm, tokens.tokens[rows].to(self.lm.device), self.layer)
+            x[rows] = out[:, -length:].to("cpu", self.dtype)
             if progress is not None:
-                progress(count * self.stream.length)
-        assert x is not None
-        return Harvest(x, segments)
+                progress(out.shape[0] * length)
+        return Harvest(x, tokens.segments)
+
+    def take(self, n: int) -> Harvest:
+        """Activations of the next ``n`` sequences."""
+        return self.harvest(self.tokenize(n))
