@@ -5,12 +5,18 @@ import torch
 
 from tsae_kernels import available_backends
 from tsae_kernels.backends import BACKEND_VARIABLE, choose_backend
+from tsae_kernels.extension import load_library
 
 
 def main() -> None:
     print(f"torch {torch.__version__}, CUDA {'available' if torch.cuda.is_available() else 'not available'}")
     for name, state in available_backends().items():
         print(f"  {name:<10} {state}")
+    library = load_library()
+    if not library.problem:
+        print(
+            f"cpp: built for {library.built_for}, with {library.instruction_sets}; this processor runs {library.in_use}"
+        )
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:
         chosen = choose_backend(None, torch.device(device))

@@ -11,7 +11,8 @@ from types import ModuleType
 
 import torch
 
-from tsae_kernels import eager, reference
+from tsae_kernels import cpp, eager, reference
+from tsae_kernels.extension import load_library
 
 BACKEND_VARIABLE = "TSAE_BACKEND"
 
@@ -20,10 +21,14 @@ OK = "ok"
 _IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "eager": eager}
 
 _UNAVAILABLE: dict[str, str] = {
-    "cpp": "not built in this version: the vectorised CPU kernels are not part of it yet",
     "triton": "not built in this version: the Triton kernels are not part of it yet",
     "cuda": "not built in this version: the CUDA kernels are not part of it yet",
 }
+
+if load_library().problem:
+    _UNAVAILABLE = {"cpp": load_library().problem, **_UNAVAILABLE}
+else:
+    _IMPLEMENTATIONS["cpp"] = cpp
 
 # Fastest first; `reference` is an oracle and is never chosen unasked.
 _PREFERENCE: dict[str, tuple[str, ...]] = {
@@ -31,6 +36,8 @@ _PREFERENCE: dict[str, tuple[str, ...]] = {
     "cuda": ("cuda", "triton", "eager"),
 }
 _FALLBACK = ("eager",)
+
+_DEVICES = {"cpp": "cpu", "cuda": "cuda"}  # the only type of device that a backend runs on
 
 
 def available_backends() -> dict[str, str]:
@@ -41,8 +48,8 @@ def available_backends() -> dict[str, str]:
 def choose_backend(backend: str | None, device: torch.device) -> str:
     """The backend asked for by argument or by `TSAE_BACKEND`, else the fastest one for `device`.
 
-    Raises `ValueError` for an unknown name and `RuntimeError`, with the reason and the command that helps,
-    for one that is not available.
+    Raises `ValueError` for an unknown name or one that does not run on `device`, and `RuntimeError`, with the
+    reason and the command that helps, for one that is not available.
     """
     asked_by = "backend"
     if backend is None:
@@ -53,6 +60,8 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
             if name in _IMPLEMENTATIONS:
                 return name
     if backend in _IMPLEMENTATIONS:
+        if _DEVICES.get(backend, device.type) != device.type:
+            raise ValueError(f"{asked_by}={backend!r} runs on {_DEVICES[backend]} tensors, got one on {device}")
         return backend
     names = ", ".join(repr(name) for name in available_backends())
     if not isinstance(backend, str):

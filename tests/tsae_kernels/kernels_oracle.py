@@ -4,7 +4,26 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
+
+from tsae_kernels import available_backends
+
+_STATES = available_backends()
+FAST = ("eager", "cpp")  # the backends under test; `reference` is the definition
+HERE = tuple(name for name in ("reference", *FAST) if _STATES[name] == "ok")
+
+
+def parameters(names):
+    """To parametrize a test with: a backend that is not available here is skipped with the reason."""
+    return [
+        pytest.param(name, marks=pytest.mark.skipif(_STATES[name] != "ok", reason=f"{name} is {_STATES[name]}"))
+        for name in names
+    ]
+
+
+BACKENDS = parameters(("reference", *FAST))
+FAST_BACKENDS = parameters(FAST)
 
 
 def same_segment(ids, t, u) -> bool:

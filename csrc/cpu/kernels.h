@@ -1,0 +1,104 @@
+// What the operators (ops.cpp) and the kernels built for each instruction set (tiles.h) agree on. All sizes and
+// strides are in elements; "compute type" is double for double features and float for all others.
+#pragma once
+
+#include <cstdint>
+
+namespace tsae {
+
+enum Activation : int64_t { kIdentity = 0, kRelu = 1, kGelu = 2 };
+enum Dtype : int { kDouble = 0, kFloat = 1, kBFloat16 = 2, kHalf = 3 };
+
+// A maximal stretch [begin, end) of one sequence: a segment, or positions that are excluded.
+struct Run {
+  int begin, end;
+  bool excluded;
+};
+struct Runs {
+  const Run* first;
+  int64_t count;
+};
+
+// [B, T, k] with any strides but the last, which is 1, or 0 for a tensor that is constant along k.
+struct Features {
+  const char* data = nullptr;
+  int64_t batch = 0, time = 0, feature = 1;
+};
+
+struct Forward {
+  int64_t T, k;
+  Features pre;
+  Activation activation;
+  const void* bias;      // [k] compute type, or null
+  const void* level;     // [k] or [B, T] compute type, >= 0, or null for 0
+  bool level_per_position;
+  const void* release;   // [k] compute type, >= 0, or null: no Schmitt trigger
+  const int* bands;      // [S][2], reaches limited to T
+  int64_t S;
+  bool stream;           // write h past the caches
+  void* h;               // [B, T, k], or null: statistics alone
+  void* differences;     // [B, S, k] compute type
+  void* total;           // [B, k]
+  void* square;          // [B, k]
+};
+
+// A window of the backward pass and the bands whose gradients make its share: g[plus] - g[minus], -1 for none.
+struct Share {
+  int reach, plus, minus;
+};
+
+struct Backward {
+  int64_t T, k;
+  Features saved, grad_h;  // h, or for gelu pre; grad_h.data may be null
+  Activation activation;
+  const void* bias;              // [k] compute type or null, for gelu
+  const void* grad_differences;  // [1 or B, S, k] compute type, or null
+  int64_t differences_batch;     // stride over the batch, may be 0
+  int64_t S;
+  const Share* shares;
+  int64_t number_of_shares;
+  const void* grad_total;   // [B, k] compute type or null
+  const void* grad_square;  // [B, k] compute type or null
+  bool stream;              // write grad_pre past the caches
+  void* grad_pre;           // [B, T, k]
+  void* grad_bias;          // [B, k] compute type: summed over T, not yet over the batch
+};
+
+struct Steps {
+  int64_t T, k;
+  Features h;
+  const void* weights;  // [B, T] compute type; the last of each row is not used
+  double scale;         // backward: gradient of the loss
+  double* energy;       // forward: [B, tiles]
+  bool stream;          // backward: write grad_h past the caches
+  void* grad_h;         // backward: [B, T, k]
+};
+
+// Each function does one tile: `width` neighbouring features of sequence b. `scratch` has `rows(...)` rows of
+// `row_bytes` bytes, aligned to 64.
+struct Kernels {
+  const char* name;
+  int64_t row_bytes;
+  int64_t (*width)(Dtype);
+  void (*forward)(Dtype, const Forward&, Runs, int64_t b, int64_t tile, void* scratch);
+  void (*backward)(Dtype, const Backward&, Runs, int64_t b, int64_t tile, void* scratch);
+  void (*step_energy)(Dtype, const Steps&, int64_t b, int64_t tile);
+  void (*step_energy_backward)(Dtype, const Steps&, int64_t b, int64_t tile);
+};
+
+inline int64_t forward_rows(int64_t T) { return T; }
+inline int64_t backward_rows(int64_t T, int64_t windows) { return T + 3 * windows; }
+
+namespace baseline {
+extern const Kernels kernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+}  // namespace tsae

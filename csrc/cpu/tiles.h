@@ -1,0 +1,352 @@
+// The kernels for one tile: one pack of features of one sequence, walked along T. Included once per instruction set.
+//
+// A tile's row is a cache line or a few, so a walk along T reads the features once from memory; what the windows need
+// of them stays in `scratch`, [T] packs, in the first- or second-level cache.
+#pragma once
+
+#include "kernels.h"
+#include "pack.h"
+
+namespace tsae {
+namespace TSAE_TARGET {
+
+// Centred float features are scaled by 2^-16 where they are only summed, so that no sum overflows before the result
+// does, even for bfloat16 of 3e38. Exact, as it is a power of two.
+template <class E>
+constexpr E kShrink = E(1) / 65536;
+
+// A tile's row is short and the next row a whole [k] away, which hardware prefetchers do not follow. While a row's page
+// is at hand the best to fetch is what the next tile will read of it (measured: 2 copies' worth of time down to 1.4);
+// with more rows than that the cache would lose it again, and rows to come are fetched instead.
+constexpr int kRowsKept = 512;
+constexpr int kRowsAhead = 8;
+
+template <class T>
+struct Reader {  // one tile of `Features`
+  using V = Pack<compute_of<T>>;
+  const T* row;  // of t = 0
+  int64_t time, ahead;
+  bool constant;
+  int count;
+
+  TSAE_INLINE Reader(const Features& x, int64_t T_, int64_t b, int64_t j, int count)
+      : row(reinterpret_cast<const T*>(x.data) + b * x.batch + j * x.feature), time(x.time),
+        ahead(T_ <= kRowsKept ? V::width : kRowsAhead * x.time), constant(x.feature == 0), count(count) {}
+  TSAE_INLINE V operator()(int64_t t) const {
+    const T* at = row + t * time;
+    for (unsigned i = 0; i < sizeof(Stored<T>); i += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(at + ahead) + i, 0, 2);
+    if (constant) {
+      Stored<T> same;
+      load_some<T>(same, at, 1);
+      return splat(widen<T>(same).v[0][0]);
+    }
+    return widen<T>(load<T>(at, count));
+  }
+};
+
+template <class T>
+struct Writer {  // one tile of a contiguous result
+  T* row;  // of t = 0
+  int64_t time;
+  int count;
+  bool streamed;
+
+  TSAE_INLINE Writer(void* data, int64_t T_, int64_t k, bool stream_results, int64_t b, int64_t j, int count)
+      : row(static_cast<T*>(data) + b * T_ * k + j), time(k), count(count),
+        streamed(stream_results && count == Pack<compute_of<T>>::width) {}
+  TSAE_INLINE void operator()(int64_t t, const Stored<T>& x) const {
+    if (streamed) stream<T>(row + t * time, x);
+    else store<T>(row + t * time, x, count);
+  }
+};
+
+template <class E>
+struct Scratch {  // Rows of the recurrence
+  const Pack<E>* rows;
+  TSAE_INLINE Pack<E> operator()(int t) const { return rows[t]; }
+};
+
+// ---- activations --------------------------------------------------------------------------------------------------
+
+TSAE_INLINE float erf_of(float x) { return __builtin_erff(x); }
+TSAE_INLINE double erf_of(double x) { return __builtin_erf(x); }
+TSAE_INLINE float exp_of(float x) { return __builtin_expf(x); }
+TSAE_INLINE double exp_of(double x) { return __builtin_exp(x); }
+
+template <class E>
+TSAE_INLINE Pack<E> normal_cdf(const Pack<E>& z) {
+  Pack<E> out;
+  for (int i = 0; i < kVectors; ++i)
+    for (int lane = 0; lane < Pack<E>::lanes; ++lane)
+      out.v[i][lane] = E(0.5) * (E(1) + erf_of(z.v[i][lane] * E(0.70710678118654752440)));
+  return out;
+}
+template <class E>
+TSAE_INLINE Pack<E> normal_density(const Pack<E>& z) {
+  Pack<E> out;
+  for (int i = 0; i < kVectors; ++i)
+    for (int lane = 0; lane < Pack<E>::lanes; ++lane)
+      out.v[i][lane] = E(0.39894228040143267794) * exp_of(E(-0.5) * z.v[i][lane] * z.v[i][lane]);
+  return out;
+}
+
+enum class Mode { kIdentity, kRelu, kSchmitt, kGelu };
+
+// Activates and writes one run; x, total (times kShrink) and square get what was written.
+template <class T, Mode mode, class E = compute_of<T>>
+void activate_run(const Forward& f, const Run& run, int64_t b, int64_t j, int count, Pack<E>* x, Pack<E>& total,
+                  Pack<E>& square) {
+  using V = Pack<E>;
+  const Reader<T> pre(f.pre, f.T, b, j, count);
+  const V bias = f.bias ? load_numbers<E>(f.bias, j, count) : splat(-E(0));  // -0 changes no number, +0 does -0
+  V level = f.level && !f.level_per_position ? load_numbers<E>(f.level, j, count) : V{};
+  const V release = mode == Mode::kSchmitt ? load_numbers<E>(f.release, j, count) : V{};
+  const E* levels = f.level_per_position ? static_cast<const E*>(f.level) + b * f.T : nullptr;
+  const Writer<T> h(f.h, f.T, f.k, f.stream, b, j, count);
+  Mask<E> off = everywhere<E>();
+  for (int begin = run.begin; begin < run.end; begin += kBlock) {
+    V part{}, part_square{};
+    for (int t = begin; t < smaller(begin + kBlock, run.end); ++t) {
+      V z = pre(t) + bias;
+      if constexpr (mode == Mode::kRelu || mode == Mode::kSchmitt) {
+        if (levels) level = splat(levels[t]);
+        if constexpr (mode == Mode::kSchmitt) {
+          off = stays_off(z, level, release, run.excluded ? everywhere<E>() : off);
+        } else {
+          off = less_equal(z, level);
+        }
+        z = select(off, V{}, z);
+      } else if constexpr (mode == Mode::kGelu) {
+        z = z * normal_cdf(z);
+      }
+      const Stored<T> stored = narrow<T>(z);
+      if (f.h) h(t, stored);
+      const V value = widen<T>(stored);
+      x[t - run.begin] = value;
+      part = part + value * kShrink<E>;
+      part_square = part_square + value * value;
+    }
+    total = total + part;
+    square = square + part_square;
+  }
+}
+
+// scratch: forward_rows(T) packs.
+template <class T, class E = compute_of<T>>
+void forward_tile(const Forward& f, Runs runs, int64_t b, int64_t tile, void* scratch) {
+  using V = Pack<E>;
+  const int64_t j = tile * V::width;
+  const int count = smaller(V::width, f.k - j);
+  V* x = static_cast<V*>(scratch);
+  V total{}, square{};
+  for (int64_t s = 0; s < f.S; ++s) store_numbers<E>(f.differences, (b * f.S + s) * f.k + j, V{}, count);
+
+  for (int64_t r = 0; r < runs.count; ++r) {
+    const Run& run = runs.first[r];
+    V run_total{}, run_square{};
+    switch (f.activation) {
+      case kIdentity: activate_run<T, Mode::kIdentity>(f, run, b, j, count, x, run_total, run_square); break;
+      case kGelu: activate_run<T, Mode::kGelu>(f, run, b, j, count, x, run_total, run_square); break;
+      case kRelu:
+        if (f.release) activate_run<T, Mode::kSchmitt>(f, run, b, j, count, x, run_total, run_square);
+        else activate_run<T, Mode::kRelu>(f, run, b, j, count, x, run_total, run_square);
+    }
+    if (run.excluded) continue;
+    total = total + run_total;
+    square = square + run_square;
+    const int n = run.end - run.begin;
+    if (f.S == 0 || f.bands[0] >= n) continue;  // no pairs
+    const V mean = run_total * (1 / (E(n) * kShrink<E>));
+    for (int t = 0; t < n; ++t) x[t] = x[t] - mean;
+    for (int64_t s = 0; s < f.S && f.bands[2 * s] < n; ++s) {
+      const int64_t at = (b * f.S + s) * f.k + j;
+      const V energy = band_energy<V>(Scratch<E>{x}, n, f.bands[2 * s], f.bands[2 * s + 1]);
+      store_numbers<E>(f.differences, at, load_numbers<E>(f.differences, at, count) + energy, count);
+    }
+  }
+  // Rounding may leave a sum of squares below 0, and where the squares overflow infinities may have met. Without a NaN
+  // among the features (which square would show) the true value is then infinite.
+  const V infinity = splat(E(__builtin_inf()));
+  const Mask<E> no_nan = equal(square, square);
+  for (int64_t s = 0; s < f.S; ++s) {
+    const int64_t at = (b * f.S + s) * f.k + j;
+    V energy = load_numbers<E>(f.differences, at, count);
+    energy = select(equal(energy, energy), select(less_equal(energy, V{}), V{}, energy), select(no_nan, infinity, energy));
+    store_numbers<E>(f.differences, at, energy, count);
+  }
+  store_numbers<E>(f.total, b * f.k + j, total * (1 / kShrink<E>), count);
+  store_numbers<E>(f.square, b * f.k + j, square, count);
+}
+
+// scratch: backward_rows(T, windows) packs.
+template <class T, Activation activation, class E = compute_of<T>>
+void backward_tile(const Backward& f, Runs runs, int64_t b, int64_t tile, void* scratch) {
+  using V = Pack<E>;
+  const int64_t j = tile * V::width;
+  const int count = smaller(V::width, f.k - j);
+  V* y = static_cast<V*>(scratch);
+  Window<V>* windows = reinterpret_cast<Window<V>*>(y + f.T);
+  const Reader<T> saved(f.saved, f.T, b, j, count);
+  const Reader<T> grad_h(f.grad_h, f.T, b, j, count);
+  const V bias = f.bias ? load_numbers<E>(f.bias, j, count) : V{};
+  const V of_total = f.grad_total ? load_numbers<E>(f.grad_total, b * f.k + j, count) : V{};
+  const V of_square = f.grad_square ? load_numbers<E>(f.grad_square, b * f.k + j, count) * E(2) : V{};
+  const Writer<T> grad_pre(f.grad_pre, f.T, f.k, f.stream, b, j, count);
+  V accumulated{};
+
+  // Features whose coefficients are all 0 get no window term, not 0 times one that may be infinite.
+  Mask<E> masked = everywhere<E>();
+  const auto coefficient = [&](int64_t s) {
+    return load_numbers<E>(f.grad_differences, b * f.differences_batch + s * f.k + j, count) * E(2);
+  };
+  bool any = false;
+  if (f.grad_differences) {
+    for (int64_t s = 0; s < f.S; ++s) masked = masked & equal(coefficient(s), V{});
+    for (int lane = 0; lane < count; ++lane) any |= !masked.v[lane / V::lanes][lane % V::lanes];
+  }
+  if (any) {
+    for (int64_t r = 0; r < f.number_of_shares; ++r) {
+      const Share& share = f.shares[r];
+      windows[r].reach = share.reach;
+      windows[r].share = share.plus < 0 ? V{} : coefficient(share.plus);
+      if (share.minus >= 0) windows[r].share = windows[r].share - coefficient(share.minus);
+    }
+  }
+
+  for (int64_t r = 0; r < runs.count; ++r) {
+    const Run& run = runs.first[r];
+    const int n = run.end - run.begin;
+    const bool compare = any && !run.excluded && n > 1;
+    if (compare) {
+      V sum{};
+      for (int t = 0; t < n; ++t) {
+        V x = saved(run.begin + t);
+        if constexpr (activation == kGelu) {
+          x = x + bias;
+          x = widen<T>(narrow<T>(x * normal_cdf(x)));
+        }
+        y[t] = x * kShrink<E>;
+        sum = sum + y[t];
+      }
+      const V mean = sum * (1 / E(n));
+      for (int t = 0; t < n; ++t) y[t] = y[t] - mean;
+      for (int64_t w = 0; w < f.number_of_shares; ++w) open_window(Scratch<E>{y}, n, windows[w]);
+    }
+    for (int t = 0; t < n; ++t) {
+      V grad{};
+      if (compare) {
+        const V pull = window_pull(Scratch<E>{y}, t, n, windows, f.number_of_shares);
+        grad = select(masked, V{}, pull * (1 / kShrink<E>));
+      }
+      V x = saved(run.begin + t);  // h
+      [[maybe_unused]] V slope;    // of the activation
+      if constexpr (activation == kGelu) {
+        const V z = x + bias, cdf = normal_cdf(z);
+        slope = cdf + z * normal_density(z);
+        x = widen<T>(narrow<T>(z * cdf));
+      }
+      if (!run.excluded) {
+        if (f.grad_total) grad = grad + of_total;
+        if (f.grad_square) grad = grad + of_square * x;
+      }
+      if (f.grad_h.data) grad = grad + grad_h(run.begin + t);
+      if constexpr (activation == kRelu) grad = select(less_equal(x, V{}), V{}, grad);
+      if constexpr (activation == kGelu) grad = grad * slope;
+      grad_pre(run.begin + t, narrow<T>(grad));
+      accumulated = accumulated + grad;
+    }
+  }
+  store_numbers<E>(f.grad_bias, b * f.k + j, accumulated, count);
+}
+
+// ---- weighted energy of single steps ------------------------------------------------------------------------------
+
+template <class T, class E = compute_of<T>>
+void step_energy_tile(const Steps& f, int64_t b, int64_t tile) {
+  using V = Pack<E>;
+  const int64_t j = tile * V::width;
+  const int count = smaller(V::width, f.k - j);
+  const Reader<T> h(f.h, f.T, b, j, count);
+  const E* weights = static_cast<const E*>(f.weights) + b * f.T;
+  double energy = 0;
+  V before = h(0);
+  for (int64_t begin = 1; begin < f.T; begin += kBlock) {
+    V part{};
+    for (int64_t t = begin; t < f.T && t < begin + kBlock; ++t) {
+      const V now = h(t);
+      const V step = now - before;
+      if (weights[t - 1] != 0) part = part + step * step * weights[t - 1];  // a pair without weight may hold anything
+      before = now;
+    }
+    for (int lane = 0; lane < count; ++lane) energy += part.v[lane / V::lanes][lane % V::lanes];
+  }
+  f.energy[b * ((f.k + V::width - 1) / V::width) + tile] = energy;
+}
+
+template <class T, class E = compute_of<T>>
+void step_energy_backward_tile(const Steps& f, int64_t b, int64_t tile) {
+  using V = Pack<E>;
+  const int64_t j = tile * V::width;
+  const int count = smaller(V::width, f.k - j);
+  const Reader<T> h(f.h, f.T, b, j, count);
+  const E* weights = static_cast<const E*>(f.weights) + b * f.T;
+  const Writer<T> grad_h(f.grad_h, f.T, f.k, f.stream, b, j, count);
+  V now = h(0), from_before{};
+  for (int64_t t = 0; t < f.T; ++t) {
+    V from_after{};
+    if (t + 1 < f.T) {
+      const V next = h(t + 1);
+      if (weights[t] != 0) from_after = (next - now) * E(2 * f.scale * weights[t]);
+      now = next;
+    }
+    grad_h(t, narrow<T>(from_before - from_after));
+    from_before = from_after;
+  }
+}
+
+// ---- by dtype -----------------------------------------------------------------------------------------------------
+
+#define TSAE_BY_DTYPE(dtype, call)      \
+  switch (dtype) {                      \
+    case kDouble: call(double); break;  \
+    case kFloat: call(float); break;    \
+    case kBFloat16: call(BFloat16); break; \
+    case kHalf: call(Half); break;      \
+  }
+
+static int64_t width(Dtype dtype) { return dtype == kDouble ? Pack<double>::width : Pack<float>::width; }
+static void forward(Dtype dtype, const Forward& f, Runs runs, int64_t b, int64_t tile, void* scratch) {
+#define TSAE_CALL(T) forward_tile<T>(f, runs, b, tile, scratch)
+  TSAE_BY_DTYPE(dtype, TSAE_CALL)
+#undef TSAE_CALL
+  if (f.stream) finish_streaming();
+}
+static void backward(Dtype dtype, const Backward& f, Runs runs, int64_t b, int64_t tile, void* scratch) {
+#define TSAE_CALL(T)                                                                  \
+  f.activation == kRelu   ? backward_tile<T, kRelu>(f, runs, b, tile, scratch)        \
+  : f.activation == kGelu ? backward_tile<T, kGelu>(f, runs, b, tile, scratch)        \
+                          : backward_tile<T, kIdentity>(f, runs, b, tile, scratch)
+  TSAE_BY_DTYPE(dtype, TSAE_CALL)
+#undef TSAE_CALL
+  if (f.stream) finish_streaming();
+}
+static void step_energy(Dtype dtype, const Steps& f, int64_t b, int64_t tile) {
+#define TSAE_CALL(T) step_energy_tile<T>(f, b, tile)
+  TSAE_BY_DTYPE(dtype, TSAE_CALL)
+#undef TSAE_CALL
+}
+static void step_energy_backward(Dtype dtype, const Steps& f, int64_t b, int64_t tile) {
+#define TSAE_CALL(T) step_energy_backward_tile<T>(f, b, tile)
+  TSAE_BY_DTYPE(dtype, TSAE_CALL)
+#undef TSAE_CALL
+  if (f.stream) finish_streaming();
+}
+
+#define TSAE_STRING(x) #x
+#define TSAE_NAME(x) TSAE_STRING(x)
+extern const Kernels kernels = {TSAE_NAME(TSAE_TARGET), sizeof(Pack<float>), width, forward, backward, step_energy,
+                                step_energy_backward};
+
+}  // namespace TSAE_TARGET
+}  // namespace tsae

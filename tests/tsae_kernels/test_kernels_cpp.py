@@ -1,0 +1,221 @@
+"""What the compiled CPU backend promises beyond the results that all backends share."""
+
+import os
+import subprocess
+import sys
+
+import kernels_oracle as oracle
+import pytest
+import torch
+
+from tsae_kernels import MULTISCALE, activate_with_stats, available_backends, temporal_stats, window_consistency
+from tsae_kernels.backends import choose_backend
+from tsae_kernels.extension import load_library
+
+pytestmark = pytest.mark.skipif(bool(load_library().problem), reason=load_library().problem)
+
+EIGHT_BANDS = ((1, 1), (2, 3), (5, 9), (10, 20), (30, 33), (34, 60), (61, 64), (100, 2000))
+
+
+def everything(pre, bias=None, segments=None, bands=MULTISCALE, shared=True, **options):
+    """Every output and gradient of one call, with gradients of every kind coming in."""
+    generator = torch.Generator().manual_seed(9)
+    pre = pre.detach().requires_grad_()
+    bias = None if bias is None else bias.detach().requires_grad_()
+    h, stats = activate_with_stats(pre, bias, segments=segments, bands=bands, **options)
+    shape = stats.differences.shape
+    weights = torch.rand(1 if shared else shape[0], *shape[1:], generator=generator, dtype=stats.square.dtype)
+    incoming = [
+        torch.randn(h.shape, generator=generator).to(h.dtype),
+        weights.expand(shape),
+        torch.randn(stats.total.shape, generator=generator).to(stats.total.dtype),
+        torch.randn(stats.square.shape, generator=generator).to(stats.square.dtype),
+    ]
+    inputs = [pre] if bias is None else [pre, bias]
+    grads = torch.autograd.grad([h, *stats], inputs, incoming)
+    return [h.detach(), *(s.detach() for s in stats), *grads]
+
+
+def assert_as_reference(results, reference, rtol=1e-5):
+    for got, wanted in zip(results, reference, strict=True):
+        assert got.dtype == wanted.dtype
+        scale = wanted.abs().max().item() if wanted.numel() else 0.0
+        torch.testing.assert_close(got, wanted, rtol=rtol, atol=rtol * scale)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "identity", "schmitt"])
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("k", [5, 97])
+def test_eight_bands_and_every_gradient(activation, segmented, shared, k):
+    generator = torch.Generator().manual_seed(k)
+    pre, bias = torch.randn(3, 150, k, generator=generator), torch.randn(k, generator=generator)
+    options = {"activation": activation, "bands": EIGHT_BANDS, "shared": shared}
+    if activation == "schmitt":
+        options |= {"activation": "relu", "threshold": 0.8, "release": 0.2}
+    if segmented:
+        options["segments"] = oracle.random_segments(3, 150, generator)
+    reference = everything(pre, bias, backend="reference", **options)
+    assert_as_reference(everything(pre, bias, backend="cpp", **options), reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_long_sequences(dtype):
+    generator = torch.Generator().manual_seed(0)
+    pre = (torch.randn(1, 4096, 70, generator=generator) + 3).to(dtype)
+    segments = torch.where(torch.arange(4096) < 4000, 0, 1)[None]
+    bands = ((1, 3), (4, 15), (16, 127))
+    rtol = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    for ids in (None, segments):
+        reference = everything(pre, segments=ids, bands=bands, backend="reference")
+        results = everything(pre, segments=ids, bands=bands, backend="cpp")
+        assert_as_reference(results[1:4], reference[1:4], min(rtol, 1e-5))
+        assert_as_reference(results, reference, rtol)
+
+
+def test_windows_do_not_drift_over_a_long_walk():
+    walk = torch.randn(1, 4096, 8, generator=torch.Generator().manual_seed(1)).cumsum(1)
+    got = temporal_stats(walk, backend="cpp").differences
+    torch.testing.assert_close(got, temporal_stats(walk, backend="reference").differences, rtol=5e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_values_up_to_the_end_of_the_range_make_no_nan(dtype):
+    generator = torch.Generator().manual_seed(0)
+    largest = torch.finfo(dtype).max
+    h = torch.empty(2, 128, 6, dtype=dtype)
+    h[:] = ((torch.rand(2, 128, 6, generator=generator) - 0.5) * 2 * largest).to(dtype)
+    h[..., 1] = largest
+    h[..., 2] = torch.where(torch.arange(128) % 2 == 0, largest, -largest)
+    h.requires_grad_()
+    out, stats = activate_with_stats(h, activation="identity", backend="cpp")
+    wanted = temporal_stats(h, backend="reference")
+    assert torch.equal(stats.differences.isinf(), wanted.differences.isinf())
+    assert not any(s.isnan().any() for s in (out, *stats))
+    (grad,) = torch.autograd.grad(stats.differences, h, torch.full_like(stats.differences, 1e-6))
+    assert not grad.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_number_of_16_bits_converts_as_in_torch(dtype):
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16)
+    x = bits.view(dtype).reshape(1, 1, -1)
+    out, _ = activate_with_stats(x, activation="identity", backend="cpp")
+    assert torch.equal(out.view(torch.int16)[~x.isnan()], x.view(torch.int16)[~x.isnan()])
+    assert out[x.isnan()].isnan().all()
+    # Rounding: with a bias come values that the dtype cannot hold, of every size.
+    generator = torch.Generator().manual_seed(0)
+    scale = 10.0 ** torch.randint(-9, 5, bits.shape, generator=generator)
+    bias = torch.randn(x.shape[2], generator=generator) * scale
+    out, _ = activate_with_stats(x, bias, "identity", backend="cpp")
+    torch.testing.assert_close(out, (x.float() + bias).to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("k", [1, 33, 320])
+def test_two_runs_and_any_number_of_threads_give_the_same_bits(k):
+    pre, bias = torch.randn(5, 200, k), torch.randn(k)
+    segments = oracle.random_segments(5, 200)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 2, 2, 3):
+            torch.set_num_threads(number)
+            run = everything(pre, bias, segments, threshold=0.6, release=0.1, backend="cpp")
+            leaf = pre.clone().requires_grad_()
+            loss = window_consistency(leaf, 4, segments, backend="cpp")
+            results.append([*run, loss.detach(), *torch.autograd.grad(loss, leaf)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 5), (1, 130, 64), (3, 600, 1024)])  # the last is written past the caches
+def test_every_output_is_written(shape):
+    """With deterministic algorithms PyTorch fills what it allocates with NaN."""
+    pre, bias = torch.randn(shape), torch.randn(shape[2])
+    segments = oracle.random_segments(*shape[:2])
+    segments[0] = -1
+    clean = everything(pre, bias, segments, backend="cpp")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        poisoned = everything(pre, bias, segments, backend="cpp")
+        leaf = pre.clone().requires_grad_()
+        loss = window_consistency(leaf, 3, segments, backend="cpp")
+        (grad,) = torch.autograd.grad(loss, leaf)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(clean, poisoned, strict=True))
+    assert loss.isfinite()
+    assert grad.isfinite().all()
+
+
+def test_strided_features_and_gradients_give_the_same_bits():
+    base = torch.randn(4, 40, 3, 50)
+    wanted = everything(base[:, :, 1].contiguous(), backend="cpp")
+    for view in (base[:, :, 1], base[:, :, 1].transpose(0, 1).contiguous().transpose(0, 1)):
+        assert not view.is_contiguous()
+        assert all(torch.equal(a, b) for a, b in zip(everything(view, backend="cpp"), wanted, strict=True))
+    x = base[:, :, 1].clone().requires_grad_()
+    for grad_h in (
+        torch.full((), 0.3).expand(x.shape),
+        torch.randn(4, 40, 1).expand(x.shape),
+        torch.randn(50, 40, 4).permute(2, 1, 0),
+    ):
+        grads = [
+            torch.autograd.grad(activate_with_stats(x, backend="cpp")[0], x, g)[0]
+            for g in (grad_h, grad_h.contiguous())
+        ]
+        assert torch.equal(*grads)
+
+
+def test_operators_refuse_what_they_would_read_past():
+    ops, h = torch.ops.tsae_kernels_cpp, torch.randn(2, 6, 3)
+    calls = (
+        lambda: ops.forward(h, torch.zeros(2), 1, None, None, [], None, True),
+        lambda: ops.forward(h, None, 1, torch.zeros(2, 5), None, [], None, True),
+        lambda: ops.forward(h, None, 7, None, None, [], None, True),
+        lambda: ops.forward(h, None, 1, None, None, [0, 3], None, True),
+        lambda: ops.forward(h, None, 1, None, None, [1, 3], torch.zeros(2, 5).long(), True),
+        lambda: ops.forward(h[:, :0], None, 1, None, None, [1, 3], None, True),
+        lambda: ops.backward(h, None, h[:1], None, None, None, 1, [1, 3], None),
+        lambda: ops.backward(h, None, h, torch.zeros(1, 2, 3), None, None, 1, [1, 3], None),
+        lambda: ops.step_energy(h, torch.zeros(2, 6).double()),
+        lambda: ops.step_energy_backward(h, torch.zeros(2, 6), torch.zeros(())),
+    )
+    for call in calls:
+        with pytest.raises(RuntimeError):
+            call()
+
+
+def test_it_is_the_default_on_a_cpu_only():
+    assert available_backends()["cpp"] == "ok"
+    assert choose_backend(None, torch.device("cpu")) == "cpp"
+    with pytest.raises(ValueError, match="backend='cpp' runs on cpu tensors, got one on meta"):
+        choose_backend("cpp", torch.device("meta"))
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_narrower_instruction_sets_agree(capability):
+    """With PyTorch's own variable for the purpose."""
+    code = (
+        "import torch, tsae_kernels as tk; from tsae_kernels.extension import load_library\n"
+        "for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):\n"
+        "  for k in (3, 100):\n"
+        "    pre = torch.randn(2, 140, k).to(dtype)\n"
+        "    results = []\n"
+        "    for backend in ('reference', 'cpp'):\n"
+        "      leaf = pre.clone().requires_grad_()\n"
+        "      h, stats = tk.activate_with_stats(leaf, None, 'relu', 0.6, 0.2, backend=backend)\n"
+        "      loss = h.float().sum() + stats.differences.sum() + tk.window_consistency(leaf, 3, backend=backend)\n"
+        "      results.append([h, *stats, *torch.autograd.grad(loss, leaf)])\n"
+        "    for got, wanted in zip(*results):\n"
+        "      rtol = 1e-5 if got.dtype.itemsize > 2 else 8e-3\n"
+        "      torch.testing.assert_close(got, wanted, rtol=rtol, atol=rtol * wanted.abs().max().item())\n"
+        "print(load_library().in_use)"
+    )
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    assert out.strip() in ("baseline", capability)
