@@ -35,7 +35,7 @@ def load_library() -> Library:
         if interface != INTERFACE:
             return Library(f"{path.name} was built from other sources (interface {interface}): {REMEDY}")
         torch.ops.load_library(str(path))
-    except (OSError, AttributeError) as error:  # another torch or platform, a library cut short
+    except (OSError, AttributeError) as error:  # another torch or platform
         return Library(f"{path.name} does not load ({error}): {REMEDY}")
 
     def text(name: str) -> str:

@@ -189,6 +189,24 @@ def test_operators_refuse_what_they_would_read_past():
             call()
 
 
+def test_gelu_is_as_accurate_as_in_torch():
+    tails = torch.tensor([0.0, -0.0, 60.0, -60.0, 1e30, -1e30, 3e38, -3e38])
+    z = torch.cat([torch.linspace(-14, 14, 100_001), tails]).reshape(1, 1, -1)
+
+    def error(function, x=z):
+        x = x.clone().requires_grad_()
+        out = function(x)
+        exact = z.double().requires_grad_()
+        wanted = torch.nn.functional.gelu(exact)
+        (grad,), (wanted_grad,) = torch.autograd.grad(out.sum(), x), torch.autograd.grad(wanted.sum(), exact)
+        scale = z.abs().clamp_min(1)
+        return ((out - wanted).abs() / scale).max(), (grad - wanted_grad).abs().max()
+
+    of_torch = error(torch.nn.functional.gelu)
+    of_cpp = error(lambda x: activate_with_stats(x, activation="gelu", backend="cpp")[0])
+    assert all(ours <= 2 * theirs for ours, theirs in zip(of_cpp, of_torch, strict=True))
+
+
 def test_it_is_the_default_on_a_cpu_only():
     assert available_backends()["cpp"] == "ok"
     assert choose_backend(None, torch.device("cpu")) == "cpp"
