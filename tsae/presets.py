@@ -31,9 +31,9 @@ def demo() -> TrainConfig:
         model="gemma-3-270m",
         layer=9,
         data="python-docs",
-        steps=1200,
+        steps=1000,
         batch=8,
-        sae=SAEConfig(d_sae=2560, activation="schmitt", k=38, release_ratio=0.3),
+        sae=SAEConfig(d_sae=2560, activation="schmitt", k=36, release_ratio=0.3),
         objective=ObjectiveConfig(
             temporal="multiscale",
             weights=(0.01, 0.005, 0.001),  # TSAE section 5.2
@@ -43,8 +43,9 @@ def demo() -> TrainConfig:
             ramp_steps=200,
             dead_after_tokens=60_000,
         ),
-        optimizer=OptimizerConfig(name="adam", lr=1e-3, warmup_steps=20, schedule="linear", clip_norm=0.0),
-        buffer=BufferConfig(sequences=1024, reuse=15, estimate_sequences=128),
+        # The norm is about 20; rare tokens of huge activations send it to thousands and kill features at a blow.
+        optimizer=OptimizerConfig(name="adam", lr=1e-3, warmup_steps=20, schedule="linear", clip_norm=30.0),
+        buffer=BufferConfig(sequences=1024, reuse=12, estimate_sequences=128),
         evaluation=EvaluationConfig(sequences=160, ce_sequences=12),
         checkpoint=CheckpointConfig(every=400),
     )
