@@ -6,14 +6,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # A GPU machine brings its own torch: make VENV=/path/to/its/environment ... skips the installation.
 
-.PHONY: demo install test lint format bench bench-smoke gpu-check clean
+.PHONY: demo install test lint format bench bench-smoke asan gpu-check clean
 
 demo: install
 	$(BIN)/python -m tsae.train
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt MANIFEST.in $(wildcard csrc/*.h csrc/cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel ninja torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[demo,dev]"
@@ -35,6 +35,10 @@ bench: install
 
 bench-smoke: install
 	TSAE_BENCH_SMOKE=1 $(BIN)/python -m pytest benchmarks --benchmark-disable-gc --benchmark-warmup=off
+
+# The C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer.
+asan: install
+	csrc/check_memory.sh $(BIN)/python
 
 # Tests and benchmarks on a machine with a GPU, in one go, with its own Python environment.
 gpu-check:
