@@ -54,6 +54,9 @@ class SAEConfig:
     init: Literal["tied", "xavier"] = "tied"
     """Initial weights: `tied` draws unit decoder rows and transposes them into the encoder; `xavier` is
     Xavier uniform for both (TC-SAE section 4)."""
+    encoder_scale: float = 1.0
+    """tied: factor on the transposed decoder that the encoder starts from. Below 1 the first reconstructions do not
+    overshoot, and features come out more persistent."""
     unit_norm_decoder: bool = True
     """Keep the decoder's rows at norm 1, and take the gradient's component along them out (TC-SAE section 4)."""
     apply_b_dec_to_input: bool = True
@@ -77,6 +80,8 @@ class SAEConfig:
                 "sae.layer_norm is 'post' with sae.activation 'schmitt'; use 'pre' or 'none', as normalising "
                 "after the trigger would undo its zeros."
             )
+        if not self.encoder_scale > 0.0:
+            raise UserError(f"sae.encoder_scale is {self.encoder_scale}; it must be positive.")
         if not self.input_scale > 0.0:
             raise UserError(f"sae.input_scale is {self.input_scale}; it must be positive.")
 

@@ -31,9 +31,9 @@ def demo() -> TrainConfig:
         model="gemma-3-270m",
         layer=9,
         data="python-docs",
-        steps=1000,
+        steps=800,
         batch=8,
-        sae=SAEConfig(d_sae=2560, activation="schmitt", k=36, release_ratio=0.3),
+        sae=SAEConfig(d_sae=2560, activation="schmitt", k=36, release_ratio=0.3, encoder_scale=0.25),
         objective=ObjectiveConfig(
             temporal="multiscale",
             weights=(0.01, 0.005, 0.001),  # TSAE section 5.2
@@ -44,8 +44,10 @@ def demo() -> TrainConfig:
             dead_after_tokens=60_000,
         ),
         # The norm is about 20; rare tokens of huge activations send it to thousands and kill features at a blow.
-        optimizer=OptimizerConfig(name="adam", lr=1e-3, warmup_steps=20, schedule="linear", clip_norm=30.0),
-        buffer=BufferConfig(sequences=1024, reuse=12, estimate_sequences=128),
+        optimizer=OptimizerConfig(
+            name="adam", lr=1e-3, betas=(0.9, 0.99), warmup_steps=20, schedule="linear", clip_norm=30.0
+        ),
+        buffer=BufferConfig(sequences=1024, reuse=10, estimate_sequences=128),
         evaluation=EvaluationConfig(sequences=160, ce_sequences=12),
         checkpoint=CheckpointConfig(every=400),
     )

@@ -211,6 +211,7 @@ def test_xavier_initialization_and_unit_norm_rows() -> None:
     torch.testing.assert_close(unit.W_dec.norm(dim=1), torch.ones(D_SAE))
     tied = make(init="tied")
     torch.testing.assert_close(tied.W_enc, tied.W_dec.T)
+    torch.testing.assert_close(make(encoder_scale=0.25).W_enc, 0.25 * tied.W_dec.T)
     torch.testing.assert_close(tied.W_dec.norm(dim=1), torch.ones(D_SAE))
 
 

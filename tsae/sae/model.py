@@ -55,7 +55,7 @@ class SparseAutoencoder(nn.Module):
             W_enc = nn.init.xavier_uniform_(torch.empty(shape), generator=generator).T
         else:
             W_dec = functional.normalize(torch.randn(shape, generator=generator), dim=1)
-            W_enc = W_dec.T
+            W_enc = cfg.encoder_scale * W_dec.T
         if cfg.unit_norm_decoder:
             W_dec = functional.normalize(W_dec, dim=1)
         self.W_enc = nn.Parameter(W_enc.clone(memory_format=torch.contiguous_format))  # [d_in, d_sae]
