@@ -123,6 +123,7 @@ def _measure(
     generator = torch.Generator().manual_seed(seed)
     reconstruction, temporal, shuffled = ReconstructionMetrics(), TemporalMetrics(), Persistence()
     done, total = 0, sum(part.segments.numel() for part in parts)
+    progress("features", 0, total)  # the bar's clock starts with the work
     for part in parts:
         segments = part.segments.to(device)
         x = activations(lm, part.tokens, layer)[:, 1:].to(device, torch.float32)  # [N, T, d]
@@ -170,6 +171,8 @@ def _predictions(
     device = next(sae.parameters()).device
     ce_sequences = min(ce_sequences, sum(len(part.tokens) for part in parts))
     done = 0
+    if ce_sequences > 0:
+        progress("predictions", 0, ce_sequences * parts[0].segments.shape[1])
     for batch in (small for part in parts for small in _split(part, lm_batch)):
         if done >= ce_sequences:
             break

@@ -177,7 +177,7 @@ def test_the_seed_decides_the_shuffled_control(lm, batch):
     assert control(0) != control(1)
 
 
-def test_progress_ends_at_its_totals(lm, batch):
+def test_progress_starts_at_zero_and_ends_at_its_totals(lm, batch):
     calls = []
     evaluate(
         Fake(torch.zeros(32), 1.0),
@@ -190,8 +190,10 @@ def test_progress_ends_at_its_totals(lm, batch):
         progress=lambda *call: calls.append(call),
     )
     assert calls == [
+        ("features", 0, 192),
         ("features", 128, 192),
         ("features", 192, 192),
+        ("predictions", 0, 160),
         ("predictions", 64, 160),
         ("predictions", 128, 160),
         ("predictions", 160, 160),
