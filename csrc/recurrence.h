@@ -102,19 +102,22 @@ TSAE_INLINE void open_window(const Rows& y, int n, Window<V>& window) {
   for (int t = 0; t < smaller(window.reach, n); ++t) window.sum = window.sum + y(t);
 }
 
+// One window's part of the pull at t, where the features are y_t. To be called for t = 0, 1, ...
+template <class V, class Rows>
+TSAE_INLINE V slide_window(const Rows& y, const V& y_t, int t, int n, Window<V>& window) {
+  using E = element_of<V>;
+  V sum = window.sum;
+  if (t + window.reach < n) sum = sum + y(t + window.reach);
+  if (t - window.reach - 1 >= 0) sum = sum - y(t - window.reach - 1);
+  window.sum = sum;
+  return window.share * (y_t * E(window_count(t, n, window.reach)) - sum);
+}
+
 // sum_s g_s (deg_t y_t - N_t): half the gradient of the loss with respect to y_t. To be called for t = 0, 1, ...
 template <class V, class Rows>
 TSAE_INLINE V window_pull(const Rows& y, int t, int n, Window<V>* windows, int number_of_windows) {
-  using E = element_of<V>;
   V pull{};
-  for (int r = 0; r < number_of_windows; ++r) {
-    Window<V>& window = windows[r];
-    V sum = window.sum;
-    if (t + window.reach < n) sum = sum + y(t + window.reach);
-    if (t - window.reach - 1 >= 0) sum = sum - y(t - window.reach - 1);
-    window.sum = sum;
-    pull = pull + window.share * (y(t) * E(window_count(t, n, window.reach)) - sum);
-  }
+  for (int r = 0; r < number_of_windows; ++r) pull = pull + slide_window(y, y(t), t, n, windows[r]);
   return pull;
 }
 

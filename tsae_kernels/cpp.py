@@ -1,96 +1,11 @@
-"""The compiled CPU backend: brings arguments into the form that the operators of csrc/cpu/ops.cpp take.
+"""The compiled CPU backend: the operators of csrc/cpu/ops.cpp."""
 
-Small tensors are converted here; the features go as they are, with any strides that leave neighbours along k
-together (others are copied).
-"""
+from tsae_kernels.compiled import CompiledBackend
 
-from __future__ import annotations
+_backend = CompiledBackend("tsae_kernels_cpp")
 
-import torch
-from torch import Tensor
-
-from tsae_kernels.arguments import ACTIVATIONS, dtype_of_stats
-from tsae_kernels.bands import Bands, flatten_bands
-
-_CODES = {"identity": 0, "relu": 1, "gelu": 2}
-assert set(_CODES) == set(ACTIVATIONS)
-
-
-def _compute(x: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if x is None else x.to(dtype_of_stats(like.dtype)).contiguous()
-
-
-def _ids(segments: Tensor | None) -> Tensor | None:
-    return None if segments is None else segments.to(torch.int64).contiguous()
-
-
-def _level(value: Tensor | None, like: Tensor) -> Tensor | None:
-    """A threshold as [B, T] if it is [B, T, 1], else as [k]."""
-    if value is None:
-        return None
-    value = value.to(dtype_of_stats(like.dtype)).clamp_min(0)
-    return value.squeeze(2).contiguous() if value.dim() == 3 else value.expand(like.shape[2]).contiguous()
-
-
-def activate_with_stats(
-    pre: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    threshold: Tensor | None,
-    release: Tensor | None,
-    bands: Bands,
-    segments: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.ops.tsae_kernels_cpp.forward(
-        pre,
-        _compute(bias, pre),
-        _CODES[activation],
-        _level(threshold, pre),
-        _level(release, pre),
-        flatten_bands(bands),
-        _ids(segments),
-        True,
-    )
-
-
-def temporal_stats(h: Tensor, bands: Bands, segments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    identity = _CODES["identity"]
-    _, *stats = torch.ops.tsae_kernels_cpp.forward(
-        h, None, identity, None, None, flatten_bands(bands), _ids(segments), False
-    )
-    return tuple(stats)
-
-
-def activate_with_stats_backward(
-    saved: Tensor,
-    bias: Tensor | None,
-    grad_h: Tensor | None,
-    grad_differences: Tensor | None,
-    grad_total: Tensor | None,
-    grad_square: Tensor | None,
-    activation: str,
-    bands: Bands,
-    segments: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    if grad_differences is not None and grad_differences.shape[0] > 0 and grad_differences.stride(0) == 0:
-        grad_differences = grad_differences[:1]  # one gradient for the whole batch, as a sum over b gives
-    grad_pre, grad_bias = torch.ops.tsae_kernels_cpp.backward(
-        saved,
-        _compute(bias, saved),
-        None if grad_h is None else grad_h.to(saved.dtype),
-        _compute(grad_differences, saved),
-        _compute(grad_total, saved),
-        _compute(grad_square, saved),
-        _CODES[activation],
-        flatten_bands(bands),
-        _ids(segments),
-    )
-    return grad_pre, grad_bias.sum(0)
-
-
-def step_energy(h: Tensor, weights: Tensor) -> Tensor:
-    return torch.ops.tsae_kernels_cpp.step_energy(h, _compute(weights, h)).sum().to(dtype_of_stats(h.dtype))
-
-
-def step_energy_backward(h: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
-    return torch.ops.tsae_kernels_cpp.step_energy_backward(h, _compute(weights, h), grad.double())
+activate_with_stats = _backend.activate_with_stats
+temporal_stats = _backend.temporal_stats
+activate_with_stats_backward = _backend.activate_with_stats_backward
+step_energy = _backend.step_energy
+step_energy_backward = _backend.step_energy_backward

@@ -1,4 +1,4 @@
-"""The compiled library of the `cpp` backend: found beside this file, loaded once, or the reason why not."""
+"""The compiled libraries of the `cpp` and `cuda` backends: found beside this file, loaded once, or why not."""
 
 from __future__ import annotations
 
@@ -9,38 +9,68 @@ from typing import NamedTuple
 
 import torch
 
-INTERFACE = 1  # must equal the library's: see tsae_interface in csrc/cpu/ops.cpp
+INTERFACE = 2  # must equal the libraries': see tsae_interface in csrc/cpu/ops.cpp and csrc/cuda/ops.cpp
 REMEDY = "with torch and a C++ compiler run `pip install --no-build-isolation .` (or `make install`) in the source tree"
+CUDA_REMEDY = (
+    "with a CUDA build of torch and its version of nvcc run `TSAE_BUILD=cuda pip install --no-build-isolation .` "
+    "in the source tree"
+)
 
 
 class Library(NamedTuple):
-    """problem: "" if the library is loaded, else why it is not and what to do; then the rest is empty."""
+    """problem: "" if the library is loaded, else why it is not and what to do; then the rest is empty.
+
+    built_for: versions of torch and the compiler
+    variants: the instruction sets of the CPU library, the architectures of the CUDA library
+    chosen: the instruction set that this processor runs; the version of CUDA
+    """
 
     problem: str
     built_for: str = ""
-    instruction_sets: str = ""
-    in_use: str = ""
+    variants: str = ""
+    chosen: str = ""
 
 
 @functools.cache
 def load_library() -> Library:
-    """Load the library into PyTorch; its operators are then in `torch.ops.tsae_kernels_cpp`."""
-    built = sorted(Path(__file__).parent.glob("_cpu*.so"))
+    """Load the CPU library into PyTorch; its operators are then in `torch.ops.tsae_kernels_cpp`."""
+    return _load("_cpu", REMEDY, "tsae_instruction_sets", "tsae_instruction_set")
+
+
+@functools.cache
+def load_cuda_library() -> Library:
+    """The same with the CUDA library and `torch.ops.tsae_kernels_cuda`; it needs a GPU that torch sees, too."""
+    if not _find("_cuda"):
+        return Library(f"not built: {CUDA_REMEDY}")
+    if torch.version.cuda is None:
+        return Library(f"built, but torch {torch.__version__} is a build without CUDA: install one with it")
+    library = _load("_cuda", CUDA_REMEDY, "tsae_architectures", "tsae_cuda_version")
+    if not library.problem and not torch.cuda.is_available():
+        return Library("built, but torch sees no GPU (torch.cuda.is_available() is False): check `nvidia-smi`")
+    return library
+
+
+def _find(name: str) -> list[Path]:
+    return sorted(Path(__file__).parent.glob(f"{name}*.so"))
+
+
+def _load(name: str, remedy: str, variants: str, chosen: str) -> Library:
+    built = _find(name)
     if not built:
-        return Library(f"not built: {REMEDY}")
+        return Library(f"not built: {remedy}")
     path = built[0]
     try:
         library = ctypes.CDLL(str(path))
         interface = library.tsae_interface()
         if interface != INTERFACE:
-            return Library(f"{path.name} was built from other sources (interface {interface}): {REMEDY}")
+            return Library(f"{path.name} was built from other sources (interface {interface}): {remedy}")
         torch.ops.load_library(str(path))
     except (OSError, AttributeError) as error:  # another torch or platform
-        return Library(f"{path.name} does not load ({error}): {REMEDY}")
+        return Library(f"{path.name} does not load ({error}): {remedy}")
 
-    def text(name: str) -> str:
-        function = getattr(library, name)
+    def text(function_name: str) -> str:
+        function = getattr(library, function_name)
         function.restype = ctypes.c_char_p
         return function().decode()
 
-    return Library("", text("tsae_built_for"), text("tsae_instruction_sets"), text("tsae_instruction_set"))
+    return Library("", text("tsae_built_for"), text(variants), text(chosen))

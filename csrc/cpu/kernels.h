@@ -1,13 +1,9 @@
-// What the operators (ops.cpp) and the kernels built for each instruction set (tiles.h) agree on. All sizes and
-// strides are in elements; "compute type" is double for double features and float for all others.
+// What the operators (ops.cpp) and the kernels built for each instruction set (tiles.h) agree on.
 #pragma once
 
-#include <cstdint>
+#include "../features.h"
 
 namespace tsae {
-
-enum Activation : int64_t { kIdentity = 0, kRelu = 1, kGelu = 2 };
-enum Dtype : int { kDouble = 0, kFloat = 1, kBFloat16 = 2, kHalf = 3 };
 
 // A maximal stretch [begin, end) of one sequence: a segment, or positions that are excluded.
 struct Run {
@@ -17,12 +13,6 @@ struct Run {
 struct Runs {
   const Run* first;
   int64_t count;
-};
-
-// [B, T, k] with any strides but the last, which is 1, or 0 for a tensor that is constant along k.
-struct Features {
-  const char* data = nullptr;
-  int64_t batch = 0, time = 0, feature = 1;
 };
 
 struct Forward {
@@ -40,11 +30,6 @@ struct Forward {
   void* differences;     // [B, S, k] compute type
   void* total;           // [B, k]
   void* square;          // [B, k]
-};
-
-// A window of the backward pass and the bands whose gradients make its share: g[plus] - g[minus], -1 for none.
-struct Share {
-  int reach, plus, minus;
 };
 
 struct Backward {
@@ -84,7 +69,16 @@ struct Kernels {
   void (*backward)(Dtype, const Backward&, Runs, int64_t b, int64_t tile, void* scratch);
   void (*step_energy)(Dtype, const Steps&, int64_t b, int64_t tile);
   void (*step_energy_backward)(Dtype, const Steps&, int64_t b, int64_t tile);
+  // On rows of float32, see sparse.h.
+  int64_t (*nonzeros)(const float* x, int64_t n, int32_t* index, float* value);
+  void (*weighted_sum)(const float* rows, int64_t d, const int32_t* index, const float* weight, int64_t count,
+                       float* out);
+  void (*inner_products)(const float* rows, int64_t d, const int32_t* index, int64_t count, const float* g,
+                         float* out);
 };
+
+// Those for the widest instruction set of this processor, see ops.cpp.
+const Kernels& kernels();
 
 inline int64_t forward_rows(int64_t T) { return T; }
 inline int64_t backward_rows(int64_t T, int64_t windows) { return T + 3 * windows; }

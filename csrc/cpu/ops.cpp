@@ -1,26 +1,14 @@
 // The operators of the `cpp` backend, on PyTorch's stable ABI. tsae_kernels/cpp.py calls them; the public operators,
 // their shapes for torch.compile and their gradients are in tsae_kernels/ops.py.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/version.h>
-
-#include <algorithm>
 #include <cstdlib>
 #include <memory>
-#include <optional>
 #include <string>
 #include <tuple>
-#include <vector>
 
+#include "../arguments.h"
 #include "kernels.h"
 
 namespace tsae {
-namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Sizes = std::vector<int64_t>;
 
 // The widest instruction set of this processor, or a narrower one that ATEN_CPU_CAPABILITY asks for, PyTorch's own
 // variable for the same purpose.
@@ -40,43 +28,7 @@ const Kernels& kernels() {
   return *chosen;
 }
 
-Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Double: return kDouble;
-    case ScalarType::Float: return kFloat;
-    case ScalarType::BFloat16: return kBFloat16;
-    case ScalarType::Half: return kHalf;
-    default: STD_TORCH_CHECK(false, "features must be float64, float32, bfloat16 or float16"); return kFloat;
-  }
-}
-ScalarType compute_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
-}
-
-// The data of a contiguous tensor of the given dtype and shape, null if there is none.
-const void* data_of(const char* name, const std::optional<Tensor>& x, ScalarType dtype, const Sizes& sizes) {
-  if (!x) return nullptr;
-  const bool same_shape = x->dim() == int64_t(sizes.size()) && std::equal(sizes.begin(), sizes.end(), x->sizes().begin());
-  STD_TORCH_CHECK(x->is_cpu() && x->scalar_type() == dtype && same_shape && x->is_contiguous(), name,
-                  " has the wrong device, dtype, shape or strides for this operator");
-  return x->const_data_ptr();
-}
-
-// Features of any strides; copied into `owner` if neighbours along k lie apart (but not if they are all the same).
-Features features(const char* name, const Tensor& x, const Tensor& like, Tensor& owner) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 3 && x.scalar_type() == like.scalar_type(), name,
-                  " must be a [B, T, k] tensor on the CPU with the features' dtype");
-  for (int i = 0; i < 3; ++i) STD_TORCH_CHECK(x.size(i) == like.size(i), name, " must have the features' shape");
-  STD_TORCH_CHECK(x.size(1) > 0 && x.size(2) > 0, name, " must have at least one position and one feature");
-  const int64_t along_k = x.stride(2);
-  owner = along_k == 1 || along_k == 0 || x.size(2) == 1 ? x : torch::stable::contiguous(x);
-  return {static_cast<const char*>(owner.const_data_ptr()), owner.stride(0), owner.stride(1),
-          owner.size(2) == 1 ? 1 : owner.stride(2)};
-}
+namespace {
 
 // Worth writing past the caches: larger than they are, and every tile's row starts on a cache line.
 bool to_be_streamed(const Tensor& result) {
@@ -91,8 +43,7 @@ template <class F>
 void for_each_tile(const Tensor& x, const std::optional<Tensor>& segments, int64_t rows, const F& f) {
   const int64_t B = x.size(0), T = x.size(1), k = x.size(2);
   const int64_t width = kernels().width(dtype_of(x)), tiles = (k + width - 1) / width;
-  STD_TORCH_CHECK(T < (int64_t(1) << 30), "sequences must have fewer than 2^30 positions");
-  const auto* ids = static_cast<const int64_t*>(data_of("segments", segments, ScalarType::Long, {B, T}));
+  const auto* ids = static_cast<const int64_t*>(data_of("segments", segments, x, ScalarType::Long, {B, T}));
   const int64_t worthwhile = std::max<int64_t>(1, 16384 / (T * width));  // tiles that a thread is woken for
   torch::stable::parallel_for(0, B * tiles, worthwhile, [&](int64_t begin, int64_t end) {
     constexpr size_t alignment = 64;
@@ -116,19 +67,6 @@ void for_each_tile(const Tensor& x, const std::optional<Tensor>& segments, int64
   });
 }
 
-// [S][2], limited to T: an offset of T or more finds no pair.
-std::vector<int> limited_bands(const Sizes& bands, int64_t T) {
-  STD_TORCH_CHECK(bands.size() % 2 == 0, "bands must hold pairs of offsets");
-  std::vector<int> out;
-  int64_t reached = 0;
-  for (size_t i = 0; i < bands.size(); ++i) {
-    STD_TORCH_CHECK(i % 2 ? bands[i] >= reached : bands[i] > reached, "bands must be disjoint and ascending");
-    reached = bands[i];
-    out.push_back(int(std::min(bands[i], T)));
-  }
-  return out;
-}
-
 // `level` is [k], or [B, T] for a threshold per position. `with_h` false: an empty tensor in h's place.
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor pre, std::optional<Tensor> bias, int64_t activation,
                                                    std::optional<Tensor> level, std::optional<Tensor> release,
@@ -139,12 +77,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor pre, std::optional<Ten
   const int64_t B = pre.size(0), S = bands.size() / 2;
   f.T = pre.size(1), f.k = pre.size(2), f.S = S;
   const ScalarType dtype = compute_type(pre);
-  STD_TORCH_CHECK(activation >= kIdentity && activation <= kGelu, "activation must be 0, 1 or 2");
-  f.activation = Activation(activation);
-  f.bias = data_of("bias", bias, dtype, {f.k});
+  f.activation = checked_activation(activation);
+  f.bias = data_of("bias", bias, pre, dtype, {f.k});
   f.level_per_position = level && level->dim() == 2;
-  f.level = data_of("level", level, dtype, f.level_per_position ? Sizes{B, f.T} : Sizes{f.k});
-  f.release = data_of("release", release, dtype, {f.k});
+  f.level = data_of("level", level, pre, dtype, f.level_per_position ? Sizes{B, f.T} : Sizes{f.k});
+  f.release = data_of("release", release, pre, dtype, {f.k});
   const std::vector<int> limited = limited_bands(bands, f.T);
   f.bands = limited.data();
   Tensor h = empty(pre, with_h ? Sizes{B, f.T, f.k} : Sizes{0}, pre.scalar_type());
@@ -175,24 +112,15 @@ std::tuple<Tensor, Tensor> backward(Tensor saved, std::optional<Tensor> bias, st
   const int64_t B = saved.size(0), S = bands.size() / 2;
   f.T = saved.size(1), f.k = saved.size(2), f.S = S;
   const ScalarType dtype = compute_type(saved);
-  STD_TORCH_CHECK(activation >= kIdentity && activation <= kGelu, "activation must be 0, 1 or 2");
-  f.activation = Activation(activation);
-  f.bias = data_of("bias", bias, dtype, {f.k});
+  f.activation = checked_activation(activation);
+  f.bias = data_of("bias", bias, saved, dtype, {f.k});
   const bool shared = grad_differences && B != 1 && grad_differences->size(0) == 1;
-  f.grad_differences = data_of("grad_differences", grad_differences, dtype, {shared ? 1 : B, S, f.k});
+  f.grad_differences = data_of("grad_differences", grad_differences, saved, dtype, {shared ? 1 : B, S, f.k});
   f.differences_batch = shared ? 0 : S * f.k;
-  f.grad_total = data_of("grad_total", grad_total, dtype, {B, f.k});
-  f.grad_square = data_of("grad_square", grad_square, dtype, {B, f.k});
+  f.grad_total = data_of("grad_total", grad_total, saved, dtype, {B, f.k});
+  f.grad_square = data_of("grad_square", grad_square, saved, dtype, {B, f.k});
 
-  // Neighbouring bands share a window, and the window of reach 0 pulls nowhere (mathematics, section 2).
-  const std::vector<int> limited = limited_bands(bands, f.T);
-  std::vector<Share> shares;
-  for (int s = 0; s < S; ++s) {
-    const int inner = limited[2 * s] - 1, outer = limited[2 * s + 1];
-    if (!shares.empty() && shares.back().reach == inner) shares.back().minus = s;
-    else if (inner > 0) shares.push_back({inner, -1, s});
-    shares.push_back({outer, s, -1});
-  }
+  const std::vector<Share> shares = shares_of(limited_bands(bands, f.T));
   f.shares = shares.data();
   f.number_of_shares = shares.size();
 
@@ -215,7 +143,7 @@ Tensor step_energy(Tensor h, Tensor weights) {
   f.h = features("h", h, h, owner);
   const int64_t B = h.size(0);
   f.T = h.size(1), f.k = h.size(2);
-  f.weights = data_of("weights", weights, compute_type(h), {B, f.T});
+  f.weights = data_of("weights", weights, h, compute_type(h), {B, f.T});
   const Dtype stored = dtype_of(h);
   const int64_t width = kernels().width(stored);
   Tensor energy = empty(h, {B, (f.k + width - 1) / width}, ScalarType::Double);
@@ -232,8 +160,8 @@ Tensor step_energy_backward(Tensor h, Tensor weights, Tensor grad) {
   f.h = features("h", h, h, owner);
   const int64_t B = h.size(0);
   f.T = h.size(1), f.k = h.size(2);
-  f.weights = data_of("weights", weights, compute_type(h), {B, f.T});
-  f.scale = *static_cast<const double*>(data_of("grad", grad, ScalarType::Double, {}));
+  f.weights = data_of("weights", weights, h, compute_type(h), {B, f.T});
+  f.scale = *static_cast<const double*>(data_of("grad", grad, h, ScalarType::Double, {}));
   Tensor grad_h = empty(h, {B, f.T, f.k}, h.scalar_type());
   f.grad_h = grad_h.mutable_data_ptr();
   f.stream = to_be_streamed(grad_h);
@@ -247,15 +175,8 @@ Tensor step_energy_backward(Tensor h, Tensor weights, Tensor grad) {
 }  // namespace
 }  // namespace tsae
 
-// What the loader (tsae_kernels/extension.py) asks before it uses the library.
-#define TSAE_EXPORT extern "C" __attribute__((visibility("default")))
-#if defined(__clang__)
-#define TSAE_COMPILER "clang " __clang_version__
-#else
-#define TSAE_COMPILER "g++ " __VERSION__
-#endif
 // To be raised with every change of an operator's signature: a library left over from older sources is then not used.
-TSAE_EXPORT int tsae_interface() { return 1; }
+TSAE_EXPORT int tsae_interface() { return 2; }
 TSAE_EXPORT const char* tsae_built_for() { return "torch " TORCH_VERSION ", " TSAE_COMPILER; }
 TSAE_EXPORT const char* tsae_instruction_sets() {
 #if defined(__x86_64__)

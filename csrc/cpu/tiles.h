@@ -4,8 +4,10 @@
 // of them stays in `scratch`, [T] packs, in the first- or second-level cache.
 #pragma once
 
+#include "../normal.h"
 #include "kernels.h"
 #include "pack.h"
+#include "sparse.h"
 
 namespace tsae {
 namespace TSAE_TARGET {
@@ -87,11 +89,9 @@ TSAE_INLINE Normal<double> normal(const Pack<double>& z) {
   return out;
 }
 
-// In float both come from exp(-z^2/2), and Phi(-|z|) = exp(-z^2/2) r P(r) with r = 1 / (1 + 0.35 |z|) and P fitted to the
-// least largest relative error (3e-8 for |z| <= 14). Unlike 1 + erf this keeps its digits for negative z.
+// In float both come from exp(-z^2/2), see normal.h.
 TSAE_INLINE Normal<float> normal(const Pack<float>& z) {
-  constexpr float P[] = {0.139621407f, 0.139861897f,  0.119832702f, 0.105508670f, -0.0231114309f,
-                         0.159176514f, -0.255716324f, 0.143972710f, -0.0291461404f};
+  constexpr float P[] = TSAE_TAIL;
   constexpr float reciprocals[] = {1 / 720.f, 1 / 120.f, 1 / 24.f, 1 / 6.f, 0.5f, 1.f, 1.f};  // of factorials
   Normal<float> out;
   TSAE_EACH_VECTOR {
@@ -106,7 +106,7 @@ TSAE_INLINE Normal<float> normal(const Pack<float>& z) {
     exponential = exponential * floats_of((bits_of(shifted) << 23) + 0x3f800000u);
     exponential = exponent < -87.f ? zero : exponential;
 
-    const Floats r = 1.f / (1.f + 0.35f * magnitude);
+    const Floats r = 1.f / (1.f + TSAE_TAIL_SCALE * magnitude);
     Floats tail = zero + P[8];
     _Pragma("GCC unroll 8") for (int d = 7; d >= 0; --d) tail = tail * r + P[d];
     tail = tail * r * exponential;
@@ -372,7 +372,7 @@ static void step_energy_backward(Dtype dtype, const Steps& f, int64_t b, int64_t
 #define TSAE_STRING(x) #x
 #define TSAE_NAME(x) TSAE_STRING(x)
 extern const Kernels kernels = {TSAE_NAME(TSAE_TARGET), sizeof(Pack<float>), width, forward, backward, step_energy,
-                                step_energy_backward};
+                                step_energy_backward, nonzeros, weighted_sum, inner_products};
 
 }  // namespace TSAE_TARGET
 }  // namespace tsae

@@ -7,7 +7,7 @@ import torch
 
 from tsae.sae.sparse_linear import decode_sparse, encode_linear, worthwhile
 
-pytestmark = pytest.mark.skipif(not worthwhile(torch.zeros(1)), reason="sparse products need MKL")
+pytestmark = pytest.mark.skipif(not worthwhile(torch.zeros(1)), reason="sparse products need the compiled library")
 
 
 def features(active: int) -> torch.Tensor:
@@ -35,3 +35,14 @@ def test_decode_and_encode_equal_dense(active: int) -> None:
         results.append((xhat, grad_h, grad_dec, pre, grad_x, grad_enc))
     for sparse, dense in zip(*results, strict=True):
         torch.testing.assert_close(sparse, dense)
+
+
+def test_the_encoders_gradient_needs_no_copy() -> None:
+    """It comes transposed, and lies in memory as the parameter does: autograd then keeps it as it is."""
+    from tsae.config import SAEConfig
+    from tsae.sae.model import SparseAutoencoder
+
+    sae = SparseAutoencoder(SAEConfig(d_in=7, d_sae=100, activation="topk", k=3))
+    sae(torch.randn(2, 5, 7)).square().sum().backward()
+    assert sae.W_enc.grad is not None
+    assert sae.W_enc.stride() == sae.W_enc.grad.stride() == (1, 7)

@@ -58,7 +58,8 @@ class SparseAutoencoder(nn.Module):
             W_enc = cfg.encoder_scale * W_dec.T
         if cfg.unit_norm_decoder:
             W_dec = functional.normalize(W_dec, dim=1)
-        self.W_enc = nn.Parameter(W_enc.clone(memory_format=torch.contiguous_format))  # [d_in, d_sae]
+        # [d_in, d_sae], a feature's weights side by side in memory: its gradient comes so (see sparse_linear).
+        self.W_enc = nn.Parameter(W_enc.T.clone(memory_format=torch.contiguous_format).T)
         self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae))
         self.W_dec = nn.Parameter(W_dec)  # [d_sae, d_in]
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_in))

@@ -6,13 +6,13 @@ With 32 of 2,560 features active, four of the five products of a training step (
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
+
+from tsae_kernels.sparse import CompressedRows, compress, matmul, sampled_matmul, sparse_products_available, transpose
 
 __all__ = ["decode_sparse", "encode_linear", "worthwhile"]
 
@@ -20,58 +20,44 @@ MAX_DENSITY = 0.08  # of features: above, the dense product is faster (measured 
 
 
 def worthwhile(x: Tensor) -> bool:
-    """Whether sparse products are available and may pay for tensors like ``x``: float32 on a CPU with MKL, no
-    autocast."""
+    """Whether sparse products are available and may pay for tensors like ``x``: float32 on a CPU with the compiled
+    kernels, no autocast."""
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
-        and torch.backends.mkl.is_available()
+        and sparse_products_available()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
 
 
-def _csr(dense: Tensor) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse (CSR|CSC) tensor support is in beta")
-        return dense.to_sparse_csr()
-
-
-def _is_sparse(csr: Tensor) -> bool:
-    return csr.values().numel() <= MAX_DENSITY * csr.shape[0] * csr.shape[1]
+def _compressed(dense: Tensor) -> CompressedRows | None:
+    """``dense`` compressed, or None if too much of it is not 0."""
+    rows = compress(dense)
+    return rows if rows.values.numel() <= MAX_DENSITY * dense.numel() else None
 
 
 class _DecodeSparse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, W_dec: Tensor) -> Tensor:
-        csr = _csr(h.detach())
-        if not _is_sparse(csr):
-            ctx.dense = True
+        rows = _compressed(h.detach())
+        ctx.sparse = rows is not None
+        if rows is None:
             ctx.save_for_backward(h, W_dec)
             return h @ W_dec
-        ctx.dense = False
-        crow, columns, values = csr.crow_indices(), csr.col_indices(), csr.values()
-        ctx.save_for_backward(crow, columns, values, W_dec)
-        ctx.shape = h.shape
-        return functional.embedding_bag(columns, W_dec, crow[:-1], mode="sum", per_sample_weights=values)
+        ctx.save_for_backward(*rows, W_dec)
+        return matmul(rows, W_dec)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        grad = grad.contiguous()
-        if ctx.dense:
+        if not ctx.sparse:
             h, W_dec = ctx.saved_tensors
             return grad @ W_dec.T, h.T @ grad
-        crow, columns, values, W_dec = ctx.saved_tensors
-        csr = torch.sparse_csr_tensor(crow, columns, values, ctx.shape, check_invariants=False)
-        grad_h = grad_W = None
-        if ctx.needs_input_grad[0]:
-            sampled = torch.sparse.sampled_addmm(csr, grad, W_dec.T, beta=0.0)
-            rows = torch.repeat_interleave(torch.arange(ctx.shape[0]), crow.diff())
-            grad_h = torch.zeros(ctx.shape)
-            grad_h.view(-1).index_copy_(0, rows * ctx.shape[1] + columns, sampled.values())
-        if ctx.needs_input_grad[1]:
-            grad_W = csr.t() @ grad
+        *saved, W_dec = ctx.saved_tensors
+        rows = CompressedRows(*saved)
+        grad_h = sampled_matmul(rows, grad, W_dec) if ctx.needs_input_grad[0] else None
+        grad_W = matmul(transpose(rows, len(W_dec)), grad) if ctx.needs_input_grad[1] else None
         return grad_h, grad_W
 
 
@@ -97,15 +83,12 @@ class _EncodeLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, W_enc = ctx.saved_tensors
-        csr = _csr(grad)
+        rows = _compressed(grad)
         grad_x = grad_W = None
-        if not _is_sparse(csr):
-            grad_x = grad @ W_enc.T if ctx.needs_input_grad[0] else None
-            return grad_x, x.T @ grad if ctx.needs_input_grad[1] else None
         if ctx.needs_input_grad[0]:
-            grad_x = csr @ W_enc.T.contiguous()
+            grad_x = grad @ W_enc.T if rows is None else matmul(rows, W_enc.T)
         if ctx.needs_input_grad[1]:
-            grad_W = (csr.t() @ x).T
+            grad_W = x.T @ grad if rows is None else matmul(transpose(rows, grad.shape[1]), x).T
         return grad_x, grad_W
 
 

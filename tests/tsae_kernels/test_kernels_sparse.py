@@ -1,0 +1,69 @@
+"""The compiled products that skip zeros: against dense ones, at odd shapes, and with what they must refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tsae_kernels.sparse import compress, matmul, sampled_matmul, sparse_products_available, transpose
+
+pytestmark = pytest.mark.skipif(not sparse_products_available(), reason="the compiled CPU library is not built")
+
+SHAPES = [(0, 5, 3), (1, 1, 1), (7, 33, 5), (40, 100, 130), (3, 64, 64)]
+
+
+def sparse_matrix(N: int, k: int, density: float = 0.1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(N * 1000 + k)
+    values = torch.randn(N, k, generator=generator)
+    return values * (torch.rand(N, k, generator=generator) < density)
+
+
+@pytest.mark.parametrize(("N", "k", "d"), SHAPES)
+@pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
+def test_products_equal_dense_ones(N: int, k: int, d: int, density: float) -> None:
+    x, right = sparse_matrix(N, k, density), torch.randn(k, d)
+    left = torch.randn(N, d)
+    rows = compress(x)
+    assert len(rows.values) == int((x != 0).sum())
+    torch.testing.assert_close(matmul(rows, right), x @ right)
+    torch.testing.assert_close(matmul(transpose(rows, k), left), x.T @ left)
+    torch.testing.assert_close(sampled_matmul(rows, left, right), (left @ right.T) * (x != 0))
+
+
+def test_compress_keeps_nan_and_tiny_numbers_and_drops_both_zeros() -> None:
+    x = torch.zeros(2, 70)
+    x[0, 3], x[0, 69], x[1, 40], x[1, 41] = float("nan"), 1e-45, float("-inf"), -0.0
+    rows = compress(x)
+    assert rows.offsets.tolist() == [0, 2, 3]
+    assert rows.columns.tolist() == [3, 69, 40]
+    assert rows.values.isnan().tolist() == [True, False, False]
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    x, right = sparse_matrix(300, 500), torch.randn(500, 64)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            rows = compress(x)
+            results.append((matmul(rows, right), matmul(transpose(rows, 500), x[:, :64].contiguous())))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    rows = compress(sparse_matrix(7, 33))
+    with pytest.raises(RuntimeError, match="columns must be less than 5"):
+        matmul(rows, torch.randn(5, 3))
+    with pytest.raises(RuntimeError, match="columns must be less than 2"):
+        transpose(rows, 2)
+    with pytest.raises(RuntimeError, match="left must be"):
+        sampled_matmul(rows, torch.randn(6, 3), torch.randn(33, 3))
+    with pytest.raises(RuntimeError, match="offsets must rise"):
+        matmul(rows._replace(offsets=rows.offsets[:-1].clone()), torch.randn(33, 3))
+    with pytest.raises(RuntimeError, match="x has the wrong"):
+        compress(torch.zeros(3, 4, dtype=torch.float64))
