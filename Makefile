@@ -6,14 +6,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # A GPU machine brings its own torch: make VENV=/path/to/its/environment ... skips the installation.
 
-.PHONY: demo install test lint format bench bench-smoke asan gpu-check clean
+.PHONY: demo install test lint format bench bench-smoke asan cuda-compile gpu-check clean
 
 demo: install
 	$(BIN)/python -m tsae.train
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py constraints.txt MANIFEST.in $(wildcard csrc/*.h csrc/cpu/*)
+$(STAMP): pyproject.toml setup.py constraints.txt MANIFEST.in $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel ninja torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[demo,dev]"
@@ -36,11 +36,16 @@ bench: install
 bench-smoke: install
 	TSAE_BENCH_SMOKE=1 $(BIN)/python -m pytest benchmarks --benchmark-disable-gc --benchmark-warmup=off
 
-# The C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer.
+# The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer: C++, and CUDA as run on the host.
 asan: install
 	csrc/check_memory.sh $(BIN)/python
+	csrc/check_memory_cuda.sh $(BIN)/python
 
-# Tests and benchmarks on a machine with a GPU, in one go, with its own Python environment.
+# The CUDA kernels for every architecture, without a GPU: fails on a warning or a register spill. Needs nvcc.
+cuda-compile:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) csrc/compile_cuda.py
+
+# Build, tests, compute-sanitizer and benchmarks on a machine with a GPU, in one go, with its own Python environment.
 gpu-check:
 	bash benchmarks/gpu_check.sh
 

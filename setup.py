@@ -1,7 +1,8 @@
 """Builds the compiled kernels of tsae_kernels; all metadata is in pyproject.toml.
 
-TSAE_BUILD = cpu | none | cuda forces or skips them; unset, they are built where torch and a C++ compiler are, and else
-the package is pure Python, with every function on PyTorch.
+TSAE_BUILD = cuda | cpu | none forces or skips them: `cuda` builds the kernels for GPUs and for CPUs, `cpu` those for
+CPUs alone. Unset, whatever torch and the compilers here allow is built, and if that is nothing the package is pure
+Python, with every function on PyTorch. Nothing is downloaded. TORCH_CUDA_ARCH_LIST chooses the GPU architectures.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ from typing import Any
 from setuptools import setup
 
 OLDEST_TORCH = (2, 11)
+ARCHITECTURES = "8.0;9.0a;10.0"  # A100; H100, H200; B200
 WITH_TORCH = "`pip install --no-build-isolation .`, in an environment that has torch >= 2.11, setuptools and ninja"
+FLAGS = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]  # the stable ABI of torch 2.11
+CXX_FLAGS = ["-g0", "-fvisibility=hidden", "-Wno-psabi"]
+SHARED_HEADERS = [f"csrc/{name}.h" for name in ("arguments", "features", "normal", "recurrence")]
 
 
 def reason_not_to_build() -> str:
@@ -24,7 +29,7 @@ def reason_not_to_build() -> str:
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        return f"torch is not in the build environment. For the compiled CPU kernels run {WITH_TORCH}"
+        return f"torch is not in the build environment. For the compiled kernels run {WITH_TORCH}"
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
         return f"torch {torch.__version__} is too old for the compiled kernels. Run {WITH_TORCH}"
     compiler = os.environ.get("CXX", "c++")
@@ -33,40 +38,77 @@ def reason_not_to_build() -> str:
     return ""
 
 
+def reason_not_to_build_for_gpus() -> str:
+    """The same for the CUDA kernels, where the others can be built. Whether a GPU is visible does not matter."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return (
+            f"torch {torch.__version__} is a build without CUDA, which the library cannot be linked with. "
+            "Install a CUDA build of torch; `make cuda-compile` compiles the kernels without one"
+        )
+    if CUDA_HOME is None or not os.path.exists(os.path.join(CUDA_HOME, "bin", "nvcc")):
+        return (
+            f"there is no nvcc. Install the CUDA toolkit {torch.version.cuda} or set CUDA_HOME, then run {WITH_TORCH}"
+        )
+    return ""
+
+
+def extensions(for_gpus: bool) -> list[Any]:
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    folder = "csrc/cpu"
+    built = [
+        CppExtension(
+            "tsae_kernels._cpu",
+            [f"{folder}/{name}.cpp" for name in ("ops", "sparse_ops", "baseline", "avx2", "avx512")],
+            depends=[f"{folder}/{name}.h" for name in ("kernels", "pack", "sparse", "tiles")] + SHARED_HEADERS,
+            extra_compile_args=FLAGS + CXX_FLAGS,
+            py_limited_api=True,
+        )
+    ]
+    if for_gpus:
+        # torch's own default is what GPUs it sees, and it fails where it sees none.
+        os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+        folder = "csrc/cuda"
+        headers = ["device.cuh", "kernels.h", "pair.cuh", "statistics.cuh", "stream.h", "tile.cuh"]
+        built.append(
+            CUDAExtension(
+                "tsae_kernels._cuda",
+                [f"{folder}/ops.cpp"] + [f"{folder}/{name}.cu" for name in ("forward", "backward", "steps", "runs")],
+                depends=[f"{folder}/{name}" for name in headers] + SHARED_HEADERS,
+                extra_compile_args={
+                    "cxx": [*FLAGS, *CXX_FLAGS, "-DUSE_CUDA"],
+                    "nvcc": [*FLAGS, "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA"],
+                },
+                py_limited_api=True,
+            )
+        )
+    return built
+
+
 def build_arguments() -> dict[str, Any]:
     choice = os.environ.get("TSAE_BUILD", "")
     if choice not in ("", "cpu", "none", "cuda"):
-        sys.exit(f"error: TSAE_BUILD must be cpu, none or cuda (or unset), got {choice!r}")
-    if choice == "cuda":
-        sys.exit("error: TSAE_BUILD=cuda: the CUDA kernels are not in this version; use TSAE_BUILD=cpu or unset it")
+        sys.exit(f"error: TSAE_BUILD must be cuda, cpu or none (or unset), got {choice!r}")
     if choice == "none":
         return {}
     reason = reason_not_to_build()
-    if reason and choice == "cpu":
-        sys.exit(f"error: TSAE_BUILD=cpu, but {reason}")
+    reason_for_gpus = "" if reason or choice == "cpu" else reason_not_to_build_for_gpus()
+    if (reason and choice) or (reason_for_gpus and choice == "cuda"):
+        sys.exit(f"error: TSAE_BUILD={choice}, but {reason or reason_for_gpus}")
     if reason:
         print(f"warning: tsae_kernels without its compiled kernels: {reason}", file=sys.stderr)  # noqa: T201
         return {}
+    for_gpus = choice != "cpu" and not reason_for_gpus
+    if choice == "" and not for_gpus:
+        print(f"note: tsae_kernels without its CUDA kernels: {reason_for_gpus}", file=sys.stderr)  # noqa: T201
 
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension
 
-    folder = "csrc/cpu"
-    extension = CppExtension(
-        "tsae_kernels._cpu",
-        [f"{folder}/{name}.cpp" for name in ("ops", "baseline", "avx2", "avx512")],
-        depends=[f"{folder}/{name}.h" for name in ("kernels", "pack", "tiles")] + ["csrc/recurrence.h"],
-        extra_compile_args=[
-            "-std=c++20",
-            "-O3",
-            "-g0",
-            "-fvisibility=hidden",
-            "-Wno-psabi",
-            "-DTORCH_TARGET_VERSION=0x020b000000000000",  # the stable ABI of torch 2.11
-        ],
-        py_limited_api=True,
-    )
     return {
-        "ext_modules": [extension],
+        "ext_modules": extensions(for_gpus),
         "cmdclass": {"build_ext": BuildExtension},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }

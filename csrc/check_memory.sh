@@ -12,7 +12,7 @@ cxx=${CXX:-g++}
 cp -r "$root"/{tsae_kernels,tests,csrc,pyproject.toml} "$folder"
 rm -f "$folder"/tsae_kernels/*.so
 torch=$("$python" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent)')
-for name in ops baseline avx2 avx512; do
+for name in ops sparse_ops baseline avx2 avx512; do
   "$cxx" -std=c++20 -O1 -g -fPIC -fvisibility=hidden -Wno-psabi -fno-omit-frame-pointer \
     -fsanitize=address,undefined -fno-sanitize-recover=undefined -DTORCH_TARGET_VERSION=0x020b000000000000 \
     -isystem "$torch/include" -c "$folder/csrc/cpu/$name.cpp" -o "$folder/$name.o"
@@ -27,5 +27,5 @@ export PYTHONPATH="$folder" PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0
 LD_PRELOAD="$preload" "$python" -c 'from tsae_kernels import available_backends as a; assert a()["cpp"] == "ok", a()["cpp"]'
 run() { LD_PRELOAD="$preload" "$python" -m pytest "$@"; }
 # test_kernels_ops.py compiles and measures time, test_kernels_arguments.py never reaches a kernel.
-run tests/tsae_kernels/test_kernels_{activation,cpp,gradients,losses,stats}.py -k cpp "${@:2}"
+run tests/tsae_kernels/test_kernels_{activation,cpp,gradients,losses,stats,sparse}.py -k 'cpp or sparse' "${@:2}"
 ATEN_CPU_CAPABILITY=default run tests/tsae_kernels/test_kernels_cpp.py -k "not narrower" "${@:2}"

@@ -1,0 +1,71 @@
+// Everything the kernels ask of the GPU: launching, shared memory, asynchronous copies, conversions. The tests replace
+// this header by one that runs the same kernels on the host (tests/tsae_kernels/cuda_emulation).
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+
+namespace tsae::cuda {
+
+// Dynamic shared memory; at least as much as the launch asked for, aligned to 16 bytes.
+__device__ __forceinline__ unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char tsae_shared_memory[];
+  return tsae_shared_memory;
+}
+
+// 16 bytes from global to shared memory without passing through registers; the last 16 - `bytes` become 0 and are not
+// read. It has arrived after await_copies and a barrier.
+__device__ __forceinline__ void copy_async(void* to, const void* from, int bytes) {
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(at), "l"(from), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;\n" ::: "memory"); }
+
+__device__ __forceinline__ float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+__device__ __forceinline__ double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
+__device__ __forceinline__ float fast_exponential(float x) { return __expf(x); }
+__device__ __forceinline__ float fast_reciprocal(float x) { return __fdividef(1.f, x); }
+
+// Two bfloat16 or two halves in one word, the first in the low bits.
+__device__ __forceinline__ void widen_bfloat16(uint32_t word, float& first, float& second) {
+  first = __uint_as_float(word << 16);
+  second = __uint_as_float(word & 0xffff0000u);
+}
+__device__ __forceinline__ uint32_t narrow_bfloat16(float first, float second) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+__device__ __forceinline__ void widen_half(uint32_t word, float& first, float& second) {
+  const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&word));
+  first = both.x;
+  second = both.y;
+}
+__device__ __forceinline__ uint32_t narrow_half(float first, float second) {
+  const __half2 both = __floats2half2_rn(first, second);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+
+// Launches `kernel` with one argument; null, or what went wrong.
+template <class Argument>
+const char* launch(void (*kernel)(Argument), int64_t blocks, int threads, int64_t shared_bytes, void* stream,
+                   const Argument& argument) {
+  if (blocks == 0) return nullptr;
+  if (blocks > INT32_MAX) return "too many features for one launch";
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > 0) {
+    // As much of the multiprocessor's memory as can be shared, and more of it than a kernel gets unasked.
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    if (error == cudaSuccess && shared_bytes > (48 << 10))
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+    if (error != cudaSuccess) return cudaGetErrorString(cudaGetLastError());
+  }
+  kernel<<<unsigned(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(argument);
+  error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace tsae::cuda

@@ -1,0 +1,184 @@
+// The operators of the `cuda` backend, on PyTorch's stable ABI: those of csrc/cpu/ops.cpp, for tensors on a GPU.
+// tsae_kernels/cuda.py calls them; the public operators, their shapes for torch.compile and their gradients are in
+// tsae_kernels/ops.py. Nothing here waits for the GPU or looks at data on it.
+#include <tuple>
+
+#include "../arguments.h"
+#include "kernels.h"
+
+// Where the current stream comes from; the tests replace it together with the device.
+#ifndef TSAE_STREAM_HEADER
+#define TSAE_STREAM_HEADER "stream.h"
+#endif
+#include TSAE_STREAM_HEADER
+
+namespace tsae::cuda {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+void check_launch(const char* problem) {
+  STD_TORCH_CHECK(!problem, "tsae_kernels: a CUDA kernel could not be launched: ", problem, ". The library was built for ",
+                  architectures(), "; TORCH_CUDA_ARCH_LIST chooses others when it is built.");
+}
+
+bool divides(int64_t size, const void* address, std::initializer_list<int64_t> byte_strides) {
+  bool all = reinterpret_cast<uintptr_t>(address) % size == 0;
+  for (int64_t stride : byte_strides) all = all && stride % size == 0;
+  return all;
+}
+
+Source source(const char* name, const Tensor& x, const Tensor& like, Tensor& owner) {
+  Source out;
+  out.x = features(name, x, like, owner);
+  const int64_t size = x.element_size(), batch = out.x.batch * size, time = out.x.time * size;
+  const bool neighbours = out.x.feature == 1;
+  out.whole = neighbours && divides(16, out.x.data, {batch, time});
+  out.paired = neighbours && divides(2 * size, out.x.data, {batch, time});
+  return out;
+}
+
+// Whether two neighbours of a contiguous [..., k] result may be written at once. PyTorch's allocations are aligned.
+bool even(int64_t k) { return k % 2 == 0; }
+
+int copy_bands(const Sizes& bands, int64_t T, int* to) {
+  STD_TORCH_CHECK(bands.size() <= 2 * kMostBands, "bands: the cuda backend takes at most ", kMostBands, ", got ",
+                  bands.size() / 2);
+  const std::vector<int> limited = limited_bands(bands, T);
+  std::copy(limited.begin(), limited.end(), to);
+  return int(limited.size() / 2);
+}
+
+// [B, T] for the kernels, which keep it in `owner` until they are queued; null without segments.
+const int* ends_of(const OptionalTensor& segments, const Tensor& x, Tensor& owner, void* stream) {
+  const int64_t B = x.size(0), T = x.size(1);
+  const void* ids = data_of("segments", segments, x, ScalarType::Long, {B, T});
+  if (!ids || B == 0) return nullptr;
+  owner = empty(x, {B, T}, ScalarType::Int);
+  int* ends = static_cast<int*>(owner.mutable_data_ptr());
+  check_launch(find_runs(static_cast<const int64_t*>(ids), B, int(T), ends, stream));
+  return ends;
+}
+
+// `level` is [k], or [B, T] for a threshold per position. `with_h` false: an empty tensor in h's place.
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_op(Tensor pre, OptionalTensor bias, int64_t activation,
+                                                      OptionalTensor level, OptionalTensor release, Sizes bands,
+                                                      OptionalTensor segments, bool with_h) {
+  const CurrentStream stream(pre);
+  Tensor owner, runs;
+  Forward f{};
+  f.pre = source("pre", pre, pre, owner);
+  f.B = pre.size(0), f.T = int(pre.size(1)), f.k = pre.size(2);
+  f.dtype = dtype_of(pre);
+  f.activation = checked_activation(activation);
+  f.S = copy_bands(bands, f.T, f.bands);
+  const ScalarType dtype = compute_type(pre);
+  f.bias = data_of("bias", bias, pre, dtype, {f.k});
+  f.level_per_position = level && level->dim() == 2;
+  f.level = data_of("level", level, pre, dtype, f.level_per_position ? Sizes{f.B, f.T} : Sizes{f.k});
+  f.release = data_of("release", release, pre, dtype, {f.k});
+  f.ends = ends_of(segments, pre, runs, stream.get());
+  Tensor h = empty(pre, with_h ? Sizes{f.B, f.T, f.k} : Sizes{0}, pre.scalar_type());
+  Tensor differences = empty(pre, {f.B, f.S, f.k}, dtype), total = empty(pre, {f.B, f.k}, dtype),
+         square = empty(pre, {f.B, f.k}, dtype);
+  f.paired = even(f.k);
+  f.h = with_h ? h.mutable_data_ptr() : nullptr;
+  f.differences = differences.mutable_data_ptr();
+  f.total = total.mutable_data_ptr();
+  f.square = square.mutable_data_ptr();
+  check_launch(forward(f, stream.get()));
+  return {h, differences, total, square};
+}
+
+// `grad_differences` is [1 or B, S, k]. The second result is [B, k]: grad_bias before the sum over the batch, which the
+// caller takes in a fixed order.
+std::tuple<Tensor, Tensor> backward_op(Tensor saved, OptionalTensor bias, OptionalTensor grad_h,
+                                       OptionalTensor grad_differences, OptionalTensor grad_total,
+                                       OptionalTensor grad_square, int64_t activation, Sizes bands,
+                                       OptionalTensor segments) {
+  const CurrentStream stream(saved);
+  Tensor owner, grad_owner, runs;
+  Backward f{};
+  f.saved = source("saved", saved, saved, owner);
+  if (grad_h) f.grad_h = source("grad_h", *grad_h, saved, grad_owner);
+  f.B = saved.size(0), f.T = int(saved.size(1)), f.k = saved.size(2);
+  f.dtype = dtype_of(saved);
+  f.activation = checked_activation(activation);
+  f.S = copy_bands(bands, f.T, f.bands);
+  const ScalarType dtype = compute_type(saved);
+  f.bias = data_of("bias", bias, saved, dtype, {f.k});
+  const bool shared = grad_differences && f.B != 1 && grad_differences->size(0) == 1;
+  f.grad_differences = data_of("grad_differences", grad_differences, saved, dtype, {shared ? 1 : f.B, f.S, f.k});
+  f.differences_batch = shared ? 0 : f.S * f.k;
+  f.grad_total = data_of("grad_total", grad_total, saved, dtype, {f.B, f.k});
+  f.grad_square = data_of("grad_square", grad_square, saved, dtype, {f.B, f.k});
+  f.ends = ends_of(segments, saved, runs, stream.get());
+  const std::vector<Share> windows = shares_of(limited_bands(bands, f.T));
+  std::copy(windows.begin(), windows.end(), f.windows);
+  f.number_of_windows = int(windows.size());
+  Tensor grad_pre = empty(saved, {f.B, f.T, f.k}, saved.scalar_type()), grad_bias = empty(saved, {f.B, f.k}, dtype);
+  f.paired = even(f.k);
+  f.grad_pre = grad_pre.mutable_data_ptr();
+  f.grad_bias = grad_bias.mutable_data_ptr();
+  check_launch(backward(f, stream.get()));
+  return {grad_pre, grad_bias};
+}
+
+Steps steps_of(const Tensor& h, const Tensor& weights, Tensor& owner) {
+  Steps f{};
+  f.h = source("h", h, h, owner);
+  f.B = h.size(0), f.T = int(h.size(1)), f.k = h.size(2);
+  f.dtype = dtype_of(h);
+  f.weights = data_of("weights", weights, h, compute_type(h), {f.B, f.T});
+  f.paired = even(f.k);
+  return f;
+}
+
+// The energy of every block, [B, blocks] float64, which the caller sums in a fixed order.
+Tensor step_energy_op(Tensor h, Tensor weights) {
+  const CurrentStream stream(h);
+  Tensor owner;
+  Steps f = steps_of(h, weights, owner);
+  Tensor energy = empty(h, {f.B, blocks_of_steps(f.k)}, ScalarType::Double);
+  f.energy = static_cast<double*>(energy.mutable_data_ptr());
+  check_launch(step_energy(f, stream.get()));
+  return energy;
+}
+
+Tensor step_energy_backward_op(Tensor h, Tensor weights, Tensor grad) {
+  const CurrentStream stream(h);
+  Tensor owner;
+  Steps f = steps_of(h, weights, owner);
+  f.grad = static_cast<const double*>(data_of("grad", grad, h, ScalarType::Double, {}));
+  Tensor grad_h = empty(h, {f.B, f.T, f.k}, h.scalar_type());
+  f.grad_h = grad_h.mutable_data_ptr();
+  check_launch(step_energy_backward(f, stream.get()));
+  return grad_h;
+}
+
+}  // namespace
+}  // namespace tsae::cuda
+
+// To be raised with every change of an operator's signature: a library left over from older sources is then not used.
+TSAE_EXPORT int tsae_interface() { return 2; }
+TSAE_EXPORT const char* tsae_built_for() { return "torch " TORCH_VERSION ", " TSAE_COMPILER; }
+TSAE_EXPORT const char* tsae_cuda_version() { return tsae::cuda::built_for(); }
+TSAE_EXPORT const char* tsae_architectures() { return tsae::cuda::architectures(); }
+
+STABLE_TORCH_LIBRARY(tsae_kernels_cuda, library) {
+  library.def(
+      "forward(Tensor pre, Tensor? bias, int activation, Tensor? level, Tensor? release, int[] bands, "
+      "Tensor? segments, bool with_h) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "backward(Tensor saved, Tensor? bias, Tensor? grad_h, Tensor? grad_differences, Tensor? grad_total, "
+      "Tensor? grad_square, int activation, int[] bands, Tensor? segments) -> (Tensor, Tensor)");
+  library.def("step_energy(Tensor h, Tensor weights) -> Tensor");
+  library.def("step_energy_backward(Tensor h, Tensor weights, Tensor grad) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tsae_kernels_cuda, TSAE_DISPATCH_KEY, library) {
+  library.impl("forward", TORCH_BOX(&tsae::cuda::forward_op));
+  library.impl("backward", TORCH_BOX(&tsae::cuda::backward_op));
+  library.impl("step_energy", TORCH_BOX(&tsae::cuda::step_energy_op));
+  library.impl("step_energy_backward", TORCH_BOX(&tsae::cuda::step_energy_backward_op));
+}

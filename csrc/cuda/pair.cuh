@@ -1,0 +1,150 @@
+// The value of two neighbouring features at one position: what one thread works on.
+#pragma once
+
+#ifndef TSAE_DEVICE_HEADER
+#define TSAE_DEVICE_HEADER "device.cuh"
+#endif
+#include TSAE_DEVICE_HEADER
+
+#include "../normal.h"
+#include "../recurrence.h"
+#include "kernels.h"
+
+namespace tsae::cuda {
+
+using namespace tsae::TSAE_TARGET;
+
+template <class E>
+struct Pair {
+  E a, b;
+};
+using Mask = Pair<bool>;
+
+#define TSAE_OPERATOR(op)                                             \
+  template <class E>                                                  \
+  TSAE_INLINE Pair<E> operator op(const Pair<E>& x, const Pair<E>& y) { \
+    return {x.a op y.a, x.b op y.b};                                  \
+  }
+TSAE_OPERATOR(+)
+TSAE_OPERATOR(-)
+TSAE_OPERATOR(*)
+#undef TSAE_OPERATOR
+
+template <class E>
+TSAE_INLINE Pair<E> operator*(const Pair<E>& x, E y) {
+  return {x.a * y, x.b * y};
+}
+TSAE_INLINE Mask operator&(const Mask& x, const Mask& y) { return {x.a && y.a, x.b && y.b}; }
+TSAE_INLINE Mask operator|(const Mask& x, const Mask& y) { return {x.a || y.a, x.b || y.b}; }
+
+template <class E>
+TSAE_INLINE Mask less_equal(const Pair<E>& x, const Pair<E>& y) {
+  return {x.a <= y.a, x.b <= y.b};
+}
+template <class E>
+TSAE_INLINE Mask equal(const Pair<E>& x, const Pair<E>& y) {
+  return {x.a == y.a, x.b == y.b};
+}
+template <class E>
+TSAE_INLINE Pair<E> select(const Mask& mask, const Pair<E>& x, const Pair<E>& y) {
+  return {mask.a ? x.a : y.a, mask.b ? x.b : y.b};
+}
+template <class E>
+TSAE_INLINE Pair<E> splat(E x) {
+  return {x, x};
+}
+
+// x * y + z, rounded once. Where two kernels must agree to the last bit the compiler is left no choice.
+template <class E>
+__device__ __forceinline__ Pair<E> fused(const Pair<E>& x, const Pair<E>& y, const Pair<E>& z) {
+  return {fused(x.a, y.a, z.a), fused(x.b, y.b, z.b)};
+}
+template <class E>
+__device__ __forceinline__ Pair<E> fused(const Pair<E>& x, E y, const Pair<E>& z) {
+  return {fused(x.a, y, z.a), fused(x.b, y, z.b)};
+}
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+template <class T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class T>
+using compute_of = typename ComputeOf<T>::type;
+
+// Two neighbours as they lie in memory.
+template <class T>
+struct alignas(2 * sizeof(T)) Stored {
+  T a, b;
+};
+template <>
+struct alignas(4) Stored<BFloat16> {
+  uint32_t word;
+};
+template <>
+struct alignas(4) Stored<Half> {
+  uint32_t word;
+};
+
+template <class T>
+__device__ __forceinline__ Pair<compute_of<T>> widen(const Stored<T>& x) {
+  return {x.a, x.b};
+}
+template <>
+__device__ __forceinline__ Pair<float> widen(const Stored<BFloat16>& x) {
+  Pair<float> out;
+  widen_bfloat16(x.word, out.a, out.b);
+  return out;
+}
+template <>
+__device__ __forceinline__ Pair<float> widen(const Stored<Half>& x) {
+  Pair<float> out;
+  widen_half(x.word, out.a, out.b);
+  return out;
+}
+
+template <class T>
+__device__ __forceinline__ Stored<T> narrow(const Pair<compute_of<T>>& x) {
+  if constexpr (sizeof(T) > 2) return {x.a, x.b};
+  else if constexpr (__is_same(T, Half)) return {narrow_half(x.a, x.b)};
+  else return {narrow_bfloat16(x.a, x.b)};
+}
+
+template <class T>
+__device__ __forceinline__ Stored<T> stored_from(const T& a, const T& b) {
+  if constexpr (sizeof(T) > 2) return {a, b};
+  else return {uint32_t(a.bits) | uint32_t(b.bits) << 16};
+}
+template <class T>
+__device__ __forceinline__ T first_of(const Stored<T>& x) {
+  if constexpr (sizeof(T) > 2) return x.a;
+  else return {uint16_t(x.word & 0xffffu)};
+}
+template <class T>
+__device__ __forceinline__ T second_of(const Stored<T>& x) {
+  if constexpr (sizeof(T) > 2) return x.b;
+  else return {uint16_t(x.word >> 16)};
+}
+
+// Features that are only summed are scaled by this power of two, which costs no digit, so that no sum overflows before
+// its result does, even for bfloat16 of 3e38.
+template <class E>
+constexpr E kShrink = E(1) / 65536;
+template <class E>
+constexpr E kGrow = E(65536);
+
+}  // namespace tsae::cuda
+
+template <class E>
+struct tsae::TSAE_TARGET::ElementOf<tsae::cuda::Pair<E>> {
+  using type = E;
+};

@@ -1,0 +1,351 @@
+"""What the CUDA backend promises beyond the results that all backends share: on a GPU, or emulated on the host.
+
+`test_kernels_cuda_emulation.py` runs this file, too, with the kernels compiled for the host.
+"""
+
+import kernels_oracle as oracle
+import pytest
+import torch
+from compiled_checks import EIGHT_BANDS, assert_as_reference, everything
+
+from tsae_kernels import MULTISCALE, activate_with_stats, available_backends, temporal_stats, window_consistency
+from tsae_kernels.backends import _DEVICES, choose_backend
+
+_STATE = available_backends()["cuda"]
+pytestmark = pytest.mark.skipif(_STATE != "ok", reason=f"cuda is {_STATE}")
+
+DEVICE = _DEVICES["cuda"]
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="emulated on the host")
+
+RTOL = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+ACTIVATIONS = {
+    "relu": {"activation": "relu"},
+    "gelu": {"activation": "gelu"},
+    "identity": {"activation": "identity"},
+    "schmitt": {"activation": "relu", "threshold": 0.8, "release": 0.2},
+}
+
+
+def agrees(pre, *, rtol=None, **options):
+    """Every output and gradient, statistics to 1e-5 whatever the features' dtype."""
+    rtol = rtol or RTOL[pre.dtype]
+    results, reference = (everything(pre.to(DEVICE), backend=name, **options) for name in ("cuda", "reference"))
+    assert_as_reference(results, reference, rtol)
+    if options.get("activation") == "identity" and "bias" not in options:  # else h may be rounded the other way
+        assert_as_reference(results[1:4], reference[1:4], min(rtol, 1e-5))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("k", [5, 98])
+def test_eight_bands_and_every_gradient_cuda(activation, segmented, k):
+    generator = torch.Generator().manual_seed(k)
+    pre = torch.randn(2, 130, k, generator=generator)
+    options = {"bias": torch.randn(k, generator=generator).to(DEVICE), "shared": segmented}
+    if segmented:
+        options["segments"] = oracle.random_segments(2, 130, generator).to(DEVICE)
+    agrees(pre, bands=EIGHT_BANDS, **options, **ACTIVATIONS[activation])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("segmented", [False, True])
+def test_the_tuned_bands_in_every_dtype_cuda(dtype, activation, segmented):
+    generator = torch.Generator().manual_seed(0)
+    pre = torch.randn(2, 128, 66, generator=generator).to(dtype)
+    options = {"shared": not segmented}
+    if segmented:
+        options["segments"] = oracle.random_segments(2, 128, generator, longest=90).to(DEVICE)
+    if activation == "gelu":
+        options["rtol"] = max(RTOL[dtype], 2e-5)
+    agrees(pre, **options, **ACTIVATIONS[activation])
+
+
+LENGTHS = [1, 2, 3, 4, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 119, 120, 127, 129, 144, 150, 300]
+THIRD = {"none": (), "all": ((16, 5000),), "some": ((16, 40),)}
+
+
+@pytest.mark.parametrize("third", THIRD)
+@pytest.mark.parametrize("T", LENGTHS)
+def test_the_tuned_bands_at_every_kind_of_length_cuda(T, third):
+    pre = torch.randn(1, T, 4, generator=torch.Generator().manual_seed(T)) + 2
+    agrees(pre, bands=((1, 3), (4, 15), *THIRD[third]), activation="identity")
+
+
+@pytest.mark.parametrize(("dtype", "T"), [(torch.bfloat16, 640), (torch.bfloat16, 641), (torch.float32, 300)])
+@pytest.mark.parametrize("segmented", [False, True])
+def test_tiles_up_to_the_largest_and_beyond_cuda(dtype, T, segmented):
+    generator = torch.Generator().manual_seed(0)
+    segments = torch.where(torch.arange(T) < T - 70, 0, 1)[None].to(DEVICE) if segmented else None
+    agrees((torch.randn(1, T, 66, generator=generator) + 3).to(dtype), activation="identity", segments=segments)
+    agrees(torch.randn(1, T, 6, generator=generator).to(dtype), activation="gelu", rtol=8e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_long_sequences_cuda(dtype):
+    generator = torch.Generator().manual_seed(0)
+    pre = (torch.randn(1, 4096, 3, generator=generator) + 3).to(dtype)
+    agrees(pre, activation="identity")
+    segments = torch.where(torch.arange(4096) < 4000, 0, 1)[None].to(DEVICE)
+    agrees(pre, bands=((1, 3), (7, 100)), segments=segments, **ACTIVATIONS["schmitt"])
+
+
+@pytest.mark.parametrize("T", [640, 2000])
+def test_windows_do_not_drift_over_a_long_walk_cuda(T):
+    walk = torch.randn(1, T, 8, generator=torch.Generator().manual_seed(1)).cumsum(1)
+    walk = walk.to(torch.bfloat16 if T == 640 else torch.float32).to(DEVICE)
+    got, wanted = (temporal_stats(walk, backend=name).differences for name in ("cuda", "reference"))
+    torch.testing.assert_close(got, wanted, rtol=5e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["mean", "walk", "ramp", "spike", "rare spike", "constant", "period 8"])
+@pytest.mark.parametrize("T", [128, 200])
+def test_float32_statistics_of_awkward_features_cuda(kind, T):
+    generator = torch.Generator().manual_seed(0)
+    noise, time = torch.randn(2, T, 20, generator=generator), torch.arange(float(T))[:, None]
+    h = {
+        "mean": noise + 1e3,
+        "walk": noise.cumsum(1),
+        "ramp": (0.37 * time).expand(2, T, 20),
+        "spike": 0.01 * noise + 1e3 * (time == 64),  # on the grid of positions that give the level,
+        "rare spike": 0.01 * noise + 1e3 * (time == 67),  # and off it
+        "constant": torch.full((2, T, 20), 3.3),
+        "period 8": noise + 1e3 * (time % 8 == 0),  # every position that gives the level is off the mean
+    }[kind].to(DEVICE)
+    got, reference = (temporal_stats(h, backend=name) for name in ("cuda", "reference"))
+    for ours, wanted in zip(got, reference, strict=True):
+        # The window's sum over a ramp grows with T, and its rounding with it: docs/mathematics.md, section 4.
+        torch.testing.assert_close(ours, wanted, rtol=5e-5 if kind == "ramp" else 1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("bands", [MULTISCALE, ((1, 2), (5, 200))])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_values_up_to_the_end_of_the_range_make_no_nan_cuda(dtype, bands):
+    generator = torch.Generator().manual_seed(0)
+    largest = torch.finfo(dtype).max
+    h = ((torch.rand(2, 128, 6, generator=generator) - 0.5) * 2 * largest).to(dtype)
+    h[..., 1] = largest
+    h[..., 2] = torch.where(torch.arange(128) % 2 == 0, largest, -largest)
+    h[..., 3] = torch.where(torch.arange(128) < 64, largest, -largest)
+    h = h.to(DEVICE).requires_grad_()
+    out, stats = activate_with_stats(h, activation="identity", bands=bands, backend="cuda")
+    wanted = temporal_stats(h, bands, backend="reference")
+    assert torch.equal(stats.differences.isinf(), wanted.differences.isinf())
+    assert torch.equal(stats.square.isinf(), wanted.square.isinf())
+    torch.testing.assert_close(stats.total[:, :3], wanted.total[:, :3], rtol=1e-5, atol=1e-5 * largest)
+    assert not any(s.isnan().any() for s in (out, *stats))
+    (grad,) = torch.autograd.grad(stats.differences, h, torch.full_like(stats.differences, 1e-6))
+    assert not grad.isnan().any()
+
+
+@pytest.mark.parametrize("bands", [MULTISCALE, ((2, 9),)])
+def test_nan_is_seen_in_its_feature_alone_cuda(bands):
+    h = torch.randn(1, 40, 4)
+    h[0, 7, 2] = float("nan")
+    stats = temporal_stats(h.to(DEVICE), bands, backend="cuda")
+    for s in stats:
+        assert s[..., 2].isnan().all()
+        assert s[..., [0, 1, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bands", [MULTISCALE, ()])
+def test_every_number_of_16_bits_converts_as_in_torch_cuda(dtype, bands):
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16).to(DEVICE)
+    x = bits.view(dtype).reshape(1, 1, -1)
+    out, _ = activate_with_stats(x, activation="identity", bands=bands, backend="cuda")
+    assert torch.equal(out.view(torch.int16)[~x.isnan()], x.view(torch.int16)[~x.isnan()])
+    assert out[x.isnan()].isnan().all()
+    generator = torch.Generator().manual_seed(0)
+    scale = 10.0 ** torch.randint(-9, 5, bits.shape, generator=generator)
+    bias = (torch.randn(x.shape[2], generator=generator) * scale).to(DEVICE)
+    out, _ = activate_with_stats(x, bias, "identity", bands=bands, backend="cuda")
+    torch.testing.assert_close(out, (x.float() + bias).to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("k", [2, 33, 66])
+def test_two_runs_give_the_same_bits_cuda(k):
+    pre, bias = torch.randn(3, 150, k).to(DEVICE), torch.randn(k).to(DEVICE)
+    segments = oracle.random_segments(3, 150).to(DEVICE)
+    results = []
+    for _ in range(2):
+        run = everything(pre, bias, segments, threshold=0.6, release=0.1, backend="cuda")
+        leaf = pre.clone().requires_grad_()
+        loss = window_consistency(leaf, 4, segments, backend="cuda")
+        results.append([*run, loss.detach(), *torch.autograd.grad(loss, leaf)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k", [33, 66])
+def test_statistics_are_the_same_bits_with_the_activation_and_alone_cuda(dtype, k):
+    pre = torch.randn(2, 150, k).to(dtype).to(DEVICE)
+    for segments in (None, oracle.random_segments(2, 150, longest=100).to(DEVICE)):
+        h, stats = activate_with_stats(pre, None, "relu", 0.4, 0.1, segments=segments, backend="cuda")
+        alone = temporal_stats(h, segments=segments, backend="cuda")
+        assert all(torch.equal(a, b) for a, b in zip(stats, alone, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 5), (1, 130, 64), (3, 40, 130)])
+@pytest.mark.parametrize("bands", [MULTISCALE, ((1, 7),)])
+def test_every_output_is_written_cuda(shape, bands):
+    """With deterministic algorithms PyTorch fills what it allocates with NaN."""
+    pre, bias = torch.randn(shape).to(DEVICE), torch.randn(shape[2]).to(DEVICE)
+    segments = oracle.random_segments(*shape[:2])
+    segments[0] = -1
+    segments = segments.to(DEVICE)
+    clean = everything(pre, bias, segments, bands, backend="cuda")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        poisoned = everything(pre, bias, segments, bands, backend="cuda")
+        leaf = pre.clone().requires_grad_()
+        loss = window_consistency(leaf, 3, segments, backend="cuda")
+        (grad,) = torch.autograd.grad(loss, leaf)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(clean, poisoned, strict=True))
+    assert loss.isfinite()
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["gelu", "schmitt"])
+def test_strided_and_unaligned_features_give_the_same_bits_cuda(dtype, activation):
+    options = ACTIVATIONS[activation] | {"backend": "cuda"}
+    base = torch.randn(3, 40, 3, 72).to(dtype).to(DEVICE)
+    wanted = everything(base[:, :, 1].contiguous(), **options)
+    for view in (base[:, :, 1], base[:, :, 1].transpose(0, 1).contiguous().transpose(0, 1)):
+        assert not view.is_contiguous()
+        assert all(torch.equal(a, b) for a, b in zip(everything(view, **options), wanted, strict=True))
+    for begin in (1, 2, 4):  # rows that begin at any address
+        view = base[:, :, 0, begin : begin + 66]
+        wanted = everything(view.contiguous(), **options)
+        assert all(torch.equal(a, b) for a, b in zip(everything(view, **options), wanted, strict=True))
+    x = base[:, :, 1].clone().requires_grad_()
+    for grad_h in (
+        torch.full((), 0.3, dtype=dtype, device=DEVICE).expand(x.shape),
+        torch.randn(3, 40, 1).to(x).expand(x.shape),
+        torch.randn(72, 40, 3).to(x).permute(2, 1, 0),
+        torch.randn(3, 40, 73).to(x)[:, :, 1:],
+    ):
+        grads = [
+            torch.autograd.grad(activate_with_stats(x, **options)[0], x, g)[0] for g in (grad_h, grad_h.contiguous())
+        ]
+        assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "identity"])
+@pytest.mark.parametrize("bands", [MULTISCALE, ((1, 2), (5, 9))])
+def test_features_without_coefficients_get_no_window_term_cuda(activation, bands):
+    """Features of one tile, of several, and all of them; some of the features are infinite."""
+    for masked in (range(0, 130, 3), range(64), range(130)):
+        masked = list(masked)
+        pre = torch.randn(2, 40, 130)
+        if activation != "gelu":
+            pre[0, 3, masked] = float("inf")
+        pre = pre.to(DEVICE).requires_grad_()
+        coefficients = torch.rand(2, len(bands), 130, device=DEVICE)
+        coefficients[..., masked] = 0
+        upstream = torch.randn(2, 40, 130).to(DEVICE)
+        h, stats = activate_with_stats(pre, activation=activation, bands=bands, backend="cuda")
+        (grad,) = torch.autograd.grad([h, stats.differences], pre, [upstream, coefficients], retain_graph=True)
+        (plain,) = torch.autograd.grad(h, pre, upstream)
+        assert torch.equal(grad[..., masked], plain[..., masked])
+        others = [j for j in range(130) if j not in masked]
+        assert not others or not torch.equal(grad[..., others], plain[..., others])
+
+
+def test_operators_refuse_what_they_would_read_past_cuda():
+    ops, h = torch.ops.tsae_kernels_cuda, torch.randn(2, 6, 3, device=DEVICE)
+    zeros = lambda *shape, **options: torch.zeros(*shape, device=DEVICE, **options)  # noqa: E731
+    calls = (
+        lambda: ops.forward(h, zeros(2), 1, None, None, [], None, True),
+        lambda: ops.forward(h, None, 1, zeros(2, 5), None, [], None, True),
+        lambda: ops.forward(h, None, 7, None, None, [], None, True),
+        lambda: ops.forward(h, None, 1, None, None, [0, 3], None, True),
+        lambda: ops.forward(h, None, 1, None, None, [1, 3], zeros(2, 5, dtype=torch.int64), True),
+        lambda: ops.forward(h, None, 1, None, None, list(range(1, 19)), None, True),
+        lambda: ops.forward(h[:, :0], None, 1, None, None, [1, 3], None, True),
+        lambda: ops.backward(h, None, h[:1], None, None, None, 1, [1, 3], None),
+        lambda: ops.backward(h, None, h, zeros(1, 2, 3), None, None, 1, [1, 3], None),
+        lambda: ops.backward(h, None, h, None, None, None, 1, list(range(1, 19)), None),
+        lambda: ops.step_energy(h, zeros(2, 6, dtype=torch.float64)),
+        lambda: ops.step_energy_backward(h, zeros(2, 6), zeros(())),
+    )
+    for call in calls:
+        with pytest.raises(RuntimeError):
+            call()
+    with pytest.raises(RuntimeError, match="at most 8, got 9"):
+        temporal_stats(h, tuple((i, i) for i in range(1, 10)), backend="cuda")
+
+
+@pytest.mark.parametrize("bands", [MULTISCALE, ()])
+def test_gelu_is_as_accurate_as_in_torch_cuda(bands):
+    tails = torch.tensor([0.0, -0.0, 60.0, -60.0, 1e30, -1e30, 3e38, -3e38])
+    z = torch.cat([torch.linspace(-14, 14, 20_000), tails]).reshape(1, 1, -1).to(DEVICE)
+
+    def error(function):
+        x = z.clone().requires_grad_()
+        out = function(x)
+        exact = z.double().requires_grad_()
+        wanted = torch.nn.functional.gelu(exact)
+        (grad,), (wanted_grad,) = torch.autograd.grad(out.sum(), x), torch.autograd.grad(wanted.sum(), exact)
+        scale = z.abs().clamp_min(1)
+        return ((out - wanted).abs() / scale).max(), (grad - wanted_grad).abs().max()
+
+    of_torch = error(torch.nn.functional.gelu)
+    of_cuda = error(lambda x: activate_with_stats(x, activation="gelu", bands=bands, backend="cuda")[0])
+    assert all(ours <= 2 * theirs for ours, theirs in zip(of_cuda, of_torch, strict=True))
+
+
+@on_gpu
+def test_it_is_the_default_on_a_gpu_only_cuda():
+    assert choose_backend(None, torch.device("cuda")) == "cuda"
+    with pytest.raises(ValueError, match="backend='cuda' runs on cuda tensors, got one on cpu"):
+        choose_backend("cuda", torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_nothing_waits_for_the_gpu_and_a_graph_can_capture_it_cuda():
+    pre, bias = torch.randn(4, 128, 66, device=DEVICE), torch.randn(66, device=DEVICE)
+    segments = oracle.random_segments(4, 128).to(DEVICE)
+    level = torch.full((66,), 0.6, device=DEVICE)
+
+    def step():
+        leaf = pre.detach().requires_grad_()
+        h, stats = activate_with_stats(leaf, bias, "relu", level, 0.2 * level, segments=segments, backend="cuda")
+        return h.detach(), *torch.autograd.grad(h.sum() + stats.differences.sum() + stats.square.sum(), leaf)
+
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        step()
+    torch.cuda.current_stream().wait_stream(other)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        wanted = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    pre.copy_(torch.randn_like(pre))
+    graph.replay()
+    changed = [x.clone() for x in captured]
+    assert all(torch.equal(a, b) for a, b in zip(changed, step(), strict=True))
+    assert not torch.equal(changed[0], wanted[0])
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_more_than_two_to_the_31_features_cuda():
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of GPU memory")
+    h = torch.zeros(8192, 128, 2304, dtype=torch.bfloat16, device=DEVICE)
+    h[-1] = torch.randn(128, 2304, device=DEVICE)
+    stats = temporal_stats(h, backend="cuda")
+    alone = temporal_stats(h[-1:].clone(), backend="cuda")
+    assert all(torch.equal(a[-1:], b) for a, b in zip(stats, alone, strict=True))
+    assert (stats.square[:-1] == 0).all()

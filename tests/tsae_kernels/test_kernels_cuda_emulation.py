@@ -1,0 +1,108 @@
+"""The CUDA kernels without a GPU: the same sources compiled for the host, thread by thread, and all tests of backends.
+
+Also the script that compiles them for the GPU.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cuda_emulation.build import build, compiler
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="there is no g++ to compile the kernels for the host")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cuda_emulation") / "emulated.so"
+    try:
+        build(path)
+    except subprocess.CalledProcessError as error:
+        pytest.fail(f"{' '.join(error.cmd)}\n{error.stderr}")
+    return path
+
+
+def run(library, *command, **variables):
+    path = os.pathsep.join(map(str, (ROOT, HERE, HERE / "cuda_emulation")))
+    environment = {**os.environ, "TSAE_EMULATED_LIBRARY": str(library), "PYTHONPATH": path, **variables}
+    environment.pop("TSAE_BACKEND", None)
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [("activation", "losses", "ops"), ("cuda", "gradients", "stats")], ids="-".join)
+def test_the_backends_tests_pass_on_the_emulated_kernels(library, parts):
+    files = [str(HERE / f"test_kernels_{part}.py") for part in parts]
+    # What torch.compile sees is the same for all backends.
+    selection = ("-k", "cuda and not compiles_without", "-p", "emulated_backend", "-p", "no:cacheprovider")
+    out = run(library, "-m", "pytest", *selection, *files)
+    assert "passed" in out
+
+
+_DIGEST = """
+import hashlib, emulated_backend, torch
+from compiled_checks import everything
+from tsae_kernels import window_consistency
+torch.manual_seed(0)
+digest = hashlib.sha256()
+for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    for k in (1, 66, 131):
+        for T in (5, 128, 300):
+            pre, segments = torch.randn(2, T, k).to(dtype), (torch.arange(T) // 40 - 1).expand(2, T).contiguous()
+            for options in ({}, {"threshold": 0.6, "release": 0.1, "segments": segments}, {"activation": "gelu"}):
+                results = everything(pre, torch.ones(k), backend="cuda", **options)
+                results.append(window_consistency(pre, 3, options.get("segments"), backend="cuda"))
+                for x in results:
+                    assert not x.isnan().any()
+                    digest.update(x.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+@needs_compiler
+def test_the_order_of_a_blocks_threads_does_not_matter(library):
+    digests = [run(library, "-c", _DIGEST, TSAE_EMULATION_ORDER=order) for order in ("", "reverse")]
+    assert digests[0] == digests[1]
+
+
+_spec = importlib.util.spec_from_file_location("compile_cuda", ROOT / "csrc" / "compile_cuda.py")
+compile_cuda = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(compile_cuda)
+
+_REPORT = """
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z4goodv' for 'sm_90a'
+ptxas info    : Function properties for _Z4goodv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers
+ptxas info    : Compiling entry function '_Z3badv' for 'sm_80'
+ptxas info    : Function properties for _Z3badv
+    16 bytes stack frame, 12 bytes spill stores, 20 bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers, 16 bytes cumulative stack size
+"""
+
+
+def test_a_spill_in_the_compilers_report_is_found():
+    kernels = compile_cuda.parse(_REPORT)
+    assert kernels == [("_Z4goodv", "90a", 40, 0, 0), ("_Z3badv", "80", 168, 16, 32)]
+    names = {"_Z4goodv": "good", "_Z3badv": "bad"}
+    assert compile_cuda.spilling(kernels, names) == ["bad for sm_80"]
+    assert "168 (16 stack, 32 spilled)" in compile_cuda.table(kernels, names)
+
+
+@pytest.mark.skipif(compile_cuda.find_nvcc() is None, reason="there is no nvcc")
+def test_the_smallest_source_compiles_without_a_warning(tmp_path):
+    """`make cuda-compile` does them all; this one takes seconds."""
+    source = compile_cuda.SOURCES / "runs.cu"
+    (kernel,) = compile_cuda.compile_kernels(compile_cuda.find_nvcc(), source, "90a", tmp_path)
+    assert "find_runs" in kernel.name
+    assert kernel.stack == kernel.spills == 0
