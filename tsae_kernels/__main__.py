@@ -5,7 +5,7 @@ import torch
 
 from tsae_kernels import available_backends
 from tsae_kernels.backends import BACKEND_VARIABLE, choose_backend
-from tsae_kernels.extension import load_library
+from tsae_kernels.extension import load_cuda_library, load_library
 
 
 def main() -> None:
@@ -14,9 +14,10 @@ def main() -> None:
         print(f"  {name:<10} {state}")
     library = load_library()
     if not library.problem:
-        print(
-            f"cpp: built for {library.built_for}, with {library.instruction_sets}; this processor runs {library.in_use}"
-        )
+        print(f"cpp: built for {library.built_for}, with {library.variants}; this processor runs {library.chosen}")
+    library = load_cuda_library()
+    if not library.problem:
+        print(f"cuda: built for {library.built_for}, CUDA {library.chosen}, with {library.variants}")
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:
         chosen = choose_backend(None, torch.device(device))

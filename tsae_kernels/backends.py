@@ -11,8 +11,8 @@ from types import ModuleType
 
 import torch
 
-from tsae_kernels import cpp, eager, reference
-from tsae_kernels.extension import load_library
+from tsae_kernels import cpp, cuda, eager, reference, triton_backend
+from tsae_kernels.extension import load_cuda_library, load_library
 
 BACKEND_VARIABLE = "TSAE_BACKEND"
 
@@ -20,15 +20,18 @@ OK = "ok"
 
 _IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "eager": eager}
 
-_UNAVAILABLE: dict[str, str] = {
-    "triton": "not built in this version: the Triton kernels are not part of it yet",
-    "cuda": "not built in this version: the CUDA kernels are not part of it yet",
-}
+_UNAVAILABLE: dict[str, str] = {}
 
-if load_library().problem:
-    _UNAVAILABLE = {"cpp": load_library().problem, **_UNAVAILABLE}
+for _name, _module, _library in (("cpp", cpp, load_library()), ("cuda", cuda, load_cuda_library())):
+    if _library.problem:
+        _UNAVAILABLE[_name] = _library.problem
+    else:
+        _IMPLEMENTATIONS[_name] = _module
+
+if triton_backend.problem():
+    _UNAVAILABLE["triton"] = triton_backend.problem()
 else:
-    _IMPLEMENTATIONS["cpp"] = cpp
+    _IMPLEMENTATIONS["triton"] = triton_backend
 
 # Fastest first; `reference` is an oracle and is never chosen unasked.
 _PREFERENCE: dict[str, tuple[str, ...]] = {
@@ -38,6 +41,10 @@ _PREFERENCE: dict[str, tuple[str, ...]] = {
 _FALLBACK = ("eager",)
 
 _DEVICES = {"cpp": "cpu", "cuda": "cuda"}  # the only type of device that a backend runs on
+_WAYS_OUT: dict[str, str] = {}  # what else helps on another device
+if not triton_backend.interpreting():
+    _DEVICES["triton"] = "cuda"
+    _WAYS_OUT["triton"] = f": {triton_backend.WAYS_OUT}"
 
 
 def available_backends() -> dict[str, str]:
@@ -61,7 +68,8 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
                 return name
     if backend in _IMPLEMENTATIONS:
         if _DEVICES.get(backend, device.type) != device.type:
-            raise ValueError(f"{asked_by}={backend!r} runs on {_DEVICES[backend]} tensors, got one on {device}")
+            wanted = f"{asked_by}={backend!r} runs on {_DEVICES[backend]} tensors, got one on {device}"
+            raise ValueError(wanted + _WAYS_OUT.get(backend, ""))
         return backend
     names = ", ".join(repr(name) for name in available_backends())
     if not isinstance(backend, str):

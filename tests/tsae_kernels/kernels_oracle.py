@@ -2,16 +2,56 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils import _pytree
 
-from tsae_kernels import available_backends
+import tsae_kernels
+from tsae_kernels import available_backends, triton_backend
+from tsae_kernels.backends import _DEVICES
 
 _STATES = available_backends()
-FAST = ("eager", "cpp")  # the backends under test; `reference` is the definition
+FAST = ("eager", "cpp", "cuda", "triton")  # the backends under test; `reference` is the definition
 HERE = tuple(name for name in ("reference", *FAST) if _STATES[name] == "ok")
+
+INTERPRETED = _STATES["triton"] == "ok" and triton_backend.interpreting()
+DEVICE = {name: _DEVICES.get(name, "cpu") if _STATES[name] == "ok" else "cpu" for name in FAST}
+
+
+def too_slow(backend, reason):
+    """Skip a case that takes Triton's interpreter too long: about a millisecond a row, operation and program."""
+    if backend == "triton" and INTERPRETED and reason:
+        pytest.skip("takes Triton's interpreter too long")
+
+
+def carried(tree, backend):
+    """`tree` with its tensors on the device of the backend; `backend` None for back to the CPU."""
+    device = DEVICE.get(backend, "cpu")
+    return _pytree.tree_map_only(Tensor, lambda x: x.to(device), tree)
+
+
+def _carried(function):
+    """`function` on the device of the backend it is called for, with arguments and results on the CPU."""
+
+    @functools.wraps(function)
+    def call(*args, backend=None, **kwargs):
+        if DEVICE.get(backend, "cpu") == "cpu":
+            return function(*args, backend=backend, **kwargs)
+        args, kwargs = carried((args, kwargs), backend)
+        return carried(function(*args, backend=backend, **kwargs), None)
+
+    return call
+
+
+activate_with_stats = _carried(tsae_kernels.activate_with_stats)
+encode_with_stats = _carried(tsae_kernels.encode_with_stats)
+temporal_loss = _carried(tsae_kernels.temporal_loss)
+temporal_stats = _carried(tsae_kernels.temporal_stats)
+window_consistency = _carried(tsae_kernels.window_consistency)
 
 
 def parameters(names):
@@ -24,6 +64,8 @@ def parameters(names):
 
 BACKENDS = parameters(("reference", *FAST))
 FAST_BACKENDS = parameters(FAST)
+# For tests of many generated samples: test_kernels_triton.py has its own, smaller ones.
+SAMPLED_BACKENDS = parameters([name for name in ("reference", *FAST) if not (name == "triton" and INTERPRETED)])
 
 
 def same_segment(ids, t, u) -> bool:
@@ -96,7 +138,7 @@ def window_loss(h, window, segments=None):
     return torch.stack(losses).mean() if losses else torch.zeros((), dtype=torch.float64)
 
 
-def temporal_loss(h, weights, bands, variance=None, min_variance=0.01, segments=None):
+def paper_loss(h, weights, bands, variance=None, min_variance=0.01, segments=None):
     differences, _, _ = stats(h, bands, segments)
     h = h.detach().double()
     B, T, _ = h.shape

@@ -5,8 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from tsae_kernels import activate_with_stats, encode_with_stats, temporal_stats
+from kernels_oracle import activate_with_stats, encode_with_stats, temporal_stats
 
 CASES = {
     "relu": ("relu", None, None),
@@ -28,6 +27,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("segmented", [False, True])
 def test_activations(backend, case, segmented):
+    oracle.too_slow(backend, not segmented)
     generator = torch.Generator().manual_seed(1)
     name, threshold, release = CASES[case]
     pre, bias = torch.randn(2, 13, 3, generator=generator), torch.randn(3, generator=generator)
@@ -40,7 +40,7 @@ def test_activations(backend, case, segmented):
         assert torch.equal(got, again)
 
 
-@pytest.mark.parametrize("backend", oracle.BACKENDS)
+@pytest.mark.parametrize("backend", oracle.SAMPLED_BACKENDS)
 @settings(deadline=None, max_examples=30)
 @given(
     T=st.integers(1, 40),
@@ -69,7 +69,8 @@ def test_release_keeps_a_feature_on_and_the_segment_turns_it_off():
 @pytest.mark.parametrize("backend", oracle.FAST_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_backends_keep_the_same_entries(backend, dtype):
-    pre, bias = torch.randn(3, 60, 40).to(dtype), torch.randn(40)
+    oracle.too_slow(backend, dtype == torch.float64)
+    pre, bias = torch.randn(3, 60, 40).to(dtype)[:, : 17 if backend == "triton" else 60], torch.randn(40)
     thresholds = torch.rand(40)
     got, reference = (
         activate_with_stats(pre, bias, "relu", thresholds, thresholds / 3, backend=backend)[0]

@@ -7,40 +7,13 @@ import sys
 import kernels_oracle as oracle
 import pytest
 import torch
+from compiled_checks import EIGHT_BANDS, assert_as_reference, everything
 
-from tsae_kernels import MULTISCALE, activate_with_stats, available_backends, temporal_stats, window_consistency
+from tsae_kernels import activate_with_stats, available_backends, temporal_stats, window_consistency
 from tsae_kernels.backends import choose_backend
 from tsae_kernels.extension import load_library
 
 pytestmark = pytest.mark.skipif(bool(load_library().problem), reason=load_library().problem)
-
-EIGHT_BANDS = ((1, 1), (2, 3), (5, 9), (10, 20), (30, 33), (34, 60), (61, 64), (100, 2000))
-
-
-def everything(pre, bias=None, segments=None, bands=MULTISCALE, shared=True, **options):
-    """Every output and gradient of one call, with gradients of every kind coming in."""
-    generator = torch.Generator().manual_seed(9)
-    pre = pre.detach().requires_grad_()
-    bias = None if bias is None else bias.detach().requires_grad_()
-    h, stats = activate_with_stats(pre, bias, segments=segments, bands=bands, **options)
-    shape = stats.differences.shape
-    weights = torch.rand(1 if shared else shape[0], *shape[1:], generator=generator, dtype=stats.square.dtype)
-    incoming = [
-        torch.randn(h.shape, generator=generator).to(h.dtype),
-        weights.expand(shape),
-        torch.randn(stats.total.shape, generator=generator).to(stats.total.dtype),
-        torch.randn(stats.square.shape, generator=generator).to(stats.square.dtype),
-    ]
-    inputs = [pre] if bias is None else [pre, bias]
-    grads = torch.autograd.grad([h, *stats], inputs, incoming)
-    return [h.detach(), *(s.detach() for s in stats), *grads]
-
-
-def assert_as_reference(results, reference, rtol=1e-5):
-    for got, wanted in zip(results, reference, strict=True):
-        assert got.dtype == wanted.dtype
-        scale = wanted.abs().max().item() if wanted.numel() else 0.0
-        torch.testing.assert_close(got, wanted, rtol=rtol, atol=rtol * scale)
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "identity", "schmitt"])
@@ -231,7 +204,7 @@ def test_narrower_instruction_sets_agree(capability):
         "    for got, wanted in zip(*results):\n"
         "      rtol = 1e-5 if got.dtype.itemsize > 2 else 8e-3\n"
         "      torch.testing.assert_close(got, wanted, rtol=rtol, atol=rtol * wanted.abs().max().item())\n"
-        "print(load_library().in_use)"
+        "print(load_library().chosen)"
     )
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     command = [sys.executable, "-c", code]
