@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,6 +72,77 @@ def test_a_failing_write_leaves_the_last_good_one(tmp_path: Path, monkeypatch: p
     newest = checkpoint.latest(tmp_path)
     assert newest is not None
     assert newest.name == "step-00000001"
+
+
+KILLED = """
+import os, resource, shutil, signal, sys
+from pathlib import Path
+import torch
+from tsae import checkpoint
+
+def save(directory, step, refills):
+    state = {"trainer": {"w": torch.full((5000,), float(step))}}
+    checkpoint.save(directory, step, state, {"x": torch.full((1000,), float(refills))}, refills, 1)
+
+def after_lines(n):  # kill before the n-th line of Python that `save` and what it calls for files execute
+    def trace(frame, event, argument):
+        nonlocal n
+        if os.path.basename(frame.f_code.co_filename) not in ("checkpoint.py", "shutil.py"):
+            return None
+        if event == "line":
+            n -= 1
+            if n == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+    sys.settrace(trace)
+
+def after_bytes(n):  # kill in the middle of the write that brings a file beyond n bytes
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n, n))
+
+def attempt(kill, n):
+    directory = Path(sys.argv[1]) / f"{kill.__name__}-{n}"
+    save(directory, 1, 1)
+    child = os.fork()
+    if child == 0:
+        kill(n)
+        save(directory, 2, 2)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    state, contents = checkpoint.load(checkpoint.latest(directory))
+    step = state["step"]
+    assert torch.equal(state["trainer"]["w"], torch.full((5000,), float(step)))
+    assert torch.equal(contents["x"], torch.full((1000,), float(step)))
+    save(directory, 3, 3)
+    assert checkpoint.latest(directory).name == "step-00000003"
+    shutil.rmtree(directory)
+    killed = os.WIFSIGNALED(status)
+    assert killed or status == 0
+    print(kill.__name__, n, step, killed)
+    return killed
+
+for limit in (2000, 10000):  # within the buffer, within the state
+    assert attempt(after_bytes, limit)
+n = 1
+while attempt(after_lines, n):
+    n += 1
+"""
+
+
+def test_a_kill_at_any_line_of_a_save_leaves_a_good_checkpoint(tmp_path: Path) -> None:
+    """Forked processes that really die: of SIGKILL between two lines, and of SIGXFSZ within a write."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", KILLED, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-200:] + done.stderr
+    attempts = [line.split() for line in done.stdout.splitlines()]
+    assert [a[2:] for a in attempts[:2]] == [["1", "True"]] * 2
+    steps = [a[2] for a in attempts[2:]]
+    assert steps == sorted(steps)  # the new one counts from one moment on
+    assert steps.count("1") > 10
+    assert steps.count("2") > 5
+    assert attempts[-1][3] == "False"
 
 
 def test_damage_is_named_with_what_to_do(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import tsae.run
+from tsae import checkpoint
+from tsae.config import to_dict
+from tsae.data.harvest import Harvester
 from tsae.errors import UserError
 from tsae.sae.model import SparseAutoencoder
 from tsae.train import command, main
@@ -147,6 +152,7 @@ def run_options(model: Path, text: Path, out: Path) -> list[str]:
     """Everything with state on: noise, temporal loss, dead features, a buffer that refills."""
     more = "--steps 24 --optimizer.noise-eta 0.1 --optimizer.clip-norm 2 --objective.hold-steps 4"
     more += " --objective.ramp-steps 4 --objective.dead-after-tokens 600 --evaluation.no-final"
+    more += " --sae.d-sae 96 --sae.k 1"  # few enough active that some die
     return options(model, text, out, *more.split())
 
 
@@ -158,6 +164,9 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 def uninterrupted(tiny_gemma2: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "run"
     assert main(run_options(tiny_gemma2, text_file, out)) == 0
+    later = lines(out / "metrics.jsonl")[2:]
+    for name in ("dead", "auxiliary", "temporal"):  # else a resumed run could lose their state unnoticed
+        assert all(line[name] > 0 for line in later)
     return out
 
 
@@ -263,6 +272,142 @@ def test_a_loss_that_is_not_finite_stops_with_step_term_and_checkpoint(
     assert all(torch.isfinite(v).all() for v in state["trainer"]["sae"].values())
 
 
+class BrokenGradient(torch.autograd.Function):
+    """The identity, with a gradient that is not a number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return grad * float("nan")
+
+
+@pytest.mark.parametrize("broken_at", [7, 12])
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(
+    broken_at: int,
+    tiny_neox: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import tsae.trainer
+
+    real = tsae.trainer.objective
+
+    def broken(x: Any, xhat: Any, h: Any, stats: Any, step: int, cfg: Any, **kw: Any) -> Any:
+        terms = real(x, xhat, h, stats, step, cfg, **kw)
+        return terms._replace(total=BrokenGradient.apply(terms.total)) if step == broken_at - 1 else terms
+
+    monkeypatch.setattr(tsae.trainer, "objective", broken)
+    out = tmp_path / "run"
+    assert main(options(tiny_neox, text_file, out, "--optimizer.clip-norm", "0")) == 2
+    assert f"step {broken_at}: the norm of the gradient is nan" in capsys.readouterr().err
+    newest = checkpoint.latest(out / "checkpoint")
+    assert newest is not None
+    assert newest.name == f"step-{(broken_at - 1) // 4 * 4:08d}"
+    assert not (out / "sae").exists()
+
+
+@pytest.mark.parametrize("tensor", ["sae.W_enc", "optimizer.state.0.exp_avg", "temporal_buffer"])
+def test_a_checkpoint_of_numbers_that_are_not_finite_is_never_written(
+    tensor: str,
+    tiny_neox: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As on a GPU, where a step without a log looks at nothing."""
+    real = Trainer.train_step
+
+    def spoiling(self: Trainer, *args: Any, **kwargs: Any) -> dict[str, float]:
+        values = real(self, *args, **kwargs)
+        if self.step == 8:
+            found: Any = self.state_dict()
+            for part in tensor.split("."):
+                found = found[int(part) if part.isdigit() else part]
+            found[(0,) * found.dim()] = float("inf")
+        return values
+
+    monkeypatch.setattr(Trainer, "train_step", spoiling)
+    out = tmp_path / "run"
+    assert main(options(tiny_neox, text_file, out)) == 2
+    message = capsys.readouterr().err
+    assert f"step 8: {tensor} is not finite" in message
+    assert f"the last good checkpoint is {out / 'checkpoint' / 'step-00000004'}" in message
+    newest = checkpoint.latest(out / "checkpoint")
+    assert newest is not None
+    assert newest.name == "step-00000004"
+
+
+def test_the_start_up_line_states_the_buffers_bound(
+    tiny_neox: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = "--steps 3 --batch 32 --buffer.sequences 64 --buffer.dtype float32 --evaluation.no-final"
+    assert main(options(tiny_neox, text_file, tmp_path / "run", *more.split())) == 0
+    start = " ".join(capsys.readouterr().err.split())
+    # 64 sequences x 128 tokens x width 32 x 4 bytes = 1 MiB
+    assert "Activation buffer: at most 64 sequences, 1 MiB (float32)" in start
+    assert "layer 1 (float32) on cpu, 48 schmitt features, 3 steps of 32 x 128 tokens." in start
+    assert start.index("Activation buffer") < start.index("Harvest") < start.index("Training")
+
+
+def test_mean_and_scale_come_from_positions_that_count(tiny_neox: Path, tmp_path: Path) -> None:
+    text = tmp_path / "special.txt"
+    text.write_text("".join(f"the river ran {'<eos>' * (i % 4)} under a bridge {i}.\n\n" for i in range(3000)))
+    out = tmp_path / "run"
+    assert main(options(tiny_neox, text, out, "--steps", "4", "--evaluation.no-final")) == 0
+    held = load_file(out / "checkpoint" / "buffer-0001.safetensors")  # all that was harvested
+    kept = held["segments"] >= 0
+    assert int((~kept).sum()) > 0
+    x = held["x"][kept].double()
+    state = torch.load(out / "checkpoint" / "step-00000004" / "state.pt", weights_only=True)
+    normalizer = state["trainer"]["normalizer"]
+    torch.testing.assert_close(normalizer["mean"].double(), x.mean(0), rtol=1e-5, atol=1e-6)
+    assert normalizer["scale"] == pytest.approx(float(x.var(0, correction=0).mean().sqrt()), rel=1e-5)
+
+
+def test_both_evaluations_read_only_text_that_training_does_not(
+    tiny_neox: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What reaches the metrics, decoded: every segment is in the evaluation part, none is in the training part."""
+    import tsae.evaluate
+    import tsae.run
+    from tsae.data.text import TextConfig, open_text
+
+    seen: list[list[str]] = []
+    real = tsae.evaluate.evaluate
+
+    def spy(sae: Any, lm: Any, batches: list[Any], **options: Any) -> Any:
+        segments: list[str] = []
+        for batch in batches:
+            for row, ids in zip(batch.tokens[:, 1:], batch.segments, strict=True):
+                segments += [lm.tokenizer.decode(row[ids == i]) for i in ids.unique() if i >= 0]
+        seen.append(segments)
+        return real(sae, lm, batches, **options)
+
+    monkeypatch.setattr(tsae.run, "evaluate", spy)
+    monkeypatch.setattr(tsae.evaluate, "evaluate", spy)
+    out = tmp_path / "run"
+    assert main(options(tiny_neox, text_file, out, "--steps", "2")) == 0
+    assert tsae.evaluate.main([str(out)]) == 0
+
+    def part(name: Any) -> str:
+        config = TextConfig(evaluation_share=0.2)
+        return "\0".join(d.text for d in open_text(str(text_file), part=name, seed=0, config=config))
+
+    held_out, trained_on = part("evaluation"), part("train")
+    assert len(seen) == 2
+    for segments in seen:
+        assert len(segments) >= 8
+        assert all(text in held_out for text in segments)
+        assert not any(text in trained_on for text in segments if len(text) > 100)
+    assert seen[0] == seen[1]
+
+
 def test_a_directory_with_a_run_is_not_touched(
     uninterrupted: Path,
     tiny_gemma2: Path,
@@ -293,6 +438,83 @@ def test_overwrite_replaces_a_run(tiny_neox: Path, text_file: Path, tmp_path: Pa
     assert [p.name for p in (out / "checkpoint").glob("step-*")] == ["step-00000003"]
 
 
+def test_overwrite_killed_at_any_moment_can_be_started_again(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    cfg, _ = command([])
+    for changes in range(100):
+        out = tmp_path / f"run-{changes}"
+        shutil.copytree(uninterrupted, out)
+        left = [changes]
+
+        def until_killed(real: Any, left: list[int] = left) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise Killed
+                return real(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in ("unlink", "rmdir", "replace", "mkdir", "open"):
+                patch.setattr(os, name, until_killed(getattr(os, name)))
+            try:
+                tsae.run._start_directory(out, cfg)
+                break
+            except Killed:
+                pass
+        assert tsae.run.run_directory(cfg, out, overwrite=True) == out
+    assert changes > 10
+    assert json.loads((out / "config.json").read_text()) == to_dict(cfg)
+    assert [path.name for path in out.iterdir()] == ["config.json"]
+
+
+def test_a_first_start_killed_at_once_can_be_started_again(tmp_path: Path) -> None:
+    cfg, _ = command([])
+    (tmp_path / ".config.json.tmp").write_text("{")
+    assert tsae.run.run_directory(cfg, tmp_path, overwrite=False) == tmp_path
+
+
+@pytest.fixture
+def short_text(text_file: Path, tmp_path: Path) -> Path:
+    """Fills a row of 128 tokens, but not the harvest's first batch."""
+    path = tmp_path / "short.txt"
+    path.write_text("".join(text_file.read_text().splitlines(keepends=True)[:8]))
+    return path
+
+
+def test_bad_input_that_shows_late_leaves_the_old_run(
+    tiny_neox: Path,
+    text_file: Path,
+    short_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    short = options(tiny_neox, text_file, out, "--steps", "2", "--evaluation.no-final")
+    assert main(short) == 0
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert main([*short, "--overwrite", "--data", str(short_text)]) == 2
+    message = capsys.readouterr().err
+    assert "the text is too short" in message
+    assert "Activation buffer" not in message  # found before the run announces itself
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise UserError("no")
+
+    for owner, name in ((Harvester, "harvest"), (Trainer, "__init__")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            assert main([*short, "--overwrite"]) == 2
+    assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -305,6 +527,8 @@ def test_overwrite_replaces_a_run(tiny_neox: Path, text_file: Path, tmp_path: Pa
         (["--sae.d-in", "7"], "sae.d_in is 7"),
         (["--device", "abacus"], "abacus"),
         (["--sae.activation", "jumprelu"], "jumprelu"),
+        (["--device", "meta"], "'meta' cannot be used"),
+        (["--objective.l1", "nan"], "objective.l1 is nan"),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(
@@ -321,6 +545,16 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     assert len(errors) == 1
     assert words in errors[0]
     assert not out.exists()
+
+
+def test_a_place_that_cannot_be_written_is_found_first(
+    text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("precious")
+    for out in (tmp_path / "file", tmp_path / "file" / "sub", Path("/proc/nowhere/run")):
+        assert main(options(Path("/no/such/model"), text_file, out)) == 2
+        assert f"error: A run cannot be written to {out}" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "precious"
 
 
 def test_empty_and_short_text_and_missing_columns(

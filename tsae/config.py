@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from tsae.errors import UserError
 from tsae_kernels import MULTISCALE
 
 __all__ = [
+    "LENGTH",
     "Activation",
     "BufferConfig",
     "CheckpointConfig",
@@ -30,6 +32,8 @@ __all__ = [
     "load_json",
     "to_dict",
 ]
+
+LENGTH = 128  # content tokens per sequence
 
 Activation = Literal["relu", "gelu", "topk", "batchtopk", "jumprelu", "schmitt"]
 
@@ -141,8 +145,14 @@ class ObjectiveConfig:
                     f"objective.weights has {len(self.weights)} values for {len(self.bands)} bands; give one "
                     "weight for each band."
                 )
-        if self.window < 2:
-            raise UserError(f"objective.window is {self.window}; a window needs at least 2 tokens.")
+            if min(self.weights) < 0:
+                raise UserError(f"objective.weights is {self.weights}; no weight must be negative.")
+        if not 2 <= self.window <= LENGTH:
+            raise UserError(
+                f"objective.window is {self.window}; a window needs at least 2 tokens, and a sequence has {LENGTH}."
+            )
+        if not self.boost > 0:
+            raise UserError(f"objective.boost is {self.boost}; it must be positive.")
         for name in ("l1", "window_weight", "aux_weight", "min_variance", "buffer_std"):
             if getattr(self, name) < 0:
                 raise UserError(f"objective.{name} is {getattr(self, name)}; it must not be negative.")
@@ -183,6 +193,8 @@ class OptimizerConfig:
         """Raise `UserError` for a value that makes no sense."""
         if not self.lr > 0:
             raise UserError(f"optimizer.lr is {self.lr}; it must be positive.")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise UserError(f"optimizer.betas is {self.betas}; both must be at least 0 and below 1.")
         for name in ("weight_decay", "warmup_steps", "clip_norm", "noise_eta", "noise_steps"):
             if getattr(self, name) < 0:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must not be negative.")
@@ -291,9 +303,12 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise `UserError`, one sentence, for the first value that makes no sense."""
+        _check_finite(dataclasses.asdict(self))
         for name in ("steps", "batch", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed is {self.seed}; it must be from 0 to 2^63 - 1.")
         self.sae.check()
         if self.sae.activation == "jumprelu":
             raise UserError("sae.activation 'jumprelu' is for loaded autoencoders; train 'batchtopk' or 'schmitt'.")
@@ -302,6 +317,17 @@ class TrainConfig:
         self.buffer.check(self.batch)
         self.evaluation.check()
         self.checkpoint.check()
+
+
+def _check_finite(value: Any, where: str = "") -> None:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_finite(inner, f"{where}.{key}".lstrip("."))
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            _check_finite(inner, where)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} is {value}; it must be a finite number.")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

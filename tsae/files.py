@@ -14,8 +14,11 @@ __all__ = ["replacing", "write_json"]
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary neighbour of ``path`` that takes its place when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """A temporary neighbour of ``path`` that takes its place when the block ends without an error.
+
+    Its name is always the same, so that the next write takes up what a killed one left; ``path`` has one writer.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
         descriptor = os.open(temporary, os.O_RDONLY)

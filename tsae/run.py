@@ -10,11 +10,12 @@ from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 
 from tsae import checkpoint
-from tsae.config import TrainConfig, to_dict
+from tsae.config import LENGTH, TrainConfig, to_dict
 from tsae.data.buffer import ActivationBuffer
 from tsae.data.harvest import Harvest, Harvester
 from tsae.data.sequences import SequenceStream, TokenBatch
@@ -30,26 +31,35 @@ from tsae.report import write_report
 from tsae.sae.normalization import InputNormalizer
 from tsae.trainer import DivergedError, Trainer
 
-__all__ = ["LENGTH", "evaluation_batches", "run", "run_directory"]
-
-LENGTH = 128  # content tokens per sequence
+__all__ = ["evaluation_batches", "run", "run_directory"]
 
 
 def run_directory(cfg: TrainConfig, out: Path | None, *, overwrite: bool) -> Path:
     """Where a new run goes: ``out``, or `runs/<preset>/<timestamp>`. Nothing is created here.
 
     Raises:
-        UserError: the directory already has a run and ``overwrite`` is off, or holds something else.
+        UserError: the directory already has a run and ``overwrite`` is off, or holds something else, or cannot be
+            written.
     """
     if out is None:
         return Path("runs") / cfg.preset / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a directory.")
+    _check_writable(out)
     if (out / "config.json").exists() and not overwrite:
         raise UserError(f"{out} already has a run; continue it with --resume {out}, or replace it with --overwrite.")
-    if out.is_dir() and not (out / "config.json").exists() and any(out.iterdir()):
+    foreign = [path for path in out.glob("*") if path.name != ".config.json.tmp"]  # which a killed start leaves
+    if foreign and not (out / "config.json").exists():
         raise UserError(f"{out} is not empty and holds no run; name a new directory.")
     return out
+
+
+def _check_writable(directory: Path) -> None:
+    """Raise `UserError` unless files can be made in ``directory``, or where it would be made."""
+    try:
+        place = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+        with TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(f"A run cannot be written to {directory} ({error.strerror}); name another directory.") from None
 
 
 def run(cfg: TrainConfig, directory: Path, *, resume: bool = False) -> EvaluationResult | None:
@@ -60,6 +70,7 @@ def run(cfg: TrainConfig, directory: Path, *, resume: bool = False) -> Evaluatio
     out: the evaluation, or None with ``cfg.evaluation.final`` off
     """
     cfg.check()
+    _check_writable(directory)
     device = resolve_device(cfg.device)
     lm, cfg = _open(cfg, device)
     sae = _trained(cfg, lm, device, directory, resume=resume).finished()
@@ -98,7 +109,9 @@ def _open(cfg: TrainConfig, device: torch.device) -> tuple[LanguageModel, TrainC
     lm = load_language_model(cfg.model, device=device, dtype=cfg.lm_dtype, revision=cfg.revision)
     check_layer(lm, cfg.layer)
     cfg = replace(cfg, sae=replace(cfg.sae, d_in=matching_width(cfg, lm)))
-    SequenceStream(_text(cfg, "train"), lm.tokenizer, LENGTH).next_batch(1)  # likewise text that is too short
+    # Likewise text that is too short for the first forward pass of the harvest.
+    first = min(cfg.buffer.harvest_batch, cfg.buffer.sequences, -(-cfg.steps * cfg.batch // cfg.buffer.reuse))
+    SequenceStream(_text(cfg, "train"), lm.tokenizer, LENGTH).next_batch(first)
     if cfg.evaluation.final:
         evaluation_batches(cfg, lm, 1)
     return lm, cfg
@@ -124,9 +137,7 @@ def _trained(cfg: TrainConfig, lm: LanguageModel, device: torch.device, director
     autocast = default_dtype(device) == torch.bfloat16 if cfg.autocast == "auto" else cfg.autocast == "bfloat16"
     _announce(cfg, lm, buffer, storage, device, autocast)
 
-    if not resume:
-        _start_directory(directory, cfg)
-    saved = checkpoint.latest(directory / "checkpoint")
+    saved = checkpoint.latest(directory / "checkpoint") if resume else None
     if saved is not None:
         state, contents = checkpoint.load(saved)
         buffer.load_state_dict(state["buffer"], contents)
@@ -139,6 +150,8 @@ def _trained(cfg: TrainConfig, lm: LanguageModel, device: torch.device, director
         first = buffer.first(cfg.buffer.estimate_sequences)
         trainer = Trainer(cfg, InputNormalizer.estimate(*first), device, autocast=autocast)
         keep_bytes = 0
+    if not resume:
+        _start_directory(directory, cfg)  # what can fail has been done: an old run goes only for one that trains
 
     with MetricsLog(directory / "metrics.jsonl", keep_bytes) as metrics:
 
@@ -226,12 +239,16 @@ def _harvest_with_bar(harvester: Harvester, n: int) -> Harvest:
 
 
 def _start_directory(directory: Path, cfg: TrainConfig) -> None:
-    """Make the run directory, empty but for `config.json`; an old run's files go first."""
-    for name in ("config.json", "metrics.jsonl", "eval.json", "report.png"):
-        (directory / name).unlink(missing_ok=True)
+    """Make the run directory, empty but for `config.json`.
+
+    An old run keeps its `config.json` until all else of it is gone, so that a directory where this was killed
+    still counts as a run's.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
     for name in ("checkpoint", "sae"):
         shutil.rmtree(directory / name, ignore_errors=True)
-    directory.mkdir(parents=True, exist_ok=True)
+    for name in ("metrics.jsonl", "eval.json", "report.png"):
+        (directory / name).unlink(missing_ok=True)
     write_json(directory / "config.json", to_dict(cfg))
     if directory.parent == Path("runs") / cfg.preset:
         link = Path("runs") / "latest"
@@ -257,8 +274,11 @@ def _train(
         while trainer.step < cfg.steps:
             number = trainer.step + 1
             logged = number % cfg.log_every == 0 or number in (1, cfg.steps)
+            saved = number == cfg.steps or (cfg.checkpoint.every > 0 and number % cfg.checkpoint.every == 0)
             try:
                 values = trainer.train_step(buffer.next_batch(cfg.batch), log=logged)
+                if saved:
+                    trainer.check_finite()
             except DivergedError as error:
                 raise _with_checkpoint(error, directory) from None
             advance(cfg.batch * LENGTH)
@@ -267,7 +287,7 @@ def _train(
                 values["tokens_per_second"] = (trainer.tokens - tokens_before) / max(now - since, 1e-9)
                 since, tokens_before = now, trainer.tokens
                 metrics.write(values)
-            if number == cfg.steps or (cfg.checkpoint.every and number % cfg.checkpoint.every == 0):
+            if saved:
                 save_checkpoint()
 
 

@@ -6,6 +6,7 @@ in `tsae.sae.activations`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ __all__ = ["DivergedError", "Trainer"]
 
 
 class DivergedError(UserError):
-    """A loss term is not finite."""
+    """A loss term, the gradient or the state is not finite."""
 
 
 class Trainer:
@@ -57,7 +58,7 @@ class Trainer:
         self.dead = DeadFeatures(cfg.sae.d_sae)
         self.dead.silent = self.dead.silent.to(device)
         self.noise_generator = torch.Generator().manual_seed(cfg.seed + 1)
-        self.correlation = torch.zeros(cfg.sae.d_sae, device=device)  # running lag-1 correlation of each feature
+        self.correlation = torch.zeros(cfg.sae.d_sae, device=device)  # of the last logged batch, lag 1
         self.step = 0
         self.tokens = 0
 
@@ -67,8 +68,8 @@ class Trainer:
         batch: x (B, T, d_in) and segments (B, T), on any device
 
         Raises:
-            DivergedError: a term of the loss is NaN or infinite; the weights are as before the step. (On a GPU this is
-                looked at on steps with ``log`` only.)
+            DivergedError: a term of the loss or the gradient is NaN or infinite; the weights are as before the step.
+                (On a GPU this is looked at on steps with ``log`` only.)
         """
         cfg, sae, step = self.cfg, self.sae, self.step
         segments = batch.segments.to(self.device, non_blocking=True)
@@ -84,11 +85,14 @@ class Trainer:
         terms = objective(
             x, xhat, h, stats, step, cfg.objective, segments=segments, variance=variance, auxiliary=auxiliary
         )
-        if log or self.device.type == "cpu":
+        look = log or self.device.type == "cpu"
+        if look:
             self._check_finite(terms)
         self.optimizer.zero_grad(set_to_none=True)
         terms.total.backward()
         norm = self._prepare_gradients(step)
+        if look and not torch.isfinite(norm):
+            raise DivergedError(f"step {step + 1}: the norm of the gradient is {norm.item()}")
         self.optimizer.step()
         if cfg.sae.unit_norm_decoder:
             renormalize_decoder(sae)
@@ -149,7 +153,7 @@ class Trainer:
         kept = x[segments >= 0]  # [n, d_in]
         spread = (kept - kept.mean(0)).square().sum(-1).mean()
         self.correlation = lag1_correlation(h, segments)
-        alive = self.correlation[h.flatten(0, 1).amax(0) > 0]
+        alive = self.correlation[(h[segments >= 0] > 0).any(0)]
         quantiles = alive.quantile(torch.tensor([0.1, 0.5, 0.9], device=h.device)) if alive.numel() else torch.zeros(3)
         out = {"step": self.step, "tokens": self.tokens, "loss": terms.total.item()}
         out |= {name: getattr(terms, name).item() for name in LossTerms._fields[1:]}
@@ -189,6 +193,12 @@ class Trainer:
             "tokens": self.tokens,
         }
 
+    def check_finite(self) -> None:
+        """Raise `DivergedError`, naming the tensor, unless all of the state is finite. Synchronises with the device."""
+        for name, tensor in _tensors(self.state_dict()):
+            if not torch.isfinite(tensor).all():
+                raise DivergedError(f"step {self.step}: {name} is not finite")
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         self.sae.load_state_dict(state["sae"])
@@ -201,3 +211,12 @@ class Trainer:
         normalizer = state["normalizer"]
         self.normalizer = InputNormalizer(normalizer["mean"].to(self.device), normalizer["scale"])
         self.step, self.tokens = state["steps"], state["tokens"]
+
+
+def _tensors(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a nested state, with dotted names."""
+    if isinstance(state, dict):
+        for key, value in state.items():
+            yield from _tensors(value, f"{name}.{key}".lstrip("."))
+    elif isinstance(state, Tensor):
+        yield name, state

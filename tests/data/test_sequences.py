@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import make_tokenizer, sample_text
+from transformers import AddedToken
 
 from tsae.data.passages import Document
 from tsae.data.sequences import SequenceStream, TokenBatch
@@ -77,6 +78,18 @@ def test_special_tokens_in_the_text_are_excluded(tokenizer: Any) -> None:
     special = torch.isin(batch.tokens[:, 1:], torch.tensor(tokenizer.all_special_ids))
     assert special.sum() == 2
     assert torch.equal(batch.segments == -1, special)
+
+
+def test_special_tokens_that_have_no_role_are_excluded_too() -> None:
+    """Such as Gemma's <start_of_turn> and <unused5>: marked special, yet none of `all_special_ids`."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken("<turn>", special=True), AddedToken("<word>", special=False)])
+    turn, word = tokenizer.convert_tokens_to_ids(["<turn>", "<word>"])
+    assert turn not in tokenizer.all_special_ids
+    batch = SequenceStream(fixed("ba<turn>be<word>bo<turn>" + " du" * 30), tokenizer, T, repeat=False).next_batch(1)
+    assert (batch.tokens[:, 1:] == turn).sum() == 2
+    assert (batch.tokens[:, 1:] == word).sum() == 1
+    assert torch.equal(batch.segments == -1, batch.tokens[:, 1:] == turn)
 
 
 def test_eos_is_the_prefix_without_bos() -> None:

@@ -81,6 +81,17 @@ def test_nothing_after_the_layer_runs(lm: LanguageModel, tokens: torch.Tensor, l
     assert ran == [f"block {i}" for i in range(layer + 1)]
 
 
+def test_activations_run_in_inference_mode(lm: LanguageModel, tokens: torch.Tensor) -> None:
+    seen: list[bool] = []
+    handle = lm.blocks[0].register_forward_pre_hook(lambda *_: seen.append(torch.is_inference_mode_enabled()))
+    try:
+        x = activations(lm, tokens, 0)
+    finally:
+        handle.remove()
+    assert seen == [True]
+    assert not x.is_inference()
+
+
 def test_activations_can_be_trained_on(lm: LanguageModel, tokens: torch.Tensor) -> None:
     x = activations(lm, tokens, 1)
     assert x.shape == (N, LENGTH, lm.d_model)

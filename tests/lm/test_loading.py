@@ -120,6 +120,7 @@ def test_hub_without_network_fails_at_once() -> None:
     [
         ({"dtype": "int8"}, "dtype must be auto, float32, bfloat16, float16, not 'int8'"),
         ({"device": "abacus"}, "device 'abacus' cannot be used"),
+        ({"device": "meta"}, "device 'meta' cannot be used"),
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
     ],
 )

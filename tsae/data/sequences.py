@@ -71,7 +71,9 @@ class SequenceStream:
         self._prefix = prefix_token(tokenizer)
         self._row = length + (self._prefix is None)  # content tokens that a row takes
         self._shortest = self._row - self.length + max(1, length // 4)  # that a last row is kept for
-        self._special = np.array(sorted(set(tokenizer.all_special_ids)), dtype=np.int64)
+        # Of those marked special, `all_special_ids` has only the ones with a role: not Gemma's <start_of_turn>.
+        marked = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special = np.array(sorted(marked | set(tokenizer.all_special_ids)), dtype=np.int64)
 
         self._source: Iterator[Document] | None = None  # of the current epoch; opened when first needed
         self._epoch = 0

@@ -185,8 +185,8 @@ def _check_folder(folder: Path) -> None:
 def _device(device: torch.device | str) -> torch.device:
     try:
         place = torch.device(device)
-        torch.empty(0, device=place)
+        torch.zeros(1, device=place).item()  # which "meta" cannot answer
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = re.split(r"\.\s|\n", str(error).strip())[0]  # the first of PyTorch's many sentences
         raise UserError(f"the device {str(device)!r} cannot be used: {reason}") from error
     return place
