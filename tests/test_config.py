@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -123,7 +124,14 @@ def test_bad_configuration_files_are_named(values: dict[str, object], words: str
         (["--objective.window", "1"], "objective.window is 1"),
         (["--steps", "0"], "steps is 0"),
         (["--batch", "0"], "batch is 0"),
+        (["--objective.window", "129"], "objective.window is 129"),
+        (["--objective.weights", "1", "-1", "1"], "objective.weights is (1.0, -1.0, 1.0)"),
+        (["--objective.boost", "0"], "objective.boost is 0"),
         (["--optimizer.lr", "0"], "optimizer.lr is 0"),
+        (["--optimizer.betas", "1.5", "0.9"], "optimizer.betas is (1.5, 0.9)"),
+        (["--optimizer.betas", "0.9", "1"], "optimizer.betas is (0.9, 1.0)"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--seed", str(2**63)], f"seed is {2**63}"),
         (["--buffer.sequences", "4"], "buffer.sequences is 4"),
         (["--checkpoint.keep", "0"], "checkpoint.keep is 0"),
     ],
@@ -133,6 +141,27 @@ def test_values_that_make_no_sense_are_one_sentence(argv: list[str], words: str)
     with pytest.raises(UserError) as caught:
         cfg.check()
     assert words in str(caught.value)
+
+
+def float_options(config: object, prefix: str = "--") -> list[tuple[str, int]]:
+    """Every option that takes numbers that are not whole, with how many it takes."""
+    found: list[tuple[str, int]] = []
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value, name = getattr(config, field.name), prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            found += float_options(value, name + ".")
+        elif isinstance(value, float) or (isinstance(value, tuple) and isinstance(value[0], float)):
+            found.append((name, len(value) if isinstance(value, tuple) else 1))
+    return found
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize(("option", "count"), float_options(TrainConfig()))
+def test_a_number_that_is_not_finite_is_one_sentence(option: str, count: int, bad: str) -> None:
+    cfg, _ = command([f"{option}", *["0.5"] * (count - 1), bad])
+    with pytest.raises(UserError) as caught:
+        cfg.check()
+    assert str(caught.value) == f"{option[2:].replace('-', '_')} is {bad}; it must be a finite number."
 
 
 def test_saeconfig_needs_a_width_only_for_a_model() -> None:

@@ -45,10 +45,10 @@ def demo() -> TrainConfig:
         ),
         # The norm is about 20; rare tokens of huge activations send it to thousands and kill features at a blow.
         optimizer=OptimizerConfig(
-            name="adam", lr=1e-3, betas=(0.9, 0.99), warmup_steps=20, schedule="linear", clip_norm=30.0
+            name="adam", lr=1.15e-3, betas=(0.9, 0.99), warmup_steps=20, schedule="linear", clip_norm=30.0
         ),
-        buffer=BufferConfig(sequences=1024, reuse=10, estimate_sequences=128),
-        evaluation=EvaluationConfig(sequences=160, ce_sequences=12),
+        buffer=BufferConfig(sequences=1024, reuse=12, estimate_sequences=128),
+        evaluation=EvaluationConfig(sequences=128, ce_sequences=8),
         checkpoint=CheckpointConfig(every=400),
     )
 
