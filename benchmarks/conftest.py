@@ -1,22 +1,97 @@
-"""Shared by the benchmarks: smoke mode, the model, interleaved timing."""
+"""Shared by the benchmarks: smoke mode, the device, the model, what was measured and the table at the end."""
 
 from __future__ import annotations
 
 import os
-import time
+import platform
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.measure import keep_freed_memory
+from benchmarks.results import Measurement, table
+
 SMOKE = bool(os.environ.get("TSAE_BENCH_SMOKE"))
 """Small sizes and one round: checks that the suite runs, measures nothing worth quoting."""
+
+MEASURED = pytest.StashKey[dict[str, Measurement]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[MEASURED] = {}
+    keep_freed_memory()
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's with the number of threads PyTorch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    threads = torch.get_num_threads()
+    return f"{model} ({torch.backends.cpu.get_cpu_capability()}), {threads} thread{'s' * (threads != 1)}"
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine_info |= {"device": device_name(device), "torch": torch.__version__, "smoke": SMOKE}
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    measured = list(config.stash[MEASURED].values())
+    if not measured:
+        return
+    terminalreporter.section("measured")
+    if SMOKE:
+        terminalreporter.line("smoke mode: tiny sizes, one round; these times mean nothing")
+    terminalreporter.line(f"{measured[0].device}, torch {torch.__version__}")
+    terminalreporter.line("")
+    for line in table(measured).splitlines():
+        terminalreporter.line(line)
+    terminalreporter.line("")
+    terminalreporter.line(
+        "x copy: in times of h.clone(); x own: in times of the variant in bold; peak: memory beyond the inputs"
+    )
 
 
 @pytest.fixture(scope="session")
 def smoke() -> bool:
     return SMOKE
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def record(benchmark: Any, pytestconfig: pytest.Config) -> Callable[[Measurement], None]:
+    """Keeps a measurement for the table, for the bars, and in the file of `--benchmark-json`."""
+
+    def keep(measurement: Measurement) -> None:
+        pytestconfig.stash[MEASURED][measurement.case] = measurement
+        benchmark.extra_info["measurement"] = measurement.to_dict()
+
+    return keep
+
+
+@pytest.fixture
+def measured(smoke: bool, pytestconfig: pytest.Config) -> Callable[[str], Measurement]:
+    """A case's measurement, for a bar to be checked; skips in smoke mode, and where the case did not run."""
+
+    def find(case: str) -> Measurement:
+        if smoke:
+            pytest.skip("smoke mode measures nothing")
+        found = pytestconfig.stash[MEASURED].get(case)
+        if found is None:
+            pytest.skip(f"the case {case!r} was not measured in this session")
+        return found
+
+    return find
 
 
 @pytest.fixture(scope="session")
@@ -33,16 +108,3 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     Gemma2ForCausalLM(config).save_pretrained(folder)
     return folder
-
-
-def interleaved(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, the variants taking turns, so that a noisy neighbour hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for call in variants.values():
-        call()
-    for _ in range(rounds):
-        for name, call in variants.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return times

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import interleaved
 from transformers import AutoModelForCausalLM
 
+from benchmarks.measure import interleaved
 from tsae.data.harvest import Harvester
 from tsae.data.sequences import TokenBatch
 from tsae.lm.loading import LanguageModel

@@ -1,43 +1,256 @@
-"""Forward and backward of the kernels' default backend, with a copy of the input as the floor."""
+"""The kernels against a copy, against each other and against what one would write in PyTorch; and the bars they must
+reach. On a CPU [16, 128, 2304] float32, on a GPU up to [2048, 128, 2304] bfloat16."""
 
 from __future__ import annotations
 
-import statistics
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from conftest import interleaved
 
-from tsae_kernels import activate_with_stats, temporal_stats
+from benchmarks.conftest import device_name
+from benchmarks.measure import Variant, compare
+from benchmarks.results import Measurement, Row
+from benchmarks.workload import Function, Workload, backends
+from tsae_kernels import MULTISCALE
+
+pytestmark = pytest.mark.timeout(1200)  # torch.compile of the loop over 127 offsets
+
+Find = Callable[[str], Measurement]
+Record = Callable[[Measurement], None]
+
+WIDTH = 2304
+LENGTHS = (128, 512, 2048)
+BOTH = "forward + backward"
+RELU, SCHMITT, LENGTH_CASE = f"relu, {BOTH}", f"schmitt, {BOTH}", "time per element"
+COMPILED = ", compiled"
+
+# Of every case the alternatives, eager and compiled. The loop is compiled once: that takes longer than all the rest.
+EVERY = ("eager loop", "prefix sums", "banded Laplacian", "banded Laplacian, three products in all")
+BEST = EVERY[1:]
+STRONG = (EVERY[1], EVERY[3])  # the fastest compiled and the fastest eager on the CPUs seen
+CASES: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
+    ("statistics", "forward"): (EVERY, BEST),
+    ("statistics", "backward"): ((), ()),
+    ("relu", "forward"): ((), STRONG),
+    ("relu", "backward"): ((), ()),
+    ("relu", BOTH): (EVERY, EVERY),
+    ("threshold", BOTH): ((), STRONG),
+}
+SMOKE_BANDS = ((1, 2), (3, 4))
 
 
-@pytest.mark.parametrize("which", ["statistics", "activation"])
-def test_kernels_forward_and_backward(benchmark: Any, which: str, smoke: bool) -> None:
-    """The default backend at [16, 128, 2304] float32, with a copy of the input as the floor."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape = (2, 128, 64) if smoke else (16, 128, 2304)
-    inputs = [torch.randn(shape, device=device, requires_grad=True) for _ in range(1 if smoke else 4)]
-    threshold = torch.full((shape[2],), 2.0, device=device)
-    turn = 0
+def sequences(device: torch.device) -> int:
+    """How many sequences of 128 fit: 16 on a CPU, up to 2048 on a GPU, with room for float32 intermediates."""
+    if device.type == "cpu":
+        return 16
+    free, _ = torch.cuda.mem_get_info(device)
+    batch = 2048
+    while batch > 16 and 40 * batch * 128 * WIDTH * 2 > free:
+        batch //= 2
+    return batch
 
-    def step() -> None:
-        nonlocal turn
-        turn += 1
-        x = inputs[turn % len(inputs)]  # rotated, so that the cache is cold
-        if which == "statistics":
-            temporal_stats(x).differences.sum().backward()
-        else:
-            h, stats = activate_with_stats(x, None, "relu", threshold, 0.3 * threshold)
-            (h.sum() + stats.differences.sum()).backward()
-        if device == "cuda":
-            torch.cuda.synchronize()
 
-    def copy_() -> None:
-        inputs[turn % len(inputs)].detach().clone()
-        if device == "cuda":
-            torch.cuda.synchronize()
+@pytest.fixture(scope="module")
+def make_workload(smoke: bool, device: torch.device) -> Callable[[int], Workload]:
+    """Inputs for a sequence length, the number of elements constant; the last ones are kept."""
+    kept: dict[int, Workload] = {}
 
-    times = interleaved({"step": step, "copy": copy_}, rounds=1 if smoke else 7)
-    benchmark.extra_info["copies"] = statistics.median(times["step"]) / statistics.median(times["copy"])
-    benchmark.pedantic(step, rounds=1 if smoke else 3)
+    def make(length: int) -> Workload:
+        if length not in kept:
+            kept.clear()
+            kept[length] = new_workload(length, smoke, device)
+        return kept[length]
+
+    return make
+
+
+def new_workload(length: int, smoke: bool, device: torch.device) -> Workload:
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    rotation = 4 if device.type == "cpu" else 2  # a GPU's inputs are larger than its caches by themselves
+    batch = (16 if smoke else sequences(device)) * LENGTHS[0] // length
+    shape = (batch, length // 8, 32) if smoke else (batch, length, WIDTH)
+    return Workload(shape, dtype, device, rotation, SMOKE_BANDS if smoke else MULTISCALE)
+
+
+def run(
+    benchmark: Any, record: Record, case: str, workload: Workload, own: str, variants: list[Variant], smoke: bool
+) -> None:
+    """Measure and record; the variant named `own` is the one that pytest-benchmark times."""
+    mine = next(v for v in variants if v.name == own)
+    others = [v for v in variants if v.name != own]
+    device = workload.device
+    timings = compare(benchmark, mine, others, device, rounds=2 if smoke else 21)
+    dtype = str(workload.dtype).removeprefix("torch.")
+    measurement = Measurement(case, own, device_name(device), list(workload.shape), dtype, workload.bytes)
+    measurement.add([*others, mine], timings)
+    record(measurement)
+
+
+def with_compile(function: Function, smoke: bool) -> Function:
+    """`torch.compile` in one graph for fixed shapes; in smoke mode without generating code, which takes a minute."""
+    return torch.compile(function, dynamic=False, fullgraph=True, backend="aot_eager" if smoke else "inductor")
+
+
+@pytest.mark.parametrize(("kind", "passes"), CASES, ids=lambda value: value.replace(" ", ""))
+def test_case(
+    benchmark: Any,
+    record: Record,
+    make_workload: Callable[[int], Workload],
+    device: torch.device,
+    smoke: bool,
+    kind: str,
+    passes: str,
+) -> None:
+    torch._dynamo.reset()
+    w = make_workload(LENGTHS[0])
+    names = backends(device)
+    eager, compiled = CASES[kind, passes]
+    variants = [w.copy()]
+    variants += [w.variant(n, "alternative", w.alternative(n, kind), kind, passes) for n in eager]
+    for n in compiled:
+        function = with_compile(w.alternative(n, kind), smoke)
+        variants.append(w.variant(n + COMPILED, "alternative", function, kind, passes))
+    variants += [w.variant(n, "backend", w.backend(n, kind), kind, passes) for n in names]
+    run(benchmark, record, f"{kind}, {passes}", w, names[-1], variants, smoke)
+
+
+def test_schmitt_trigger(
+    benchmark: Any, record: Record, make_workload: Callable[[int], Workload], device: torch.device, smoke: bool
+) -> None:
+    """The trigger in PyTorch with the differences that are fastest so, and the default backend without it, in turn."""
+    torch._dynamo.reset()
+    w = make_workload(LENGTHS[0])
+    names = backends(device)
+    variants = [w.copy()]
+    for states in ("loop over T", "two cumulative maxima"):
+        for compiled in (False, True):
+            function = w.alternative(STRONG[0] if compiled else STRONG[1], "schmitt", states)
+            if compiled:
+                function = with_compile(function, smoke)
+            name = states + COMPILED * compiled
+            variants.append(w.variant(name, "alternative", function, "schmitt", BOTH))
+    for kind in ("relu", "threshold"):
+        variants.append(w.variant(f"{names[-1]}, {kind} only", "backend", w.backend(names[-1], kind), kind, BOTH))
+    variants += [w.variant(n, "backend", w.backend(n, "schmitt"), "schmitt", BOTH) for n in names]
+    run(benchmark, record, SCHMITT, w, names[-1], variants, smoke)
+
+
+def test_time_per_element(benchmark: Any, record: Record, device: torch.device, smoke: bool) -> None:
+    """The same number of elements in ever longer sequences; pytest-benchmark times the shortest."""
+    names = backends(device)
+    workloads = [new_workload(length, smoke, device) for length in LENGTHS]
+    variants = [workloads[0].copy()]
+    for length, w in zip(LENGTHS, workloads, strict=True):
+        for name in EVERY[1:2] + EVERY[3:]:
+            variants.append(
+                w.variant(f"{name}, T = {length}", "alternative", w.alternative(name, "relu"), "relu", BOTH)
+            )
+        for name in names:
+            variants.append(w.variant(f"{name}, T = {length}", "backend", w.backend(name, "relu"), "relu", BOTH))
+    run(benchmark, record, LENGTH_CASE, workloads[0], f"{names[-1]}, T = {LENGTHS[0]}", variants, smoke)
+
+
+# The bars. Each is a test of its own, so that one that is missed shows with its figure.
+
+
+@pytest.fixture
+def on_cpu(device: torch.device) -> None:
+    if device.type != "cpu":
+        pytest.skip("a bar for the CPU")
+
+
+@pytest.fixture
+def on_gpu(device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("a bar for a GPU, and there is none here")
+
+
+def slower(m: Measurement, variant: str) -> float:
+    """Time of a variant in times of the default backend's."""
+    return m.seconds(variant) / m.seconds(m.own)
+
+
+def best_alternative(m: Measurement, *, compiled_only: bool = False) -> Row:
+    rows = [row for row in m.of_kind("alternative") if not compiled_only or row.variant.endswith(COMPILED)]
+    return min(rows, key=lambda row: row.seconds)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_bar_120_times_faster_than_the_eager_loop(measured: Find) -> None:
+    factor = slower(measured(RELU), "eager loop")
+    assert factor >= 120, f"{factor:.1f} times faster than the eager loop, not 120"
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_bar_4_times_faster_than_the_best_of_torch(measured: Find) -> None:
+    m = measured(RELU)
+    best = best_alternative(m)
+    factor = slower(m, best.variant)
+    assert factor >= 4, f"{factor:.2f} times faster than {best.variant}, not 4"
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_bar_at_most_8_copies(measured: Find) -> None:
+    m = measured(RELU)
+    copies = m.copies(m.row(m.own))
+    assert copies is not None
+    assert copies <= 8, f"{copies:.2f} times as long as h.clone(), not 8"
+
+
+def test_bar_schmitt_trigger_at_most_15_percent(measured: Find) -> None:
+    m = measured(SCHMITT)
+    ratio = m.seconds(m.own) / m.seconds(f"{m.own}, relu only")
+    assert ratio <= 1.15, f"with the Schmitt trigger {ratio:.3f} times as long as without, not 1.15"
+
+
+@pytest.mark.parametrize("length", LENGTHS[1:])
+def test_bar_time_per_element_flat(measured: Find, length: int) -> None:
+    """Flat: within 10 % of T = 128."""
+    m = measured(LENGTH_CASE)
+    ratio = slower(m, f"{m.own.split(',')[0]}, T = {length}")
+    assert ratio <= 1.10, f"an element takes {ratio:.3f} times as long at T = {length} as at T = 128, not 1.10"
+
+
+@pytest.mark.parametrize("case", [RELU, SCHMITT])
+def test_bar_nothing_of_the_size_of_h(measured: Find, case: str) -> None:
+    """Beyond h and its gradient: less than a quarter of h, of which the statistics themselves are 4 %."""
+    m = measured(case)
+    peak = m.row(m.own).peak_bytes
+    if peak is None:
+        pytest.skip("this system does not tell a process its peak memory")
+    beyond = peak / m.tensor_bytes - 2
+    assert beyond < 0.25, f"{beyond:.2f} times the size of h beyond h and grad_pre"
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("case", ["statistics, forward", "relu, forward", "relu, backward"])
+def test_bar_85_percent_of_copy_bandwidth(measured: Find, case: str) -> None:
+    m = measured(case)
+    share = m.bandwidth_share(m.row(m.own))
+    assert share is not None
+    assert share >= 0.85, f"{case}: {share:.1%} of the copy's bandwidth, not 85 %"
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_bar_50_times_the_eager_loop_on_a_gpu(measured: Find) -> None:
+    factor = slower(measured(RELU), "eager loop")
+    assert factor >= 50, f"{factor:.1f} times faster than the eager loop, not 50"
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_bar_3_times_the_best_compiled_on_a_gpu(measured: Find) -> None:
+    m = measured(RELU)
+    best = best_alternative(m, compiled_only=True)
+    factor = slower(m, best.variant)
+    assert factor >= 3, f"{factor:.2f} times faster than {best.variant}, not 3"
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_bar_the_default_is_the_fastest_backend(measured: Find) -> None:
+    m = measured(RELU)
+    rows = m.of_kind("backend")
+    assert {"cuda", "triton"} <= {row.variant for row in rows}, "cuda and triton must both be there"
+    fastest = min(rows, key=lambda row: row.seconds)
+    assert fastest.variant == m.own, f"{fastest.variant} is faster than {m.own}, the default"

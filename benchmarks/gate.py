@@ -1,0 +1,79 @@
+"""No speed for a wrong result: every variant is compared with the definition in float64 before it is timed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tsae_kernels import MULTISCALE, Bands, activate_with_stats
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+"""Largest `largest_error`, by the dtype of the input."""
+
+
+class WrongResultError(AssertionError):
+    """A variant does not compute what it is timed for."""
+
+
+def reference(
+    x: Tensor,
+    activation: str,
+    threshold: Tensor | None,
+    release: Tensor | None,
+    grad_h: Tensor | None,
+    grad_differences: Tensor | None,
+    bands: Bands = MULTISCALE,
+) -> dict[str, Tensor]:
+    """The definition, offset by offset in float64, block by block: rows and features know nothing of each other.
+
+    x: [B, T, k]; threshold, release: [k] or None; the gradients are those of h [B, T, k] and of the differences [S, k],
+        None without backward pass
+    out: `h`, `differences`, `total`, `square`, and `grad` with one of the gradients
+    """
+    B, T, k = x.shape
+    elements = 2**17 if x.device.type == "cpu" else 2**27  # of a block: stays in a CPU's cache, bounds a GPU's memory
+    columns = min(k, max(1, elements // T))
+    rows = max(1, elements // (T * columns))
+    blocks: list[list[dict[str, Tensor]]] = []
+    for b in range(0, B, rows):
+        blocks.append([])
+        for j in range(0, k, columns):
+            chosen, features = (slice(b, b + rows), slice(None), slice(j, j + columns)), (..., slice(j, j + columns))
+            block = x[chosen].detach().double().requires_grad_(True)
+            levels = [None if level is None else level[features] for level in (threshold, release)]
+            h, stats = activate_with_stats(block, None, activation, *levels, bands, backend="reference")
+            found = {"h": h.detach()} | {name: value.detach() for name, value in stats._asdict().items()}
+            used = []
+            if grad_h is not None:
+                used.append((h, grad_h[chosen].double()))
+            if grad_differences is not None:
+                used.append((stats.differences, grad_differences[features].double().expand_as(stats.differences)))
+            if used:
+                outputs, grads = zip(*used, strict=True)
+                (found["grad"],) = torch.autograd.grad(outputs, block, grads)
+            blocks[-1].append(found)
+    names = blocks[0][0]
+    return {name: torch.cat([torch.cat([f[name] for f in line], -1) for line in blocks]) for name in names}
+
+
+def check(variant: str, found: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Raise `WrongResultError`, naming variant, quantity and error, unless all that was found is right and finite."""
+    allowed = TOLERANCE[dtype]
+    for name, value in found.items():
+        wanted = expected[name]
+        if value.shape != wanted.shape:
+            raise WrongResultError(f"{variant}: {name} is {list(value.shape)}, not {list(wanted.shape)}")
+        error = largest_error(name, value, wanted)
+        if not error <= allowed:  # so that NaN fails too
+            raise WrongResultError(f"{variant}: {name} is off by {error:.1e}, allowed is {allowed:.0e}")
+
+
+def largest_error(name: str, value: Tensor, wanted: Tensor) -> float:
+    """Relative to the value wanted or to its usual size, whichever is larger: that of the feature over time for `h` and
+    `grad`, that of the median feature for statistics."""
+    if name in ("h", "grad"):
+        usual = wanted.square().mean(1, keepdim=True).sqrt()
+    else:
+        usual = wanted.abs().median(-1, keepdim=True).values
+    scale = torch.maximum(wanted.abs(), usual).clamp_min(1e-30)
+    return ((value.double() - wanted).abs() / scale).max().item()

@@ -1,0 +1,170 @@
+"""A whole training step: ours with Schmitt trigger and temporal loss, ours with neither, and SAELens's.
+
+On a CPU d = 640, d_sae = 2560 and 3072 tokens, on a GPU d = 2304, d_sae = 18432 and 8192 tokens, in float32 and under
+bfloat16 autocast, both sides alike. A learning rate of almost 0 leaves the weights, and so what is active, as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from benchmarks.conftest import device_name
+from benchmarks.measure import Variant, compare
+from benchmarks.peers import ABSENT, have_sae_lens, sae_lens_topk_step
+from benchmarks.results import Measurement
+from tsae.config import ObjectiveConfig, OptimizerConfig, SAEConfig, TrainConfig
+from tsae.data.harvest import Harvest
+from tsae.lm.loading import default_dtype
+from tsae.sae.activations import initial_threshold, mean_l0
+from tsae.sae.normalization import InputNormalizer
+from tsae.trainer import Trainer
+
+pytestmark = pytest.mark.timeout(1200)
+
+LENGTH = 128
+LR = 1e-9
+OURS, PLAIN = "ours: Schmitt trigger, temporal loss", "ours: threshold, no temporal loss"
+PEER, PEER_SPARSE = "SAELens TopK", "SAELens TopK, sparse activations"
+PRECISIONS = ("float32", "bfloat16 autocast")
+
+
+class Size(NamedTuple):
+    d_in: int
+    d_sae: int
+    k: int
+    batch: int
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * LENGTH
+
+
+@pytest.fixture(scope="module")
+def size(smoke: bool, device: torch.device) -> Size:
+    if smoke:
+        return Size(64, 256, 8, 2)
+    return Size(640, 2560, 32, 24) if device.type == "cpu" else Size(2304, 18432, 32, 64)
+
+
+@pytest.fixture(scope="module")
+def batches(size: Size, device: torch.device) -> list[Harvest]:
+    """Activations of unit variance whose neighbours correlate by 0.7, so that the trigger has something to hold."""
+    generator = torch.Generator().manual_seed(0)
+    out = []
+    for _ in range(4):
+        x = torch.randn(size.batch, LENGTH, size.d_in, generator=generator)
+        for t in range(1, LENGTH):
+            x[:, t] = 0.7 * x[:, t - 1] + math.sqrt(1 - 0.7**2) * x[:, t]
+        out.append(Harvest(x.to(device), torch.zeros(size.batch, LENGTH, dtype=torch.int32, device=device)))
+    return out
+
+
+def make_trainer(
+    size: Size, batches: list[Harvest], device: torch.device, *, temporal: bool, autocast: bool
+) -> Trainer:
+    """With Schmitt trigger and the multi-scale loss at full weight; or with a plain threshold (the two thresholds of
+    the trigger are one) and no temporal loss. The threshold is steered to the wanted sparsity beforehand."""
+    config = TrainConfig(
+        sae=SAEConfig(
+            d_in=size.d_in,
+            d_sae=size.d_sae,
+            k=size.k,
+            activation="schmitt",
+            release_ratio=0.3 if temporal else 1.0,
+        ),
+        objective=ObjectiveConfig(
+            temporal="multiscale" if temporal else "none", l1=0.0, boost=1.0, hold_steps=0, ramp_steps=0
+        ),
+        optimizer=OptimizerConfig(lr=LR),
+    )
+    trainer = Trainer(config, InputNormalizer(torch.zeros(size.d_in), 1.0), device, autocast=autocast)
+    sae, controller = trainer.sae, trainer.controller
+    with torch.no_grad():
+        pre = sae.pre_activation(trainer.normalizer(batches[0].x))
+        controller.start(initial_threshold(pre, sae.b_enc, size.k))
+        for _ in range(40):
+            sae.threshold.fill_(controller.theta)
+            sae.release.copy_(sae.threshold * config.sae.release_ratio)
+            controller.update(mean_l0(sae.activate(pre)[0]))
+    return trainer
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_training_step(
+    benchmark: Any,
+    record: Callable[[Measurement], None],
+    size: Size,
+    batches: list[Harvest],
+    device: torch.device,
+    smoke: bool,
+    precision: str,
+) -> None:
+    """Where bfloat16 is emulated a step takes tens of seconds, so it is measured once."""
+    autocast = precision != "float32"
+    trainers = {
+        OURS: make_trainer(size, batches, device, temporal=True, autocast=autocast),
+        PLAIN: make_trainer(size, batches, device, temporal=False, autocast=autocast),
+    }
+    active = {name: active_features(trainer, batches[0]) for name, trainer in trainers.items()}
+    for name, l0 in active.items():
+        assert 0.75 * size.k <= l0 <= 1.25 * size.k, f"{name} has {l0:.1f} active features per token, not {size.k}"
+
+    def ours(trainer: Trainer) -> Callable[[int], object]:
+        return lambda i: trainer.train_step(batches[i % len(batches)])
+
+    variants = [Variant(name, "step", ours(trainer)) for name, trainer in trainers.items()]
+    if have_sae_lens():
+        for name in (PEER, PEER_SPARSE):
+            if name == PEER_SPARSE and autocast:
+                continue
+            step = sae_lens_topk_step(*size[:3], size.tokens, LR, device, autocast=autocast, sparse=name == PEER_SPARSE)
+            check_step(name, step, batches[0])
+            variants.append(Variant(name, "peer", lambda i, step=step: step(batches[i % len(batches)].x.flatten(0, 1))))
+    emulated = autocast and default_dtype(device) != torch.bfloat16
+    rounds = 1 if emulated and not smoke else 2 if smoke else 15
+    timings = compare(benchmark, variants[0], variants[1:], device, rounds, memory=not emulated)
+    case = f"training step, {precision}"
+    measurement = Measurement(case, OURS, device_name(device), list(size), precision, 0)
+    measurement.notes = {f"active features, {name}": l0 for name, l0 in active.items()}
+    measurement.notes["tokens per second"] = size.tokens / timings[OURS].median
+    measurement.add(variants, timings)
+    record(measurement)
+
+
+@torch.no_grad()
+def active_features(trainer: Trainer, batch: Harvest) -> float:
+    """Per token, without autocast."""
+    h, _ = trainer.sae.activate(trainer.sae.pre_activation(trainer.normalizer(batch.x)))
+    return mean_l0(h).item()
+
+
+def check_step(name: str, step: Callable[[torch.Tensor], Any], batch: Harvest) -> None:
+    """On one sequence: a peer's time counts only if its loss is a number."""
+    loss = step(batch.x[:1].flatten(0, 1)).loss
+    assert torch.isfinite(loss), f"{name}: the loss is {loss.item()}"
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_bar_trigger_and_temporal_loss_at_most_15_percent(
+    measured: Callable[[str], Measurement], precision: str
+) -> None:
+    m = measured(f"training step, {precision}")
+    ratio = m.seconds(OURS) / m.seconds(PLAIN)
+    assert ratio <= 1.15, f"{precision}: {ratio:.3f} times as long as with a plain threshold, not 1.15"
+
+
+@pytest.mark.parametrize(
+    ("precision", "peer"), [("bfloat16 autocast", PEER), ("float32", PEER), ("float32", PEER_SPARSE)]
+)
+def test_bar_at_most_60_percent_of_sae_lens(measured: Callable[[str], Measurement], precision: str, peer: str) -> None:
+    """The bar is the first; the others say where float32 stands, against SAELens's default and its faster way."""
+    if not have_sae_lens():
+        pytest.skip(ABSENT)
+    m = measured(f"training step, {precision}")
+    ratio = m.seconds(OURS) / m.seconds(peer)
+    assert ratio <= 0.6, f"{precision}: {ratio:.3f} times as long as a step of {peer}, not 0.6"

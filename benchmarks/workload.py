@@ -1,0 +1,173 @@
+"""Inputs of the kernel benchmarks, and the variants of each case on them, gated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks import gate
+from benchmarks.alternatives import DIFFERENCES, STATES, Output, activation_with_statistics, statistics
+from benchmarks.measure import Call, Variant
+from tsae_kernels import MULTISCALE, Bands, activate_with_stats, available_backends, temporal_stats
+
+Function = Callable[[Tensor], Output]
+
+THRESHOLD, RELEASE = 1.0, 0.3
+FAR = 100.0
+"""Mean of every eighth feature, in standard deviations: what does not centre is wrong there."""
+
+DEVICES = {"eager": ("cpu", "cuda"), "cpp": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
+"""Where each backend is meant to run; `reference` is the definition, and Triton's interpreter no product."""
+
+
+def backends(device: torch.device) -> list[str]:
+    """The available backends meant for the device, the fastest last."""
+    states = available_backends()
+    return [name for name, devices in DEVICES.items() if device.type in devices and states.get(name) == "ok"]
+
+
+class Workload:
+    """Rotating inputs [B, T, k] and gradients, and variants that run on them.
+
+    The gradient of h is dense, as the decoder's is, and that of the differences [S, k] is shared by the rows, as that
+    of a temporal loss over the batch is; `total` and `square` get none.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        rotation: int,
+        bands: Bands = MULTISCALE,
+    ) -> None:
+        self.shape, self.dtype, self.device, self.rotation, self.bands = shape, dtype, device, rotation, bands
+        generator = torch.Generator(device).manual_seed(0)
+        k = shape[2]
+        mean = torch.where(torch.arange(k, device=device) % 8 == 0, FAR, 0.0)
+
+        def normal(offset: Tensor | float = 0.0) -> Tensor:
+            return (torch.randn(shape, generator=generator, device=device) + offset).to(dtype)
+
+        self.pre = [normal(mean).requires_grad_(True) for _ in range(rotation)]
+        self.grad_h = [normal() for _ in range(rotation)]
+        self.grad_differences = 0.01 * torch.rand(len(bands), k, generator=generator, device=device)
+        self.threshold = torch.full((k,), THRESHOLD, device=device)
+        self.release = torch.full((k,), RELEASE, device=device)
+        self._expected: dict[tuple[str, ...], dict[str, Tensor]] = {}
+
+    @property
+    def bytes(self) -> int:
+        """Size of h."""
+        return self.pre[0].nbytes
+
+    def copy(self) -> Variant:
+        return Variant("h.clone()", "copy", lambda i: self.pre[i % self.rotation].detach().clone(), 2 * self.bytes)
+
+    def levels(self, kind: str) -> tuple[Tensor | None, Tensor | None]:
+        """Threshold and release."""
+        threshold = self.threshold if kind in ("threshold", "schmitt") else None
+        return threshold, self.release if kind == "schmitt" else None
+
+    def backend(self, name: str, kind: str) -> Function:
+        if kind == "statistics":
+            return lambda h: Output(h, *temporal_stats(h, self.bands, backend=name))
+        threshold, release = self.levels(kind)
+
+        def function(pre: Tensor) -> Output:
+            h, stats = activate_with_stats(pre, None, "relu", threshold, release, self.bands, backend=name)
+            return Output(h, *stats)
+
+        return function
+
+    def alternative(self, differences: str, kind: str, states: str | None = None) -> Function:
+        make = DIFFERENCES[differences](self.shape[1], self.device, self.dtype, self.bands)
+        find = None if states is None else STATES[states]
+        threshold, release = self.levels(kind)
+
+        def function(x: Tensor) -> Output:
+            if kind == "statistics":
+                return statistics(x, make)
+            return activation_with_statistics(x, threshold, release, make, find)
+
+        return function
+
+    def variant(self, name: str, family: str, function: Function, kind: str, passes: str) -> Variant:
+        """A gated variant of "forward", "backward" or "forward + backward"; raises `WrongResultError`.
+
+        Bytes are those of one pass: the forward reads the input and, with an activation, writes h; the backward reads h
+        and the gradient of h (if h has one) and writes the input's.
+        """
+        tensors = {"forward": 1 if kind == "statistics" else 2, "backward": 2 if kind == "statistics" else 3}
+        count = sum(n for pass_, n in tensors.items() if pass_ in passes)
+        call = {"forward": self._forward, "backward": self._backward, "forward + backward": self._both}[passes]
+        run = self._in_memory(call(function, kind), function, kind, passes)
+        self._gate(name, run(0), kind, passes)
+        return Variant(name, family, run, count * self.bytes)
+
+    def _outputs(self, out: Output, kind: str) -> list[Tensor]:
+        return [out.differences] if kind == "statistics" else [out.h, out.differences]
+
+    def _grads(self, i: int, kind: str, rows: slice = slice(None)) -> list[Tensor]:
+        grad_h = self.grad_h[i % self.rotation][rows]
+        grad_differences = self.grad_differences.expand(grad_h.shape[0], -1, -1)
+        return [grad_differences] if kind == "statistics" else [grad_h, grad_differences]
+
+    def _forward(self, function: Function, kind: str) -> Call:
+        def call(i: int) -> dict[str, Tensor]:
+            with torch.no_grad():
+                return function(self.pre[i % self.rotation])._asdict()
+
+        return call
+
+    def _both(self, function: Function, kind: str, rows: int | None = None) -> Call:
+        def call(i: int) -> dict[str, Tensor]:
+            x = self.pre[i % self.rotation]
+            parts = []
+            step = rows or x.shape[0]
+            for begin in range(0, x.shape[0], step):
+                chosen = slice(begin, begin + step)
+                part = x if rows is None else x.detach()[chosen].requires_grad_(True)
+                out = function(part)
+                (grad,) = torch.autograd.grad(self._outputs(out, kind), part, self._grads(i, kind, chosen))
+                parts.append({name: value.detach() for name, value in out._asdict().items()} | {"grad": grad})
+            return parts[0] if rows is None else {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+
+        return call
+
+    def _backward(self, function: Function, kind: str) -> Call:
+        graphs = [function(x) for x in self.pre]
+
+        def call(i: int) -> dict[str, Tensor]:
+            out, x = graphs[i % self.rotation], self.pre[i % self.rotation]
+            (grad,) = torch.autograd.grad(self._outputs(out, kind), x, self._grads(i, kind), retain_graph=True)
+            return {"grad": grad}
+
+        return call
+
+    def _in_memory(self, call: Call, function: Function, kind: str, passes: str) -> Call:
+        """`call`, or on a GPU whose memory it exceeds the same in slices of the batch, half as many rows each time."""
+        rows = self.shape[0]
+        while True:
+            try:
+                call(0)
+                return call
+            except torch.OutOfMemoryError:
+                if passes != "forward + backward" or rows == 1:
+                    raise
+            torch.cuda.empty_cache()
+            rows //= 2
+            call = self._both(function, kind, rows)
+
+    def _gate(self, name: str, found: object, kind: str, passes: str) -> None:
+        assert isinstance(found, dict)
+        key = (kind, "forward" if passes == "forward" else "backward")
+        if key not in self._expected:
+            gradients: tuple[Tensor | None, Tensor | None] = (None, None)
+            if passes != "forward":
+                gradients = (None if kind == "statistics" else self.grad_h[0], self.grad_differences)
+            activation = "identity" if kind == "statistics" else "relu"
+            self._expected[key] = gate.reference(self.pre[0], activation, *self.levels(kind), *gradients, self.bands)
+        gate.check(name, found, self._expected[key], self.dtype)
