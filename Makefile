@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # A GPU machine brings its own torch: make VENV=/path/to/its/environment ... skips the installation.
 
-.PHONY: demo install test lint format bench bench-smoke asan cuda-compile gpu-check clean
+.PHONY: demo install test lint format bench bench-smoke asan cuda-compile triton-compile gpu-check clean
 
 demo: install
 	$(BIN)/python -m tsae.train
@@ -44,6 +44,10 @@ asan: install
 # The CUDA kernels for every architecture, without a GPU: fails on a warning or a register spill. Needs nvcc.
 cuda-compile:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) csrc/compile_cuda.py
+
+# The Triton kernels likewise. Needs Triton.
+triton-compile: install
+	$(BIN)/python csrc/compile_triton.py
 
 # Build, tests, compute-sanitizer and benchmarks on a machine with a GPU, in one go, with its own Python environment.
 gpu-check:

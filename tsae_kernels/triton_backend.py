@@ -153,7 +153,10 @@ def _forward(
         return differences, total, square
     per_position = threshold is not None and threshold.dim() == 3
     level = None if threshold is None else threshold.expand(*pre.shape)
-    block = _block_k(pre, 256 if pre.element_size() == 2 else 512)
+    row_bytes = 256 if pre.element_size() == 2 else 512
+    if segments is not None:
+        row_bytes //= 2  # the ends of runs take registers too: with the whole row sm_90 spills
+    block = _block_k(pre, row_bytes)
     refresh = _refresh(max((min(last, T) for _, last in bands), default=1))
     kernels, _, _ = _kernels()
     with _on_device_of(pre):

@@ -1,15 +1,8 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before Triton is imported."""
+"""Triton's interpreter, made fast enough for tests."""
 
 from __future__ import annotations
 
-import os
-import sys
-
 import pytest
-import torch
-
-if not torch.cuda.is_available() and "triton" not in sys.modules:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")

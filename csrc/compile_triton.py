@@ -1,12 +1,16 @@
+#!/usr/bin/env python3
 """Compiles the Triton kernels for GPUs that are not there, as the launchers would launch them.
 
-    python triton_offline.py [capability ...]    one JSON line per kernel and capability, e.g. for 80 90 100
+    csrc/compile_triton.py [CAPABILITY ...]    default: 80 90 100
 
-Run in a process without TRITON_INTERPRET. With the variable TSAE_KEEP_ASSEMBLY=FOLDER the PTX and SASS are kept there.
+Prints one JSON line per kernel and capability. Fails if a kernel spills a register, or if one reads bfloat16 features
+singly. With the variable TSAE_KEEP_ASSEMBLY=FOLDER the PTX and SASS are kept there. Needs Triton and tsae_kernels.
 """
+# ruff: noqa: T201
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -14,8 +18,11 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # which would leave nothing to compile
 
 import torch
 import triton
@@ -79,6 +86,7 @@ def resources(cubin: bytes, name: str) -> dict[str, int]:
     return {key.lower(): int(value) for key, value in found.items()}
 
 
+@functools.cache
 def launches() -> dict[str, tuple[Any, tuple, dict]]:
     """Each variant's name -> kernel and arguments, of [2048, 128, 2304] features that take no memory."""
     modules = {}
@@ -139,20 +147,41 @@ def launches() -> dict[str, tuple[Any, tuple, dict]]:
     return out
 
 
-def main(capabilities: list[int]) -> None:
+def compiled(label: str, capability: int) -> dict[str, Any]:
+    """What one kernel takes of a GPU: registers, bytes of stack and local memory, loads of single bfloat16 features."""
     folder = os.environ.get("TSAE_KEEP_ASSEMBLY")
-    for label, (kernel, args, kwargs) in launches().items():
-        for capability in capabilities:
-            source, options = source_of(kernel, args, kwargs)
-            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-            name = f"{label}-sm{capability}"
-            ptx = compiled.asm["ptx"]
-            if folder:
-                Path(folder, f"{name}.ptx").write_text(ptx)
-            used = resources(compiled.asm["cubin"], name)
-            vectors = len(re.findall(r"ld\.global\S*\.v[24]\.b32", ptx))
-            print(json.dumps({"kernel": label, "capability": capability, **used, "vector_loads": vectors}), flush=True)
+    kernel, args, kwargs = launches()[label]
+    source, options = source_of(kernel, args, kwargs)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    name = f"{label}-sm{capability}"
+    ptx = made.asm["ptx"]
+    if folder:
+        Path(folder, f"{name}.ptx").write_text(ptx)
+    single = len(re.findall(r"ld\.global\S*\.[bu]16", ptx))
+    return {"kernel": label, "capability": capability, **resources(made.asm["cubin"], name), "single_loads": single}
+
+
+def problem(kernel: dict[str, Any]) -> str:
+    """What is wrong with a compiled kernel, or ""."""
+    if kernel["stack"] or kernel["local"]:
+        return "spills registers"
+    if kernel["single_loads"]:
+        return "reads features singly"
+    return ""
+
+
+def main(capabilities: list[int]) -> int:
+    found = 0
+    jobs = [(label, capability) for label in launches() for capability in capabilities]
+    with tempfile.TemporaryDirectory() as cache, ProcessPoolExecutor() as pool:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        for kernel in pool.map(compiled, *zip(*jobs, strict=True)):
+            print(json.dumps(kernel), flush=True)
+            if problem(kernel):
+                found += 1
+                print(f"{kernel['kernel']} {problem(kernel)} on sm_{kernel['capability']}", file=sys.stderr)
+    return 1 if found else 0
 
 
 if __name__ == "__main__":
-    main([int(argument) for argument in sys.argv[1:]] or [80, 90, 100])
+    sys.exit(main([int(argument) for argument in sys.argv[1:]] or [80, 90, 100]))
