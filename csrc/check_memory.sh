@@ -27,5 +27,5 @@ export PYTHONPATH="$folder" PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0
 LD_PRELOAD="$preload" "$python" -c 'from tsae_kernels import available_backends as a; assert a()["cpp"] == "ok", a()["cpp"]'
 run() { LD_PRELOAD="$preload" "$python" -m pytest "$@"; }
 # test_kernels_ops.py compiles and measures time, test_kernels_arguments.py never reaches a kernel.
-run tests/tsae_kernels/test_kernels_{activation,cpp,gradients,losses,stats,sparse}.py -k 'cpp or sparse' "${@:2}"
+run tests/tsae_kernels/test_kernels_{activation,cpp,gradients,losses,properties,sparse,stats}.py -k 'cpp or sparse' "${@:2}"
 ATEN_CPU_CAPABILITY=default run tests/tsae_kernels/test_kernels_cpp.py "${@:2}"
