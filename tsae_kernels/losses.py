@@ -88,8 +88,10 @@ def temporal_loss_from_stats(
     per_band = stats.differences.sum(0)  # [S, k]; summed first: its gradient is one row for the whole batch
     # A masked feature must not reach the loss even if its differences overflow.
     per_band = torch.where(omega > 0, per_band, 0)
-    lambdas = per_band.new_tensor(tuple(weights))
-    return (per_band * (lambdas[:, None] * omega)).sum() / N
+    if not weights:
+        return per_band.sum() / N
+    # Numbers, not a tensor of them: to copy one to a GPU would wait for it.
+    return (per_band * torch.stack([weight * omega for weight in weights])).sum() / N
 
 
 def within_sequence_variance(stats: TemporalStats, positions: int | Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def find_runs(segments: Tensor) -> Runs:
     first = torch.ones_like(segments, dtype=torch.bool)  # the position starts a run
     first[:, 1:] = segments[:, 1:] != segments[:, :-1]
     last = first.roll(-1, dims=1)
-    last[:, -1] = True
+    last[:, -1].fill_(True)
     valid = segments >= 0
     start = torch.where(first, positions, 0).cummax(1).values
     end = torch.where(last, positions + 1, segments.shape[1]).flip(1).cummin(1).values.flip(1)
