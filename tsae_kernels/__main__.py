@@ -9,6 +9,7 @@ from tsae_kernels.extension import load_cuda_library, load_library
 
 
 def main() -> None:
+    """Print what is available, what it was built for, what helps, and what runs by default."""
     print(f"torch {torch.__version__}, CUDA {'available' if torch.cuda.is_available() else 'not available'}")
     for name, state in available_backends().items():
         print(f"  {name:<10} {state}")

@@ -34,5 +34,9 @@ def find_runs(segments: Tensor) -> Runs:
 
 
 def count_positions(segments: Tensor) -> Tensor:
-    """segments: [B, T] integer ids. out: [B] int64, how many positions of each row are not excluded."""
+    """How many positions of each row are in the statistics: the `positions` of `temporal_loss_from_stats`.
+
+    segments: [B, T] integer ids, negative where excluded
+    out: [B] int64 on the same device
+    """
     return (segments >= 0).sum(1)
