@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from math import inf, nan
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor
 from tsae_kernels.arguments import dtype_of_stats
 from tsae_kernels.bands import Bands
 from tsae_kernels.segments import find_runs
-from tsae_kernels.windows import ChunkRuns, Windows, rows_by_time
+from tsae_kernels.windows import ChunkRuns, Windows, rows_by_time, shrink
 
 
 def _slice_elements(device: torch.device) -> int:
@@ -99,8 +100,9 @@ def _stats(slices: Iterable[Tensor], h: Tensor, bands: Bands, runs: ChunkRuns | 
         x = h_t.to(dtype)
         if runs is not None:
             x = runs.clear(x, t)
-        total += x
+        total.add_(x, alpha=shrink(dtype))
         square.addcmul_(x, x)
+    total /= shrink(dtype)
     differences = torch.zeros(len(bands), B, k, dtype=dtype, device=h.device)
     if not bands:
         return differences.transpose(0, 1), total, square
@@ -124,7 +126,9 @@ def _stats(slices: Iterable[Tensor], h: Tensor, bands: Bands, runs: ChunkRuns | 
             else:
                 term.addcmul_(y, weight, value=-1)
             difference.addcmul_(y, term, value=-2)
-    return differences.clamp_min_(0).transpose(0, 1), total, square
+    # Where squares overflow infinities may have met. Without a NaN among the features the true value is then infinite.
+    differences = differences.clamp_min_(0).where(differences == differences, torch.where(square == square, inf, nan))
+    return differences.transpose(0, 1), total, square
 
 
 def temporal_stats(h: Tensor, bands: Bands, segments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,7 +182,8 @@ def _window_gradient(
 
     slices: T of [B, k]. coefficient: [1 or B, S, k].
     """
-    windows = Windows(slices, bands, runs, dtype)
+    windows = Windows(slices, bands, runs, dtype, shrink(dtype))
+    coefficient = coefficient / shrink(dtype)
     for _ in windows.fill():
         pass
     degrees = windows.degrees()[..., None].unbind(1)  # T of [1 or B, S, 1]

@@ -34,20 +34,27 @@ class ChunkRuns:
         return x if self.excluded[t] is None else x.index_fill(0, self.excluded[t], 0)
 
 
+def shrink(dtype: torch.dtype) -> float:
+    """A power of two for what is only summed, so that no sum overflows before its result does; costs no digit."""
+    return 1.0 if dtype == torch.float64 else 2.0**-16
+
+
 class Windows:
-    """Sums of y = h - (mean of its segment) over windows, as differences of the running sum P.
+    """Sums of y = scale * (h - mean of its segment) over windows, as differences of the running sum P.
 
     P[t] = y[0] + ... + y[t-1]; rows are [B, k], and T comes first so that they are contiguous.
     """
 
-    def __init__(self, slices: Sequence[Tensor], bands: Bands, runs: ChunkRuns | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, slices: Sequence[Tensor], bands: Bands, runs: ChunkRuns | None, dtype: torch.dtype, scale: float = 1.0
+    ) -> None:
         """slices: T of [B, k]. runs: of the same rows, None if each is one segment."""
-        self.slices, self.bands, self.runs, self.dtype = slices, bands, runs, dtype
+        self.slices, self.bands, self.runs, self.dtype, self.scale = slices, bands, runs, dtype, scale
         self.T, (self.B, k) = len(slices), slices[0].shape
         self.P = torch.empty(self.T + 1, self.B, k, dtype=dtype, device=slices[0].device)
         self.P[0] = 0
         self.rows = self.P.unbind(0)
-        self.means = self._means()
+        self.offsets = self._offsets()
         if runs is None:
             return
         # The rows of P, flattened to [(T + 1) * B, k], at every window bound that the bands ask for.
@@ -59,23 +66,24 @@ class Windows:
         self.low = {r: (torch.maximum(t - r, start) * self.B + lanes).unbind(0) for r in reaches}
         self.high = {r: (torch.minimum(t + r + 1, end) * self.B + lanes).unbind(0) for r in reaches}
 
-    def _means(self) -> list[Tensor | None]:
-        """For every t the means, [rows, k], of the segments that begin there."""
-        means: list[Tensor | None] = [None] * self.T
+    def _offsets(self) -> list[Tensor | None]:
+        """For every t what is to be added to scale * h, -scale * mean, [rows, k], of the segments that begin there."""
+        offsets: list[Tensor | None] = [None] * self.T
         running = torch.zeros_like(self.rows[0])
+        shrunk = shrink(self.dtype)
         if self.runs is None:
             for h_t in self.slices:
-                running += h_t
-            means[0] = running / self.T
-            return means
+                running.add_(h_t, alpha=shrunk)
+            offsets[0] = running.div_(self.T).mul_(-self.scale / shrunk)
+            return offsets
         length = (self.runs.end - self.runs.start).to(self.dtype)
         for t in reversed(range(self.T)):  # backwards: a segment's sum is complete where it begins
-            running += self.runs.clear(self.slices[t], t)
+            running.add_(self.runs.clear(self.slices[t], t), alpha=shrunk)
             rows = self.runs.begins[t]
             if rows is not None:
-                means[t] = running.index_select(0, rows) / length[rows, t, None]
+                offsets[t] = running.index_select(0, rows).div_(length[rows, t, None]).mul_(-self.scale / shrunk)
                 running.index_fill_(0, rows, 0)
-        return means
+        return offsets
 
     def fill(self) -> Iterator[Tensor]:
         """Yield y[t], [B, k], zero where excluded, for t = 0, 1, ... and write P[t + 1]."""
@@ -87,13 +95,16 @@ class Windows:
         """Yield y[t], [B, k], zero where excluded, for t = 0, 1, ..."""
         if self.runs is None:
             for h_t in self.slices:
-                yield h_t.to(self.dtype) - self.means[0]
+                yield self._centred(h_t, self.offsets[0])
             return
-        mean = torch.zeros_like(self.rows[0])
+        offset = torch.zeros_like(self.rows[0])
         for t, h_t in enumerate(self.slices):
-            if self.means[t] is not None:
-                mean.index_copy_(0, self.runs.begins[t], self.means[t])
-            yield self.runs.clear(h_t.to(self.dtype) - mean, t)
+            if self.offsets[t] is not None:
+                offset.index_copy_(0, self.runs.begins[t], self.offsets[t])
+            yield self.runs.clear(self._centred(h_t, offset), t)
+
+    def _centred(self, h_t: Tensor, offset: Tensor) -> Tensor:
+        return torch.add(offset, h_t.to(self.dtype), alpha=self.scale)
 
     def low_row(self, t: int, reach: int) -> Tensor:
         """P at t - reach, but not before the segment's start: [B, k]."""

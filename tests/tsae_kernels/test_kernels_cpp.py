@@ -49,23 +49,6 @@ def test_windows_do_not_drift_over_a_long_walk():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_values_up_to_the_end_of_the_range_make_no_nan(dtype):
-    generator = torch.Generator().manual_seed(0)
-    largest = torch.finfo(dtype).max
-    h = torch.empty(2, 128, 6, dtype=dtype)
-    h[:] = ((torch.rand(2, 128, 6, generator=generator) - 0.5) * 2 * largest).to(dtype)
-    h[..., 1] = largest
-    h[..., 2] = torch.where(torch.arange(128) % 2 == 0, largest, -largest)
-    h.requires_grad_()
-    out, stats = activate_with_stats(h, activation="identity", backend="cpp")
-    wanted = temporal_stats(h, backend="reference")
-    assert torch.equal(stats.differences.isinf(), wanted.differences.isinf())
-    assert not any(s.isnan().any() for s in (out, *stats))
-    (grad,) = torch.autograd.grad(stats.differences, h, torch.full_like(stats.differences, 1e-6))
-    assert not grad.isnan().any()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_number_of_16_bits_converts_as_in_torch(dtype):
     bits = torch.arange(-(2**15), 2**15).to(torch.int16)
     x = bits.view(dtype).reshape(1, 1, -1)

@@ -169,3 +169,26 @@ def test_half_precision_is_summed_in_float32(backend, dtype):
     (grad,) = torch.autograd.grad((stats.differences / stats.square[:, None]).sum(), h)
     assert grad.dtype == dtype
     assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", oracle.BACKENDS)
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_values_up_to_the_end_of_the_range_make_no_nan(backend, segmented, dtype):
+    oracle.too_slow(backend, segmented)
+    T = 40 if backend == "triton" and oracle.INTERPRETED else 128
+    largest = torch.finfo(dtype).max
+    h = ((torch.rand(2, T, 4, generator=torch.Generator().manual_seed(0)) - 0.5) * 2 * largest).to(dtype)
+    h[..., 1] = largest
+    h[..., 2] = torch.where(torch.arange(T) % 2 == 0, largest, -largest)
+    h.requires_grad_()
+    segments = (torch.arange(T) >= T // 3).long().expand(2, T) if segmented else None
+    out, stats = activate_with_stats(h, activation="identity", segments=segments, backend=backend)
+    wanted = temporal_stats(h, segments=segments, backend="reference")
+    for got, right in zip(stats, wanted, strict=True):
+        assert not got.isnan().any()
+        assert torch.equal(got.isinf(), right.isinf())
+    torch.testing.assert_close(stats.total, wanted.total, rtol=1e-5, atol=1e-5 * largest)
+    assert torch.equal(out, h)
+    (grad,) = torch.autograd.grad(stats.differences, h, torch.full_like(stats.differences, 1e-6))
+    assert not grad.isnan().any()
