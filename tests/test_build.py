@@ -93,7 +93,11 @@ def test_the_source_distribution_holds_what_is_compiled(tree: Path, tmp_path: Pa
     (file,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(file) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
+        archive.extractall(tmp_path, filter="data")
     wanted = {str(path.relative_to(tree)) for path in (tree / "csrc").rglob("*") if path.is_file()}
     assert {"csrc/recurrence.h", "csrc/cuda/forward.cu", "csrc/cpu/ops.cpp"} <= wanted
     assert not wanted - names
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "tsae_kernels/eager.py"} <= names
+    (unpacked,) = [folder for folder in tmp_path.iterdir() if folder.is_dir()]
+    result = run(unpacked, *SETUP, "-q", "bdist_wheel", TSAE_BUILD="none")
+    assert result.returncode == 0, result.stderr

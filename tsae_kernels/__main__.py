@@ -1,10 +1,12 @@
 """`python -m tsae_kernels`: the table of backends."""
 # ruff: noqa: T201
 
+from importlib.metadata import version
+
 import torch
 
-from tsae_kernels import available_backends
-from tsae_kernels.backends import BACKEND_VARIABLE, choose_backend
+from tsae_kernels import available_backends, triton_backend
+from tsae_kernels.backends import BACKEND_VARIABLE, OK, choose_backend
 from tsae_kernels.extension import load_cuda_library, load_library
 
 
@@ -19,6 +21,9 @@ def main() -> None:
     library = load_cuda_library()
     if library.built_for:
         print(f"cuda: built for {library.built_for}, CUDA {library.chosen}, with {library.variants}")
+    if available_backends()["triton"] == OK:
+        where = "in its interpreter" if triton_backend.interpreting() else "compiles for the GPU on first use"
+        print(f"triton: version {version('triton')}, {where}")
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:
         try:

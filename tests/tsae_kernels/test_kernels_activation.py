@@ -115,17 +115,18 @@ def test_encoder_is_a_product_and_an_activation():
         torch.testing.assert_close(got, expected)
 
 
-def test_encoder_under_autocast():
+@pytest.mark.parametrize("backend", oracle.BACKENDS)
+def test_encoder_under_autocast(backend):
     x, weight = torch.randn(2, 9, 4), torch.randn(4, 6, requires_grad=True)
     bias = torch.randn(6, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        h, stats = encode_with_stats(x, weight, bias)
+    with torch.autocast(oracle.DEVICE.get(backend, "cpu"), torch.bfloat16):
+        h, stats = encode_with_stats(x, weight, bias, backend=backend)
         loss = h.float().sum() + stats.differences.sum()
         loss.backward()  # inside autocast on purpose: the window arithmetic must stay in float32
     assert h.dtype == torch.bfloat16
     assert stats.differences.dtype == torch.float32
     assert weight.grad.dtype == bias.grad.dtype == torch.float32
     pre = (x.bfloat16() @ weight.detach().bfloat16()).requires_grad_()
-    again, again_stats = activate_with_stats(pre, bias.detach())
+    again, again_stats = activate_with_stats(pre, bias.detach(), backend=backend)
     (grad,) = torch.autograd.grad(again.float().sum() + again_stats.differences.sum(), pre)
     torch.testing.assert_close(bias.grad, grad.float().sum((0, 1)), rtol=2e-2, atol=2e-1)
