@@ -43,7 +43,7 @@ def open_text(
 ) -> Iterator[Document]:
     """The documents of one part of a text source, in an order that seed and epoch determine.
 
-    source: "python-docs", a .txt, .jsonl (both also .gz) or .parquet file, a folder of them, or the id of a
+    source: "python-docs", a .txt, .jsonl (both also .gz or .zst) or .parquet file, a folder of them, or the id of a
         hub dataset. Files of plain text or Python are cut to passages of about 2,000 characters.
     part: "train" or "evaluation". No text is in both: a hash of the document (of the passage, for plain text;
         of the module, for "python-docs") decides, so that identical documents are on the same side.
