@@ -141,6 +141,7 @@ def test_every_preset_runs_end_to_end(
     assert all(isinstance(leaf, (int, float)) and abs(leaf) < 1e30 for leaf in leaves(values))
     config = json.loads((out / "config.json").read_text())
     assert (config["preset"], config["steps"], config["sae"]["d_sae"]) == (preset, 12, 48)
+    assert config["text"]["threshold"] == 0.2  # the split that holds from now on, whatever becomes of the text
     sae = SparseAutoencoder.load(out / "sae")
     assert sae.W_enc.shape == (sae.cfg.d_in, 48)
     if preset == "tcsae-pythia-70m":
