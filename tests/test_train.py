@@ -510,7 +510,7 @@ def test_bad_input_that_shows_late_leaves_the_old_run(
     def fail(*args: object, **kwargs: object) -> None:
         raise UserError("no")
 
-    for owner, name in ((Harvester, "harvest"), (Trainer, "__init__")):
+    for owner, name in ((Harvester, "batches"), (Trainer, "__init__")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, fail)
             assert main([*short, "--overwrite"]) == 2

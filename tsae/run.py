@@ -232,11 +232,11 @@ def _announce(
     )
 
 
-def _harvest_with_bar(harvester: Harvester, n: int) -> Harvest:
+def _harvest_with_bar(harvester: Harvester, n: int) -> Iterator[Harvest]:
     with bar("Tokenizing", n * LENGTH) as advance:
         tokens = harvester.tokenize(n, advance)
     with bar("Harvest", n * LENGTH) as advance:
-        return harvester.harvest(tokens, advance)
+        yield from harvester.batches(tokens, advance)
 
 
 def _start_directory(directory: Path, cfg: TrainConfig) -> None:
