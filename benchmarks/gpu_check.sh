@@ -1,14 +1,23 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: build, tests, compute-sanitizer and benchmarks in one go, one results file. Uses the Python
 # that is there (its torch has the GPU build and its CUDA toolkit has nvcc), installs nothing and needs no network.
-# RESULTS=FILE chooses where the results go, PARTS which parts run.
+# RESULTS=FILE chooses where the results go, PARTS which parts run (what is built stays for the next call), LIMIT how many
+# seconds a section may take. Missing packages: what a test needs and is not there is skipped or named.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 results=${RESULTS:-gpu-results.md}
 python=${PYTHON:-python3}
 parts=${PARTS:-build tests sanitizer benchmarks}
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+limit=${LIMIT:-900}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 status=0
+
+architecture=$("$python" -c 'import torch
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}.{minor}" + ("a" if major == 9 else ""))') || {
+    echo "error: $python has no torch, or its torch sees no GPU (see above); PYTHON=... chooses another" >&2
+    exit 1
+}
 
 # section TITLE COMMAND...: runs it, its output into the results; a failure fails the whole.
 section() {
@@ -16,18 +25,17 @@ section() {
     shift
     echo "== $title"
     { echo; echo "## $title"; echo '```'; } >>"$results"
-    "$@" >>"$results" 2>&1 || code=$?
+    timeout --kill-after=10 "$limit" "$@" >>"$results" 2>&1 || code=$?
     [ "$code" -eq 0 ] || status=1
     { echo '```'; echo "exit code $code, $((SECONDS - begin)) s"; } >>"$results"
+    echo "   exit code $code, $((SECONDS - begin)) s"
 }
 wants() { [[ " $parts " == *" $1 "* ]]; }
 
 echo "# GPU results" >"$results"
 if wants build; then
     # In place, and only for the GPU that is here unless asked otherwise: the other architectures would cost minutes.
-    export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$python" -c 'import torch
-major, minor = torch.cuda.get_device_capability()
-print(f"{major}.{minor}" + ("a" if major == 9 else ""))')}
+    export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$architecture}
     TSAE_BUILD=cuda section "build for $TORCH_CUDA_ARCH_LIST" "$python" setup.py build_ext --inplace
 fi
 {
@@ -41,11 +49,18 @@ PY
     echo '```'
 } >>"$results" 2>&1
 if wants tests; then
+    # In several processes where pytest-xdist is there: Triton compiles a kernel for every new set of bands. The slow
+    # tests are those that do without a GPU what the others do on one.
+    parallel=$("$python" -c 'import xdist; print("-n 8")' 2>/dev/null || true)
     for part in tests/tsae_kernels tests/sae; do
-        section "pytest $part" "$python" -m pytest "$part" -p no:cacheprovider
+        # shellcheck disable=SC2086  # two words
+        section "pytest $part" "$python" -m pytest "$part" -m "not slow" -p no:cacheprovider --durations=10 $parallel
     done
 fi
-if wants sanitizer && command -v compute-sanitizer >/dev/null; then
+if wants sanitizer && ! command -v compute-sanitizer >/dev/null; then
+    echo "error: there is no compute-sanitizer on the PATH" | tee -a "$results" >&2
+    status=1
+elif wants sanitizer; then
     # A checked kernel is slower by one or two orders of magnitude: of each kind of test one small case.
     subset="eight_bands or tuned_bands_in_every_dtype or written or strided or length_cuda"
     files="tests/tsae_kernels/test_kernels_cuda.py"
@@ -57,7 +72,9 @@ if wants sanitizer && command -v compute-sanitizer >/dev/null; then
     done
 fi
 if wants benchmarks; then
-    section "pytest benchmarks" "$python" -m pytest benchmarks -p no:cacheprovider
+    for part in benchmarks/test_kernels.py benchmarks/test_training_step.py benchmarks/test_harvest.py; do
+        section "pytest $part" "$python" -m pytest "$part" -p no:cacheprovider
+    done
 fi
 echo "results in $results"
 exit "$status"

@@ -18,6 +18,6 @@ preload="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libstdc
 export PYTHONPATH="$root:$emulation" PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 TSAE_EMULATED_LIBRARY="$folder/emulated.so"
 # test_kernels_ops.py compiles and measures time, test_kernels_arguments.py never reaches a kernel.
 LD_PRELOAD="$preload" "$python" -m pytest -p emulated_backend -p no:cacheprovider -k cuda \
-  tests/tsae_kernels/test_kernels_{activation,cuda,losses,stats}.py "${@:2}"
+  tests/tsae_kernels/test_kernels_{activation,cuda,losses,properties,stats}.py "${@:2}"
 LD_PRELOAD="$preload" "$python" -m pytest -p emulated_backend -p no:cacheprovider -k "cuda and agree" \
   tests/tsae_kernels/test_kernels_gradients.py "${@:2}"

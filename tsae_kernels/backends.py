@@ -48,7 +48,7 @@ if not triton_backend.interpreting():
 
 
 def available_backends() -> dict[str, str]:
-    """Every backend's name -> "ok", or the reason why it is not available here."""
+    """Every backend's name -> "ok", or the reason why it is not available here, with the command that helps."""
     return dict.fromkeys(_IMPLEMENTATIONS, OK) | _UNAVAILABLE
 
 

@@ -57,6 +57,7 @@ class CompiledBackend:
         bands: Bands,
         segments: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """h [B, T, k] = activation(pre + bias) and its statistics; see `ops.py`."""
         return self._ops.forward(
             pre,
             _compute(bias, pre),
@@ -69,6 +70,7 @@ class CompiledBackend:
         )
 
     def temporal_stats(self, h: Tensor, bands: Bands, segments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """differences [B, S, k], total [B, k] and square [B, k] of h [B, T, k]; see `ops.py`."""
         identity = _CODES["identity"]
         _, *stats = self._ops.forward(h, None, identity, None, None, flatten_bands(bands), _ids(segments), False)
         return tuple(stats)
@@ -85,6 +87,7 @@ class CompiledBackend:
         bands: Bands,
         segments: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        """grad_pre [B, T, k] and grad_bias [k]; `saved` is h, or for gelu pre; see `ops.py`."""
         if grad_differences is not None and grad_differences.shape[0] > 0 and grad_differences.stride(0) == 0:
             grad_differences = grad_differences[:1]  # one gradient for the whole batch, as a sum over b gives
         grad_pre, grad_bias = self._ops.backward(
@@ -101,7 +104,9 @@ class CompiledBackend:
         return grad_pre, grad_bias.sum(0)
 
     def step_energy(self, h: Tensor, weights: Tensor) -> Tensor:
+        """[]: the sum of weights[b, t] * (h[b, t+1, j] - h[b, t, j])^2."""
         return self._ops.step_energy(h, _compute(weights, h)).sum().to(dtype_of_stats(h.dtype))
 
     def step_energy_backward(self, h: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
+        """grad_h [B, T, k] for the gradient of the energy, a [] tensor."""
         return self._ops.step_energy_backward(h, _compute(weights, h), grad.double())

@@ -128,6 +128,7 @@ def _stats(slices: Iterable[Tensor], h: Tensor, bands: Bands, runs: ChunkRuns | 
 
 
 def temporal_stats(h: Tensor, bands: Bands, segments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """differences [B, S, k], total [B, k] and square [B, k] of h [B, T, k]; see `ops.py`."""
     return _gather_chunks(
         h, bands, (_stats(h[rows].unbind(1), h[rows], bands, runs) for rows, runs in _chunks(h, segments))
     )
@@ -142,6 +143,7 @@ def activate_with_stats(
     bands: Bands,
     segments: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h [B, T, k] = activation(pre + bias) and its statistics; see `ops.py`."""
     h = torch.empty_like(pre, memory_format=torch.contiguous_format)
     dtype = dtype_of_stats(pre.dtype)
     bias = None if bias is None else bias.to(dtype)
@@ -208,6 +210,7 @@ def activate_with_stats_backward(
     bands: Bands,
     segments: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """grad_pre [B, T, k] and grad_bias [k]; `saved` is h, or for gelu pre; see `ops.py`."""
     dtype = dtype_of_stats(saved.dtype)
     _, T, k = saved.shape
     grad_pre = torch.empty_like(saved, memory_format=torch.contiguous_format)
@@ -279,6 +282,7 @@ def _active_features(grad_differences: Tensor | None, dtype: torch.dtype) -> tup
 
 
 def step_energy(h: Tensor, weights: Tensor) -> Tensor:
+    """[]: the sum of weights[b, t] * (h[b, t+1, j] - h[b, t, j])^2."""
     dtype = dtype_of_stats(h.dtype)
     energy = torch.zeros(h.shape[0], dtype=dtype, device=h.device)
     for t, step in enumerate(_steps(h, weights, dtype)):
@@ -287,6 +291,7 @@ def step_energy(h: Tensor, weights: Tensor) -> Tensor:
 
 
 def step_energy_backward(h: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
+    """grad_h [B, T, k] for the gradient of the energy, a [] tensor."""
     dtype = dtype_of_stats(h.dtype)
     grad_h = torch.empty_like(h, memory_format=torch.contiguous_format)
     scale = 2 * grad.to(dtype) * weights[..., None]  # [B, T, 1]

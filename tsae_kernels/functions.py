@@ -40,8 +40,8 @@ def temporal_stats(
     backend: a name from `available_backends()`; None for the fastest on h's device (or `TSAE_BACKEND`)
     out: `TemporalStats`, in the square of h's unit (`total` in h's unit). Differentiable once in h.
 
-    Raises `TypeError` or `ValueError` for an argument that is not as above, `RuntimeError` for a backend
-    that is not available.
+    Raises `TypeError` or `ValueError` for an argument that is not as above, `RuntimeError` for a backend that is not
+    available and for a second derivative.
     """
     check_features("h", h)
     bands = check_bands(bands)
@@ -63,7 +63,9 @@ def activate_with_stats(
 ) -> tuple[Tensor, TemporalStats]:
     """h = activation(pre + bias), and `temporal_stats(h, bands, segments)` in the same pass.
 
-    pre: [B, T, k] float64, float32, bfloat16 or float16; any strides
+    Statistics: TSAE, section 4.1. The Schmitt trigger is this package's own (docs/mathematics.md, section 7).
+
+    pre: [B, T, k] float64, float32, bfloat16 or float16; any strides; B may be 0
     bias: [k] floating point or None
     activation: "relu", "gelu" (erf) or "identity"
     threshold: None, a number or [], [k] or [B, T, 1]; only with "relu", which then keeps pre + bias where
@@ -74,12 +76,15 @@ def activate_with_stats(
         segment's start. An excluded position neither reads nor passes on a state: it is kept if above
         `threshold`. Where a [B, T, 1] threshold lies below `release`, the threshold alone decides.
     bands, segments, backend: as in `temporal_stats`
-    out: h [B, T, k] in pre's dtype, `TemporalStats` of h as returned (after rounding to pre's dtype)
+    out: h [B, T, k] in pre's dtype and unit, contiguous; `TemporalStats` of h as returned (rounded to pre's dtype)
 
     Sum, comparison and activation are made in float32 (float64 for float64). NaN is kept, so that it is
     seen. The gradient flows to pre and bias through kept entries, as in TopK; `threshold` and `release` get
-    none. Every output is differentiable, once. The checks of `release` against `threshold` are skipped for
-    tensors on an accelerator and under torch.compile, where they would wait for the device.
+    none. Every output is differentiable, once.
+
+    Raises `TypeError` or `ValueError` for an argument that is not as above, `RuntimeError` for a backend that is not
+    available and for a second derivative. The values of `threshold` and `release` are not compared on an accelerator
+    and under torch.compile, where that would wait for the device.
     """
     check_features("pre", pre)
     if bias is not None:
@@ -106,11 +111,13 @@ def encode_with_stats(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, TemporalStats]:
-    """`activate_with_stats(x @ weight, bias, ...)`: a whole encoder.
+    """`activate_with_stats(x @ weight, bias, ...)`: a whole encoder, h = activation(x W_enc + b_enc).
 
-    x: [B, T, d] activations
+    x: [B, T, d] activations of the language model, in a dtype of `activate_with_stats`
     weight: [d, k], in x's dtype unless autocast is on, which then also chooses h's dtype
-    the rest and out: as in `activate_with_stats`
+    the rest and out: as in `activate_with_stats`; differentiable in x, weight and bias
+
+    Raises as `activate_with_stats`.
     """
     check_features("x", x)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[0] != x.shape[2]:

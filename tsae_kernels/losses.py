@@ -33,15 +33,15 @@ def temporal_loss(
 
     h: [B, T, k] feature activations
     weights: one number per band, the paper's lambda
-    variance: [k] or None. The estimate behind omega (the paper leaves open how it is made); None takes the
-        batch's
-        own: the variance within each sequence, averaged over sequences (two passes over h, exact for a
-            large mean).
+    variance: [k] or None, in the square of h's unit. The estimate behind omega (the paper leaves open how it is made);
+        None takes the batch's own: the variance within each sequence, averaged over sequences (two passes over h, exact
+        for a large mean).
     min_variance: features below it have no part in the loss and get exactly zero gradient from it
     bands, segments, backend: as in `temporal_stats`
-    out: [] float32 (float64 for float64 h); 0 with zero gradient if no feature passes. No gradient flows
-        through omega.
+    out: [] float32 (float64 for float64 h), in the square of h's unit; 0 with zero gradient if no feature passes. No
+        gradient flows through omega.
 
+    Raises as `temporal_stats`, and `ValueError` for a number of weights that is not that of the bands.
     A trainer that has the statistics already calls `temporal_loss_from_stats` and saves the pass.
     """
     check_features("h", h)
@@ -67,6 +67,8 @@ def temporal_loss_from_stats(
     positions: T, or with segments `count_positions(segments)`: [B] non-excluded positions of each row
     weights, variance, min_variance, out: as in `temporal_loss`, but without `variance` the batch's own
         comes from `within_sequence_variance(stats, positions)`, which see for its precision.
+
+    Raises `TypeError` or `ValueError` for an argument that is not as above. Nothing waits for a GPU.
     """
     _check_weights(weights, stats.differences.shape[1])
     if not isinstance(min_variance, (int, float)):
@@ -88,15 +90,17 @@ def temporal_loss_from_stats(
     per_band = stats.differences.sum(0)  # [S, k]; summed first: its gradient is one row for the whole batch
     # A masked feature must not reach the loss even if its differences overflow.
     per_band = torch.where(omega > 0, per_band, 0)
-    lambdas = per_band.new_tensor(tuple(weights))
-    return (per_band * (lambdas[:, None] * omega)).sum() / N
+    if not weights:
+        return per_band.sum() / N
+    # Numbers, not a tensor of them: to copy one to a GPU would wait for it.
+    return (per_band * torch.stack([weight * omega for weight in weights])).sum() / N
 
 
 def within_sequence_variance(stats: TemporalStats, positions: int | Tensor) -> Tensor:
     """The variance of each feature within a sequence, averaged over the sequences that have positions.
 
     stats: [B, ...] statistics. positions: T or [B], as in `temporal_loss_from_stats`
-    out: [k] in the statistics' dtype, without gradient
+    out: [k] in the statistics' dtype and in the square of h's unit, without gradient: sigma_j^2 of TSAE, eq. 3
 
     It is square/n - (total/n)^2, taken in float64 and not below 0. The statistics themselves are rounded:
     in float32 a feature with mean m and standard deviation s has a relative error of about 1e-7 (m/s)^2.
@@ -137,6 +141,8 @@ def window_consistency(
     segments, backend: as in `temporal_stats`
     out: [] float32 (float64 for float64 h), in the square of h's unit; 0 if no segment has room for a window.
         Differentiable once. Exact at segment edges, where a pair lies in fewer windows.
+
+    Raises as `temporal_stats`, and `TypeError` or `ValueError` for a window that is no integer of at least 2.
     """
     check_features("h", h)
     if isinstance(window, bool) or not isinstance(window, int):

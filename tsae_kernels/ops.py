@@ -1,10 +1,10 @@
 """The operators: schema, fake and autograd formula, in Python, so that they exist whatever is compiled.
 
-    activate_with_stats(pre [B, T, k], bias [k]?, ...) -> h [B, T, k], differences [B, S, k], total [B, k],
-    square [B, k] temporal_stats(h [B, T, k], ...)                   -> differences, total, square
+    activate_with_stats(pre [B, T, k], bias [k]?, ...) -> h [B, T, k], and the statistics of h
+    temporal_stats(h [B, T, k], ...)                   -> differences [B, S, k], total [B, k], square [B, k]
     activate_with_stats_backward(saved [B, T, k], ...) -> grad_pre [B, T, k], grad_bias [k]
-    step_energy(h [B, T, k], weights [B, T])           -> sum over b, t, j of weights[b, t] * (h[b, t+1, j]
-    - h[b, t, j])^2 step_energy_backward(h, weights, grad [])          -> grad_h
+    step_energy(h [B, T, k], weights [B, T])           -> [], sum of weights[b, t] * (h[b, t+1, j] - h[b, t, j])^2
+    step_energy_backward(h, weights, grad [])          -> grad_h [B, T, k]
 
 `bands` is the flat list [a_1, b_1, a_2, b_2, ...]; `backend` names the module that does the work and has
 the functions of `reference.py`. In the backward operator

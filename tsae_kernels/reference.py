@@ -37,6 +37,7 @@ def activate(
     release: Tensor | None,
     segments: Tensor | None,
 ) -> Tensor:
+    """h [B, T, k], in pre's dtype."""
     z = pre.to(dtype_of_stats(pre.dtype))
     if bias is not None:
         z = z + bias.to(z.dtype)
@@ -58,6 +59,7 @@ def activate(
 
 
 def temporal_stats(h: Tensor, bands: Bands, segments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """differences [B, S, k], total [B, k] and square [B, k] of h [B, T, k]; see `ops.py`."""
     numbers = segment_numbers(h, segments)
     x = h.double().masked_fill(numbers[..., None] < 0, 0)
     B, T, k = h.shape
@@ -79,6 +81,7 @@ def activate_with_stats(
     bands: Bands,
     segments: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h [B, T, k] = activation(pre + bias) and its statistics; see `ops.py`."""
     h = activate(pre, bias, activation, threshold, release, segments)
     return h, *temporal_stats(h, bands, segments)
 
@@ -94,6 +97,7 @@ def activate_with_stats_backward(
     bands: Bands,
     segments: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """grad_pre [B, T, k] and grad_bias [k]; `saved` is h, or for gelu pre; see `ops.py`."""
     h = activate(saved, bias, "gelu", None, None, segments) if activation == "gelu" else saved
     numbers = segment_numbers(h, segments)
     excluded = numbers[..., None] < 0
@@ -125,6 +129,7 @@ def activate_with_stats_backward(
 
 
 def step_energy(h: Tensor, weights: Tensor) -> Tensor:
+    """[]: the sum of weights[b, t] * (h[b, t+1, j] - h[b, t, j])^2."""
     x = h.double()
     energy = x.new_zeros(())
     for t in range(h.shape[1] - 1):
@@ -134,6 +139,7 @@ def step_energy(h: Tensor, weights: Tensor) -> Tensor:
 
 
 def step_energy_backward(h: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
+    """grad_h [B, T, k] for the gradient of the energy, a [] tensor."""
     x = h.double()
     grad_h = torch.zeros_like(x)
     for t in range(h.shape[1] - 1):

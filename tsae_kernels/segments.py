@@ -26,7 +26,7 @@ def find_runs(segments: Tensor) -> Runs:
     first = torch.ones_like(segments, dtype=torch.bool)  # the position starts a run
     first[:, 1:] = segments[:, 1:] != segments[:, :-1]
     last = first.roll(-1, dims=1)
-    last[:, -1] = True
+    last[:, -1].fill_(True)
     valid = segments >= 0
     start = torch.where(first, positions, 0).cummax(1).values
     end = torch.where(last, positions + 1, segments.shape[1]).flip(1).cummin(1).values.flip(1)
@@ -34,5 +34,9 @@ def find_runs(segments: Tensor) -> Runs:
 
 
 def count_positions(segments: Tensor) -> Tensor:
-    """segments: [B, T] integer ids. out: [B] int64, how many positions of each row are not excluded."""
+    """How many positions of each row are in the statistics: the `positions` of `temporal_loss_from_stats`.
+
+    segments: [B, T] integer ids, negative where excluded
+    out: [B] int64 on the same device
+    """
     return (segments >= 0).sum(1)

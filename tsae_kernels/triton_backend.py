@@ -203,11 +203,13 @@ def activate_with_stats(
     bands: Bands,
     segments: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h [B, T, k] = activation(pre + bias) and its statistics; see `ops.py`."""
     h = torch.empty_like(pre, memory_format=torch.contiguous_format)
     return h, *_forward(pre, bias, activation, threshold, release, bands, segments, h)
 
 
 def temporal_stats(h: Tensor, bands: Bands, segments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """differences [B, S, k], total [B, k] and square [B, k] of h [B, T, k]; see `ops.py`."""
     return _forward(h, None, "identity", None, None, bands, segments, None)
 
 
@@ -222,6 +224,7 @@ def activate_with_stats_backward(
     bands: Bands,
     segments: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """grad_pre [B, T, k] and grad_bias [k]; `saved` is h, or for gelu pre; see `ops.py`."""
     B, T, k = saved.shape
     grad_pre = torch.empty_like(saved, memory_format=torch.contiguous_format)
     grad_bias = saved.new_empty(B, k, dtype=dtype_of_stats(saved.dtype))
@@ -270,6 +273,7 @@ def activate_with_stats_backward(
 
 
 def step_energy(h: Tensor, weights: Tensor) -> Tensor:
+    """[]: the sum of weights[b, t] * (h[b, t+1, j] - h[b, t, j])^2."""
     B, T, k = h.shape
     dtype = dtype_of_stats(h.dtype)
     block = _block_k(h, 256)
@@ -296,6 +300,7 @@ def step_energy(h: Tensor, weights: Tensor) -> Tensor:
 
 
 def step_energy_backward(h: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
+    """grad_h [B, T, k] for the gradient of the energy, a [] tensor."""
     B, T, k = h.shape
     grad_h = torch.empty_like(h, memory_format=torch.contiguous_format)
     block = _block_k(h, 256)

@@ -64,6 +64,7 @@ def load_rows(at, stride: tl.constexpr, left, inside, NUMBER: tl.constexpr, GUAR
 
 @triton.jit
 def normal_distribution(z):
+    """Phi(z): gelu(z) = z Phi(z)."""
     return 0.5 * (1 + tl.erf(z * 0.70710678118654752440))
 
 

@@ -146,7 +146,7 @@ __device__ __forceinline__ Run run_at(const int* ends, int begin, int T_) {
 }
 
 // The level around which a run is centred: the mean of every eighth position (of all, up to 16), times kShrink. It is off
-// the mean by at most sqrt(7) standard deviations whatever the features are (docs/kernels_cuda.md), so that what centring
+// the mean by at most sqrt(7) standard deviations whatever the features are (mathematics, section 4), so that what centring
 // is for is kept: no product is much larger than the result.
 template <class Rows>
 __device__ __forceinline__ auto shrunk_level(const Rows& x, int n) {

@@ -8,7 +8,15 @@ import pytest
 import torch
 from compiled_checks import EIGHT_BANDS, assert_as_reference, everything
 
-from tsae_kernels import MULTISCALE, activate_with_stats, available_backends, temporal_stats, window_consistency
+from tsae_kernels import (
+    MULTISCALE,
+    activate_with_stats,
+    available_backends,
+    count_positions,
+    temporal_loss_from_stats,
+    temporal_stats,
+    window_consistency,
+)
 from tsae_kernels.backends import _DEVICES, choose_backend
 
 _STATE = available_backends()["cuda"]
@@ -308,15 +316,18 @@ def test_it_is_the_default_on_a_gpu_only_cuda():
 
 @pytest.mark.gpu
 @on_gpu
-def test_nothing_waits_for_the_gpu_and_a_graph_can_capture_it_cuda():
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_nothing_waits_for_the_gpu_and_a_graph_can_capture_it_cuda(backend):
     pre, bias = torch.randn(4, 128, 66, device=DEVICE), torch.randn(66, device=DEVICE)
     segments = oracle.random_segments(4, 128).to(DEVICE)
     level = torch.full((66,), 0.6, device=DEVICE)
 
     def step():
         leaf = pre.detach().requires_grad_()
-        h, stats = activate_with_stats(leaf, bias, "relu", level, 0.2 * level, segments=segments, backend="cuda")
-        return h.detach(), *torch.autograd.grad(h.sum() + stats.differences.sum() + stats.square.sum(), leaf)
+        h, stats = activate_with_stats(leaf, bias, "relu", level, 0.2 * level, segments=segments, backend=backend)
+        loss = temporal_loss_from_stats(stats, count_positions(segments))
+        loss = loss + h.sum() + stats.square.sum() + window_consistency(h, 3, segments, backend=backend)
+        return h.detach(), loss.detach(), *torch.autograd.grad(loss, leaf)
 
     other = torch.cuda.Stream()
     other.wait_stream(torch.cuda.current_stream())

@@ -6,8 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels_oracle import temporal_loss, temporal_stats, window_consistency
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tsae_kernels import MULTISCALE, count_positions, temporal_loss_from_stats, within_sequence_variance
+from tsae_kernels.losses import window_weights
 
 WEIGHTS = (0.01, 0.005, 0.001)
 BANDS = ((1, 2), (3, 6), (8, 30))
@@ -119,3 +121,32 @@ def test_window_loss_in_low_precision_and_with_garbage_in_padding(backend):
     (grad,) = torch.autograd.grad(loss, h)
     assert grad.dtype == torch.bfloat16
     assert grad.isfinite().all()
+
+
+class _Recorder(TorchDispatchMode):
+    """The operators that run, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+def test_a_loss_needs_nothing_from_the_host(segmented):
+    """On a GPU these operators would wait for it, and no graph could capture them."""
+    h = torch.randn(2, 20, 3, requires_grad=True)
+    segments = oracle.random_segments(2, 20) if segmented else None
+    positions = 20 if segments is None else count_positions(segments)
+    with _Recorder() as recorder:
+        stats = temporal_stats(h, BANDS, segments, backend="reference")
+        recorder.names.clear()
+        loss = temporal_loss_from_stats(stats, positions, WEIGHTS)
+        loss = loss + temporal_loss_from_stats(stats, positions, WEIGHTS, torch.ones(3))
+        torch.autograd.grad(loss, stats.differences)
+        window_weights(h, 3, segments)
+    assert "aten::sum.dim_IntList" in recorder.names
+    assert not recorder.names & {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::lift_fresh"}

@@ -7,8 +7,6 @@ import sys
 import kernels_oracle as oracle
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from kernels_oracle import activate_with_stats, temporal_stats, window_consistency
 
 from tsae_kernels import MULTISCALE, available_backends, triton_backend
@@ -92,26 +90,6 @@ def test_gradients_of_long_rows_in_float64(T, k, segmented):
     bias = torch.randn(k, dtype=torch.float64, generator=generator)
     segments = oracle.random_segments(1, T, generator) if segmented else None
     assert_as_reference(pre, bias, "schmitt", segments=segments, rtol=1e-11)
-
-
-@settings(deadline=None, max_examples=6 if oracle.INTERPRETED else 60)
-@given(
-    T=st.integers(1, 20),
-    k=st.integers(1, 5),
-    mode=st.sampled_from(sorted(MODES)),
-    edges=st.lists(st.integers(1, 24), unique=True, max_size=8),
-    segmented=st.booleans(),
-    shared=st.booleans(),
-    offset=st.sampled_from([0.0, 1e3]),
-    seed=st.integers(0, 2**31),
-)
-def test_random_bands_segments_and_activations(T, k, mode, edges, segmented, shared, offset, seed):
-    generator = torch.Generator().manual_seed(seed)
-    edges = sorted(edges)[: len(edges) // 2 * 2]
-    bands = tuple(zip(edges[::2], edges[1::2], strict=True))
-    segments = oracle.random_segments(2, T, generator, longest=12) if segmented else None
-    pre = torch.randn(2, T, k, generator=generator) + offset
-    assert_as_reference(pre, torch.randn(k, generator=generator), mode, bands, segments, shared)
 
 
 @pytest.mark.parametrize("segmented", [False, True])

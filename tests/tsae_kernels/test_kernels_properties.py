@@ -1,0 +1,46 @@
+"""Every backend on the same generated calls: the definition, as exact as PyTorch's operations, every output written."""
+
+import kernels_oracle as oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from kernel_cases import cases
+
+from tsae_kernels import activate_with_stats
+
+# Triton takes a millisecond a row and operation in its interpreter, and seconds on a GPU for each new set of bands.
+EXAMPLES = {"reference": 15, "eager": 40, "cpp": 80, "cuda": 60, "triton": 8 if oracle.INTERPRETED else 15}
+
+
+def assert_as_exact_as_torch(name, found, right, in_torch, size):
+    """The error is at most twice that of PyTorch's operations; these are exact now and then, so a few roundings of the
+    terms are allowed beside it, and one of the result."""
+    if right.numel() == 0:
+        return
+    compute = torch.float64 if found.dtype == torch.float64 else torch.float32
+    error, of_torch = ((x.double() - right).abs().max().item() for x in (found, in_torch.to(found.dtype)))
+    luck = 8 * torch.finfo(compute).eps * size + torch.finfo(found.dtype).eps * right.abs().max().item()
+    assert error <= 2 * of_torch + luck, f"{name}: off by {error:.1e}, PyTorch by {of_torch:.1e}, terms of {size:.1e}"
+
+
+def check(case, backend):
+    torch.use_deterministic_algorithms(True)  # PyTorch then fills with NaN what it allocates
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        found = case.run(activate_with_stats, backend, oracle.DEVICE.get(backend, "cpu"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    right, in_torch = (case.expected(found["h"], dtype) for dtype in (torch.float64, case.compute))
+    assert found["h"].dtype == case.pre.dtype
+    if case.name != "gelu":
+        assert torch.equal(found["h"], in_torch["h"].to(case.pre.dtype))
+    sizes = case.sizes(found["h"])
+    for name, value in found.items():
+        assert value.shape == right[name].shape
+        assert_as_exact_as_torch(name, value, right[name], in_torch[name], sizes[name])
+
+
+@pytest.mark.parametrize("backend", oracle.BACKENDS)
+def test_every_backend_computes_the_definition(backend):
+    small = {"longest": 14, "widest": 5} if backend == "triton" and oracle.INTERPRETED else {}
+    settings(deadline=None, max_examples=EXAMPLES[backend])(given(cases(**small))(lambda case: check(case, backend)))()
