@@ -74,6 +74,9 @@ def test_command_line_overrides_file_overrides_preset(tmp_path: Path) -> None:
     again, _ = command(["--config", str(path), "--seed", "5", "--objective.bands", "1", "2", "5", "9"])
     assert (again.preset, again.steps, again.seed, again.sae.d_sae) == ("tcsae-pythia-70m", 7, 5, 64)
     assert again.objective.bands == ((1, 2), (5, 9))
+    cfg.text = dataclasses.replace(cfg.text, threshold=0.3)  # of that run's text
+    path.write_text(json.dumps(to_dict(cfg)))
+    assert command(["--config", str(path)])[0].text.threshold is None
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,7 @@ def test_every_preset_runs_end_to_end(
     assert all(isinstance(leaf, (int, float)) and abs(leaf) < 1e30 for leaf in leaves(values))
     config = json.loads((out / "config.json").read_text())
     assert (config["preset"], config["steps"], config["sae"]["d_sae"]) == (preset, 12, 48)
+    assert config["text"]["threshold"] == 0.2  # the split that holds from now on, whatever becomes of the text
     sae = SparseAutoencoder.load(out / "sae")
     assert sae.W_enc.shape == (sae.cfg.d_in, 48)
     if preset == "tcsae-pythia-70m":
@@ -509,7 +510,7 @@ def test_bad_input_that_shows_late_leaves_the_old_run(
     def fail(*args: object, **kwargs: object) -> None:
         raise UserError("no")
 
-    for owner, name in ((Harvester, "harvest"), (Trainer, "__init__")):
+    for owner, name in ((Harvester, "batches"), (Trainer, "__init__")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, fail)
             assert main([*short, "--overwrite"]) == 2

@@ -1,4 +1,14 @@
-"""Evaluate a sparse autoencoder: `python -m tsae.evaluate RUN`, and the functions the trainer calls."""
+"""Evaluate a sparse autoencoder: `python -m tsae.evaluate RUN`, and the functions the trainer calls.
+
+Which text it is measured on: the evaluation part of the run's own text, or with `--data` other text. No document
+that the run's own split put on the training side is ever used. The run's split (`text.threshold` of its
+config.json) holds for other text too, so whatever of that lies on the evaluation side was not trained on, even if
+it is a copy or a part of the run's text. Where that is less than one sequence, all of the other text is used but
+the documents in the training part of the run's text, which is read for the purpose.
+
+The limit of this: documents (passages of about 2,000 characters, for plain text) are compared as wholes. The same
+words cut in another way, as the passages of a book in one file and its chapters in another, are not recognised.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +28,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tsae.cli import parse, report_errors
-from tsae.config import TrainConfig, from_dict, load_json
+from tsae.config import LENGTH, TrainConfig, from_dict, load_json
 from tsae.data.passages import Document
-from tsae.data.sequences import SequenceStream, TokenBatch
-from tsae.data.text import TextConfig, open_text
+from tsae.data.sequences import SequenceStream, TokenBatch, TooShortError
+from tsae.data.text import TextConfig, is_same_source, open_text, open_unseen, split_threshold
 from tsae.errors import UserError
 from tsae.files import replacing, write_json
 from tsae.lm.hooks import activations, logits_with
@@ -34,7 +44,7 @@ from tsae.metrics import (
     shuffle_within_segments,
 )
 from tsae.progress import bar
-from tsae.report import write_report
+from tsae.report import read_source, write_report
 from tsae.sae.model import SparseAutoencoder
 from tsae.table import print_table
 
@@ -227,10 +237,12 @@ def _leaves(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
             yield f"{prefix}{key}", value
 
 
-def write_eval(result: EvaluationResult, run_dir: str | Path) -> None:
+def write_eval(result: EvaluationResult, run_dir: str | Path, source: dict[str, Any] | None = None) -> None:
     """Write `eval.json` and `sae/sparsity.safetensors` into a run directory, each atomically.
 
-    The second is SAELens's optional file: `sparsity` [d_sae] float32, log10 of the firing frequency with a
+    source: what text was measured, in `eval_source.json`; None, the run's own evaluation part, leaves no such file.
+
+    `sparsity.safetensors` is SAELens's optional file: `sparsity` [d_sae] float32, log10 of the firing frequency with a
     floor of 1e-10.
     """
     run_dir = Path(run_dir)
@@ -238,7 +250,11 @@ def write_eval(result: EvaluationResult, run_dir: str | Path) -> None:
     sparsity = result.density.clamp(min=1e-10).log10().to(torch.float32).contiguous()
     with replacing(run_dir / "sae" / "sparsity.safetensors") as temporary:
         save_file({"sparsity": sparsity}, temporary)
+    if source is not None:  # first: killed in between, figures of the run's own text are doubted, not the reverse
+        write_json(run_dir / "eval_source.json", source)
     write_json(run_dir / "eval.json", result.metrics)
+    if source is None:
+        (run_dir / "eval_source.json").unlink(missing_ok=True)
 
 
 @contextmanager
@@ -265,8 +281,9 @@ class Arguments:
     run: Annotated[Path, tyro.conf.Positional]
     """The run directory."""
     data: str | None = None
-    """Text to evaluate on: its evaluation part, or all of it if that is empty. Default: the evaluation part
-    of the run's own text, which training never saw."""
+    """Text to evaluate on, of which no document that the run trained on is used: what lies on the evaluation
+    side of the run's split, or if that is too little, all that is not in its training text. Default: the
+    evaluation part of the run's own text."""
     tokens: int | None = None
     """Tokens for reconstruction, sparsity and temporal metrics. Default: as in the run's configuration."""
     ce_sequences: int | None = None
@@ -296,7 +313,9 @@ def evaluate_run(arguments: Arguments) -> EvaluationResult:
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
     seed = config.seed if arguments.seed is None else arguments.seed
-    data = config.data if arguments.data is None else arguments.data
+    data = config.data
+    if arguments.data is not None and not is_same_source(arguments.data, config.data):
+        data = arguments.data
     text = config.text if arguments.column is None else replace(config.text, column=arguments.column)
     device = config.device if arguments.device is None else arguments.device
     if device == "auto":
@@ -306,20 +325,16 @@ def evaluate_run(arguments: Arguments) -> EvaluationResult:
     lm = load_language_model(config.model, device=device, dtype=config.lm_dtype, revision=config.revision)
     sae.to(lm.device)
 
-    stream = SequenceStream(
-        lambda epoch: _evaluation_text(data, text, seed, epoch, own=data == config.data),
-        lm.tokenizer,
-        repeat=False,
-    )
     sequences = config.evaluation.sequences
     if arguments.tokens is not None:
-        sequences = math.ceil(arguments.tokens / stream.length)
+        sequences = math.ceil(arguments.tokens / LENGTH)
+    batch, source = _held_out(config, data, text, lm, sequences, seed)
     ce_sequences = arguments.ce_sequences or config.evaluation.ce_sequences
     with evaluation_progress() as progress:
         result = evaluate(
             sae,
             lm,
-            [stream.next_batch(sequences)],
+            [batch],
             layer=config.layer,
             ce_sequences=ce_sequences,
             lm_batch=config.evaluation.lm_batch,
@@ -327,20 +342,31 @@ def evaluate_run(arguments: Arguments) -> EvaluationResult:
             seed=seed,
             progress=progress,
         )
-    write_eval(result, run)
+    write_eval(result, run, source)
     write_report(run)
     return result
 
 
-def _evaluation_text(data: str, text: TextConfig, seed: int, epoch: int, *, own: bool) -> Iterator[Document]:
-    """The evaluation part of `data`; all of it if that part is empty and training used other text (`own`)."""
+def _held_out(
+    config: TrainConfig, data: str, text: TextConfig, lm: LanguageModel, sequences: int, seed: int
+) -> tuple[TokenBatch, dict[str, Any] | None]:
+    """At most so many sequences that the run did not train on; what they are of, None for its own evaluation part."""
+
+    def batch(documents: Iterator[Document]) -> TokenBatch:
+        return SequenceStream(lambda epoch: documents, lm.tokenizer, LENGTH, repeat=False).next_batch(sequences)
+
+    if data == config.data and text == config.text:
+        return batch(open_text(data, part="evaluation", seed=seed, config=text)), None
+    other = replace(text, threshold=split_threshold(config.data, config.text))
+    if Path(data).expanduser().exists():
+        other = replace(other, subset=None)  # the run's, of a hub dataset
+    source = {"data": data, "column": text.column}
     try:
-        return open_text(data, part="evaluation", seed=seed, config=text, epoch=epoch)
-    except UserError:
-        if own:
-            raise
-        whole = replace(text, evaluation_share=1.0)
-        return open_text(data, part="evaluation", seed=seed, config=whole, epoch=epoch)
+        found = batch(open_text(data, part="evaluation", seed=seed, config=other))
+        return found, source | {"part": "the evaluation side of the run's split"}
+    except TooShortError:
+        documents = open_unseen(data, seed=seed, config=other, trained_on=config.data, trained_config=config.text)
+        return batch(documents), source | {"part": "all but the run's training text"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -349,9 +375,11 @@ def main(argv: list[str] | None = None) -> int:
         arguments = parse(Arguments, sys.argv[1:] if argv is None else argv, None, "python -m tsae.evaluate")
         result = evaluate_run(arguments)
         console = Console()
-        print_table(result.metrics, console)
+        source = read_source(arguments.run)
+        print_table(result.metrics, console, text=source.get("data"))
         written = f"{arguments.run / 'eval.json'} and {arguments.run / 'report.png'}"
-        console.print(f"{result.tokens:,} tokens. Wrote {written}.", markup=False, highlight=False)
+        of = f" of {source['data']} ({source['part']})" if source else ""
+        console.print(f"{result.tokens:,} tokens{of}. Wrote {written}.", markup=False, highlight=False)
     return status.code
 
 

@@ -31,16 +31,24 @@ class _Rate(ProgressColumn):
         return Text(f"{rate:,.0f} {task.fields['unit']}/s" if rate >= 10 else f"{rate:.1f} {task.fields['unit']}/s")
 
 
+class _Done(ProgressColumn):
+    """Units done, of how many."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.completed:>9,.0f}" + ("" if task.total is None else f"/{task.total:,.0f}"))
+
+
 @contextmanager
-def bar(description: str, total: int, unit: str = "tokens") -> Iterator[Callable[[int], None]]:
+def bar(description: str, total: float | None, unit: str = "tokens") -> Iterator[Callable[[float], None]]:
     """A bar on stderr; the yielded function takes the units done since its last call.
 
+    total: units in all; None where that is known at the end only
     On a terminal the bar moves; elsewhere one line is written when the part ends.
     """
     columns = (
         TextColumn("{task.description:<10}"),
         BarColumn(bar_width=20),
-        TextColumn("{task.completed:>9,.0f}/{task.total:,.0f}"),
+        _Done(),
         _Rate(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
@@ -48,3 +56,5 @@ def bar(description: str, total: int, unit: str = "tokens") -> Iterator[Callable
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(description, total=total, unit=unit)
         yield lambda done: progress.update(task, advance=done)
+        if total is None:
+            progress.update(task, total=progress.tasks[0].completed)

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from tsae.errors import UserError
 from tsae.files import replacing
 
-__all__ = ["write_report"]
+__all__ = ["read_source", "write_report"]
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
@@ -58,9 +58,9 @@ FLOOR = 1e-10  # of the firing frequency in sparsity.safetensors: a feature at i
 def write_report(run_dir: str | Path) -> Path:
     """Draw RUN/report.png (1600 x 1080 pixels), atomically, and return its path.
 
-    Reads metrics.jsonl, eval.json, config.json and sae/sparsity.safetensors; what is missing leaves its panel
-    saying so. The same files give the same bytes. Raises UserError for a directory or a file that cannot be
-    read.
+    Reads metrics.jsonl, eval.json, eval_source.json, config.json and sae/sparsity.safetensors; what is missing
+    leaves its panel saying so. The same files give the same bytes. Raises UserError for a directory or a file that
+    cannot be read.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
@@ -72,11 +72,17 @@ def write_report(run_dir: str | Path) -> Path:
     density = 10.0 ** load_file(sparsity_file)["sparsity"].astype(np.float64) if sparsity_file.exists() else None
 
     with matplotlib.rc_context(STYLE):
-        figure = draw(history, evaluation, config, density, title=run_dir.resolve().name)
+        text = read_source(run_dir).get("data")
+        figure = draw(history, evaluation, config, density, title=run_dir.resolve().name, text=text)
         path = run_dir / "report.png"
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", metadata={"Software": None})
     return path
+
+
+def read_source(run_dir: str | Path) -> dict[str, Any]:
+    """The text that eval.json was measured on; empty if it is the run's own evaluation part."""
+    return _read_object(Path(run_dir) / "eval_source.json")
 
 
 def read_history(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -126,12 +132,17 @@ def draw(
     density: np.ndarray | None,
     *,
     title: str,
+    text: str | None = None,
 ) -> Figure:
-    """The page as a figure; `density` [d_sae] is each feature's share of active tokens."""
+    """The page as a figure.
+
+    density: [d_sae] each feature's share of active tokens
+    text: what was evaluated on, if it is not the run's own evaluation part
+    """
     figure = Figure(figsize=(40 / 3, 9), dpi=120, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     head, body = figure.subfigures(2, 1, height_ratios=(1.7, 7.3))
-    _header(head, history, evaluation, config, title)
+    _header(head, history, evaluation, config, title, text)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, wspace=0.02, hspace=0.03)
     axes = body.subplots(2, 4)
     _loss(axes[0, 0], history)
@@ -151,6 +162,7 @@ def _header(
     evaluation: dict[str, Any],
     config: dict[str, Any],
     title: str,
+    text: str | None,
 ) -> None:
     """The run's name, its configuration in two lines, and the numbers one asks for first."""
     sae, objective = config.get("sae", {}), config.get("objective", {})
@@ -162,6 +174,8 @@ def _header(
         what.append(f"layer {config['layer']}")
     if "data" in config:
         what.append(f"trained on {Path(str(config['data'])).name}")
+    if text is not None:
+        what.append(f"EVALUATED ON {Path(text).name}")
     if "step" in history:
         what.append(f"{_count(history['step'][1][-1])} steps")
     if "tokens" in history:

@@ -19,7 +19,7 @@ from tsae.config import LENGTH, TrainConfig, to_dict
 from tsae.data.buffer import ActivationBuffer
 from tsae.data.harvest import Harvest, Harvester
 from tsae.data.sequences import SequenceStream, TokenBatch
-from tsae.data.text import Document, Part, open_text
+from tsae.data.text import Document, Part, open_text, split_threshold
 from tsae.errors import UserError
 from tsae.evaluate import EvaluationResult, evaluate, evaluation_progress, write_eval
 from tsae.files import write_json
@@ -104,8 +104,9 @@ def run(cfg: TrainConfig, directory: Path, *, resume: bool = False) -> Evaluatio
 
 
 def _open(cfg: TrainConfig, device: torch.device) -> tuple[LanguageModel, TrainConfig]:
-    """The language model, and the configuration with its width; whatever is unusable is found here."""
+    """The language model, and the configuration with its width and the text's split; what is unusable is found here."""
     next(iter(_text(cfg, "train")(0)))  # unusable text is reported before the model is loaded
+    cfg = replace(cfg, text=replace(cfg.text, threshold=split_threshold(cfg.data, cfg.text)))
     lm = load_language_model(cfg.model, device=device, dtype=cfg.lm_dtype, revision=cfg.revision)
     check_layer(lm, cfg.layer)
     cfg = replace(cfg, sae=replace(cfg.sae, d_in=matching_width(cfg, lm)))
@@ -231,11 +232,11 @@ def _announce(
     )
 
 
-def _harvest_with_bar(harvester: Harvester, n: int) -> Harvest:
+def _harvest_with_bar(harvester: Harvester, n: int) -> Iterator[Harvest]:
     with bar("Tokenizing", n * LENGTH) as advance:
         tokens = harvester.tokenize(n, advance)
     with bar("Harvest", n * LENGTH) as advance:
-        return harvester.harvest(tokens, advance)
+        yield from harvester.batches(tokens, advance)
 
 
 def _start_directory(directory: Path, cfg: TrainConfig) -> None:
@@ -247,7 +248,7 @@ def _start_directory(directory: Path, cfg: TrainConfig) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for name in ("checkpoint", "sae"):
         shutil.rmtree(directory / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "eval.json", "report.png"):
+    for name in ("metrics.jsonl", "eval.json", "eval_source.json", "report.png"):
         (directory / name).unlink(missing_ok=True)
     write_json(directory / "config.json", to_dict(cfg))
     if directory.parent == Path("runs") / cfg.preset:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 __all__ = ["print_table"]
@@ -47,9 +48,13 @@ _TABLE: dict[str, tuple[tuple[str, str, str, int], ...]] = {
 }
 
 
-def print_table(metrics: dict[str, Any], console: Console | None = None) -> None:
-    """Print the metrics of an eval.json as a table, on stdout unless a console is given."""
-    table = Table(title="Evaluation", title_justify="left", show_edge=False, pad_edge=False)
+def print_table(metrics: dict[str, Any], console: Console | None = None, text: str | None = None) -> None:
+    """Print the metrics of an eval.json as a table, on stdout unless a console is given.
+
+    text: what was evaluated on, if it is not the run's own evaluation part
+    """
+    title = "Evaluation" if text is None else f"Evaluation on other text: {escape(text)}"
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
     table.add_column("metric", no_wrap=True)
     table.add_column("value", justify="right")
     table.add_column("unit", style="dim", no_wrap=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,6 +49,7 @@ def command(argv: list[str]) -> tuple[TrainConfig, Command]:
     asked = parse(Command, argv, _default(preset("demo")), PROG)
     if asked.config is not None:
         base = from_dict(TrainConfig, load_json(asked.config))
+        base = replace(base, text=replace(base.text, threshold=None))  # of that run's text, which may not be this one's
     elif asked.preset != "demo":
         base = preset(asked.preset)
     else:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from tiny import sample_text
 
 from tsae.data.buffer import ActivationBuffer
-from tsae.data.harvest import Harvest
+from tsae.data.harvest import Harvest, Harvester
+from tsae.data.passages import Document
+from tsae.data.sequences import SequenceStream, TokenBatch
+from tsae.lm.loading import load_language_model
 
 T, D = 5, 3
 
@@ -19,12 +26,13 @@ class Source:
     def __init__(self, start: int = 0) -> None:
         self.next, self.sizes = start, []
 
-    def __call__(self, n: int) -> Harvest:
+    def __call__(self, n: int) -> Iterator[Harvest]:
         ids = torch.arange(self.next, self.next + n)
         self.next += n
         self.sizes.append(n)
         x = (ids[:, None, None] * 1000 + torch.arange(T)[None, :, None]).expand(n, T, D).float().contiguous()
-        return Harvest(x, torch.zeros(n, T, dtype=torch.int32))
+        for part in x.split(5):
+            yield Harvest(part, torch.zeros(len(part), T, dtype=torch.int32))
 
 
 def make(source: Source, capacity: int, reuse: int, demand: int) -> ActivationBuffer:
@@ -98,3 +106,40 @@ def test_resumes_bit_for_bit(when: int) -> None:
         a, b = whole.next_batch(4), resumed.next_batch(4)
         assert torch.equal(a.x, b.x)
         assert torch.equal(a.segments, b.segments)
+
+
+def allocated(work: Callable[[], object]) -> int:
+    """Most bytes of tensors that were live at once in ``work``, beyond those before, as torch's allocator tells it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    del kept
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def test_memory_is_as_stated_up_to_one_harvest_batch_also_while_refilling(tiny_neox: Path) -> None:
+    lm = load_language_model(str(tiny_neox), dtype="float32")
+    stream = SequenceStream(lambda epoch: iter([Document("a", sample_text(30_000))]), lm.tokenizer, 128)
+    harvester = Harvester(lm, 1, stream, batch=2)
+    one_batch = allocated(partial(harvester.take, 2))
+    tokens = harvester.tokenize(256)
+
+    def harvest(n: int) -> Iterator[Harvest]:
+        return harvester.batches(TokenBatch(tokens.tokens[:n], tokens.segments[:n]))
+
+    buffer = ActivationBuffer(harvest, 256, 1, 2048, torch.Generator().manual_seed(0))
+    stated = buffer.memory(128, 32, torch.float32)
+    assert stated >= 256 * 128 * 32 * 4
+
+    def draw() -> object:
+        while buffer.refills < 4:
+            buffer.next_batch(8)
+        return buffer.contents()
+
+    peak = allocated(draw)
+    assert stated <= peak <= stated + 1.1 * one_batch + 8 * 128 * 32 * 4
+    assert one_batch < stated / 3  # else the bound would say little

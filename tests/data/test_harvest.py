@@ -35,9 +35,10 @@ def test_harvest_is_the_models_hidden_states_without_the_first_position(
     progress: list[int] = []
     for layer in (0, 2):
         harvester = Harvester(lm, layer, stream(), batch=2)
-        harvest = harvester.harvest(harvester.tokenize(5, progress.append), progress.append)
-        torch.testing.assert_close(harvest.x, states[layer + 1][:, 1:])
-        assert torch.equal(harvest.segments, batch.segments)
+        parts = list(harvester.batches(harvester.tokenize(5, progress.append), progress.append))
+        torch.testing.assert_close(torch.cat([part.x for part in parts]), states[layer + 1][:, 1:])
+        assert torch.equal(torch.cat([part.segments for part in parts]), batch.segments)
+        torch.testing.assert_close(Harvester(lm, layer, stream(), batch=2).take(5).x, states[layer + 1][:, 1:])
     assert progress == 4 * [2 * T, 2 * T, T]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,6 +66,33 @@ def test_missing_column_names_those_there_are(asked: list[dict[str, Any]], sourc
 def test_error_of_the_library_is_one_sentence(asked: list[dict[str, Any]]) -> None:
     with pytest.raises(UserError, match=r"cannot open the dataset 'some/broken'.*: first line$"):
         open_text("some/broken", part="train", seed=0)
+
+
+def test_zstandard_is_streamed_and_a_file_cut_short_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Pile's files, as `datasets` reads them: it needs a package of its own for them."""
+    datasets = pytest.importorskip("datasets")
+    if sys.version_info < (3, 14):
+        pytest.importorskip("backports.zstd")
+    import pyarrow as pa
+
+    # 18 MB: more than is read at once, so that the end comes after the stream is open.
+    rows = [[json.dumps({"text": f"document {i} of {j} " + "x" * 60_000}) + "\n" for i in range(100)] for j in range(3)]
+    frames = b"".join(pa.Codec("zstd").compress("".join(some).encode(), asbytes=True) for some in rows)
+    real = datasets.load_dataset
+
+    def load_dataset(path: str, name: str | None, split: str, streaming: bool) -> Any:
+        return real("json", data_files=str(tmp_path / f"{path}.jsonl.zst"), split=split, streaming=streaming)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub, "hub_is_reachable", lambda: True)
+    (tmp_path / "whole.jsonl.zst").write_bytes(frames)
+    (tmp_path / "cut.jsonl.zst").write_bytes(frames[:-9])
+    assert sorted(read("whole", evaluation_share=0)) == sorted(json.loads(line)["text"] for line in sum(rows, []))
+    with pytest.raises(UserError, match="cannot read on in the dataset 'cut'") as info:
+        read("cut", evaluation_share=0)
+    assert "\n" not in str(info.value)
 
 
 def test_part_without_text(asked: list[dict[str, Any]]) -> None:

@@ -22,6 +22,13 @@ def read(source: Path | str, part: str = "train", seed: int = 0, epoch: int = 0,
     return [document.text for document in documents]
 
 
+def zstd(content: bytes) -> bytes:
+    """One frame, as `zstd` writes."""
+    import pyarrow as pa
+
+    return pa.Codec("zstd").compress(content, asbytes=True)
+
+
 def both(source: Path | str, **config: object) -> tuple[list[str], list[str]]:
     return read(source, "train", **config), read(source, "evaluation", **config)
 
@@ -153,8 +160,9 @@ class TestFiles:
         (tmp_path / "two.jsonl").write_text('{"text": "two"}\n\n{"text": " "}\n{"text": null}\n')
         (tmp_path / "three.txt.gz").write_bytes(gzip.compress(b"three"))
         (tmp_path / "four.jsonl.gz").write_bytes(gzip.compress(b'{"text": "four"}\n'))
+        (tmp_path / "six.txt.zst").write_bytes(zstd(b"six"))
         pq.write_table(pa.table({"n": [1, 2, 3], "body": ["five", None, ""]}), tmp_path / "deep/five.parquet")
-        assert sorted(chain(*both(tmp_path))) == ["five", "four", "one", "three", "two"]
+        assert sorted(chain(*both(tmp_path))) == ["five", "four", "one", "six", "three", "two"]
 
     def test_bytes_that_are_not_utf8_are_replaced(self, tmp_path: Path) -> None:
         path = tmp_path / "x.txt"
@@ -176,6 +184,13 @@ class TestFiles:
         assert sum(map(len, texts)) == len(text)
         assert max(map(len, texts)) <= 100_000
         assert time.perf_counter() - start < 20
+
+    def test_frames_of_zstd_are_one_file(self, tmp_path: Path) -> None:
+        """As in the Pile; a row may begin in one frame and end in the next."""
+        content = b"".join(json.dumps({"text": f"dökument {i}"}).encode() + b"\n" for i in range(3000))
+        path = tmp_path / "x.jsonl.zst"
+        path.write_bytes(b"".join(zstd(content[i : i + 10_001]) for i in range(0, len(content), 10_001)))
+        assert sorted(read(path, evaluation_share=0)) == sorted(f"dökument {i}" for i in range(3000))
 
     def test_column(self, tmp_path: Path) -> None:
         path = tmp_path / "x.jsonl"
@@ -240,6 +255,14 @@ class TestErrors:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=message) as info:
             read(tmp_path / name)
+        assert "\n" not in str(info.value)
+
+    @pytest.mark.parametrize("content", [b"not zstd", zstd(b'"a"\n')[:-3], zstd(b'{"text": "a"}\n') + zstd(b"b")[:-3]])
+    def test_bad_zstd(self, tmp_path: Path, content: bytes) -> None:
+        path = tmp_path / "x.jsonl.zst"
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"cannot read .*x\.jsonl\.zst': (Truncated|ZSTD)") as info:
+            read(path)
         assert "\n" not in str(info.value)
 
     def test_folder_without_text(self, tmp_path: Path) -> None:

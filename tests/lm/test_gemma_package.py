@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tsae.errors import UserError
 from tsae.lm import gemma_package
@@ -150,6 +153,29 @@ def test_is_converted_once_and_then_needs_no_package(
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert gemma_package.model_folder() == folder == cache / gemma_package.NAME
     assert load_language_model(gemma_package.NAME).n_layers == 3
+
+
+def test_every_part_of_the_conversion_shows_its_throughput(
+    package: ModuleType, packed: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, bars = gemma_package.bar, []
+
+    @contextmanager
+    def spy(description: str, total: float | None, unit: str) -> Iterator[Callable[[float], None]]:
+        with real(description, total, unit) as advance:
+            done: list[float] = []
+            yield lambda more: (done.append(more), advance(more))[1]
+        bars.append((total, sum(done), unit))
+
+    monkeypatch.setattr(gemma_package, "bar", spy)
+    tensors = load_file(gemma_package.model_folder() / "model.safetensors").values()
+    size = pytest.approx(sum(tensor.nbytes for tensor in tensors) / 1e6)
+    assert bars == [
+        (None, pytest.approx(packed.stat().st_size / 1e6), "MB"),
+        (size, size, "MB"),
+        (len(TOKENS), len(TOKENS), "entries"),
+        (size, size, "MB"),
+    ]
 
 
 def test_incomplete_folder_is_converted_again(package: ModuleType, cache: Path) -> None:

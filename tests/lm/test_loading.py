@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tsae.errors import UserError
@@ -99,6 +100,35 @@ def test_folder_with_damaged_files(tiny_llama: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="cannot load the model") as info:
             load_language_model(str(folder))
         assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("name", ["tiny_gemma2", "tiny_neox"])  # one with its lm_head tied, one without
+def test_folder_whose_weights_do_not_make_the_model(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """transformers would draw at random what is missing, and say so in a table on the terminal only."""
+    folder = tmp_path / "model"
+    shutil.copytree(request.getfixturevalue(name), folder)
+    whole = load_file(folder / "model.safetensors")
+    assert (name == "tiny_gemma2") == (not any("lm_head" in key or "embed_out" in key for key in whole))
+
+    def refused(weights: dict[str, torch.Tensor]) -> str:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError) as info:
+            load_language_model(str(folder))
+        assert "\n" not in str(info.value)
+        captured = capfd.readouterr()
+        assert "MISSING" not in captured.out + captured.err
+        return str(info.value)
+
+    few = [key for key in whole if "layers.1.mlp" in key]
+    message = refused({key: value for key, value in whole.items() if key not in few})
+    assert f"lacks {len(few)} of the model's tensors" in message
+    assert few[0] in message
+    message = refused({"other." + key: value for key, value in whole.items()})
+    assert len(message) < 400
+    embedding = next(key for key in whole if "embed" in key and "embed_out" not in key)
+    assert embedding in refused(whole | {embedding: whole[embedding][:7].clone()})
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/model", "a/b/c", ""])

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from tsae import evaluate as module
 from tsae.config import EvaluationConfig, SAEConfig, TrainConfig, to_dict
+from tsae.data.passages import Split
 from tsae.data.sequences import TokenBatch
+from tsae.data.text import open_text
 from tsae.errors import UserError
 from tsae.evaluate import evaluate, main, write_eval
 from tsae.lm.loading import load_language_model
@@ -294,12 +296,98 @@ def test_command_line(run_dir, capsys):
     assert json.loads((run_dir / "eval.json").read_text()) == first
 
 
-def test_command_line_on_other_text(run_dir, tmp_path):
-    # One passage: no evaluation part, so all of it is used; training used other text.
+@pytest.fixture
+def measured(monkeypatch) -> list[str]:
+    """What reaches the metrics: the text of every segment of 30 tokens, decoded."""
+    seen: list[str] = []
+    real = module.evaluate
+
+    def spy(sae, lm, batches, **options):
+        seen.clear()
+        for batch in batches:
+            for row, ids in zip(batch.tokens[:, 1:], batch.segments, strict=True):
+                segments = [row[ids == i] for i in ids.unique() if i >= 0]
+                seen.extend(lm.tokenizer.decode(segment) for segment in segments if len(segment) >= 30)
+        return real(sae, lm, batches, **options)
+
+    monkeypatch.setattr(module, "evaluate", spy)
+    return seen
+
+
+def write_rows(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def set_config(run_dir, **values):
+    path = run_dir / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def sides(data):
+    """What a run on `data` trains on, and what it holds out."""
+    return [[d.text for d in open_text(data, part=part, seed=0)] for part in ("train", "evaluation")]
+
+
+def test_command_line_on_other_text(run_dir, tmp_path, measured, capsys):
+    """One passage: all of it is used, for it is not in the run's training text; the run says what was measured."""
+    assert main([str(run_dir)]) == 0
+    own, own_page = (run_dir / "eval.json").read_bytes(), (run_dir / "report.png").read_bytes()
+    names = {path.name for path in run_dir.iterdir()}
+    capsys.readouterr()
     other = tmp_path / "other.txt"
     other.write_text(sample_text(200, seed=5))
     assert main([str(run_dir), "--data", str(other)]) == 0
-    assert (run_dir / "eval.json").exists()
+    assert measured
+    assert all(text in other.read_text() for text in measured)
+    assert set(json.loads((run_dir / "eval.json").read_text())) == KEYS
+    source = json.loads((run_dir / "eval_source.json").read_text())
+    assert source == {"data": str(other), "column": None, "part": "all but the run's training text"}
+    assert "other.txt" in capsys.readouterr().out
+    other_page = (run_dir / "report.png").read_bytes()
+    assert main([str(run_dir)]) == 0
+    assert (run_dir / "eval.json").read_bytes() == own
+    assert (run_dir / "report.png").read_bytes() == own_page != other_page
+    assert {path.name for path in run_dir.iterdir()} == names
+
+
+def test_text_that_the_run_trained_on_is_never_measured(run_dir, tmp_path, measured, capsys):
+    """A copy, a part, and a mixture of the run's text, also so little that a split of its own would move."""
+    data = write_rows(tmp_path / "rows.jsonl", [sample_text(60, seed) for seed in range(90)])
+    set_config(run_dir, data=data)
+    train, held_out = sides(data)
+    assert len(held_out) > 1
+    new = [sample_text(60, seed) for seed in range(100, 104)]
+    new = [text for text in new if not Split("evaluation", 0.05).keeps(text)]
+    assert new
+    for texts, allowed in ((train + held_out, held_out), (train[:3] + new, new), ([*train[:9], held_out[0]], held_out)):
+        assert main([str(run_dir), "--data", write_rows(tmp_path / "x.jsonl", texts)]) == 0
+        assert measured
+        assert all(any(text in whole for whole in allowed) for text in measured)
+    capsys.readouterr()
+    for texts in (train[:1], train[:3]):
+        assert main([str(run_dir), "--data", write_rows(tmp_path / "x.jsonl", texts)]) == 2
+        assert "is training text of the run" in capsys.readouterr().err
+
+
+def test_the_split_of_few_documents_holds_for_other_text(run_dir, tmp_path, measured):
+    """Of the run's few documents none has a hash below the share: its threshold moved, and with it that of a copy."""
+    texts = [text for text in (sample_text(60, seed) for seed in range(40)) if not Split("evaluation", 0.3).keeps(text)]
+    data = write_rows(tmp_path / "few.jsonl", texts[:4])
+    set_config(run_dir, data=data)
+    train, held_out = sides(data)
+    assert main([str(run_dir), "--data", write_rows(tmp_path / "x.jsonl", texts)]) == 0
+    assert measured
+    assert not any(text in whole for text in measured for whole in train)
+    assert any(text in held_out[0] for text in measured)
+
+
+def test_a_small_text_cannot_be_told_from_training_text_that_is_not_here(run_dir, tmp_path, capsys):
+    set_config(run_dir, data="someone/streamed")
+    train, held_out = sides(write_rows(tmp_path / "x.jsonl", [sample_text(60, seed) for seed in range(80)]))
+    assert main([str(run_dir), "--data", write_rows(tmp_path / "x.jsonl", train[:3])]) == 2
+    assert "'someone/streamed' is not on this machine: name a larger text" in capsys.readouterr().err
+    assert main([str(run_dir), "--data", write_rows(tmp_path / "x.jsonl", train + held_out)]) == 0
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ class ActivationBuffer:
     left to harvest it evens out the remaining uses.
 
     Args:
-        harvest: ``harvest(n)`` gives the next n sequences.
+        harvest: ``harvest(n)`` gives the next n sequences, in parts; each is copied to its slots before the next
+            one is asked for, so that no more than a part is held beside the buffer.
         capacity: sequences held; with float32 activations of width d this is ``capacity * 128 * d * 4`` bytes.
         reuse: times each sequence is served.
         demand: sequences that will be drawn in all.
@@ -30,7 +31,7 @@ class ActivationBuffer:
 
     def __init__(
         self,
-        harvest: Callable[[int], Harvest],
+        harvest: Callable[[int], Iterable[Harvest]],
         capacity: int,
         reuse: int,
         demand: int,
@@ -72,18 +73,22 @@ class ActivationBuffer:
 
     def _refill(self) -> None:
         spent = (self.uses == 0).nonzero().squeeze(1)[: self.unharvested]
-        new = self.harvest(spent.numel())
-        if self.x is None or self.segments is None:
-            self.x, self.segments = new.x, new.segments
-        else:
-            self.x[spent], self.segments[spent] = new.x, new.segments
+        done = 0
+        for part in self.harvest(spent.numel()):
+            if self.x is None or self.segments is None:
+                self.x = part.x.new_empty(self.capacity, *part.x.shape[1:])
+                self.segments = part.segments.new_empty(self.capacity, *part.segments.shape[1:])
+            slots = spent[done : done + len(part.x)]
+            self.x[slots], self.segments[slots] = part.x, part.segments
+            done += len(part.x)
+        assert done == spent.numel()
         self.uses[spent] = self.reuse
         self.unharvested -= spent.numel()
         self.refills += 1
 
     def memory(self, length: int, d_model: int, dtype: torch.dtype) -> int:
-        """Bytes the buffer takes when full, half again while it refills."""
-        return self.capacity * length * d_model * dtype.itemsize
+        """Bytes the buffer takes, also while it refills; a part of the harvest comes on top."""
+        return self.capacity * length * (d_model * dtype.itemsize + torch.int32.itemsize)
 
     def state_dict(self) -> dict[str, Any]:
         """The small state; the activations themselves are `contents`."""

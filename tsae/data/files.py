@@ -1,8 +1,9 @@
-"""Text in local files: .txt, .jsonl (both also gzipped) and .parquet, alone or in a folder."""
+"""Text in local files: .txt, .jsonl (both also compressed by gzip or zstd) and .parquet, alone or in a folder."""
 
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import zlib
@@ -15,7 +16,9 @@ from tsae.errors import UserError
 
 __all__ = ["SUFFIXES", "choose_column", "find_files", "read_files"]
 
-SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
+_TXT = (".txt", ".txt.gz", ".txt.zst")
+_JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+SUFFIXES = (*_TXT, *_JSONL, ".parquet")
 
 _CHUNK = 1 << 20  # characters read at a time
 _ROWS = 1_000  # parquet rows read at a time
@@ -49,14 +52,14 @@ def read_files(paths: Iterable[Path], column: str | None) -> Iterator[Document]:
         try:
             if path.name.endswith(".parquet"):
                 documents = _read_parquet(path, column)
-            elif path.name.endswith((".jsonl", ".jsonl.gz")):
+            elif path.name.endswith(_JSONL):
                 documents = _read_jsonl(path, column)
             else:
                 documents = _read_txt(path)
             for document in documents:
                 if document.text and not document.text.isspace():
                     yield document
-        except (OSError, EOFError, zlib.error) as error:  # gzip's errors are among these
+        except (OSError, EOFError, zlib.error) as error:  # gzip's and zstd's errors are among these
             raise UserError(f"cannot read {str(path)!r}: {error}") from error
 
 
@@ -82,8 +85,13 @@ def choose_column(columns: Mapping[str, bool], requested: str | None, source: st
 
 
 def _open(path: Path) -> IO[str]:
+    options = {"encoding": "utf-8-sig", "errors": "replace"}
+    if path.suffix == ".zst":
+        import pyarrow as pa  # whose codec joins frames and notices a file cut short; Python's own came with 3.14
+
+        return io.TextIOWrapper(io.BufferedReader(pa.input_stream(path, compression="zstd")), **options)
     opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig", errors="replace")
+    return opener(path, "rt", **options)
 
 
 def _read_txt(path: Path) -> Iterator[Document]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -57,21 +57,19 @@ class Harvester:
                 progress(part.segments.numel())
         return TokenBatch(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
-    def harvest(self, tokens: TokenBatch, progress: Callable[[int], None] | None = None) -> Harvest:
-        """Activations of sequences, on the CPU; ``progress`` is called with the tokens of each forward pass.
+    def batches(self, tokens: TokenBatch, progress: Callable[[int], None] | None = None) -> Iterator[Harvest]:
+        """Activations of sequences, on the CPU, one forward pass at a time; ``progress`` is called with its tokens.
 
         The position of the prefix (BOS) is fed to the model and dropped here.
         """
-        n, length = tokens.segments.shape
-        x = torch.empty(n, length, self.lm.d_model, dtype=self.dtype)
-        for start in range(0, n, self.batch):
-            rows = slice(start, start + self.batch)
-            out = activations(self.lm, tokens.tokens[rows].to(self.lm.device), self.layer)
-            x[rows] = out[:, -length:].to("cpu", self.dtype)
+        length = tokens.segments.shape[1]
+        for ids, segments in zip(tokens.tokens.split(self.batch), tokens.segments.split(self.batch), strict=True):
+            out = activations(self.lm, ids.to(self.lm.device), self.layer)
+            yield Harvest(out[:, -length:].to("cpu", self.dtype), segments)
             if progress is not None:
-                progress(out.shape[0] * length)
-        return Harvest(x, tokens.segments)
+                progress(segments.numel())
 
     def take(self, n: int) -> Harvest:
         """Activations of the next ``n`` sequences."""
-        return self.harvest(self.tokenize(n))
+        parts = list(self.batches(self.tokenize(n)))
+        return Harvest(*(torch.cat(column) for column in zip(*parts, strict=True)))

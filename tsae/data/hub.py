@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from tsae.data.files import choose_column
 from tsae.data.passages import Document
@@ -63,4 +64,15 @@ def read_hub(
     name = choose_column(columns, column, f"the dataset {source!r}")
     rows = rows.select_columns([name]).shuffle(seed=seed, buffer_size=buffer)
     rows.set_epoch(epoch)
-    return (Document(f"{source}#{i}", row[name] or "") for i, row in enumerate(rows))
+    return _documents(rows, name, source)
+
+
+def _documents(rows: Iterable[dict[str, Any]], column: str, source: str) -> Iterator[Document]:
+    try:
+        for i, row in enumerate(rows):
+            yield Document(f"{source}#{i}", row[column] or "")
+    except (OSError, EOFError) as error:  # the connection, or a compressed file cut short
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"cannot read on in the dataset {source!r}: {reason[0] if reason else type(error).__name__}"
+        ) from error

@@ -12,7 +12,17 @@ from typing import Literal
 
 from tsae.errors import UserError
 
-__all__ = ["PASSAGE_CHARACTERS", "Document", "Part", "Split", "cut", "decide_split", "shuffled"]
+__all__ = [
+    "PASSAGE_CHARACTERS",
+    "Document",
+    "Part",
+    "Split",
+    "cut",
+    "decide_split",
+    "find_threshold",
+    "position",
+    "shuffled",
+]
 
 Part = Literal["train", "evaluation"]
 
@@ -65,7 +75,7 @@ def _boundary(text: str, first: int, last: int) -> int:
     return last
 
 
-def _position(text: str) -> float:
+def position(text: str) -> float:
     """A stable number in [0, 1), uniform over texts, that does not depend on the blanks around the text."""
     digest = hashlib.blake2b(text.strip().encode("utf-8", "surrogatepass"), digest_size=6).digest()
     return int.from_bytes(digest, "big") / 2**48
@@ -80,30 +90,39 @@ class Split:
 
     def keeps(self, text: str) -> bool:
         """Whether the text is in this part; the same text is always in the same part."""
-        return (_position(text) < self.threshold) == (self.part == "evaluation")
+        return (position(text) < self.threshold) == (self.part == "evaluation")
 
 
-def decide_split(texts: Iterable[str], part: Part, share: float, source: str) -> Split:
-    """The split of a source that can be read twice, with something on both sides of it.
+def find_threshold(texts: Iterable[str], share: float, source: str) -> float:
+    """The threshold of a source's own split, with something on both sides of it.
 
-    Of few documents the hash may put none on one side; the threshold then moves just past the nearest one.
-    The first 1,000 documents decide, so both parts, in any epoch, come to the same threshold.
+    It is the share, unless of few documents the hash puts none on one side: then it moves just past the nearest
+    one, so it depends on the source. The first 1,000 documents decide, so any part and epoch comes to the same.
 
     texts: the documents' texts in an order that does not depend on seed or part.
     share: of the documents that are evaluation text, in [0, 1]; 0 and 1 are kept exactly.
-    Raises UserError if there is no text, or none for this part.
+    Raises UserError if there is no text.
     """
-    positions = sorted({_position(text) for text in islice(texts, _SAMPLE)})
+    positions = sorted({position(text) for text in islice(texts, _SAMPLE)})
     if not positions:
         raise UserError(f"there is no text in {source!r}: every document in it is empty")
-    threshold = share
-    if 0 < share < 1 and len(positions) > 1:
-        if positions[0] >= share:
-            threshold = (positions[0] + positions[1]) / 2
-        elif positions[-1] < share:
-            threshold = (positions[-2] + positions[-1]) / 2
-    elif 0 < share < 1:
-        threshold = 0.0  # one document: all of it is training text
+    if share in (0, 1):
+        return share
+    if len(positions) == 1:
+        return 0.0  # one document: all of it is training text
+    if positions[0] >= share:
+        return (positions[0] + positions[1]) / 2
+    if positions[-1] < share:
+        return (positions[-2] + positions[-1]) / 2
+    return share
+
+
+def decide_split(texts: Iterable[str], part: Part, share: float, source: str) -> Split:
+    """The split of a source that can be read twice; its threshold is `find_threshold`'s.
+
+    Raises UserError if there is no text, or none for this part.
+    """
+    threshold = find_threshold(texts, share, source)
     if part == "evaluation" and threshold == 0:
         why = "the evaluation share is 0" if share == 0 else "it holds a single document or passage"
         raise UserError(f"no evaluation text in {source!r} because {why}: name another text for the evaluation")

@@ -18,12 +18,16 @@ from tsae.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["SequenceStream", "TokenBatch", "prefix_token"]
+__all__ = ["SequenceStream", "TokenBatch", "TooShortError", "prefix_token"]
 
 log = logging.getLogger(__name__)
 
 _DOCUMENTS_AT_ONCE = 64  # fast tokenizers spread a batch over the cores
 _CHARACTERS_AT_ONCE = 1 << 20
+
+
+class TooShortError(UserError):
+    """A text does not fill what it must."""
 
 
 class TokenBatch(NamedTuple):
@@ -99,7 +103,7 @@ class SequenceStream:
         """The next n sequences; fewer only where `repeat` is False and the text ends, none after that.
 
         The last row is then padded, with segment -1, if it has a quarter of its tokens, and dropped if not.
-        Raises UserError if the whole text does not fill one batch (with `repeat`) or one row (without).
+        Raises TooShortError if the whole text does not fill one batch (with `repeat`) or one row (without).
         """
         if n < 1:
             raise ValueError(f"n must be at least 1, not {n}")
@@ -210,7 +214,7 @@ class SequenceStream:
     def _end_epoch(self, wanted: int) -> None:
         needed = wanted if self.repeat else self._shortest
         if self._epoch_tokens < needed:
-            raise UserError(
+            raise TooShortError(
                 f"the text is too short: it has {self._epoch_tokens} tokens, and {needed} are needed "
                 f"for {'a batch of' if self.repeat else 'the shortest of'} sequences of {self.length} tokens"
             )

