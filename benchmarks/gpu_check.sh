@@ -2,7 +2,8 @@
 # On a machine with a GPU: build, tests, compute-sanitizer and benchmarks in one go, one results file. Uses the Python
 # that is there (its torch has the GPU build and its CUDA toolkit has nvcc), installs nothing and needs no network.
 # RESULTS=FILE chooses where the results go, PARTS which parts run (what is built stays for the next call), LIMIT how many
-# seconds a section may take. Missing packages: what a test needs and is not there is skipped or named.
+# seconds a section may take. tsae_kernels needs torch alone; where tsae's requirements are missing, what needs tsae is
+# left out, and the results say so.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 results=${RESULTS:-gpu-results.md}
@@ -48,11 +49,19 @@ PY
     "$python" -m tsae_kernels
     echo '```'
 } >>"$results" 2>&1
+needs_tsae=(tests/sae benchmarks/test_training_step.py benchmarks/test_harvest.py)
+if ! why=$("$python" -c 'import tsae.trainer, tsae.data.harvest' 2>&1); then
+    needs_tsae=()
+    echo "left out: tests/sae, the training step and the harvest, because tsae cannot be imported: ${why##*$'\n'}" |
+        tee -a "$results"
+fi
+with_tsae() { [[ " ${needs_tsae[*]-} " == *" $1 "* ]]; }
+
 if wants tests; then
     # In several processes where pytest-xdist is there: Triton compiles a kernel for every new set of bands. The slow
     # tests are those that do without a GPU what the others do on one.
     parallel=$("$python" -c 'import xdist; print("-n 8")' 2>/dev/null || true)
-    for part in tests/tsae_kernels tests/sae; do
+    for part in tests/tsae_kernels $(with_tsae tests/sae && echo tests/sae); do
         # shellcheck disable=SC2086  # two words
         section "pytest $part" "$python" -m pytest "$part" -m "not slow" -p no:cacheprovider --durations=10 $parallel
     done
@@ -72,7 +81,7 @@ elif wants sanitizer; then
     done
 fi
 if wants benchmarks; then
-    for part in benchmarks/test_kernels.py benchmarks/test_training_step.py benchmarks/test_harvest.py; do
+    for part in benchmarks/test_kernels.py "${needs_tsae[@]:1}"; do
         section "pytest $part" "$python" -m pytest "$part" -p no:cacheprovider
     done
 fi

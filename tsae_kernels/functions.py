@@ -34,7 +34,7 @@ def temporal_stats(
     """Squared temporal differences of `h` in every band, and its first two moments (TSAE, section 4.1).
 
     h: [B, T, k] float64, float32, bfloat16 or float16; any strides; B may be 0
-    bands: disjoint ascending inclusive ranges of offsets >= 1; they may reach past T
+    bands: disjoint ascending inclusive ranges of offsets >= 1; they may reach past T; at most 8 for `cuda`
     segments: [B, T] integers or None. A segment is a maximal run of equal non-negative ids; a negative id
         excludes the position. None: every row is one segment.
     backend: a name from `available_backends()`; None for the fastest on h's device (or `TSAE_BACKEND`)

@@ -76,6 +76,7 @@ def test_with_a_library_cut_off_everything_else_works(package):
 
 
 def test_without_a_library_eager_is_the_default_and_tsae_imports(package):
+    pytest.importorskip("tsae", reason="the requirements of tsae are not installed")
     code = (
         "import torch, tsae, tsae.sae.model, tsae_kernels as tk\n"
         "h, stats = tk.activate_with_stats(torch.randn(2, 9, 3, requires_grad=True), threshold=0.5, release=0.1)\n"
