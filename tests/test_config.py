@@ -134,6 +134,7 @@ def test_help_shows_the_presets_own_defaults(name: str, capsys: pytest.CaptureFi
         cfg = preset(name)
         assert "--text.evaluation-share" in out
         assert "--text.threshold" not in out  # the run's own business
+        assert f"(default: {name})" in out
         assert f"(default: {cfg.model})" in out
         assert f"Optimizer steps. (default: {cfg.steps})" in out
 

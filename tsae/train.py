@@ -47,15 +47,15 @@ def command(argv: list[str]) -> tuple[TrainConfig, Command]:
     Options override the file of ``--config``, which overrides the preset.
     """
     # First for what to start from, so that --help then shows its values.
-    start = parse(
-        Command, [a for a in argv if a not in ("-h", "--help")], replace(_default(preset("demo")), preset=""), PROG
-    )
+    without_help = [a for a in argv if a not in ("-h", "--help")]
+    start = parse(Command, without_help, replace(_default(preset("demo")), preset=""), PROG)
     if start.config is not None:
         base = from_dict(TrainConfig, load_json(start.config))
         base = replace(base, text=replace(base.text, threshold=None))  # of that run's text, which may not be this one's
     else:
         base = preset(start.preset or "demo")
-    asked = parse(Command, argv, _default(base), PROG)
+    # Alone: tyro leaves an argument that it has seen out of the help.
+    asked = parse(Command, argv if without_help == argv else ["--help"], _default(base), PROG)
     values = {f.name: getattr(asked, f.name) for f in dataclasses.fields(TrainConfig)}
     return TrainConfig(**values | {"preset": base.preset}), replace(asked, preset=start.preset)
 
