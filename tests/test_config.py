@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,47 @@ def test_bad_command_lines_are_one_sentence(argv: list[str], words: str) -> None
         command(argv)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # tyro draws its boxes by what stdout can show
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--stepz", "3"], "Unrecognized options: --stepz, 3"),
+        (["--steps", "many"], "Error parsing --steps: invalid literal for int() with base 10: 'many'"),
+        (
+            ["--out", "a---b", "--seed", "-- - ─│"],
+            "Error parsing --seed: invalid literal for int() with base 10: '-- - ─│'",
+        ),
+        (["--steps"], "Missing value for argument '--steps'; expected 1 values"),
+        (
+            ["--optimizer.name", "sgd"],
+            "Invalid choice 'sgd' for argument '--optimizer.name'; expected one of ('adam', 'adamw')",
+        ),
+    ],
+)
+def test_what_tyro_draws_in_a_box_becomes_a_plain_sentence(
+    encoding: str, argv: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    with pytest.raises(UserError) as caught:
+        command(argv)
+    assert str(caught.value) == f"{sentence}; see python -m tsae.train --help."
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_help_shows_the_presets_own_defaults(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in ([name, "--help"], ["-h", name]):
+        with pytest.raises(SystemExit) as stop:
+            command(argv)
+        assert stop.value.code == 0
+        out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        cfg = preset(name)
+        assert "--text.evaluation-share" in out
+        assert "--text.threshold" not in out  # the run's own business
+        assert f"(default: {name})" in out
+        assert f"(default: {cfg.model})" in out
+        assert f"Optimizer steps. (default: {cfg.steps})" in out
 
 
 @pytest.mark.parametrize(

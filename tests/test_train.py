@@ -580,6 +580,9 @@ def test_resume_says_what_is_wrong(tmp_path: Path, uninterrupted: Path, capsys: 
     assert "holds no run to resume" in capsys.readouterr().err
     assert main(["--resume", str(uninterrupted), "--steps", "9"]) == 2
     assert "leave out --steps" in capsys.readouterr().err
+    assert main(["tsae-gemma-2-2b", "--resume", str(uninterrupted)]) == 2
+    assert "is a run of the preset 'demo', not 'tsae-gemma-2-2b'" in capsys.readouterr().err
+    assert main(["demo", "--resume", str(uninterrupted)]) == 0
 
 
 def test_default_directory_and_latest(
@@ -593,6 +596,33 @@ def test_default_directory_and_latest(
     assert latest.is_symlink()
     assert (latest / "config.json").exists()
     assert latest.resolve().parent == tmp_path / "runs" / "demo"
+
+
+def test_runs_of_the_same_second_go_to_different_directories() -> None:
+    cfg, _ = command([])
+    assert len({tsae.run.run_directory(cfg, None, overwrite=False) for _ in range(20)}) == 20
+
+
+def test_a_run_with_relative_paths_goes_on_from_another_directory(
+    tiny_neox: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tsae.evaluate
+
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    shutil.copytree(tiny_neox, tmp_path / "here" / "model")
+    shutil.copy(text_file, tmp_path / "here" / "text.txt")
+    monkeypatch.chdir(tmp_path / "here")
+    out = tmp_path / "run"
+    assert main(options(Path("model"), Path("text.txt"), out, "--steps", "2")) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert (config["model"], config["data"]) == (str(tmp_path / "here/model"), str(tmp_path / "here/text.txt"))
+    monkeypatch.chdir(tmp_path / "there")
+    assert main(["--resume", str(out)]) == 0
+    assert tsae.evaluate.main([str(out)]) == 0
+    monkeypatch.chdir(tmp_path / "here")
+    assert tsae.evaluate.main([str(out), "--data", "text.txt", "--column", "x"]) == 0
+    assert json.loads((out / "eval_source.json").read_text())["data"] == config["data"]
 
 
 def test_excluded_positions_change_nothing(tiny_gemma2: Path, text_file: Path) -> None:

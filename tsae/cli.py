@@ -39,12 +39,19 @@ def parse(cls: type[T], argv: list[str], default: T | None, prog: str) -> T:
     except SystemExit as stop:
         if not stop.code:
             raise
-        lines = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in captured.getvalue().splitlines()]
-        text = " ".join(line for line in lines if line)
-        text = re.sub(r"\s+", " ", re.sub(r"(Parsing|Value) error |Invalid choice (?=invalid)", "", text))
-        text = re.sub(r"^(Unrecognized options) \1", r"\1", text)
-        text = re.split("For full helptext|Argument helptext|Perhaps you meant", text)[0].strip().rstrip(".")
+        text = _sentence(captured.getvalue())
         raise UserError(f"{text}; see {prog} --help." if text else f"Bad options; see {prog} --help.") from None
+
+
+def _sentence(box: str) -> str:
+    """What tyro says in the first part of its box: below the title, above the first rule that is not the title's."""
+    lines = [re.sub(r"^│ ?|│$", "", line).strip() for line in box.splitlines()]
+    lines = [line for line in lines if line][1:]
+    is_rule = [re.fullmatch(r"[╰╯─-]+", line) is not None for line in lines]
+    if is_rule[:1] == [True]:  # in ASCII the title has one of its own
+        lines, is_rule = lines[1:], is_rule[1:]
+    text = " ".join(lines[: is_rule.index(True)] if True in is_rule else lines).rstrip(".")
+    return re.sub(r"\. Expected ", "; expected ", text[:1].upper() + text[1:])
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from tsae.cli import parse, report_errors
 from tsae.config import LENGTH, TrainConfig, from_dict, load_json
 from tsae.data.passages import Document
 from tsae.data.sequences import SequenceStream, TokenBatch, TooShortError
-from tsae.data.text import TextConfig, is_same_source, open_text, open_unseen, split_threshold
+from tsae.data.text import TextConfig, absolute_source, is_same_source, open_text, open_unseen, split_threshold
 from tsae.errors import UserError
 from tsae.files import replacing, write_json
 from tsae.lm.hooks import activations, logits_with
@@ -315,7 +315,7 @@ def evaluate_run(arguments: Arguments) -> EvaluationResult:
     seed = config.seed if arguments.seed is None else arguments.seed
     data = config.data
     if arguments.data is not None and not is_same_source(arguments.data, config.data):
-        data = arguments.data
+        data = absolute_source(arguments.data)
     text = config.text if arguments.column is None else replace(config.text, column=arguments.column)
     device = config.device if arguments.device is None else arguments.device
     if device == "auto":

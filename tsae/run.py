@@ -19,12 +19,12 @@ from tsae.config import LENGTH, TrainConfig, to_dict
 from tsae.data.buffer import ActivationBuffer
 from tsae.data.harvest import Harvest, Harvester
 from tsae.data.sequences import SequenceStream, TokenBatch
-from tsae.data.text import Document, Part, open_text, split_threshold
+from tsae.data.text import Document, Part, absolute_source, open_text, split_threshold
 from tsae.errors import UserError
 from tsae.evaluate import EvaluationResult, evaluate, evaluation_progress, write_eval
 from tsae.files import write_json
 from tsae.lm.hooks import check_layer
-from tsae.lm.loading import LanguageModel, default_dtype, load_language_model
+from tsae.lm.loading import LanguageModel, absolute_name, default_dtype, load_language_model
 from tsae.metrics_log import MetricsLog
 from tsae.progress import bar, console
 from tsae.report import write_report
@@ -42,7 +42,8 @@ def run_directory(cfg: TrainConfig, out: Path | None, *, overwrite: bool) -> Pat
             written.
     """
     if out is None:
-        return Path("runs") / cfg.preset / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        # To the microsecond, as two may start in the same second.
+        return Path("runs") / cfg.preset / datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")
     _check_writable(out)
     if (out / "config.json").exists() and not overwrite:
         raise UserError(f"{out} already has a run; continue it with --resume {out}, or replace it with --overwrite.")
@@ -72,6 +73,8 @@ def run(cfg: TrainConfig, directory: Path, *, resume: bool = False) -> Evaluatio
     cfg.check()
     _check_writable(directory)
     device = resolve_device(cfg.device)
+    # Absolute, so that the run can be gone on with and evaluated from anywhere.
+    cfg = replace(cfg, data=absolute_source(cfg.data), model=absolute_name(cfg.model))
     lm, cfg = _open(cfg, device)
     sae = _trained(cfg, lm, device, directory, resume=resume).finished()
     sae.save(

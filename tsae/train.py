@@ -42,21 +42,22 @@ PROG = "python -m tsae.train"
 
 
 def command(argv: list[str]) -> tuple[TrainConfig, Command]:
-    """The configuration that the command line asks for, and the command itself.
+    """The configuration that the command line asks for, and the command itself (its preset "" where none is named).
 
     Options override the file of ``--config``, which overrides the preset.
     """
-    asked = parse(Command, argv, _default(preset("demo")), PROG)
-    if asked.config is not None:
-        base = from_dict(TrainConfig, load_json(asked.config))
+    # First for what to start from, so that --help then shows its values.
+    without_help = [a for a in argv if a not in ("-h", "--help")]
+    start = parse(Command, without_help, replace(_default(preset("demo")), preset=""), PROG)
+    if start.config is not None:
+        base = from_dict(TrainConfig, load_json(start.config))
         base = replace(base, text=replace(base.text, threshold=None))  # of that run's text, which may not be this one's
-    elif asked.preset != "demo":
-        base = preset(asked.preset)
     else:
-        base = preset("demo")
-    asked = parse(Command, argv, _default(base), PROG)
+        base = preset(start.preset or "demo")
+    # Alone: tyro leaves an argument that it has seen out of the help.
+    asked = parse(Command, argv if without_help == argv else ["--help"], _default(base), PROG)
     values = {f.name: getattr(asked, f.name) for f in dataclasses.fields(TrainConfig)}
-    return TrainConfig(**values | {"preset": base.preset}), asked
+    return TrainConfig(**values | {"preset": base.preset}), replace(asked, preset=start.preset)
 
 
 def _default(base: TrainConfig) -> Command:
@@ -91,7 +92,10 @@ def _resumed(asked: Command, argv: list[str]) -> tuple[TrainConfig, Path]:
         raise UserError(f"--resume takes the run's own configuration; leave out {' '.join(others)}.")
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} holds no run to resume; it has no config.json.")
-    return from_dict(TrainConfig, load_json(directory / "config.json")), directory
+    cfg = from_dict(TrainConfig, load_json(directory / "config.json"))
+    if asked.preset not in ("", cfg.preset):
+        raise UserError(f"{directory} is a run of the preset {cfg.preset!r}, not {asked.preset!r}; leave the name out.")
+    return cfg, directory
 
 
 if __name__ == "__main__":

@@ -49,10 +49,10 @@ def slow_metrics(x: Tensor, h: Tensor, segments: Tensor) -> dict:
     table = {"on_on": 0, "on_off": 0, "off_on": 0, "off_off": 0}
     excess = []
     for j in range(k):
-        active = sum(int(h[b, t, j] != 0) for b, t in counted)
+        active = sum(int(h[b, t, j] > 0) for b, t in counted)
         starts = stays = 0
         for b, t, u in pairs:
-            first, second = bool(h[b, t, j] != 0), bool(h[b, u, j] != 0)
+            first, second = bool(h[b, t, j] > 0), bool(h[b, u, j] > 0)
             table[("on" if first else "off") + "_" + ("on" if second else "off")] += 1
             starts += first
             stays += first and second
@@ -69,7 +69,7 @@ def slow_metrics(x: Tensor, h: Tensor, segments: Tensor) -> dict:
     for b in range(h.shape[0]):
         mine = [(t, u) for row, t, u in pairs if row == b and bool((x[b, u] != x[b, t]).any())]
         for j in range(k):
-            if any(h[b, t, j] != 0 or h[b, u, j] != 0 for t, u in mine):
+            if any(h[b, t, j] > 0 or h[b, u, j] > 0 for t, u in mine):
                 steepest.append(
                     max(float((h[b, u, j] - h[b, t, j]).abs() / (x[b, u] - x[b, t]).norm()) for t, u in mine)
                 )
@@ -94,12 +94,13 @@ def assert_same(actual: dict, expected: dict, tolerance: float = 2e-6) -> None:
 
 
 def sample(B=3, T=20, k=5, seed=0, dtype=torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """x, sparse h with a dead and an always-on feature, packed documents with excluded positions."""
+    """x, sparse h with a dead, an always-on and a sometimes negative feature, packed documents, excluded positions."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(B, T, 4, generator=generator).to(dtype)
     h = (torch.randn(B, T, k, generator=generator) * 3).relu().to(dtype)
     h[..., 0] = 0
     h[..., 1] = 2 + torch.rand(B, T, generator=generator).to(dtype)
+    h[..., 2] = torch.nn.functional.gelu(torch.randn(B, T, generator=generator).to(dtype))  # off where negative
     segments = torch.zeros(B, T, dtype=torch.int32)
     segments[:, T // 3 :] = 1
     segments[0, T // 2] = 2  # a document of one token

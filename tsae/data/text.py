@@ -22,6 +22,7 @@ __all__ = [
     "Document",
     "Part",
     "TextConfig",
+    "absolute_source",
     "is_same_source",
     "open_text",
     "open_unseen",
@@ -128,6 +129,11 @@ def is_same_source(a: str, b: str) -> bool:
     if _is_local(a) and _is_local(b) and PYTHON_DOCS not in (a, b):
         return Path(a).expanduser().resolve() == Path(b).expanduser().resolve()
     return a == b
+
+
+def absolute_source(source: str) -> str:
+    """The source under a name that holds in any working directory."""
+    return str(Path(source).expanduser().absolute()) if source != PYTHON_DOCS and _is_local(source) else source
 
 
 def _is_local(source: str) -> bool:

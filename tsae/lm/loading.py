@@ -20,7 +20,7 @@ from tsae.lm import gemma_package
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["LanguageModel", "default_dtype", "find_blocks", "load_language_model"]
+__all__ = ["LanguageModel", "absolute_name", "default_dtype", "find_blocks", "load_language_model"]
 
 # Where the transformers classes keep their blocks; the second is the text part of a multimodal model.
 _BLOCK_PATHS = (
@@ -128,6 +128,12 @@ def load_language_model(
     model, tokenizer = _load(source, torch_dtype, revision, hub=source == name and not path.is_dir())
     model.requires_grad_(False).eval().to(place)
     return LanguageModel(model, tokenizer, name, torch_dtype, place)
+
+
+def absolute_name(name: str) -> str:
+    """A model's name as one that holds in any working directory."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if name and name != gemma_package.NAME and path.is_dir() else name
 
 
 def _load(
