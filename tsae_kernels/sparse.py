@@ -1,4 +1,5 @@
-"""Products that skip the zeros of the features: float32 on a CPU, in the compiled library (csrc/cpu/sparse_ops.cpp).
+"""Products that skip the zeros of the features, on a CPU, in the compiled library (csrc/cpu/sparse_ops.cpp). The
+arithmetic is float32; features and their gradient may be bfloat16, as under autocast.
 
 Not differentiable; `tsae.sae.sparse_linear` makes a training step out of them. The order of every sum is
 fixed, whatever the number of threads.
@@ -35,7 +36,7 @@ def sparse_products_available() -> bool:
 
 
 def compress(x: Tensor) -> CompressedRows:
-    """x: [N, k] float32 on the CPU. Raises RuntimeError for anything else."""
+    """x: [N, k] float32 or bfloat16 on the CPU. Raises RuntimeError for anything else."""
     return CompressedRows(*torch.ops.tsae_kernels_cpp.sparse_compress(x.contiguous()))
 
 
@@ -49,10 +50,11 @@ def matmul(rows: CompressedRows, dense: Tensor) -> Tensor:
     return torch.ops.tsae_kernels_cpp.sparse_matmul(*rows, dense.contiguous())
 
 
-def sampled_matmul(rows: CompressedRows, left: Tensor, right: Tensor) -> Tensor:
+def sampled_matmul(rows: CompressedRows, left: Tensor, right: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """``left @ right.T`` at the entries of ``rows`` (whatever their values are), 0 elsewhere.
 
     rows: of [N, k]; left: [N, d], right: [k, d], float32
-    out: [N, k] float32, dense. Raises RuntimeError if shapes do not fit.
+    out: [N, k], dense, of ``dtype``: float32 or bfloat16. Raises RuntimeError if shapes do not fit.
     """
-    return torch.ops.tsae_kernels_cpp.sparse_sampled_matmul(*rows, left.contiguous(), right.contiguous())
+    half = dtype == torch.bfloat16
+    return torch.ops.tsae_kernels_cpp.sparse_sampled_matmul(*rows, left.contiguous(), right.contiguous(), half)

@@ -1,4 +1,5 @@
-// Products with features of which few are not 0, for float32 on a CPU: what tsae_kernels/sparse.py calls.
+// Products with features of which few are not 0, on a CPU: what tsae_kernels/sparse.py calls. The arithmetic is float32;
+// features and their gradient may be bfloat16.
 //
 // Compressed rows, as everywhere: `offsets` [N + 1] int64, and for each number that is not 0 its column (int32) and its
 // value, row after row.
@@ -7,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <tuple>
 #include <vector>
@@ -54,24 +56,56 @@ struct Rows {
 // A range of rows that a thread is woken for, where each costs about `work` numbers.
 int64_t grain(int64_t work) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work)); }
 
-// x [N, k].
+float widened(uint16_t bfloat16) { return std::bit_cast<float>(uint32_t(bfloat16) << 16); }
+
+uint16_t narrowed(float x) {  // to the nearest bfloat16, ties to even; NaN stays one
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  if (x != x) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// The rows of x [N, k] as float, one at a time; the pointer is good until the next call.
+class FloatRows {
+ public:
+  explicit FloatRows(const Tensor& x)
+      : k_(x.size(1)), half_(x.scalar_type() == ScalarType::BFloat16),
+        data_(half_ ? nullptr : data_of<float>("x", x, ScalarType::Float, 2)),
+        half_data_(half_ ? data_of<uint16_t>("x", x, ScalarType::BFloat16, 2) : nullptr), row_(half_ ? k_ : 0) {}
+
+  const float* operator[](int64_t n) {
+    if (!half_) return data_ + n * k_;
+    const uint16_t* from = half_data_ + n * k_;
+    for (int64_t j = 0; j < k_; ++j) row_[j] = widened(from[j]);
+    return row_.data();
+  }
+
+ private:
+  int64_t k_;
+  bool half_;
+  const float* data_;
+  const uint16_t* half_data_;
+  std::vector<float> row_;
+};
+
+// x [N, k], float32 or bfloat16.
 Compressed compress(Tensor x) {
-  const float* data = data_of<float>("x", x, ScalarType::Float, 2);
+  const FloatRows rows(x);
   const int64_t N = x.size(0), k = x.size(1);
   STD_TORCH_CHECK(k < (int64_t(1) << 31), "x must have fewer than 2^31 columns");
   Tensor offsets = empty(x, {N + 1}, ScalarType::Long);
   int64_t* end = static_cast<int64_t*>(offsets.mutable_data_ptr());
   end[0] = 0;
   torch::stable::parallel_for(0, N, grain(k), [&](int64_t begin, int64_t stop) {
-    for (int64_t n = begin; n < stop; ++n) end[n + 1] = kernels().nonzeros(data + n * k, k, nullptr, nullptr);
+    FloatRows own = rows;
+    for (int64_t n = begin; n < stop; ++n) end[n + 1] = kernels().nonzeros(own[n], k, nullptr, nullptr);
   });
   for (int64_t n = 0; n < N; ++n) end[n + 1] += end[n];
   Tensor columns = empty(x, {end[N]}, ScalarType::Int), values = empty(x, {end[N]}, ScalarType::Float);
   auto* to_columns = static_cast<int32_t*>(columns.mutable_data_ptr());
   auto* to_values = static_cast<float*>(values.mutable_data_ptr());
   torch::stable::parallel_for(0, N, grain(k), [&](int64_t begin, int64_t stop) {
-    for (int64_t n = begin; n < stop; ++n)
-      kernels().nonzeros(data + n * k, k, to_columns + end[n], to_values + end[n]);
+    FloatRows own = rows;
+    for (int64_t n = begin; n < stop; ++n) kernels().nonzeros(own[n], k, to_columns + end[n], to_values + end[n]);
   });
   return {offsets, columns, values};
 }
@@ -117,21 +151,28 @@ Tensor matmul(Tensor offsets, Tensor columns, Tensor values, Tensor dense) {
   return out;
 }
 
-// left [N, d] @ right^T, right [k, d], at the entries of compressed rows [N, k]; 0 elsewhere. [N, k], dense.
-Tensor sampled_matmul(Tensor offsets, Tensor columns, Tensor values, Tensor left, Tensor right) {
+// left [N, d] @ right^T, right [k, d], at the entries of compressed rows [N, k]; 0 elsewhere. [N, k], dense; bfloat16 if
+// `half`, else float32.
+Tensor sampled_matmul(Tensor offsets, Tensor columns, Tensor values, Tensor left, Tensor right, bool half) {
   const float* from = data_of<float>("left", left, ScalarType::Float, 2);
   const float* data = data_of<float>("right", right, ScalarType::Float, 2);
   const int64_t d = right.size(1), k = right.size(0);
   const Rows rows(offsets, columns, values, k);
   STD_TORCH_CHECK(left.size(0) == rows.count && left.size(1) == d, "left must be [rows, right.size(1)]");
-  Tensor out = empty(left, {rows.count, k}, ScalarType::Float);
-  float* to = static_cast<float*>(out.mutable_data_ptr());
+  Tensor out = empty(left, {rows.count, k}, half ? ScalarType::BFloat16 : ScalarType::Float);
+  const int64_t width = k * (half ? sizeof(uint16_t) : sizeof(float));
+  char* to = static_cast<char*>(out.mutable_data_ptr());
   const int64_t mean = rows.entries / std::max<int64_t>(1, rows.count) + 1;
   torch::stable::parallel_for(0, rows.count, grain(mean * d + k), [&](int64_t begin, int64_t stop) {
+    std::vector<float> row(half ? k : 0);
     for (int64_t n = begin; n < stop; ++n) {
-      const int64_t first = rows.offsets[n];
-      std::memset(to + n * k, 0, k * sizeof(float));
-      kernels().inner_products(data, d, rows.columns + first, rows.offsets[n + 1] - first, from + n * d, to + n * k);
+      const int64_t first = rows.offsets[n], last = rows.offsets[n + 1];
+      std::memset(to + n * width, 0, width);
+      float* products = half ? row.data() : reinterpret_cast<float*>(to + n * width);
+      kernels().inner_products(data, d, rows.columns + first, last - first, from + n * d, products);
+      if (!half) continue;
+      auto* halves = reinterpret_cast<uint16_t*>(to + n * width);
+      for (int64_t i = first; i < last; ++i) halves[rows.columns[i]] = narrowed(row[rows.columns[i]]);
     }
   });
   return out;
@@ -145,7 +186,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tsae_kernels_cpp, library) {
   library.def("sparse_transpose(Tensor offsets, Tensor columns, Tensor values, int k) -> (Tensor, Tensor, Tensor)");
   library.def("sparse_matmul(Tensor offsets, Tensor columns, Tensor values, Tensor dense) -> Tensor");
   library.def(
-      "sparse_sampled_matmul(Tensor offsets, Tensor columns, Tensor values, Tensor left, Tensor right) -> Tensor");
+      "sparse_sampled_matmul(Tensor offsets, Tensor columns, Tensor values, Tensor left, Tensor right, bool half)"
+      " -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tsae_kernels_cpp, CPU, library) {

@@ -37,6 +37,32 @@ def test_decode_and_encode_equal_dense(active: int) -> None:
         torch.testing.assert_close(sparse, dense)
 
 
+@pytest.mark.parametrize("active", [3, 60])
+def test_under_autocast_gradients_are_at_least_as_good_as_dense_ones(active: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    h = features(active)
+    W_dec, W_enc = torch.randn(100, 7, generator=generator), torch.randn(7, 100, generator=generator)
+    x, upstream = torch.randn(2, 4, 9, 7, generator=generator)
+    results = []
+    for decode, encode, autocast in (
+        (decode_sparse, encode_linear, True),
+        (torch.matmul, torch.matmul, True),
+        (torch.matmul, torch.matmul, False),
+    ):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, W_enc, W_dec)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            pre = encode(leaves[0], leaves[1])
+            kept = pre * (h > 0)
+            xhat = decode(kept, leaves[2])
+        assert pre.dtype == (torch.bfloat16 if autocast else torch.float32)
+        gradients = torch.autograd.grad((xhat.float() * upstream).sum(), leaves)
+        assert all(gradient.dtype == torch.float32 for gradient in gradients)
+        results.append([pre.float(), xhat.float(), *gradients])
+    for ours, theirs, exact in zip(*results, strict=True):
+        bound = 2 * (theirs - exact).abs().max() + 1e-6 * exact.abs().max()
+        assert (ours - exact).abs().max() <= bound
+
+
 def test_the_encoders_gradient_needs_no_copy() -> None:
     """It comes transposed, and lies in memory as the parameter does: autograd then keeps it as it is."""
     from tsae.config import SAEConfig

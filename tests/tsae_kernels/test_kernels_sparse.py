@@ -30,6 +30,24 @@ def test_products_equal_dense_ones(N: int, k: int, d: int, density: float) -> No
     torch.testing.assert_close(sampled_matmul(rows, left, right), (left @ right.T) * (x != 0))
 
 
+@pytest.mark.parametrize(("N", "k", "d"), SHAPES)
+def test_features_in_bfloat16(N: int, k: int, d: int) -> None:
+    x, left, right = sparse_matrix(N, k).bfloat16(), torch.randn(N, d), torch.randn(k, d)
+    rows = compress(x)
+    for half, single in zip(rows, compress(x.float()), strict=True):
+        assert torch.equal(half, single)
+    gradient = sampled_matmul(rows, left, right, torch.bfloat16)
+    assert torch.equal(gradient, sampled_matmul(rows, left, right).bfloat16())
+
+
+def test_nan_stays_nan_in_bfloat16() -> None:
+    rows = compress(torch.eye(3).bfloat16())
+    left = torch.tensor([[1.0], [float("nan")], [float("inf")]])
+    out = sampled_matmul(rows, left, torch.ones(3, 1), torch.bfloat16)
+    assert out.diagonal().isnan().tolist() == [False, True, False]
+    assert out[2, 2] == float("inf")
+
+
 def test_compress_keeps_nan_and_tiny_numbers_and_drops_both_zeros() -> None:
     x = torch.zeros(2, 70)
     x[0, 3], x[0, 69], x[1, 40], x[1, 41] = float("nan"), 1e-45, float("-inf"), -0.0
