@@ -68,14 +68,15 @@ def main(argv: list[str] | None = None) -> int:
     with report_errors() as status:
         cfg, asked = command(argv)
         # Imported here, so that --help and a misspelt option answer at once.
+        from tsae.directories import new_directory
         from tsae.progress import console
-        from tsae.run import run, run_directory
+        from tsae.run import run
         from tsae.table import print_table
 
         if asked.resume is not None:
             cfg, directory = _resumed(asked, argv)
         else:
-            directory = run_directory(cfg, asked.out, overwrite=asked.overwrite)
+            directory = new_directory(cfg.preset, asked.out, overwrite=asked.overwrite)
         result = run(cfg, directory, resume=asked.resume is not None)
         if result is not None:
             print_table(result.metrics)
