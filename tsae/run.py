@@ -35,6 +35,8 @@ from tsae.trainer import DivergedError, Trainer
 
 __all__ = ["Outcome", "evaluation_batches", "run", "run_all"]
 
+Start = Callable[[dict[str, TrainConfig], Path], None]
+
 
 @dataclass
 class Outcome:
@@ -62,13 +64,13 @@ def run(cfg: TrainConfig, directory: Path, *, resume: bool = False) -> Evaluatio
 
 
 def run_all(
-    cfgs: dict[str, TrainConfig], directory: Path, *, resume: bool = False, start: Callable[[], None] | None = None
+    cfgs: dict[str, TrainConfig], directory: Path, *, resume: bool = False, start: Start | None = None
 ) -> dict[str, Outcome]:
     """Train, evaluate and report autoencoders on one stream of activations, run NAME in ``directory / NAME``.
 
     cfgs: by name, agreeing on all that `tsae.sweep.check_agreement` looks at; checked as in `run`
     directory: holds `checkpoint/`, which is common to all
-    start: makes the new directory, once training is about to begin
+    start: makes the directories once training is about to begin, from the completed ``cfgs`` and ``directory``
     """
     for name, cfg in cfgs.items():
         with _naming(name):
@@ -80,8 +82,7 @@ def run_all(
     for name, cfg in cfgs.items():
         with _naming(name):
             cfgs = cfgs | {name: replace(cfg, sae=replace(cfg.sae, d_in=matching_width(cfg, lm)))}
-    start = start or partial(_start_all, cfgs, directory)
-    outcomes, trainers = _trained(cfgs, lm, device, directory, resume=resume, start=start)
+    outcomes, trainers = _trained(cfgs, lm, device, directory, resume=resume, start=start or _start_all)
     saes = {name: trainer.finished() for name, trainer in trainers.items()}
     for name, sae in saes.items():
         sae.save(
@@ -161,7 +162,7 @@ def _trained(
     directory: Path,
     *,
     resume: bool,
-    start: Callable[[], None],
+    start: Start,
 ) -> tuple[dict[str, Outcome], dict[str, Trainer]]:
     """Train to the last step, from the start or from the newest checkpoint.
 
@@ -204,7 +205,7 @@ def _trained(
         trainers = {name: trainer(name, normalizer) for name in cfgs}
         keep_bytes = dict.fromkeys(cfgs, 0)
     if not resume:
-        start()  # what can fail has been done: an old run goes only for one that trains
+        start(cfgs, directory)  # what can fail has been done: an old run goes only for one that trains
 
     with ExitStack() as files:
         lanes = {}
