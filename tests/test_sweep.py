@@ -24,7 +24,7 @@ from tsae.trainer import Trainer
 RUNS = {
     "plain": {"seed": 3, "sae.release_ratio": 1.0, "objective": {"temporal": "none"}},
     "wide": {"sae": {"d_sae": 96, "k": 1, "activation": "batchtopk"}, "log_every": 5, "optimizer.noise_eta": 0.1},
-    "window": {"sae.activation": "gelu", "objective.temporal": "window", "objective.l1": 1e-3},
+    "window": {"normalize": False, "sae.activation": "gelu", "objective": {"temporal": "window", "l1": 1e-3}},
 }
 
 
@@ -97,11 +97,17 @@ def same(a: Path, b: Path) -> None:
     assert json.loads((a / "eval.json").read_text()) == json.loads((b / "eval.json").read_text())
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_sweep_has_run_directories_and_a_table(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {path.name for path in swept.iterdir()} == {"checkpoint", "sweep.json", *RUNS}
     for name in RUNS:
         files = {path.name for path in (swept / name).iterdir()}
         assert files == {"config.json", "metrics.jsonl", "sae", "eval.json", "report.png"}
+    state = torch.load(swept / "checkpoint" / "step-00000012" / "state.pt", weights_only=True)
+    normalizers = {name: trainer["normalizer"] for name, trainer in state["trainers"].items()}
+    assert torch.equal(normalizers["window"]["mean"], torch.zeros(32))
+    assert normalizers["window"]["scale"] == 1.0
+    assert normalizers["plain"]["scale"] == normalizers["wide"]["scale"] != 1.0
     assert [line["step"] for line in log(swept / "wide")] == [1, 5, 10, 12]
     rows = json.loads((swept / "sweep.json").read_text())["runs"]
     assert list(rows) == list(RUNS)

@@ -296,6 +296,9 @@ class TrainConfig:
     """Precision of the autoencoder's matrix products; its weights stay float32."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+    normalize: bool = True
+    """Centre and scale the activations, as estimated on the first sequences; off, the autoencoder is trained on raw
+    ones."""
     sae: SAEConfig = field(default_factory=SAEConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

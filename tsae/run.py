@@ -201,8 +201,8 @@ def _trained(
         console.print(f"Resuming {directory} after step {state['step']}.", soft_wrap=True)
     else:
         first = buffer.first(cfg.buffer.estimate_sequences)
-        normalizer = InputNormalizer.estimate(*first)
-        trainers = {name: trainer(name, normalizer) for name in cfgs}
+        estimated, raw = InputNormalizer.estimate(*first), InputNormalizer.identity(lm.d_model)
+        trainers = {name: trainer(name, estimated if cfgs[name].normalize else raw) for name in cfgs}
         keep_bytes = dict.fromkeys(cfgs, 0)
     if not resume:
         start(cfgs, directory)  # what can fail has been done: an old run goes only for one that trains

@@ -37,6 +37,7 @@ __all__ = [
     "run_sweep",
     "start_sweep",
     "sweep_directory",
+    "with_options",
 ]
 
 SWEEP = "sweep.json"  # what makes a directory a sweep's
@@ -142,6 +143,13 @@ def _config(base: dict[str, Any], *overrides: dict[str, Any]) -> TrainConfig:
         _assign(seeds, base)
         cfg = replace(cfg, data_seed=from_dict(TrainConfig, seeds).seed)
     return cfg
+
+
+def with_options(cfg: TrainConfig, options: dict[str, Any]) -> TrainConfig:
+    """``cfg`` with nested or dotted options over it; `UserError` names one that does not fit."""
+    values = to_dict(cfg)
+    _assign(values, options)
+    return from_dict(TrainConfig, values)
 
 
 def _assign(values: dict[str, Any], options: dict[str, Any]) -> None:
