@@ -13,15 +13,17 @@ from tiny import sample_text
 import tsae.reproduce.papers
 import tsae.run
 import tsae.trainer
-from tsae.config import EvaluationConfig
+from tsae.config import EvaluationConfig, SAEConfig
 from tsae.data.sequences import TokenBatch
 from tsae.errors import UserError
+from tsae.evaluate import evaluate
 from tsae.lm.hooks import activations
 from tsae.lm.loading import load_language_model
 from tsae.presets import preset
 from tsae.reproduce.__main__ import main
 from tsae.reproduce.papers import PAPERS, configurations
-from tsae.reproduce.results import zero_output
+from tsae.reproduce.results import explained_variance
+from tsae.sae.model import SparseAutoencoder
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -86,15 +88,16 @@ def test_tcsae_ends_with_table_and_figure(
                 metrics = json.loads((run / "eval.json").read_text())
                 assert all(ours[key] == metrics[key] for key in ("explained_variance", "l0", "ce_loss_score"))
                 assert (ours["steps"], ours["error"]) == (4, None)
+                assert ours["explained_variance_with_bos"] < 1
             config = json.loads((run / "config.json").read_text())
             assert (config["normalize"], config["autocast"]) == (given == "fixed", "none")
 
     table = (out / "results.md").read_text()
-    content = results["zero_output"]["content"]["explained_variance"]
+    content = results["zero_output"]["content"]["zero_output"]
     assert f"EV = -|mean|^2 / Var = {content:.3f}" in table
-    assert "| run0 | paper | -0.785 | 0.00 | 0.00 | – | – | – | -0.586 | – |" in table
-    assert "| run1 | paper | – | – | – | – | – | – | – | 0 |" in table
-    assert "|  | literal | – | – | – | – | – | – | – | 2 (stopped) |" in table
+    assert "| run0 | paper | -0.785 | – | 0.00 | 0.00 | – | – | – | -0.586 | – |" in table
+    assert "| run1 | paper | – | – | – | – | – | – | – | – | 0 |" in table
+    assert "|  | literal | – | – | – | – | – | – | – | – | 2 (stopped) |" in table
     assert "run2, fixed: Training stopped at step 3" in table
     assert (out / "figure1.png").read_bytes().startswith(PNG)
     assert "92.64" in capsys.readouterr().out
@@ -141,19 +144,26 @@ def test_every_experiment_differs_from_every_other(name: str) -> None:
     assert all(a != b for i, a in enumerate(cfgs) for b in cfgs[:i])
 
 
-def test_the_score_of_zero_is_minus_mean_squared_over_variance(tiny_neox: Path) -> None:
+def test_explained_variance_with_and_without_bos(tiny_neox: Path) -> None:
     lm = load_language_model(str(tiny_neox), dtype="float32")
     tokens = torch.randint(5, 300, (5, 33), generator=torch.Generator().manual_seed(0))
     segments = torch.zeros(5, 32, dtype=torch.int32)
     segments[2, 20:] = -1
-    got = zero_output(lm, [TokenBatch(tokens, segments)], 1, 2)
-    x = activations(lm, tokens, 1).double()
+    sae = SparseAutoencoder(SAEConfig(d_in=32, d_sae=24, activation="relu"), generator=torch.Generator().manual_seed(0))
+    batch = TokenBatch(tokens, segments)
+    got = explained_variance({"a": sae}, lm, [batch], 1, 2)
+    x = activations(lm, tokens, 1)
     content = x[:, 1:][segments >= 0]
     for name, part in (("content", content), ("with_bos", torch.cat([content, x[:, 0]]))):
-        mean = part.mean(0)
-        explained = 1 - part.square().sum() / (part - mean).square().sum()
-        assert got[name]["explained_variance"] == pytest.approx(float(explained), rel=1e-9)
+        mean = part.double().mean(0)
+        spread = (part.double() - mean).square().sum()
+        zero = 1 - part.double().square().sum() / spread
+        assert got[name]["zero_output"] == pytest.approx(float(zero), rel=1e-9)
         assert got[name]["mean_norm"] == pytest.approx(float(mean.norm()), rel=1e-9)
+        explained = 1 - (part - sae(part).detach()).double().square().sum() / spread
+        assert got[name]["runs"]["a"] == pytest.approx(float(explained), rel=1e-5)
+    metrics = evaluate(sae, lm, [batch], layer=1, ce_sequences=0).metrics
+    assert got["content"]["runs"]["a"] == pytest.approx(metrics["explained_variance"], rel=1e-5)
 
 
 @pytest.mark.parametrize(

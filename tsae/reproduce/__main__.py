@@ -66,8 +66,9 @@ def _reproduce(asked: Arguments, argv: list[str]) -> None:
     from tsae.progress import console
     from tsae.reproduce.figure import write_figure
     from tsae.reproduce.papers import PAPERS, configurations
-    from tsae.reproduce.results import collect, markdown, print_results, zero_output
+    from tsae.reproduce.results import collect, explained_variance, markdown, print_results
     from tsae.run import evaluation_batches, resolve_device
+    from tsae.sae.model import SparseAutoencoder
     from tsae.sweep import SWEEP, resume_sweep, run_sweep, sweep_directory
 
     paper = PAPERS[asked.paper]
@@ -96,9 +97,11 @@ def _reproduce(asked: Arguments, argv: list[str]) -> None:
     cfg = from_dict(TrainConfig, next(iter(runs.values()))["config"])
     lm = load_language_model(cfg.model, device=resolve_device(cfg.device), dtype=cfg.lm_dtype, revision=cfg.revision)
     batches = evaluation_batches(cfg, lm, cfg.evaluation.sequences)
-    zero = zero_output(lm, batches, cfg.layer, cfg.buffer.harvest_batch)
+    finished = [name for name, run in runs.items() if run["metrics"]]
+    saes = {name: SparseAutoencoder.load(directory / name / "sae", device=lm.device) for name in finished}
+    explained = explained_variance(saes, lm, batches, cfg.layer, cfg.buffer.harvest_batch)
     seconds = None if asked.resume is not None else time.perf_counter() - began
-    results = collect(paper, cfg, runs, zero, seconds)
+    results = collect(paper, cfg, runs, explained, seconds)
     write_json(directory / "results.json", results)
     with replacing(directory / "results.md") as temporary:
         temporary.write_text(markdown(results), encoding="utf-8")

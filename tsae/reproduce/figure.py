@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from tsae.files import replacing
 from tsae.report import BLUE, GREY, INK, RED, STYLE, read_history
@@ -43,7 +45,13 @@ def write_figure(results: dict[str, Any], directory: Path) -> Path:
         for ax, (key, title) in zip(top.subplots(1, len(PANELS)), PANELS, strict=True):
             _bars(ax, results, key, title)
         top.legend(
-            handles=top.axes[0].get_legend_handles_labels()[0], loc="upper right", ncols=4, bbox_to_anchor=(1.0, 1.0)
+            handles=[
+                *(Patch(color=colour, label=source) for source, colour in SOURCES),
+                Line2D([], [], color=INK, linewidth=1.0, linestyle=(0, (3, 2)), label="outputs zero"),
+            ],
+            loc="upper right",
+            ncols=4,
+            bbox_to_anchor=(1.0, 1.0),
         )
         bottom.suptitle("(b) Training dynamics", x=0.01, ha="left", fontweight="bold")
         for ax, given in zip(bottom.subplots(1, 2, sharey=True), INPUTS, strict=True):
@@ -66,15 +74,16 @@ def _bars(ax: Axes, results: dict[str, Any], key: str, title: str) -> None:
                 ax.text(0.0, y, f" {reason}", fontsize=6.5, color=GREY, va="center")
                 continue
             values.append(value)
-            ax.barh(y, value, height=0.25, color=colour, label=source if place == places[0] else None)
+            ax.barh(y, value, height=0.25, color=colour)
             ax.plot([value], [y], marker="|", color=INK, markersize=4)  # a bar of 0 is seen too
     if key == "explained_variance":
-        zero = results["zero_output"]["content"]["explained_variance"]
-        ax.axvline(zero, color=INK, linewidth=1.0, linestyle=(0, (3, 2)), label="outputs zero")
+        zero = results["zero_output"]["content"]["zero_output"]
+        ax.axvline(zero, color=INK, linewidth=1.0, linestyle=(0, (3, 2)))
         values.append(zero)
     if values and max(abs(value) for value in values) > 20 and min(values) < 0:
         ax.set_xscale("symlog", linthresh=1.0)
     ax.axvline(0, color="#B8BEC5", linewidth=0.8)
+    ax.tick_params(axis="y", left=False)
     ax.set_yticks(places, [row["run"] for row in rows] if key == PANELS[0][0] else [])
     ax.grid(axis="y", visible=False)
 
@@ -90,7 +99,7 @@ def _dynamics(ax: Axes, results: dict[str, Any], directory: Path, given: str) ->
         ax.plot(steps, np.clip(1 - explained, 1e-6, None), color=colour, linewidth=1.2, label=row["run"])
         if row[given]["error"]:
             ax.plot(steps[-1:], np.clip(1 - explained[-1:], 1e-6, None), "x", color=colour, markersize=8)
-    zero = 1 - results["zero_output"]["content"]["explained_variance"]
+    zero = 1 - results["zero_output"]["content"]["zero_output"]
     ax.axhline(zero, color=INK, linewidth=1.0, linestyle=(0, (3, 2)))
     ax.axhline(1, color="#B8BEC5", linewidth=0.8)
     ax.text(0.995, zero, "outputs zero ", transform=ax.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)

@@ -5,9 +5,9 @@ Every experiment runs twice, alike but for the input:
 * *literal*: raw activations, neither centred nor scaled, as neither paper says a word of either;
 * *fixed*: centred, and scaled to a mean squared norm of d, as `tsae` does everywhere.
 
-BOS is fed to the language model and dropped from both, as neither paper mentions it; what it would do to the score of
-an autoencoder that outputs zero is measured beside them. Further readings of what the papers leave open stand at the
-experiments. All arithmetic of the autoencoders is float32, so that rounding explains nothing.
+BOS is fed to the language model and dropped from both. Neither paper mentions it, and it may have counted there: so
+every explained variance is given with BOS besides, for an output of zero too. Further readings of what the papers
+leave open stand at the experiments. All arithmetic of the autoencoders is float32, so that rounding explains nothing.
 
 A paper's "cross-entropy loss" below 0 can only be a score, `ce_loss_score`; its explained variance is the centred one,
 `1 - E|x - xhat|^2 / Var(x)`, or an autoencoder that outputs zero could not score below 0.
