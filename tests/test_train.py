@@ -16,8 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import tsae.run
-from tsae import checkpoint
+from tsae import checkpoint, directories
 from tsae.config import to_dict
 from tsae.data.harvest import Harvester
 from tsae.errors import UserError
@@ -270,7 +269,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_term_and_checkpoint(
     assert str(out / "checkpoint" / "step-00000004") in message
     assert not (out / "sae").exists()
     state = torch.load(out / "checkpoint" / "step-00000004" / "state.pt", weights_only=True)
-    assert all(torch.isfinite(v).all() for v in state["trainer"]["sae"].values())
+    assert all(torch.isfinite(v).all() for v in state["trainers"][""]["sae"].values())
 
 
 class BrokenGradient(torch.autograd.Function):
@@ -367,7 +366,7 @@ def test_mean_and_scale_come_from_positions_that_count(tiny_neox: Path, tmp_path
     assert int((~kept).sum()) > 0
     x = held["x"][kept].double()
     state = torch.load(out / "checkpoint" / "step-00000004" / "state.pt", weights_only=True)
-    normalizer = state["trainer"]["normalizer"]
+    normalizer = state["trainers"][""]["normalizer"]
     torch.testing.assert_close(normalizer["mean"].double(), x.mean(0), rtol=1e-5, atol=1e-6)
     assert normalizer["scale"] == pytest.approx(float(x.var(0, correction=0).mean().sqrt()), rel=1e-5)
 
@@ -381,18 +380,18 @@ def test_both_evaluations_read_only_text_that_training_does_not(
     from tsae.data.text import TextConfig, open_text
 
     seen: list[list[str]] = []
-    real = tsae.evaluate.evaluate
+    real = tsae.evaluate.evaluate_all
 
-    def spy(sae: Any, lm: Any, batches: list[Any], **options: Any) -> Any:
+    def spy(saes: Any, lm: Any, batches: list[Any], **options: Any) -> Any:
         segments: list[str] = []
         for batch in batches:
             for row, ids in zip(batch.tokens[:, 1:], batch.segments, strict=True):
                 segments += [lm.tokenizer.decode(row[ids == i]) for i in ids.unique() if i >= 0]
         seen.append(segments)
-        return real(sae, lm, batches, **options)
+        return real(saes, lm, batches, **options)
 
-    monkeypatch.setattr(tsae.run, "evaluate", spy)
-    monkeypatch.setattr(tsae.evaluate, "evaluate", spy)
+    monkeypatch.setattr(tsae.run, "evaluate_all", spy)
+    monkeypatch.setattr(tsae.evaluate, "evaluate_all", spy)
     out = tmp_path / "run"
     assert main(options(tiny_neox, text_file, out, "--steps", "2")) == 0
     assert tsae.evaluate.main([str(out)]) == 0
@@ -465,20 +464,19 @@ def test_overwrite_killed_at_any_moment_can_be_started_again(
             for name in ("unlink", "rmdir", "replace", "mkdir", "open"):
                 patch.setattr(os, name, until_killed(getattr(os, name)))
             try:
-                tsae.run._start_directory(out, cfg)
+                directories.start_run(out, cfg)
                 break
             except Killed:
                 pass
-        assert tsae.run.run_directory(cfg, out, overwrite=True) == out
+        assert directories.new_directory("demo", out, overwrite=True) == out
     assert changes > 10
     assert json.loads((out / "config.json").read_text()) == to_dict(cfg)
     assert [path.name for path in out.iterdir()] == ["config.json"]
 
 
 def test_a_first_start_killed_at_once_can_be_started_again(tmp_path: Path) -> None:
-    cfg, _ = command([])
     (tmp_path / ".config.json.tmp").write_text("{")
-    assert tsae.run.run_directory(cfg, tmp_path, overwrite=False) == tmp_path
+    assert directories.new_directory("demo", tmp_path, overwrite=False) == tmp_path
 
 
 @pytest.fixture

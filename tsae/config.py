@@ -285,6 +285,9 @@ class TrainConfig:
     """Sequences of 128 tokens per step."""
     seed: int = 0
     """Seed of everything random: text order, weights, batches, noise."""
+    data_seed: int | None = None
+    """Seed of the text's order and split and of the batches' order; None takes `seed`. Runs with one data seed
+    see the same batches, whatever their weights start from."""
     device: str = "auto"
     """Where to compute: `auto`, `cpu`, `cuda`, `cuda:1`, ..."""
     lm_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -293,6 +296,9 @@ class TrainConfig:
     """Precision of the autoencoder's matrix products; its weights stay float32."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+    normalize: bool = True
+    """Centre and scale the activations, as estimated on the first sequences; off, the autoencoder is trained on raw
+    ones."""
     sae: SAEConfig = field(default_factory=SAEConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -301,14 +307,20 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
+    @property
+    def stream_seed(self) -> int:
+        """The seed of everything that the activations and their order depend on."""
+        return self.seed if self.data_seed is None else self.data_seed
+
     def check(self) -> None:
         """Raise `UserError`, one sentence, for the first value that makes no sense."""
         _check_finite(dataclasses.asdict(self))
         for name in ("steps", "batch", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed is {self.seed}; it must be from 0 to 2^63 - 1.")
+        for name, seed in (("seed", self.seed), ("data_seed", self.stream_seed)):
+            if not 0 <= seed < 2**63:
+                raise UserError(f"{name} is {seed}; it must be from 0 to 2^63 - 1.")
         self.sae.check()
         if self.sae.activation == "jumprelu":
             raise UserError("sae.activation 'jumprelu' is for loaded autoencoders; train 'batchtopk' or 'schmitt'.")

@@ -48,7 +48,7 @@ from tsae.report import read_source, write_report
 from tsae.sae.model import SparseAutoencoder
 from tsae.table import print_table
 
-__all__ = ["EvaluationResult", "evaluate", "evaluation_progress", "main", "write_eval"]
+__all__ = ["EvaluationResult", "evaluate", "evaluate_all", "evaluation_progress", "main", "write_eval"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +69,15 @@ class EvaluationResult:
     tokens: int
     """Tokens behind the reconstruction, sparsity and temporal metrics."""
 
+    def check_finite(self) -> None:
+        """Raise `UserError`, naming the metric, unless all are finite."""
+        for name, value in _leaves(self.metrics):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"The metric {name} is {value}: the activations or the autoencoder's weights are not finite."
+                )
 
-@torch.no_grad()
+
 def evaluate(
     sae: SparseAutoencoder,
     lm: LanguageModel,
@@ -109,17 +116,80 @@ def evaluate(
 
     Raises UserError if there is no token to evaluate or a metric is not finite.
     """
+    (result,) = evaluate_all(
+        {"": sae},
+        lm,
+        batches,
+        layer=layer,
+        ce_sequences=ce_sequences,
+        lm_batch=lm_batch,
+        harvest_batch=harvest_batch,
+        seed=seed,
+        reference_mean=reference_mean,
+        progress=progress,
+    ).values()
+    result.check_finite()
+    return result
+
+
+@torch.no_grad()
+def evaluate_all(
+    saes: dict[str, SparseAutoencoder],
+    lm: LanguageModel,
+    batches: Iterable[TokenBatch],
+    *,
+    layer: int,
+    ce_sequences: int = 16,
+    lm_batch: int = 4,
+    harvest_batch: int = 16,
+    seed: int = 0,
+    reference_mean: Tensor | None = None,
+    progress: ProgressCallback | None = None,
+) -> dict[str, EvaluationResult]:
+    """`evaluate` for several autoencoders of one layer, by name; each scores what it would score alone.
+
+    The activations are harvested once, and the language model's untouched and ablated passes are shared: another
+    autoencoder costs its own arithmetic and one pass with its reconstruction. Metrics that are not finite are
+    returned as they are (`EvaluationResult.check_finite`), so that one autoencoder does not lose the others'.
+    """
     parts = [part for batch in batches for part in _split(batch, harvest_batch)]
-    was_training = sae.training
-    sae.eval()
+    were_training = {name: sae.training for name, sae in saes.items()}
+    for sae in saes.values():
+        sae.eval()
     try:
-        return _measure(sae, lm, parts, layer, ce_sequences, lm_batch, seed, reference_mean, progress or _no_progress)
+        return _measure(saes, lm, parts, layer, ce_sequences, lm_batch, seed, reference_mean, progress or _no_progress)
     finally:
-        sae.train(was_training)
+        for name, sae in saes.items():
+            sae.train(were_training[name])
+
+
+class _Features:
+    """What one autoencoder's features are measured with."""
+
+    def __init__(self) -> None:
+        self.reconstruction, self.temporal, self.shuffled = ReconstructionMetrics(), TemporalMetrics(), Persistence()
+
+    def update(self, sae: SparseAutoencoder, x: Tensor, mixed: Tensor, segments: Tensor) -> None:
+        """Count activations x [N, T, d], and `mixed`, the same with the positions of each segment permuted."""
+        h = sae.encode(x, segments)
+        self.reconstruction.update(x, sae.decode(h), h, segments)
+        self.temporal.update(x, h, segments)
+        del h
+        self.shuffled.update_features(sae.encode(mixed, segments), segments)
+
+    def result(self, predictions: LanguageModelMetrics) -> EvaluationResult:
+        temporal = self.temporal.compute()
+        temporal["persistence_excess_shuffled"] = self.shuffled.excess()
+        return EvaluationResult(
+            metrics={**self.reconstruction.compute(), **predictions.compute(), "temporal": temporal},
+            density=self.reconstruction.density(),
+            autocorrelation_curve={int(lag): r for lag, r in temporal["autocorrelation"].items()},
+            tokens=self.reconstruction.tokens,
+        )
 
 
 def _measure(
-    sae: SparseAutoencoder,
+    saes: dict[str, SparseAutoencoder],
     lm: LanguageModel,
     parts: list[TokenBatch],
     layer: int,
@@ -128,46 +198,32 @@ def _measure(
     seed: int,
     reference_mean: Tensor | None,
     progress: ProgressCallback,
-) -> EvaluationResult:
-    device = next(sae.parameters()).device
+) -> dict[str, EvaluationResult]:
+    device = _device(saes)
     generator = torch.Generator().manual_seed(seed)
-    reconstruction, temporal, shuffled = ReconstructionMetrics(), TemporalMetrics(), Persistence()
+    features = {name: _Features() for name in saes}
+    any_of_them = next(iter(features.values())).reconstruction
     done, total = 0, sum(part.segments.numel() for part in parts)
     progress("features", 0, total)  # the bar's clock starts with the work
     for part in parts:
         segments = part.segments.to(device)
         x = activations(lm, part.tokens, layer)[:, 1:].to(device, torch.float32)  # [N, T, d]
-        h = sae.encode(x, segments)
-        reconstruction.update(x, sae.decode(h), h, segments)
-        temporal.update(x, h, segments)
-        del h
-        shuffled.update_features(sae.encode(shuffle_within_segments(x, segments, generator), segments), segments)
+        mixed = shuffle_within_segments(x, segments, generator)
+        for name, sae in saes.items():
+            features[name].update(sae, x, mixed, segments)
         done += segments.numel()
         progress("features", done, total)
-    if reconstruction.tokens == 0:
+    if any_of_them.tokens == 0:
         raise UserError("The evaluation set has no token; give more text, or more sequences.")
-    logger.info("evaluated %d tokens", reconstruction.tokens)
+    logger.info("evaluated %d tokens", any_of_them.tokens)
 
-    mean = reconstruction.mean() if reference_mean is None else reference_mean
-    predictions = _predictions(sae, lm, parts, layer, mean, ce_sequences, lm_batch, progress)
-    temporal_metrics = temporal.compute()
-    temporal_metrics["persistence_excess_shuffled"] = shuffled.excess()
-    metrics = {**reconstruction.compute(), **predictions.compute(), "temporal": temporal_metrics}
-    for name, value in _leaves(metrics):
-        if not math.isfinite(value):
-            raise UserError(
-                f"The metric {name} is {value}: the activations or the autoencoder's weights are not finite."
-            )
-    return EvaluationResult(
-        metrics=metrics,
-        density=reconstruction.density(),
-        autocorrelation_curve={int(lag): r for lag, r in temporal_metrics["autocorrelation"].items()},
-        tokens=reconstruction.tokens,
-    )
+    mean = any_of_them.mean() if reference_mean is None else reference_mean
+    predictions = _predictions(saes, lm, parts, layer, mean, ce_sequences, lm_batch, progress)
+    return {name: features[name].result(predictions[name]) for name in saes}
 
 
 def _predictions(
-    sae: SparseAutoencoder,
+    saes: dict[str, SparseAutoencoder],
     lm: LanguageModel,
     parts: list[TokenBatch],
     layer: int,
@@ -175,10 +231,10 @@ def _predictions(
     ce_sequences: int,
     lm_batch: int,
     progress: ProgressCallback,
-) -> LanguageModelMetrics:
-    """The four runs of the language model over the first `ce_sequences` sequences."""
-    metrics = LanguageModelMetrics()
-    device = next(sae.parameters()).device
+) -> dict[str, LanguageModelMetrics]:
+    """The runs of the language model over the first `ce_sequences` sequences: three, and one for each autoencoder."""
+    shared, own = LanguageModelMetrics(), {name: LanguageModelMetrics() for name in saes}
+    device = _device(saes)
     ce_sequences = min(ce_sequences, sum(len(part.tokens) for part in parts))
     done = 0
     if ce_sequences > 0:
@@ -199,17 +255,17 @@ def _predictions(
 
             return hook
 
-        def reconstructed(x: Tensor, segments: Tensor = segments) -> Tensor:
-            return sae(x.to(device, torch.float32), segments.to(device))
+        def reconstructed(sae: SparseAutoencoder, segments: Tensor = segments) -> Callable[[Tensor], Tensor]:
+            return lambda x: sae(x.to(device, torch.float32), segments.to(device))
 
-        runs = {
-            "with_sae": reconstructed,
-            "with_ablation": torch.zeros_like,
-            "with_mean_ablation": lambda x: mean.expand(x.shape),
-        }
+        runs = [
+            *((own[name], "with_sae", reconstructed(sae)) for name, sae in saes.items()),
+            (shared, "with_ablation", torch.zeros_like),
+            (shared, "with_mean_ablation", lambda x: mean.expand(x.shape)),
+        ]
         untouched = logits_with(lm, tokens, layer, None)
-        metrics.update("without_sae", untouched, tokens, segments)
-        for run, content in runs.items():
+        shared.update("without_sae", untouched, tokens, segments)
+        for metrics, run, content in runs:
             logits = logits_with(lm, tokens, layer, replaced(content))
             # KL is reported against zero ablation alone.
             reference = untouched if run != "with_mean_ablation" else None
@@ -217,7 +273,13 @@ def _predictions(
             del logits
         done += len(tokens)
         progress("predictions", done * segments.shape[1], ce_sequences * segments.shape[1])
-    return metrics
+    for metrics in own.values():
+        metrics.merge(shared)
+    return own
+
+
+def _device(saes: dict[str, SparseAutoencoder]) -> torch.device:
+    return next(next(iter(saes.values())).parameters()).device
 
 
 def _no_progress(stage: str, done: int, total: int) -> None:
@@ -312,7 +374,7 @@ def evaluate_run(arguments: Arguments) -> EvaluationResult:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
-    seed = config.seed if arguments.seed is None else arguments.seed
+    seed = config.stream_seed if arguments.seed is None else arguments.seed
     data = config.data
     if arguments.data is not None and not is_same_source(arguments.data, config.data):
         data = absolute_source(arguments.data)

@@ -1,27 +1,29 @@
-"""The main job: text -> language model -> activations -> temporal SAE -> evaluation -> report, in one directory."""
+"""The main job: text -> language model -> activations -> temporal SAEs -> evaluation -> report.
+
+Any number of autoencoders train on one stream of activations, each in its own directory; a single run is one.
+"""
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from datetime import datetime
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryFile
+from typing import Any
 
 import torch
 
 from tsae import checkpoint
-from tsae.config import LENGTH, TrainConfig, to_dict
+from tsae.config import LENGTH, TrainConfig
 from tsae.data.buffer import ActivationBuffer
 from tsae.data.harvest import Harvest, Harvester
 from tsae.data.sequences import SequenceStream, TokenBatch
 from tsae.data.text import Document, Part, absolute_source, open_text, split_threshold
+from tsae.directories import check_writable, link_latest, start_run
 from tsae.errors import UserError
-from tsae.evaluate import EvaluationResult, evaluate, evaluation_progress, write_eval
+from tsae.evaluate import EvaluationResult, evaluate_all, evaluation_progress, write_eval
 from tsae.files import write_json
 from tsae.lm.hooks import check_layer
 from tsae.lm.loading import LanguageModel, absolute_name, default_dtype, load_language_model
@@ -31,88 +33,115 @@ from tsae.report import write_report
 from tsae.sae.normalization import InputNormalizer
 from tsae.trainer import DivergedError, Trainer
 
-__all__ = ["evaluation_batches", "run", "run_directory"]
+__all__ = ["Outcome", "evaluation_batches", "run", "run_all"]
+
+Start = Callable[[dict[str, TrainConfig], Path], None]
 
 
-def run_directory(cfg: TrainConfig, out: Path | None, *, overwrite: bool) -> Path:
-    """Where a new run goes: ``out``, or `runs/<preset>/<timestamp>`. Nothing is created here.
+@dataclass
+class Outcome:
+    """How one autoencoder ended."""
 
-    Raises:
-        UserError: the directory already has a run and ``overwrite`` is off, or holds something else, or cannot be
-            written.
-    """
-    if out is None:
-        # To the microsecond, as two may start in the same second.
-        return Path("runs") / cfg.preset / datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")
-    _check_writable(out)
-    if (out / "config.json").exists() and not overwrite:
-        raise UserError(f"{out} already has a run; continue it with --resume {out}, or replace it with --overwrite.")
-    foreign = [path for path in out.glob("*") if path.name != ".config.json.tmp"]  # which a killed start leaves
-    if foreign and not (out / "config.json").exists():
-        raise UserError(f"{out} is not empty and holds no run; name a new directory.")
-    return out
-
-
-def _check_writable(directory: Path) -> None:
-    """Raise `UserError` unless files can be made in ``directory``, or where it would be made."""
-    try:
-        place = next(p for p in (directory, *directory.absolute().parents) if p.exists())
-        with TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise UserError(f"A run cannot be written to {directory} ({error.strerror}); name another directory.") from None
+    steps: int
+    """Optimizer steps completed."""
+    evaluation: EvaluationResult | None = None
+    """None where ``evaluation.final`` is off, and beside an error."""
+    error: UserError | None = None
+    """Why it stopped alone: training diverged, or the evaluation is not finite."""
 
 
 def run(cfg: TrainConfig, directory: Path, *, resume: bool = False) -> EvaluationResult | None:
-    """Train, evaluate and report; everything lands in ``directory``.
+    """Train, evaluate and report one autoencoder; everything lands in ``directory``.
 
     cfg: checked here; bad values and unusable models or texts raise `UserError` before anything is written
-    directory: from `run_directory`, or an existing run's with ``resume``
+    directory: from `tsae.directories.new_directory`, or an existing run's with ``resume``
     out: the evaluation, or None with ``cfg.evaluation.final`` off
     """
-    cfg.check()
-    _check_writable(directory)
-    device = resolve_device(cfg.device)
+    outcome = run_all({"": cfg}, directory, resume=resume)[""]
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.evaluation
+
+
+def run_all(
+    cfgs: dict[str, TrainConfig], directory: Path, *, resume: bool = False, start: Start | None = None
+) -> dict[str, Outcome]:
+    """Train, evaluate and report autoencoders on one stream of activations, run NAME in ``directory / NAME``.
+
+    cfgs: by name, agreeing on all that `tsae.sweep.check_agreement` looks at; checked as in `run`
+    directory: holds `checkpoint/`, which is common to all
+    start: makes the directories once training is about to begin, from the completed ``cfgs`` and ``directory``
+    """
+    for name, cfg in cfgs.items():
+        with _naming(name):
+            cfg.check()
+    check_writable(directory)
+    common = next(iter(cfgs.values()))
+    device = resolve_device(common.device)
     # Absolute, so that the run can be gone on with and evaluated from anywhere.
-    cfg = replace(cfg, data=absolute_source(cfg.data), model=absolute_name(cfg.model))
-    lm, cfg = _open(cfg, device)
-    sae = _trained(cfg, lm, device, directory, resume=resume).finished()
-    sae.save(
-        directory / "sae",
-        model_name=cfg.model,
-        hook_name=f"blocks.{cfg.layer}.hook_resid_post",
-        hook_layer=cfg.layer,
-        context_size=LENGTH + 1,
-        prepend_bos=True,
-        dataset_path=cfg.data,
-    )
-    if not cfg.evaluation.final:
-        write_report(directory)
-        return None
-    with evaluation_progress() as progress:
-        result = evaluate(
-            sae,
-            lm,
-            evaluation_batches(cfg, lm, cfg.evaluation.sequences),
-            layer=cfg.layer,
-            ce_sequences=cfg.evaluation.ce_sequences,
-            lm_batch=cfg.evaluation.lm_batch,
-            harvest_batch=cfg.buffer.harvest_batch,
-            seed=cfg.seed,
-            progress=progress,
+    common = replace(common, data=absolute_source(common.data), model=absolute_name(common.model))
+    lm, common = _open(common, device)
+    for name, cfg in cfgs.items():
+        with _naming(name):
+            sae = replace(cfg.sae, d_in=matching_width(cfg, lm))
+            cfg = replace(cfg, data=common.data, model=common.model, text=common.text, sae=sae)
+            cfgs = cfgs | {name: cfg}
+    outcomes, trainers = _trained(cfgs, lm, device, directory, resume=resume, start=start or _start_all)
+    saes = {name: trainer.finished() for name, trainer in trainers.items()}
+    for name, sae in saes.items():
+        sae.save(
+            directory / name / "sae",
+            model_name=common.model,
+            hook_name=f"blocks.{common.layer}.hook_resid_post",
+            hook_layer=common.layer,
+            context_size=LENGTH + 1,
+            prepend_bos=True,
+            dataset_path=common.data,
         )
-    write_eval(result, directory)
-    write_report(directory)
-    return result
+    if common.evaluation.final and saes:
+        with evaluation_progress() as progress:
+            results = evaluate_all(
+                saes,
+                lm,
+                evaluation_batches(common, lm, common.evaluation.sequences),
+                layer=common.layer,
+                ce_sequences=common.evaluation.ce_sequences,
+                lm_batch=common.evaluation.lm_batch,
+                harvest_batch=common.buffer.harvest_batch,
+                seed=common.stream_seed,
+                progress=progress,
+            )
+        for name, result in results.items():
+            try:
+                result.check_finite()
+            except UserError as error:
+                outcomes[name].error = error
+            else:
+                outcomes[name].evaluation = result
+                write_eval(result, directory / name)
+    for name in cfgs:
+        write_report(directory / name)
+    return outcomes
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Put the run's name before the sentence of a `UserError`."""
+    try:
+        yield
+    except UserError as error:
+        if not name:
+            raise
+        raise type(error)(f"Run {name!r}: {error}") from None
 
 
 def _open(cfg: TrainConfig, device: torch.device) -> tuple[LanguageModel, TrainConfig]:
-    """The language model, and the configuration with its width and the text's split; what is unusable is found here."""
+    """The language model, and ``cfg`` with the text's split; whatever of the model, of the layer and of the text is
+    unusable is found here."""
     next(iter(_text(cfg, "train")(0)))  # unusable text is reported before the model is loaded
     cfg = replace(cfg, text=replace(cfg.text, threshold=split_threshold(cfg.data, cfg.text)))
     lm = load_language_model(cfg.model, device=device, dtype=cfg.lm_dtype, revision=cfg.revision)
     check_layer(lm, cfg.layer)
-    cfg = replace(cfg, sae=replace(cfg.sae, d_in=matching_width(cfg, lm)))
     # Likewise text that is too short for the first forward pass of the harvest.
     first = min(cfg.buffer.harvest_batch, cfg.buffer.sequences, -(-cfg.steps * cfg.batch // cfg.buffer.reuse))
     SequenceStream(_text(cfg, "train"), lm.tokenizer, LENGTH).next_batch(first)
@@ -123,11 +152,29 @@ def _open(cfg: TrainConfig, device: torch.device) -> tuple[LanguageModel, TrainC
 
 def _text(cfg: TrainConfig, part: Part) -> Callable[[int], Iterator[Document]]:
     """The run's text, one part of it, by epoch."""
-    return lambda epoch: open_text(cfg.data, part=part, seed=cfg.seed, config=cfg.text, epoch=epoch)
+    return lambda epoch: open_text(cfg.data, part=part, seed=cfg.stream_seed, config=cfg.text, epoch=epoch)
 
 
-def _trained(cfg: TrainConfig, lm: LanguageModel, device: torch.device, directory: Path, *, resume: bool) -> Trainer:
-    """Train to the last step, from the start or from the newest checkpoint."""
+def _start_all(cfgs: dict[str, TrainConfig], directory: Path) -> None:
+    for name, cfg in cfgs.items():
+        start_run(directory / name, cfg)
+    link_latest(directory)
+
+
+def _trained(
+    cfgs: dict[str, TrainConfig],
+    lm: LanguageModel,
+    device: torch.device,
+    directory: Path,
+    *,
+    resume: bool,
+    start: Start,
+) -> tuple[dict[str, Outcome], dict[str, Trainer]]:
+    """Train to the last step, from the start or from the newest checkpoint.
+
+    out: every run's outcome so far, and the trainers of those that did not diverge
+    """
+    cfg = next(iter(cfgs.values()))  # of what they have in common
     stream = SequenceStream(_text(cfg, "train"), lm.tokenizer, LENGTH)
     storage = lm.dtype if cfg.buffer.dtype == "auto" else getattr(torch, cfg.buffer.dtype)
     harvester = Harvester(lm, cfg.layer, stream, batch=cfg.buffer.harvest_batch, dtype=storage)
@@ -136,42 +183,68 @@ def _trained(cfg: TrainConfig, lm: LanguageModel, device: torch.device, director
         cfg.buffer.sequences,
         cfg.buffer.reuse,
         cfg.steps * cfg.batch,
-        torch.Generator().manual_seed(cfg.seed + 2),
+        torch.Generator().manual_seed(cfg.stream_seed + 2),
     )
-    autocast = default_dtype(device) == torch.bfloat16 if cfg.autocast == "auto" else cfg.autocast == "bfloat16"
-    _announce(cfg, lm, buffer, storage, device, autocast)
+    _announce(cfgs, lm, buffer, storage, device)
 
+    def trainer(name: str, normalizer: InputNormalizer) -> Trainer:
+        with _naming(name):
+            return Trainer(cfgs[name], normalizer, device, autocast=_autocast(cfgs[name], device))
+
+    outcomes: dict[str, Outcome] = {}
     saved = checkpoint.latest(directory / "checkpoint") if resume else None
     if saved is not None:
         state, contents = checkpoint.load(saved)
         buffer.load_state_dict(state["buffer"], contents)
         stream.load_state_dict(state["stream"])
-        trainer = Trainer(cfg, InputNormalizer(**state["trainer"]["normalizer"]), device, autocast=autocast)
-        trainer.load_state_dict(state["trainer"])
+        trainers = {}
+        for name, values in state["trainers"].items():
+            trainers[name] = trainer(name, InputNormalizer(**values["normalizer"]))
+            trainers[name].load_state_dict(values)
         keep_bytes = state["metrics_bytes"]
-        console.print(f"Resuming {directory} after step {trainer.step}.", soft_wrap=True)
+        for name, (steps, message) in state["diverged"].items():
+            outcomes[name] = Outcome(steps, error=DivergedError(message))
+        console.print(f"Resuming {directory} after step {state['step']}.", soft_wrap=True)
     else:
         first = buffer.first(cfg.buffer.estimate_sequences)
-        trainer = Trainer(cfg, InputNormalizer.estimate(*first), device, autocast=autocast)
-        keep_bytes = 0
+        estimated, raw = InputNormalizer.estimate(*first), InputNormalizer.identity(lm.d_model)
+        trainers = {name: trainer(name, estimated if cfgs[name].normalize else raw) for name in cfgs}
+        keep_bytes = dict.fromkeys(cfgs, 0)
     if not resume:
-        _start_directory(directory, cfg)  # what can fail has been done: an old run goes only for one that trains
+        start(cfgs, directory)  # what can fail has been done: an old run goes only for one that trains
 
-    with MetricsLog(directory / "metrics.jsonl", keep_bytes) as metrics:
+    with ExitStack() as files:
+        lanes = {}
+        for name, each in trainers.items():
+            (directory / name / "diverged.json").unlink(missing_ok=True)  # of later steps than the checkpoint's
+            log = files.enter_context(MetricsLog(directory / name / "metrics.jsonl", keep_bytes[name]))
+            lanes[name] = _Lane(cfgs[name], directory / name, each, log)
 
-        def save_checkpoint() -> None:
+        def save_checkpoint(step: int) -> None:
             state = {
-                "trainer": trainer.state_dict(),
+                "trainers": {name: lane.trainer.state_dict() for name, lane in lanes.items()},
+                "metrics_bytes": {name: lane.metrics.bytes_written for name, lane in lanes.items()},
+                "diverged": {name: (outcome.steps, str(outcome.error)) for name, outcome in outcomes.items()},
                 "buffer": buffer.state_dict(),
                 "stream": stream.state_dict(),
-                "metrics_bytes": metrics.bytes_written,
             }
             checkpoint.save(
-                directory / "checkpoint", trainer.step, state, buffer.contents(), buffer.refills, cfg.checkpoint.keep
+                directory / "checkpoint", step, state, buffer.contents(), buffer.refills, cfg.checkpoint.keep
             )
 
-        _train(cfg, trainer, buffer, metrics, save_checkpoint, directory)
-    return trainer
+        def stopped(name: str, error: DivergedError) -> None:
+            error = _with_checkpoint(error, directory)
+            outcomes[name] = Outcome(lanes.pop(name).trainer.step, error=error)
+            write_json(directory / name / "diverged.json", {"steps": outcomes[name].steps, "message": str(error)})
+
+        _train(cfg, lanes, buffer, save_checkpoint, stopped)
+    for name in lanes:
+        outcomes[name] = Outcome(cfg.steps)
+    return {name: outcomes[name] for name in cfgs}, {name: lane.trainer for name, lane in lanes.items()}
+
+
+def _autocast(cfg: TrainConfig, device: torch.device) -> bool:
+    return default_dtype(device) == torch.bfloat16 if cfg.autocast == "auto" else cfg.autocast == "bfloat16"
 
 
 def resolve_device(name: str) -> torch.device:
@@ -216,18 +289,22 @@ def evaluation_batches(cfg: TrainConfig, lm: LanguageModel, sequences: int) -> l
 
 
 def _announce(
-    cfg: TrainConfig,
+    cfgs: dict[str, TrainConfig],
     lm: LanguageModel,
     buffer: ActivationBuffer,
     storage: torch.dtype,
     device: torch.device,
-    autocast: bool,
 ) -> None:
+    cfg = next(iter(cfgs.values()))
     size = buffer.memory(LENGTH, lm.d_model, storage) / 2**20
+    if len(cfgs) == 1:
+        what = f"{cfg.sae.d_sae} {cfg.sae.activation} features"
+        what += " (bfloat16 autocast)" if _autocast(cfg, device) else ""
+    else:
+        what = f"{len(cfgs)} autoencoders"
     console.print(
         f"{cfg.preset}: {lm.name} layer {cfg.layer} ({str(lm.dtype).removeprefix('torch.')}) on {device}, "
-        f"{cfg.sae.d_sae} {cfg.sae.activation} features{' (bfloat16 autocast)' if autocast else ''}, "
-        f"{cfg.steps} steps of {cfg.batch} x {LENGTH} tokens."
+        f"{what}, {cfg.steps} steps of {cfg.batch} x {LENGTH} tokens."
     )
     console.print(
         f"Activation buffer: at most {buffer.capacity} sequences, {size:,.0f} MiB "
@@ -242,57 +319,56 @@ def _harvest_with_bar(harvester: Harvester, n: int) -> Iterator[Harvest]:
         yield from harvester.batches(tokens, advance)
 
 
-def _start_directory(directory: Path, cfg: TrainConfig) -> None:
-    """Make the run directory, empty but for `config.json`.
+class _Lane:
+    """One autoencoder on its way through the common stream."""
 
-    An old run keeps its `config.json` until all else of it is gone, so that a directory where this was killed
-    still counts as a run's.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    for name in ("checkpoint", "sae"):
-        shutil.rmtree(directory / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "eval.json", "eval_source.json", "report.png"):
-        (directory / name).unlink(missing_ok=True)
-    write_json(directory / "config.json", to_dict(cfg))
-    if directory.parent == Path("runs") / cfg.preset:
-        link = Path("runs") / "latest"
-        temporary = link.with_name("latest.tmp")
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(Path(cfg.preset) / directory.name)
-        os.replace(temporary, link)
+    def __init__(self, cfg: TrainConfig, directory: Path, trainer: Trainer, metrics: MetricsLog) -> None:
+        self.cfg, self.directory, self.trainer, self.metrics = cfg, directory, trainer, metrics
+        self.since, self.tokens_before = time.perf_counter(), trainer.tokens
+
+    def step(self, batch: Harvest, *, saved: bool) -> None:
+        """One step, logged where it is due; ``saved``: a checkpoint follows."""
+        number = self.trainer.step + 1
+        logged = number % self.cfg.log_every == 0 or number in (1, self.cfg.steps)
+        values: dict[str, Any] = self.trainer.train_step(batch, log=logged)
+        if saved:
+            self.trainer.check_finite()
+        if logged:
+            now = time.perf_counter()
+            values["tokens_per_second"] = (self.trainer.tokens - self.tokens_before) / max(now - self.since, 1e-9)
+            self.since, self.tokens_before = now, self.trainer.tokens
+            self.metrics.write(values)
 
 
 def _train(
     cfg: TrainConfig,
-    trainer: Trainer,
+    lanes: dict[str, _Lane],
     buffer: ActivationBuffer,
-    metrics: MetricsLog,
-    save_checkpoint: Callable[[], None],
-    directory: Path,
+    save_checkpoint: Callable[[int], None],
+    stopped: Callable[[str, DivergedError], None],
 ) -> None:
-    if trainer.step >= cfg.steps:
+    """Take all lanes to the last step; ``stopped`` takes out one that diverged."""
+    done = next((lane.trainer.step for lane in lanes.values()), cfg.steps)
+    if done >= cfg.steps:
         return
     buffer.first(1)  # the harvest's bar before the training's
-    since, tokens_before = time.perf_counter(), trainer.tokens
-    with bar("Training", (cfg.steps - trainer.step) * cfg.batch * LENGTH) as advance:
-        while trainer.step < cfg.steps:
-            number = trainer.step + 1
-            logged = number % cfg.log_every == 0 or number in (1, cfg.steps)
+    for lane in lanes.values():
+        lane.since = time.perf_counter()
+    with bar("Training", (cfg.steps - done) * cfg.batch * LENGTH * len(lanes)) as advance:
+        for number in range(done + 1, cfg.steps + 1):
             saved = number == cfg.steps or (cfg.checkpoint.every > 0 and number % cfg.checkpoint.every == 0)
-            try:
-                values = trainer.train_step(buffer.next_batch(cfg.batch), log=logged)
-                if saved:
-                    trainer.check_finite()
-            except DivergedError as error:
-                raise _with_checkpoint(error, directory) from None
-            advance(cfg.batch * LENGTH)
-            if logged:
-                now = time.perf_counter()
-                values["tokens_per_second"] = (trainer.tokens - tokens_before) / max(now - since, 1e-9)
-                since, tokens_before = now, trainer.tokens
-                metrics.write(values)
+            batch = buffer.next_batch(cfg.batch)
+            for name, lane in list(lanes.items()):
+                try:
+                    lane.step(batch, saved=saved)
+                except DivergedError as error:
+                    stopped(name, error)
+                else:
+                    advance(cfg.batch * LENGTH)
+            if not lanes:
+                break
             if saved:
-                save_checkpoint()
+                save_checkpoint(number)
 
 
 def _with_checkpoint(error: DivergedError, directory: Path) -> DivergedError:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-__all__ = ["print_table"]
+__all__ = ["metric", "print_comparison", "print_table"]
 
 # Rows of the table: key, what it is, its unit, digits behind the point.
 _TABLE: dict[str, tuple[tuple[str, str, str, int], ...]] = {
@@ -47,6 +47,50 @@ _TABLE: dict[str, tuple[tuple[str, str, str, int], ...]] = {
     ),
 }
 
+# Columns of a sweep's table: heading, key, digits.
+_COMPARED = (
+    ("EV", "explained_variance", 3),
+    ("L0", "l0", 1),
+    ("CE\nscore", "ce_loss_score", 3),
+    ("alive", "frac_alive", 3),
+    ("stays on\nexcess", "temporal.persistence_excess", 3),
+    ("\nshuffled", "temporal.persistence_excess_shuffled", 3),
+    ("lag 1\npooled", "temporal.relative_difference.1", 3),
+    ("\nfeature", "temporal.relative_difference_per_feature.1", 3),
+    ("smooth-\nness", "temporal.smoothness", 3),
+)
+
+
+def metric(metrics: dict[str, Any], key: str) -> Any:
+    """The value at a dotted ``key`` of an eval.json; an empty mapping where there is none."""
+    value: Any = metrics
+    for part in key.split("."):
+        value = value.get(part, {}) if isinstance(value, dict) else {}
+    return value
+
+
+def print_comparison(runs: dict[str, dict[str, Any]], console: Console | None = None) -> None:
+    """Print the runs of a `sweep.json` side by side, and below them why any of them stopped."""
+    table = Table(title="Sweep", title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("\nrun", overflow="fold")
+    for heading, _, digits in _COMPARED:
+        width = max(len(line) for line in (*heading.split("\n"), f"{-0.5:.{digits}f}"))
+        table.add_column(heading, justify="right", no_wrap=True, min_width=width)
+    for name, run in runs.items():
+        values = [metric(run["metrics"] or {}, key) for _, key, _ in _COMPARED]
+        cells = [
+            f"{value:.{digits}f}" if isinstance(value, (int, float)) else "–"
+            for value, (_, _, digits) in zip(values, _COMPARED, strict=True)
+        ]
+        table.add_row(name, *cells)
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 160)  # in a file nothing need be folded
+    console.print(table)
+    for name, run in runs.items():
+        if run["error"]:
+            console.print(f"{name}: {run['error']}", markup=False, highlight=False)
+
 
 def print_table(metrics: dict[str, Any], console: Console | None = None, text: str | None = None) -> None:
     """Print the metrics of an eval.json as a table, on stdout unless a console is given.
@@ -62,9 +106,7 @@ def print_table(metrics: dict[str, Any], console: Console | None = None, text: s
         table.add_section()
         table.add_row(f"[bold]{group}[/bold]", "", "")
         for key, label, unit, digits in rows:
-            value: Any = metrics
-            for part in key.split("."):
-                value = value.get(part, {}) if isinstance(value, dict) else {}
+            value = metric(metrics, key)
             if isinstance(value, dict):
                 for name, entry in value.items():
                     lag = f"lag {name}" if name.isdigit() else name.replace("_", " to ")

@@ -34,10 +34,12 @@ class Command(TrainConfig):
     overwrite: bool = False
     """Replace the run that --out already holds."""
     resume: Path | None = None
-    """Continue this run directory from its last checkpoint, with its own configuration."""
+    """Continue this directory of a run or a sweep from its last checkpoint, with its own configuration."""
+    sweep: Path | None = None
+    """Train every run of this YAML file on one stream of activations, into --out or runs/sweep-NAME/TIMESTAMP."""
 
 
-OWN_FIELDS = ("config", "out", "overwrite", "resume")
+OWN_FIELDS = ("config", "out", "overwrite", "resume", "sweep")
 PROG = "python -m tsae.train"
 
 
@@ -69,15 +71,19 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     with report_errors() as status:
         cfg, asked = command(argv)
+        if asked.sweep is not None or _is_sweep(asked.resume):
+            _sweep(asked, argv)
+            return status.code
         # Imported here, so that --help and a misspelt option answer at once.
+        from tsae.directories import new_directory
         from tsae.progress import console
-        from tsae.run import run, run_directory
+        from tsae.run import run
         from tsae.table import print_table
 
         if asked.resume is not None:
             cfg, directory = _resumed(asked, argv)
         else:
-            directory = run_directory(cfg, asked.out, overwrite=asked.overwrite)
+            directory = new_directory(cfg.preset, asked.out, overwrite=asked.overwrite)
         result = run(cfg, directory, resume=asked.resume is not None)
         if result is not None:
             print_table(result.metrics)
@@ -87,15 +93,44 @@ def main(argv: list[str] | None = None) -> int:
 
 def _resumed(asked: Command, argv: list[str]) -> tuple[TrainConfig, Path]:
     directory: Any = asked.resume
-    others = [a for a in argv if a.startswith("-") and a.split("=")[0] != "--resume"]
-    if others:
-        raise UserError(f"--resume takes the run's own configuration; leave out {' '.join(others)}.")
+    _alone(argv, ("--resume",), "--resume takes the run's own configuration")
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} holds no run to resume; it has no config.json.")
+    if _is_sweep(directory.resolve().parent):
+        raise UserError(f"{directory} is part of a sweep; go on with all of it, --resume {directory.resolve().parent}.")
     cfg = from_dict(TrainConfig, load_json(directory / "config.json"))
     if asked.preset not in ("", cfg.preset):
         raise UserError(f"{directory} is a run of the preset {cfg.preset!r}, not {asked.preset!r}; leave the name out.")
     return cfg, directory
+
+
+def _is_sweep(directory: Path | None) -> bool:
+    return directory is not None and (directory / "sweep.json").is_file()
+
+
+def _sweep(asked: Command, argv: list[str]) -> None:
+    from tsae.progress import console
+    from tsae.sweep import print_sweep, read_sweep, resume_sweep, run_sweep, sweep_directory
+
+    if asked.resume is not None:
+        _alone(argv, ("--resume",), "--resume takes the sweep's own configuration")
+        directory = asked.resume
+        resume_sweep(directory)
+    else:
+        assert asked.sweep is not None
+        _alone(argv, ("--sweep", "--out", "--overwrite"), "The options of a sweep stand in its file")
+        cfgs = read_sweep(asked.sweep)
+        directory = sweep_directory(asked.sweep.stem, asked.out, overwrite=asked.overwrite)
+        run_sweep(cfgs, directory)
+    print_sweep(directory)
+    console.print(f"Written: {directory}", soft_wrap=True)
+
+
+def _alone(argv: list[str], allowed: tuple[str, ...], why: str) -> None:
+    """Raise `UserError` if ``argv`` has other options than those ``allowed``."""
+    others = [a for a in argv if a.startswith("-") and a.split("=")[0] not in allowed]
+    if others:
+        raise UserError(f"{why}; leave out {' '.join(others)}.")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,11 @@ class InputNormalizer:
             )
         return cls((shift + total / n).float(), float(variance.sqrt()))
 
+    @classmethod
+    def identity(cls, d_in: int) -> InputNormalizer:
+        """The one that leaves activations as they are."""
+        return cls(torch.zeros(d_in), 1.0)
+
     def __call__(self, x: Tensor) -> Tensor:
         """Raw activations (..., d_in) to normalized ones, float32."""
         return (x.float() - self.mean) / self.scale

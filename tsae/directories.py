@@ -1,0 +1,78 @@
+"""Run directories: where a new one goes, what may be replaced, and the moment the old content goes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from tsae.config import TrainConfig, to_dict
+from tsae.errors import UserError
+from tsae.files import write_json
+
+__all__ = ["check_writable", "link_latest", "new_directory", "remove_run", "start_run"]
+
+RUN = "config.json"  # what makes a directory a run's
+
+
+def new_directory(group: str, out: Path | None, *, overwrite: bool, marker: str = RUN, what: str = "run") -> Path:
+    """Where a new run goes: ``out``, or `runs/<group>/<timestamp>`. Nothing is created here.
+
+    marker, what: the file that makes a directory one of these, and their name
+
+    Raises:
+        UserError: the directory already has a run and ``overwrite`` is off, or holds something else, or cannot be
+            written.
+    """
+    if out is None:
+        # To the microsecond, as two may start in the same second.
+        return Path("runs") / group / datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")
+    check_writable(out)
+    if (out / marker).exists() and not overwrite:
+        raise UserError(f"{out} already has a {what}; continue it with --resume {out}, or replace it with --overwrite.")
+    foreign = [path for path in out.glob("*") if path.name != f".{marker}.tmp"]  # which a killed start leaves
+    if foreign and not (out / marker).exists():
+        raise UserError(f"{out} is not empty and holds no {what}; name a new directory.")
+    return out
+
+
+def check_writable(directory: Path) -> None:
+    """Raise `UserError` unless files can be made in ``directory``, or where it would be made."""
+    try:
+        place = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+        with TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(f"A run cannot be written to {directory} ({error.strerror}); name another directory.") from None
+
+
+def start_run(directory: Path, cfg: TrainConfig) -> None:
+    """Make the run directory, empty but for `config.json`.
+
+    An old run keeps its `config.json` until all else of it is gone, so that a directory where this was killed
+    still counts as a run's.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    remove_run(directory)
+    write_json(directory / RUN, to_dict(cfg))
+
+
+def remove_run(directory: Path) -> None:
+    """Remove all that a run left in its directory but its `config.json`; files of others stay."""
+    for name in ("checkpoint", "sae"):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    for name in ("metrics.jsonl", "eval.json", "eval_source.json", "report.png", "diverged.json"):
+        (directory / name).unlink(missing_ok=True)
+
+
+def link_latest(directory: Path) -> None:
+    """Point `runs/latest` to a directory `runs/<group>/<timestamp>`; others are left alone."""
+    if directory.parent.parent != Path("runs"):
+        return
+    link = Path("runs") / "latest"
+    temporary = link.with_name("latest.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(directory.relative_to("runs"))
+    os.replace(temporary, link)

@@ -1,0 +1,223 @@
+"""The papers' figures beside ours: results.json, a Markdown table, and the same on the terminal."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from tsae.config import TrainConfig
+from tsae.data.sequences import TokenBatch
+from tsae.lm.hooks import activations
+from tsae.lm.loading import LanguageModel
+from tsae.reproduce.papers import INPUTS, Paper
+from tsae.sae.model import SparseAutoencoder
+from tsae.table import metric
+
+__all__ = ["COLUMNS", "collect", "explained_variance", "markdown", "print_results"]
+
+# Heading, key of eval.json (but the second), digits.
+COLUMNS = (
+    ("EV", "explained_variance", 3),
+    ("with BOS", "explained_variance_with_bos", 3),
+    ("L0", "l0", 2),
+    ("L1", "l1", 2),
+    ("cosine", "cossim", 3),
+    ("L2 ratio", "l2_ratio", 3),
+    ("rel. bias", "relative_reconstruction_bias", 2),
+    ("CE score", "ce_loss_score", 3),
+)
+# In results.json only.
+FURTHER = ("mse", "ce_loss_with_sae", "ce_loss_without_sae", "frac_alive", "temporal.persistence_excess")
+
+
+class _Sums:
+    """Sums over positions, float64: how many, of x, of |x|^2, and of |x - xhat|^2 by autoencoder."""
+
+    def __init__(self) -> None:
+        self.n, self.total, self.square = 0, torch.zeros(()), 0.0
+        self.residual: dict[str, float] = {}
+
+    def add(self, x: Tensor, reconstructions: dict[str, Tensor]) -> None:
+        """Count x [n, d] and what each autoencoder makes of it."""
+        x = x.double()
+        self.n, self.total, self.square = self.n + x.shape[0], self.total + x.sum(0), self.square + x.square().sum()
+        for name, xhat in reconstructions.items():
+            self.residual[name] = self.residual.get(name, 0.0) + float((x - xhat).square().sum())
+
+    def compute(self) -> dict[str, Any]:
+        mean, mean_square = float((self.total / self.n).square().sum()), float(self.square / self.n)
+        variance = max(mean_square - mean, 1e-300)
+        return {
+            "zero_output": -mean / variance,
+            "mean_norm": mean**0.5,
+            "rms_norm": mean_square**0.5,
+            "runs": {name: 1 - residual / self.n / variance for name, residual in self.residual.items()},
+        }
+
+
+@torch.no_grad()
+def explained_variance(
+    saes: dict[str, SparseAutoencoder], lm: LanguageModel, batches: Iterable[TokenBatch], layer: int, size: int
+) -> dict[str, Any]:
+    """Explained variance 1 - E|x - xhat|^2 / Var(x) with and without BOS, beside what an output of zero scores.
+
+    That is 1 - E|x|^2 / Var(x) = -|mean|^2 / Var(x). BOS's activation can be many times longer than all others, and
+    nothing in the papers says that it was left out.
+
+    saes: by name, working on raw activations; none has seen BOS in training
+    batches: tokens [N, 1 + T] with BOS first, segments [N, T]
+    size: sequences in one pass
+    out: for `content` (the positions that count) and `with_bos` (BOS besides): `zero_output`, `runs` by name, and the
+        norms behind the first, `mean_norm` |E x| and `rms_norm` sqrt(E|x|^2)
+    """
+    sums = {"content": _Sums(), "with_bos": _Sums()}
+    for batch in batches:
+        for tokens, segments in zip(batch.tokens.split(size), batch.segments.split(size), strict=True):
+            x = activations(lm, tokens, layer).float()  # [N, 1 + T, d]
+            kept = segments.to(x.device) >= 0
+            content = {name: sae(x[:, 1:], segments.to(x.device))[kept] for name, sae in saes.items()}
+            bos = {name: sae(x[:, :1])[:, 0] for name, sae in saes.items()}
+            for each in sums.values():
+                each.add(x[:, 1:][kept], content)
+            sums["with_bos"].add(x[:, 0], bos)
+    return {name: each.compute() for name, each in sums.items()}
+
+
+def collect(
+    paper: Paper, cfg: TrainConfig, runs: dict[str, dict[str, Any]], explained: dict[str, Any], seconds: float | None
+) -> dict[str, Any]:
+    """The content of results.json.
+
+    runs: of `sweep.json`, finished
+    explained: from `explained_variance`
+    seconds: the whole command took; None for a resumed one
+    """
+    rows = []
+    for name, experiment in paper.experiments.items():
+        keys = [key for _, key, _ in COLUMNS]
+        keys += FURTHER
+        row: dict[str, Any] = {"run": name, "what": experiment.what}
+        row["paper"] = {key: experiment.paper.get(key) for key in [*keys, "steps"]}
+        for given in INPUTS:
+            run = runs[f"{name}-{given}"]
+            metrics = run["metrics"] or {}
+            if metrics:
+                metrics["explained_variance_with_bos"] = explained["with_bos"]["runs"][f"{name}-{given}"]
+            values = {key: metric(metrics, key) if metrics else None for key in keys}
+            row[given] = values | {"steps": run["steps"], "error": run["error"]}
+        rows.append(row)
+    return {
+        "title": paper.title,
+        "model": cfg.model,
+        "layer": cfg.layer,
+        "data": cfg.data,
+        "steps": cfg.steps,
+        "sequences_per_step": cfg.batch,
+        "d_sae": cfg.sae.d_sae,
+        "seed": cfg.seed,
+        "date": date.today().isoformat(),
+        "machine": {
+            "processor": _processor(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() and cfg.device != "cpu" else "cpu",
+            "torch": torch.__version__,
+        },
+        "seconds": seconds,
+        "zero_output": {
+            name: {key: value for key, value in values.items() if key != "runs"} for name, values in explained.items()
+        },
+        "rows": rows,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if names:
+            return f"{names[0]}, {os.cpu_count()} cores seen"
+    return platform.processor() or platform.machine()
+
+
+def _cells(results: dict[str, Any]) -> list[list[str]]:
+    """The table: one line for each run and source."""
+    lines = []
+    for row in results["rows"]:
+        for source in ("paper", *INPUTS):
+            values = row[source]
+            numbers = [_number(values[key], digits) for _, key, digits in COLUMNS]
+            steps = "–" if values["steps"] is None else f"{values['steps']}"
+            steps += " (stopped)" if values.get("error") else ""
+            lines.append([row["run"] if source == "paper" else "", source, *numbers, steps])
+    return lines
+
+
+def _number(value: float | None, digits: int) -> str:
+    if value is None:
+        return "–"
+    if abs(value) >= 1000:
+        return f"{value:.0f}" if abs(value) < 1e6 else f"{value:.2e}"
+    return f"{value:.{digits}f}"
+
+
+def _notes(results: dict[str, Any]) -> list[str]:
+    content, with_bos = results["zero_output"]["content"], results["zero_output"]["with_bos"]
+    notes = [
+        f"On the same activations an autoencoder that outputs zero scores EV = -|mean|^2 / Var = "
+        f"{content['zero_output']:.3f} (|mean| {content['mean_norm']:.1f}, root mean square norm "
+        f"{content['rms_norm']:.1f}); with BOS counted besides, {with_bos['zero_output']:.3f} (|mean| "
+        f"{with_bos['mean_norm']:.1f}, root mean square norm {with_bos['rms_norm']:.1f})."
+    ]
+    for row in results["rows"]:
+        notes += [f"{row['run']}, {given}: {row[given]['error']}" for given in INPUTS if row[given]["error"]]
+    return notes
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table, what the runs are, and the notes, as Markdown."""
+    head = ["run", "", *(heading for heading, _, _ in COLUMNS), "steps"]
+    lines = [
+        f"*{results['title']}*: the paper's figures beside ours. {results['model']}, layer {results['layer']}, "
+        f"{results['data']}, {results['steps']} steps of {results['sequences_per_step']} x 128 tokens, "
+        f"{results['d_sae']} features, seed {results['seed']}.",
+        "",
+        f"| {' | '.join(head)} |",
+        f"| --- | --- |{' ---: |' * (len(head) - 2)}",
+        *(f"| {' | '.join(cells)} |" for cells in _cells(results)),
+        "",
+        *(f"* `{row['run']}`: {row['what']}" for row in results["rows"]),
+        "",
+    ]
+    for note in _notes(results):
+        lines += [note, ""]
+    machine = results["machine"]
+    took = "" if results["seconds"] is None else f" {results['seconds'] / 60:.1f} minutes."
+    lines.append(
+        f"{results['date']}, {machine['processor']}, {machine['threads']} threads, {machine['device']}, torch "
+        f"{machine['torch']}.{took}"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def print_results(results: dict[str, Any], console: Console | None = None) -> None:
+    """Print the table and the notes."""
+    table = Table(title=results["title"], title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for i, heading in enumerate(("run", "", *(heading for heading, _, _ in COLUMNS), "steps")):
+        table.add_column(heading, justify="left" if i < 2 else "right", no_wrap=i > 1)
+    for cells in _cells(results):
+        table.add_row(*cells, style="dim" if cells[1] == "paper" else "")
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # in a file nothing need be folded
+    console.print(table)
+    for note in _notes(results):
+        console.print(note, markup=False, highlight=False)
