@@ -61,14 +61,14 @@ def write(path: Path, **parts: Any) -> Path:
 def swept(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweep")
     asked: list[int] = []
-    real = Harvester.harvest
+    real = Harvester.batches
 
     def counting(self: Harvester, tokens: Any, *args: Any) -> Any:
         asked.append(tokens.segments.shape[0])
         return real(self, tokens, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Harvester, "harvest", counting)
+        patch.setattr(Harvester, "batches", counting)
         file = write(folder / "three.yaml", base=base, runs=RUNS)
         assert main(["--sweep", str(file), "--out", str(folder / "out")]) == 0
     assert sum(asked) == 12 * 4  # one harvest for all

@@ -597,8 +597,7 @@ def test_default_directory_and_latest(
 
 
 def test_runs_of_the_same_second_go_to_different_directories() -> None:
-    cfg, _ = command([])
-    assert len({tsae.run.run_directory(cfg, None, overwrite=False) for _ in range(20)}) == 20
+    assert len({directories.new_directory("demo", None, overwrite=False) for _ in range(20)}) == 20
 
 
 def test_a_run_with_relative_paths_goes_on_from_another_directory(
