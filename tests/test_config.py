@@ -150,7 +150,7 @@ def float_options(config: object, prefix: str = "--") -> list[tuple[str, int]]:
         value, name = getattr(config, field.name), prefix + field.name.replace("_", "-")
         if dataclasses.is_dataclass(value):
             found += float_options(value, name + ".")
-        elif isinstance(value, float) or (isinstance(value, tuple) and isinstance(value[0], float)):
+        elif isinstance(value, float) or (isinstance(value, tuple) and value and isinstance(value[0], float)):
             found.append((name, len(value) if isinstance(value, tuple) else 1))
     return found
 

@@ -527,7 +527,6 @@ def test_bad_input_that_shows_late_leaves_the_old_run(
         (["--sae.k", "49"], "sae.k is 49"),
         (["--sae.d-in", "7"], "sae.d_in is 7"),
         (["--device", "abacus"], "abacus"),
-        (["--sae.activation", "jumprelu"], "jumprelu"),
         (["--device", "meta"], "'meta' cannot be used"),
         (["--objective.l1", "nan"], "objective.l1 is nan"),
     ],
