@@ -173,9 +173,9 @@ def test_training_uses_the_parameters_and_evaluation_the_buffers(activation: str
         assert parameter.grad.any()
     with torch.no_grad():
         sae.log_threshold.fill_(5.0)
-    assert sae.encode(x).any() is not None
-    assert not sae.encode(x).any()
     assert not sae.eval().encode(x).any()  # frozen on the way
+    assert not sae.train().encode(x).any()
+    sae.eval()
     sae.threshold.fill_(0.1)
     sae.release.fill_(0.1)
     assert sae.encode(x).any()
