@@ -71,6 +71,8 @@ def test_command_line_overrides_file_overrides_preset(tmp_path: Path) -> None:
     cfg, _ = command(["tcsae-pythia-70m", "--steps", "7", "--sae.d-sae", "64", "--objective.window", "4"])
     assert (cfg.preset, cfg.steps, cfg.sae.d_sae, cfg.objective.window) == ("tcsae-pythia-70m", 7, 64, 4)
     assert cfg.optimizer == preset("tcsae-pythia-70m").optimizer
+    assert command(["--objective", "slow"])[0].objective.temporal == "slow"
+    assert command(["--objective.temporal", "slow"])[0].objective.temporal == "slow"
     path = tmp_path / "config.json"
     path.write_text(json.dumps(to_dict(cfg)))
     again, _ = command(["--config", str(path), "--seed", "5", "--objective.bands", "1", "2", "5", "9"])
@@ -174,6 +176,17 @@ def test_bad_configuration_files_are_named(values: dict[str, object], words: str
         (["--objective.weights", "1", "-1", "1"], "objective.weights is (1.0, -1.0, 1.0)"),
         (["--objective.boost", "0"], "objective.boost is 0"),
         (["--optimizer.lr", "0"], "optimizer.lr is 0"),
+        (["--sae.bandwidth", "0"], "sae.bandwidth is 0"),
+        (["--sae.groups", "100", "2000"], "sae.groups is (100, 2000)"),
+        (["--sae.groups", "0", "2560"], "sae.groups is (0, 2560)"),
+        (["--sae.groups", "300", "100", "2560"], "sae.groups is (300, 100, 2560)"),
+        (["--sae.activation", "jumprelu", "--sae.layer-norm", "post"], "sae.layer_norm is 'post' with sae.activation"),
+        (["--objective.l0", "1"], "objective.l0 is 1.0; sae.activation 'schmitt' has no learned threshold"),
+        (["--objective.weight", "-1"], "objective.weight is -1"),
+        (["--objective.group", "2561"], "objective.group is 2561; the autoencoder has 2560 features"),
+        (["--objective.offset", "0"], "objective.offset is 0"),
+        (["--objective.pairs", "1"], "objective.pairs is 1"),
+        (["--objective.temperature", "0"], "objective.temperature is 0"),
         (["--optimizer.betas", "1.5", "0.9"], "optimizer.betas is (1.5, 0.9)"),
         (["--optimizer.betas", "0.9", "1"], "optimizer.betas is (0.9, 1.0)"),
         (["--seed", "-1"], "seed is -1"),
@@ -196,7 +209,7 @@ def float_options(config: object, prefix: str = "--") -> list[tuple[str, int]]:
         value, name = getattr(config, field.name), prefix + field.name.replace("_", "-")
         if dataclasses.is_dataclass(value):
             found += float_options(value, name + ".")
-        elif isinstance(value, float) or (isinstance(value, tuple) and isinstance(value[0], float)):
+        elif isinstance(value, float) or (isinstance(value, tuple) and value and isinstance(value[0], float)):
             found.append((name, len(value) if isinstance(value, tuple) else 1))
     return found
 

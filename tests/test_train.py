@@ -526,7 +526,6 @@ def test_bad_input_that_shows_late_leaves_the_old_run(
         (["--sae.k", "49"], "sae.k is 49"),
         (["--sae.d-in", "7"], "sae.d_in is 7"),
         (["--device", "abacus"], "abacus"),
-        (["--sae.activation", "jumprelu"], "jumprelu"),
         (["--device", "meta"], "'meta' cannot be used"),
         (["--objective.l1", "nan"], "objective.l1 is nan"),
     ],
@@ -629,7 +628,7 @@ def test_excluded_positions_change_nothing(tiny_gemma2: Path, text_file: Path) -
     from tsae.data.harvest import Harvest
     from tsae.sae.normalization import InputNormalizer
 
-    for activation in ("schmitt", "batchtopk", "topk", "relu"):
+    for activation in ("schmitt", "batchtopk", "topk", "relu", "jumprelu", "jumprelu_schmitt"):
         more = "--sae.d-sae 32 --sae.k 4 --objective.l1 0.1 --objective.hold-steps 0 --objective.dead-after-tokens 1"
         cfg, _ = command(["demo", *more.split(), "--sae.activation", activation])
         cfg = replace(cfg, sae=replace(cfg.sae, d_in=8))

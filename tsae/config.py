@@ -12,7 +12,9 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from tsae.data.text import TextConfig
 from tsae.errors import UserError
@@ -35,7 +37,8 @@ __all__ = [
 
 LENGTH = 128  # content tokens per sequence
 
-Activation = Literal["relu", "gelu", "topk", "batchtopk", "jumprelu", "schmitt"]
+Activation = Literal["relu", "gelu", "topk", "batchtopk", "jumprelu", "schmitt", "jumprelu_schmitt"]
+Temporal = Literal["none", "multiscale", "window", "contrastive", "slow"]
 
 
 @dataclass
@@ -48,11 +51,20 @@ class SAEConfig:
     """Number of features."""
     activation: Activation = "schmitt"
     """Nonlinearity of the encoder; `schmitt` is the hysteresis trigger: on above a threshold, off below a
-    lower release, along the sequence."""
+    lower release, along the sequence. `jumprelu` learns a threshold for every feature, `jumprelu_schmitt` a
+    threshold and a release."""
     k: int = 32
-    """Features active per token: exact (topk), on average (batchtopk), or the target (schmitt)."""
+    """Features active per token: exact (topk), on average (batchtopk), or the target (schmitt; jumprelu and
+    jumprelu_schmitt with objective.l0 0)."""
     release_ratio: float = 0.3
-    """schmitt: the release threshold as a share of the switch-on threshold, 0 to 1 (1: no hysteresis)."""
+    """schmitt: the release threshold as a share of the switch-on threshold, 0 to 1 (1: no hysteresis);
+    jumprelu_schmitt starts from it."""
+    bandwidth: float = 0.5
+    """jumprelu, jumprelu_schmitt: width of the straight-through window round a threshold, as a share of the
+    threshold (Rajamanoharan et al. 2024, section 3)."""
+    groups: tuple[int, ...] = ()
+    """Matryoshka: ascending numbers of features, the last sae.d_sae; the first so many features must each
+    reconstruct on their own (Bussmann et al. 2025). Empty: off."""
     layer_norm: Literal["none", "pre", "post"] = "none"
     """Layer normalization on features, before or after the nonlinearity (TSAE section 4.3)."""
     init: Literal["tied", "xavier"] = "tied"
@@ -75,14 +87,23 @@ class SAEConfig:
             raise UserError(f"sae.d_in is {self.d_in}; it must be positive, or 0 to take the model's width.")
         if self.d_sae < 1:
             raise UserError(f"sae.d_sae is {self.d_sae}; an autoencoder needs at least 1 feature.")
-        if self.activation in ("topk", "batchtopk", "schmitt") and not 1 <= self.k <= self.d_sae:
+        if self.activation not in ("relu", "gelu") and not 1 <= self.k <= self.d_sae:
             raise UserError(f"sae.k is {self.k}; it must be from 1 to sae.d_sae, which is {self.d_sae}.")
         if not 0.0 <= self.release_ratio <= 1.0:
             raise UserError(f"sae.release_ratio is {self.release_ratio}; it must be from 0 to 1.")
-        if self.activation == "schmitt" and self.layer_norm == "post":
+        if not self.bandwidth > 0.0:
+            raise UserError(f"sae.bandwidth is {self.bandwidth}; it must be positive.")
+        if self.groups and (
+            list(self.groups) != sorted(set(self.groups)) or self.groups[0] < 1 or self.groups[-1] != self.d_sae
+        ):
             raise UserError(
-                "sae.layer_norm is 'post' with sae.activation 'schmitt'; use 'pre' or 'none', as normalising "
-                "after the trigger would undo its zeros."
+                f"sae.groups is {self.groups}; it must be ascending numbers of features, the last of them sae.d_sae, "
+                f"which is {self.d_sae}."
+            )
+        if self.activation in ("schmitt", "jumprelu", "jumprelu_schmitt") and self.layer_norm == "post":
+            raise UserError(
+                f"sae.layer_norm is 'post' with sae.activation '{self.activation}'; use 'pre' or 'none', as "
+                "normalising after the threshold would undo its zeros."
             )
         if not self.encoder_scale > 0.0:
             raise UserError(f"sae.encoder_scale is {self.encoder_scale}; it must be positive.")
@@ -94,8 +115,13 @@ class SAEConfig:
 class ObjectiveConfig:
     """The loss: reconstruction, sparsity, temporal consistency, revival of dead features."""
 
-    temporal: Literal["none", "multiscale", "window"] = "multiscale"
-    """Temporal term: `multiscale` is TSAE equation 2, `window` is TC-SAE equation 3."""
+    temporal: Annotated[Temporal, tyro.conf.arg(aliases=["--objective"])] = "multiscale"
+    """Temporal term: `multiscale` is TSAE equation 2, `window` TC-SAE equation 3, `contrastive` T-SAE's InfoNCE,
+    `slow` one minus each feature's autocorrelation."""
+    weight: float = 1.0
+    """Factor on the temporal term, whichever it is."""
+    group: int = 0
+    """The temporal term looks at the first so many features only; 0 takes all."""
     bands: tuple[tuple[int, int], ...] = MULTISCALE
     """multiscale: inclusive ranges of token offsets, one per scale (TSAE section 4.1)."""
     weights: tuple[float, ...] = (0.01, 0.005, 0.001)
@@ -108,8 +134,20 @@ class ObjectiveConfig:
     """window: tokens in the sliding window, at least 2 (TC-SAE section 4)."""
     window_weight: float = 0.01
     """window: weight of the temporal term (TC-SAE equation 4, lambda_2)."""
+    offset: int = 1
+    """contrastive: pairs are 1 to so many tokens apart, drawn at random (1: adjacent); slow: differences at
+    offsets from 1 to this."""
+    temperature: float = 0.1
+    """contrastive: the cosine similarities are divided by this."""
+    pairs: int = 512
+    """contrastive: pairs drawn from each batch; 0 takes one for every token that has a neighbour."""
+    negatives: Literal["all", "other-sequences"] = "all"
+    """contrastive: a pair's negatives are all other pairs of the batch, or those of other sequences only."""
     l1: float = 0.04
     """Weight of the L1 penalty on features (TSAE section 4.3; TC-SAE equation 4, lambda_1)."""
+    l0: float = 0.0
+    """jumprelu, jumprelu_schmitt: weight of the L0 penalty (Rajamanoharan et al. 2024, equation 9); 0 steers the
+    thresholds' common factor so that the mean L0 is sae.k instead."""
     boost: float = 2.0
     """Factor on the reconstruction term until `hold_steps`, falling linearly to 1 over `ramp_steps`
     (TSAE equation 4)."""
@@ -151,12 +189,17 @@ class ObjectiveConfig:
             raise UserError(
                 f"objective.window is {self.window}; a window needs at least 2 tokens, and a sequence has {LENGTH}."
             )
-        if not self.boost > 0:
-            raise UserError(f"objective.boost is {self.boost}; it must be positive.")
-        for name in ("l1", "window_weight", "aux_weight", "min_variance", "buffer_std"):
+        if not 1 <= self.offset < LENGTH:
+            raise UserError(f"objective.offset is {self.offset}; it must be from 1 to {LENGTH - 1}.")
+        if self.pairs == 1:
+            raise UserError("objective.pairs is 1; a contrast needs at least 2 pairs, and 0 takes all.")
+        for name in ("boost", "temperature"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"objective.{name} is {getattr(self, name)}; it must be positive.")
+        for name in ("l1", "l0", "weight", "window_weight", "aux_weight", "min_variance", "buffer_std"):
             if getattr(self, name) < 0:
                 raise UserError(f"objective.{name} is {getattr(self, name)}; it must not be negative.")
-        for name in ("hold_steps", "ramp_steps", "aux_k", "dead_after_tokens"):
+        for name in ("hold_steps", "ramp_steps", "aux_k", "dead_after_tokens", "group", "pairs"):
             if getattr(self, name) < 0:
                 raise UserError(f"objective.{name} is {getattr(self, name)}; it must not be negative.")
         if not 0.0 <= self.buffer_mixing <= 1.0:
@@ -322,9 +365,16 @@ class TrainConfig:
             if not 0 <= seed < 2**63:
                 raise UserError(f"{name} is {seed}; it must be from 0 to 2^63 - 1.")
         self.sae.check()
-        if self.sae.activation == "jumprelu":
-            raise UserError("sae.activation 'jumprelu' is for loaded autoencoders; train 'batchtopk' or 'schmitt'.")
         self.objective.check()
+        if self.objective.group > self.sae.d_sae:
+            raise UserError(
+                f"objective.group is {self.objective.group}; the autoencoder has {self.sae.d_sae} features."
+            )
+        if self.objective.l0 > 0 and self.sae.activation not in ("jumprelu", "jumprelu_schmitt"):
+            raise UserError(
+                f"objective.l0 is {self.objective.l0}; sae.activation '{self.sae.activation}' has no learned threshold "
+                "for it to move."
+            )
         self.optimizer.check()
         self.buffer.check(self.batch)
         self.evaluation.check()

@@ -15,18 +15,21 @@ from torch import Tensor
 from tsae.config import TrainConfig
 from tsae.data.harvest import Harvest
 from tsae.errors import UserError
-from tsae.sae.activations import ThresholdController, initial_threshold, mean_l0
+from tsae.sae.activations import ThresholdController, initial_threshold
 from tsae.sae.model import SparseAutoencoder
 from tsae.sae.normalization import InputNormalizer
 from tsae.sae.objectives import LossTerms, auxk_loss, bands_for, objective
 from tsae.sae.optimization import (
     add_gradient_noise,
     build_optimizer,
+    charge_for_activity,
     project_decoder_gradient,
     renormalize_decoder,
+    threshold_parameters,
 )
 from tsae.sae.schedules import buffer_mixing, learning_rate, noise_std
 from tsae.sae.temporal_buffer import DeadFeatures, TemporalBuffer, lag1_correlation
+from tsae.sae.temporal_objectives import Pairs, draw_pairs
 from tsae_kernels import count_positions, within_sequence_variance
 
 __all__ = ["DivergedError", "Trainer"]
@@ -78,46 +81,88 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             pre = sae.pre_activation(x)
             self._set_threshold(pre, segments)
-            h, stats = sae.activate(pre, bands_for(cfg.objective), segments)
-            xhat = sae.decode(h)
+            h, stats, l0 = sae.activate_counted(pre, bands_for(cfg.objective), segments)
+            *prefixes, xhat = sae.decode_prefixes(h)
             auxiliary = self._auxiliary(x - xhat, pre, dead, segments)
         variance = self._variance(stats, segments, step)
         terms = objective(
-            x, xhat, h, stats, step, cfg.objective, segments=segments, variance=variance, auxiliary=auxiliary
+            x,
+            xhat,
+            h,
+            stats,
+            step,
+            cfg.objective,
+            segments=segments,
+            variance=variance,
+            auxiliary=auxiliary,
+            prefixes=prefixes,
+            pairs=self._pairs(batch.segments),
+            l0=l0,
         )
         look = log or self.device.type == "cpu"
         if look:
             self._check_finite(terms)
         self.optimizer.zero_grad(set_to_none=True)
+        priced = sae.thresholds_learned and self._steered
+        l0_gradients = torch.autograd.grad(l0, threshold_parameters(sae), retain_graph=True) if priced else ()
         terms.total.backward()
+        if priced:
+            charge_for_activity(sae, l0_gradients)
         norm = self._prepare_gradients(step)
         if look and not torch.isfinite(norm):
             raise DivergedError(f"step {step + 1}: the norm of the gradient is {norm.item()}")
         self.optimizer.step()
         if cfg.sae.unit_norm_decoder:
             renormalize_decoder(sae)
-        l0 = mean_l0(h.detach(), segments)
-        if cfg.sae.activation == "schmitt":
-            self.controller.update(l0)
+        l0 = l0.detach()
+        if self._steered:
+            self._steer(l0)
         tokens = int((batch.segments >= 0).sum())
         self.dead.update(stats, tokens)
         self.step, self.tokens = step + 1, self.tokens + tokens
         return self._measurements(terms, x, h.detach(), segments, l0, norm) if log else {}
 
+    @property
+    def _steered(self) -> bool:
+        """Whether the controller holds the mean L0 at ``sae.k``."""
+        return self.cfg.sae.activation == "schmitt" or (self.sae.thresholds_learned and self.cfg.objective.l0 == 0)
+
+    @torch.no_grad()
     def _set_threshold(self, pre: Tensor, segments: Tensor) -> None:
-        if self.cfg.sae.activation != "schmitt":
+        if self.cfg.sae.activation != "schmitt" and not self.sae.thresholds_learned:
             return
         if self.step == 0 and not self.controller.started:
             self.controller.start(initial_threshold(pre, self.sae.b_enc, self.cfg.sae.k, segments))
-        self.sae.threshold.fill_(self.controller.theta)
-        self.sae.release.copy_(self.sae.threshold * self.cfg.sae.release_ratio)
+            if self.sae.log_threshold is not None:
+                self.sae.log_threshold.fill_(self.controller.theta.log())
+        if self.cfg.sae.activation == "schmitt":
+            self.sae.threshold.fill_(self.controller.theta)
+            self.sae.release.copy_(self.sae.threshold * self.cfg.sae.release_ratio)
+
+    @torch.no_grad()
+    def _steer(self, l0: Tensor) -> None:
+        """One step of control; of learned thresholds it moves the common factor."""
+        before = self.controller.theta
+        after = self.controller.update(l0)
+        if self.sae.log_threshold is not None:
+            self.sae.log_threshold += (after / before).log()
+
+    def _pairs(self, segments: Tensor) -> Pairs | None:
+        """The contrastive objective's, drawn anew each step from the seed and the step alone."""
+        cfg = self.cfg.objective
+        if cfg.temporal != "contrastive":
+            return None
+        generator = torch.Generator().manual_seed((self.cfg.seed * 1_000_003 + self.step) % 2**63)
+        pairs = draw_pairs(segments.cpu(), cfg.offset, cfg.pairs, generator)
+        return Pairs(*(index.to(self.device, non_blocking=True) for index in pairs))
 
     def _auxiliary(self, residual: Tensor, pre: Tensor, dead: Tensor | None, segments: Tensor) -> Tensor | None:
         if dead is None or dead.numel() == 0:
             return None
         dead_pre = pre[..., dead] + self.sae.b_enc[dead]
         k = self.cfg.objective.aux_k or max(1, self.cfg.sae.d_in // 2)
-        return auxk_loss(residual, dead_pre, self.sae.W_dec[dead], k, segments)
+        through_zero = self.cfg.sae.activation == "relu" or self.sae.thresholds_learned
+        return auxk_loss(residual, dead_pre, self.sae.W_dec[dead], k, segments, through_zero=through_zero)
 
     def _variance(self, stats: Any, segments: Tensor, step: int) -> Tensor:
         """The temporal buffer after this batch."""
@@ -168,15 +213,24 @@ class Trainer:
         out |= {f"lag1_correlation_p{p}": q.item() for p, q in zip((10, 50, 90), quantiles, strict=True)}
         if self.cfg.sae.activation in ("schmitt", "batchtopk"):
             out["threshold"] = self.sae.threshold[0].item()
+        elif self.sae.thresholds_learned:
+            out["threshold"] = self.sae.threshold.mean().item()
         return out
 
     @torch.no_grad()
     def finished(self) -> SparseAutoencoder:
         """The autoencoder for inference on raw activations: threshold frozen, normalization folded in."""
-        if self.cfg.sae.activation == "schmitt" and self.controller.started:
-            self.sae.threshold.fill_(self.controller.frozen)
-            self.sae.release.copy_(self.sae.threshold * self.cfg.sae.release_ratio)
-        return self.sae.folded(self.normalizer.mean, self.normalizer.scale).eval()
+        sae, controller = self.sae, self.controller
+        frozen = self._steered and controller.started
+        if frozen and not sae.thresholds_learned:
+            sae.threshold.fill_(controller.frozen)
+            sae.release.copy_(sae.threshold * self.cfg.sae.release_ratio)
+        out = sae.folded(self.normalizer.mean, self.normalizer.scale).eval()
+        if frozen and sae.thresholds_learned:
+            out.threshold *= controller.frozen / controller.theta
+            out.release *= controller.frozen / controller.theta
+            out.adopt_thresholds()
+        return out
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values that `load_state_dict` goes on from, bit for bit."""

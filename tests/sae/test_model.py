@@ -121,6 +121,8 @@ def test_width_mismatch_is_named() -> None:
         {"activation": "batchtopk"},
         {"activation": "schmitt"},
         {"activation": "schmitt", "apply_b_dec_to_input": False},
+        {"activation": "jumprelu"},
+        {"activation": "jumprelu_schmitt"},
         {"activation": "gelu"},
         {"activation": "gelu", "apply_b_dec_to_input": False},
         {"activation": "relu", "layer_norm": "pre"},
@@ -169,6 +171,54 @@ def test_saved_directory_is_saelens_format(tmp_path: Path) -> None:
     assert load_file(tmp_path / "batchtopk" / "sae_weights.safetensors")["threshold"].shape == (D_SAE,)
     make(activation="schmitt").save(tmp_path / "schmitt")  # must not pass for something SAELens computes
     assert json.loads((tmp_path / "schmitt" / "cfg.json").read_text())["architecture"] == "tsae_schmitt"
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("activation", ["jumprelu", "jumprelu_schmitt"])
+def test_learned_thresholds_are_saved_as_thresholds(activation: str, training: bool, tmp_path: Path) -> None:
+    sae, x = make(activation=activation, groups=(10, D_SAE)), activations()
+    sae.threshold.mul_(torch.linspace(0.5, 1.5, D_SAE))
+    if activation == "jumprelu_schmitt":
+        sae.release.copy_(sae.threshold * torch.linspace(0.2, 0.9, D_SAE))
+    sae.adopt_thresholds()
+    assert sae.log_threshold is not None
+    h = sae.encode(x, SEGMENTS)
+    if training:  # where the parameters rule, and the buffers lag behind
+        sae.train().threshold.zero_()
+    sae.save(tmp_path)
+    values = json.loads((tmp_path / "cfg.json").read_text())
+    assert values["architecture"] == ("jumprelu" if activation == "jumprelu" else "tsae_jumprelu_schmitt")
+    names = {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"}
+    weights = load_file(tmp_path / "sae_weights.safetensors")
+    assert set(weights) == (names if activation == "jumprelu" else names | {"release"})
+    torch.testing.assert_close(weights["threshold"], sae.log_threshold.detach().exp())
+    loaded = SparseAutoencoder.load(tmp_path)
+    assert loaded.cfg == sae.cfg
+    torch.testing.assert_close(loaded.encode(x, SEGMENTS), h)
+    torch.testing.assert_close(loaded.train().encode(x, SEGMENTS), h)  # and it can be trained on
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "topk", "batchtopk", "jumprelu", "schmitt", "jumprelu_schmitt"])
+def test_matryoshka_prefixes_are_decodes_of_the_first_features(activation: str) -> None:
+    sae = make(activation=activation, groups=(7, 20, D_SAE), input_scale=2.0).train()
+    sae.adopt_thresholds()
+    h = sae.encode(activations(), SEGMENTS).detach().requires_grad_()
+    prefixes = sae.decode_prefixes(h)
+    assert len(prefixes) == 3
+    expected = []
+    for size, prefix in zip((7, 20, D_SAE), prefixes, strict=True):
+        expected.append(2.0 * (h[..., :size] @ sae.W_dec[:size]) + sae.b_dec)
+        torch.testing.assert_close(prefix, expected[-1])
+    torch.testing.assert_close(prefixes[-1], sae.decode(h))
+    weights = torch.randn(3, D_IN, generator=torch.Generator().manual_seed(0))
+    inputs = (h, sae.W_dec, sae.b_dec)
+    got = torch.autograd.grad(sum((p.sin() @ w).sum() for p, w in zip(prefixes, weights, strict=True)), inputs)
+    wanted = torch.autograd.grad(sum((p.sin() @ w).sum() for p, w in zip(expected, weights, strict=True)), inputs)
+    # Where a feature is 0 and its nonlinearity passes no gradient, the sparse product leaves it out.
+    counted = torch.ones_like(h) if activation in ("relu", "gelu", "jumprelu", "jumprelu_schmitt") else (h != 0)
+    torch.testing.assert_close(got[0] * counted, wanted[0] * counted)
+    for a, b in zip(got[1:], wanted[1:], strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_saelens_directory_without_our_metadata_loads(tmp_path: Path) -> None:

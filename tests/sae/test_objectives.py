@@ -159,6 +159,42 @@ def test_auxk_uses_the_k_largest_dead_features_and_leaves_the_residual_alone() -
     torch.testing.assert_close(auxk_loss(residual, pre, W, 3, segments), auxk_loss(damaged, pre, W, 3, segments))
 
 
+def test_auxk_through_zero_reaches_features_below_it_and_changes_no_value() -> None:
+    generator = torch.Generator().manual_seed(0)
+    residual = torch.randn(2, 4, D, generator=generator)
+    pre = (-torch.rand(2, 4, 7, generator=generator)).requires_grad_()
+    W = torch.randn(7, D, generator=generator)
+    plain, through = auxk_loss(residual, pre, W, 3), auxk_loss(residual, pre, W, 3, through_zero=True)
+    assert float(plain.detach()) == float(through.detach()) == pytest.approx(1.0)
+    assert not torch.autograd.grad(plain, pre)[0].any()
+    (gradient,) = torch.autograd.grad(through, pre)
+    assert int((gradient != 0).sum()) == 2 * 4 * 3
+    chosen = gradient != 0
+    expected = -2 * (residual @ W.T) / residual.square().sum()  # of a feature that starts from 0
+    torch.testing.assert_close(gradient[chosen], expected[chosen])
+
+
+def test_matryoshka_prefixes_are_averaged_and_the_whole_is_reported(data: tuple[torch.Tensor, ...]) -> None:
+    x, xhat, h = data
+    segments = torch.tensor([[0] * 10 + [1] * 13, [0] * 23, [-1] * 2 + [0] * 8 + [-1] + [0] * 12])
+    kept = segments >= 0
+    cfg = ObjectiveConfig(temporal="none", l1=0.0, boost=3.0, hold_steps=10)
+    prefixes = [0.2 * xhat, 0.5 * xhat]
+    parts = [float((x - p)[kept].square().sum(-1).mean()) for p in (*prefixes, xhat)]
+    terms = run(x, xhat, h, 0, cfg, segments=segments, prefixes=prefixes)
+    assert float(terms.total) == pytest.approx(3.0 * sum(parts) / 3, rel=1e-6)
+    assert float(terms.reconstruction) == pytest.approx(parts[-1], rel=1e-6)
+
+
+def test_l0_enters_the_total_with_its_weight(data: tuple[torch.Tensor, ...]) -> None:
+    x, xhat, h = data
+    l0 = torch.tensor(7.0, requires_grad=True)
+    for weight in (0.0, 0.3):
+        cfg = ObjectiveConfig(temporal="none", l1=0.0, boost=1.0, l0=weight)
+        terms = run(x, xhat, h, 0, cfg, l0=l0)
+        assert float(terms.total.detach()) == pytest.approx(float(terms.reconstruction) + 7.0 * weight)
+
+
 def test_auxk_enters_the_total_on_the_scale_of_the_reconstruction(data: tuple[torch.Tensor, ...]) -> None:
     x, xhat, h = data
     cfg = ObjectiveConfig(temporal="none", l1=0.0, boost=1.0)

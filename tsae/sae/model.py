@@ -11,15 +11,18 @@ from torch.nn import functional
 
 from tsae.config import SAEConfig
 from tsae.errors import UserError
-from tsae.sae.activations import batch_topk_threshold, topk_threshold
+from tsae.sae.activations import batch_topk_threshold, mean_l0, topk_threshold
 from tsae.sae.sparse_linear import decode_sparse, encode_linear, worthwhile
+from tsae.sae.straight_through import straight_through, thresholds
 from tsae_kernels import TemporalStats, activate_with_stats
 
 __all__ = ["SparseAutoencoder"]
 
 NO_BANDS = ((1, 1),)  # the cheapest statistics, for callers that want the features alone
 THRESHOLD_MOMENTUM = 0.05  # of batchtopk's running threshold
-THRESHOLDED = ("batchtopk", "jumprelu", "schmitt")
+LEARNED = ("jumprelu", "jumprelu_schmitt")
+SCHMITT = ("schmitt", "jumprelu_schmitt")
+THRESHOLDED = ("batchtopk", "schmitt", *LEARNED)
 
 
 class SparseAutoencoder(nn.Module):
@@ -29,11 +32,13 @@ class SparseAutoencoder(nn.Module):
     ``s`` 1 except where folding cannot absorb it (`folded`).
 
     Parameters: ``W_enc`` (d_in, d_sae), ``b_enc`` (d_sae), ``W_dec`` (d_sae, d_in), ``b_dec`` (d_in), float32.
+    `jumprelu` and `jumprelu_schmitt` have ``log_threshold`` (d_sae) too, the second also ``release_logit`` (d_sae).
     Buffers: ``threshold`` and ``release`` (d_sae), in the units of the pre-activation: the switch-on and release
-    thresholds of `schmitt`, the frozen threshold of `batchtopk` and `jumprelu`; 0 and unused otherwise.
+    thresholds of `schmitt` and `jumprelu_schmitt`, the threshold of `batchtopk` and `jumprelu`; 0 and unused
+    otherwise.
 
-    A batchtopk autoencoder takes its threshold from the batch in ``train()`` mode and from ``threshold`` in
-    ``eval()`` mode.
+    In ``train()`` mode a batchtopk autoencoder takes its threshold from the batch, and learned thresholds come from
+    their parameters; in ``eval()`` mode all come from the buffers, which leaving ``train()`` brings up to date.
 
     Args:
         cfg: the architecture; ``cfg.d_in`` must be positive.
@@ -67,11 +72,47 @@ class SparseAutoencoder(nn.Module):
         self.release: Tensor
         self.register_buffer("threshold", torch.zeros(cfg.d_sae))
         self.register_buffer("release", torch.zeros(cfg.d_sae))
+        self.log_threshold: nn.Parameter | None = None
+        self.release_logit: nn.Parameter | None = None
+        if cfg.activation in LEARNED:
+            self.log_threshold = nn.Parameter(torch.zeros(cfg.d_sae))
+        if cfg.activation == "jumprelu_schmitt":
+            start = torch.full((cfg.d_sae,), cfg.release_ratio).logit(1e-3)
+            self.release_logit = nn.Parameter(start)
+        self.refresh_thresholds()
+
+    @property
+    def thresholds_learned(self) -> bool:
+        """Whether thresholds are parameters."""
+        return self.log_threshold is not None
+
+    @torch.no_grad()
+    def refresh_thresholds(self) -> None:
+        """Bring the buffers up to date with the learned thresholds, if there are any."""
+        if self.log_threshold is not None:
+            threshold, release = thresholds(self.log_threshold, self.release_logit)
+            self.threshold.copy_(threshold)
+            if release is not None:
+                self.release.copy_(release)
+
+    @torch.no_grad()
+    def adopt_thresholds(self) -> None:
+        """The reverse: set the parameters to what the buffers hold, which stay as they are."""
+        if self.log_threshold is not None:
+            self.log_threshold.copy_(self.threshold.clamp(min=1e-30).log())
+        if self.release_logit is not None:
+            self.release_logit.copy_((self.release / self.threshold.clamp(min=1e-30)).logit(1e-6))
+
+    def train(self, mode: bool = True) -> SparseAutoencoder:
+        """As in PyTorch; to leave training freezes learned thresholds into the buffers."""
+        if self.training and not mode:
+            self.refresh_thresholds()
+        return super().train(mode)
 
     @property
     def _k_sparse(self) -> bool:
         """Whether few features are active, and those come out of a thresholded relu."""
-        return self.cfg.activation in ("topk", "batchtopk", "schmitt") and self.cfg.layer_norm != "post"
+        return self.cfg.activation not in ("relu", "gelu") and self.cfg.layer_norm != "post"
 
     def pre_activation(self, x: Tensor) -> Tensor:
         """``(x - b_dec) / s W_enc``, without ``b_enc``.
@@ -101,7 +142,23 @@ class SparseAutoencoder(nn.Module):
         segments: (B, T) integers or None; negative ids are excluded from statistics and batch thresholds
         out: features (B, T, d_sae) and their `TemporalStats` over ``bands``
         """
+        h, stats, _ = self._activate(pre, bands, segments, backend)
+        return h, stats
+
+    def activate_counted(
+        self, pre: Tensor, bands: tuple[tuple[int, int], ...] = NO_BANDS, segments: Tensor | None = None
+    ) -> tuple[Tensor, TemporalStats, Tensor]:
+        """`activate`, and the mean number of active features, a scalar; its gradient reaches learned thresholds."""
+        h, stats, l0 = self._activate(pre, bands, segments, None)
+        return h, stats, mean_l0(h.detach(), segments) if l0 is None else l0
+
+    def _activate(
+        self, pre: Tensor, bands: tuple[tuple[int, int], ...], segments: Tensor | None, backend: str | None
+    ) -> tuple[Tensor, TemporalStats, Tensor | None]:
         cfg = self.cfg
+        learning = self.log_threshold is not None and self.training
+        if learning:
+            self.refresh_thresholds()
         bias: Tensor | None = self.b_enc
         if cfg.layer_norm == "pre":
             pre, bias = functional.layer_norm(pre + self.b_enc, (cfg.d_sae,)), None
@@ -114,13 +171,18 @@ class SparseAutoencoder(nn.Module):
             self._track(threshold)
         elif cfg.activation in THRESHOLDED:
             threshold = self.threshold
-            release = self.release if cfg.activation == "schmitt" else None
+            release = self.release if cfg.activation in SCHMITT else None
         kind = "gelu" if cfg.activation == "gelu" else "relu"
         if cfg.layer_norm == "post":
             h, _ = activate_with_stats(pre, bias, kind, threshold, release, NO_BANDS, segments, backend=backend)
             h = functional.layer_norm(h, (cfg.d_sae,))
-            return activate_with_stats(h, None, "identity", None, None, bands, segments, backend=backend)
-        return activate_with_stats(pre, bias, kind, threshold, release, bands, segments, backend=backend)
+            return *activate_with_stats(h, None, "identity", None, None, bands, segments, backend=backend), None
+        h, stats = activate_with_stats(pre, bias, kind, threshold, release, bands, segments, backend=backend)
+        if not learning or not torch.is_grad_enabled():
+            return h, stats, None
+        assert self.log_threshold is not None
+        h, l0 = straight_through(h, pre, bias, self.log_threshold, self.release_logit, cfg.bandwidth, segments)
+        return h, stats, l0
 
     @torch.no_grad()
     def _track(self, threshold: Tensor) -> None:
@@ -150,10 +212,36 @@ class SparseAutoencoder(nn.Module):
         h: (..., d_sae)
         out: (..., d_in)
         """
-        out = decode_sparse(h, self.W_dec) if self._k_sparse and worthwhile(h) else h @ self.W_dec
+        return self._shifted(self._product(h, self.W_dec))
+
+    def decode_prefixes(self, h: Tensor) -> list[Tensor]:
+        """Reconstructions from the first ``cfg.groups[0]``, ``cfg.groups[1]``, ... features; the last is `decode`'s.
+
+        Every group of features is decoded once, and the sums run on: together they cost what one `decode` does. Without
+        groups the list is ``[decode(h)]``.
+
+        h: (..., d_sae)
+        out: of (..., d_in)
+        """
+        if len(self.cfg.groups) < 2:
+            return [self.decode(h)]
+        starts = (0, *self.cfg.groups[:-1])
+        sizes = [end - start for start, end in zip(starts, self.cfg.groups, strict=True)]
+        out: list[Tensor] = []
+        for features, W_dec in zip(h.split(sizes, -1), self.W_dec.split(sizes), strict=True):
+            part = self._product(features, W_dec)
+            out.append(part if not out else out[-1] + part)
+        return [self._shifted(product) for product in out]
+
+    def _product(self, h: Tensor, W_dec: Tensor) -> Tensor:
+        # A learned threshold needs the gradient of features that are 0, which the sparse product leaves out.
+        whole = self.thresholds_learned and self.training and torch.is_grad_enabled()
+        return decode_sparse(h, W_dec) if self._k_sparse and not whole and worthwhile(h) else h @ W_dec
+
+    def _shifted(self, product: Tensor) -> Tensor:
         if self.cfg.input_scale != 1.0:
-            out = out * self.cfg.input_scale
-        return out + self.b_dec
+            product = product * self.cfg.input_scale
+        return product + self.b_dec
 
     def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
         """``decode(encode(x))``; x and out: (..., d_in)."""
@@ -179,7 +267,9 @@ class SparseAutoencoder(nn.Module):
             b_enc += self.b_dec @ self.W_enc
         if not homogeneous:
             cfg.input_scale = self.cfg.input_scale * scale
-        out = SparseAutoencoder(cfg).to(self.b_dec.device)
+        if self.training:
+            self.refresh_thresholds()
+        out = SparseAutoencoder(cfg).to(self.b_dec.device).train(self.training)
         gain = scale if homogeneous else 1.0
         out.W_enc.copy_(self.W_enc)
         out.W_dec.copy_(self.W_dec)
@@ -187,7 +277,8 @@ class SparseAutoencoder(nn.Module):
         out.b_dec.copy_(self.b_dec * scale + mean)
         out.threshold.copy_(self.threshold * gain)
         out.release.copy_(self.release * gain)
-        return out.train(self.training)
+        out.adopt_thresholds()
+        return out
 
     def save(self, directory: str | Path, **metadata: object) -> None:
         """Write SAELens's directory format, see `tsae.sae.saving.save`."""

@@ -2,13 +2,16 @@
 
 TSAE (equation 2) and TC-SAE (equation 4) share the form
 
-    L = w(step) mean_t |x_t - xhat_t|^2 + l1 mean_t |h_t|_1 + ramp(step) L_temp + aux_weight L_aux
+    L = w(step) mean_t |x_t - xhat_t|^2 + l1 mean_t |h_t|_1 + ramp(step) weight L_temp + aux_weight L_aux
 
-and differ in the temporal term. Means run over the positions that are not excluded.
+and differ in the temporal term. To this come the L0 penalty of learned thresholds (l0 mean_t |h_t|_0), and with
+Matryoshka groups the first term is the mean over the prefixes of the dictionary. Means run over the positions that are
+not excluded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from tsae.config import ObjectiveConfig
 from tsae.sae.schedules import reconstruction_weight, temporal_ramp
+from tsae.sae.temporal_objectives import Pairs, contrastive_loss, count_pairs, slow_loss
 from tsae_kernels import TemporalStats, count_positions, temporal_loss_from_stats, window_consistency
 
 __all__ = [
@@ -30,7 +34,10 @@ __all__ = [
 
 
 class LossTerms(NamedTuple):
-    """The terms of one step, scalars; ``total`` is what is minimised, the others are unweighted."""
+    """The terms of one step, scalars; ``total`` is what is minimised, the others are unweighted.
+
+    ``reconstruction`` is the whole dictionary's, ``sparsity`` the L1 norm.
+    """
 
     total: Tensor
     reconstruction: Tensor
@@ -64,7 +71,9 @@ def l1_norm(h: Tensor, segments: Tensor | None = None) -> Tensor:
 
 def bands_for(cfg: ObjectiveConfig) -> tuple[tuple[int, int], ...]:
     """Offset bands whose statistics the objective needs from the activation's pass."""
-    return tuple(tuple(band) for band in cfg.bands) if cfg.temporal == "multiscale" else ((1, 1),)  # type: ignore[misc]
+    if cfg.temporal == "multiscale":
+        return tuple(tuple(band) for band in cfg.bands)  # type: ignore[misc]
+    return ((1, cfg.offset),) if cfg.temporal == "slow" else ((1, 1),)
 
 
 def temporal_term(
@@ -73,14 +82,29 @@ def temporal_term(
     cfg: ObjectiveConfig,
     segments: Tensor | None = None,
     variance: Tensor | None = None,
+    pairs: Pairs | None = None,
 ) -> Tensor:
-    """L_temp before its ramp, a scalar.
+    """L_temp of the first ``cfg.group`` features (0: of all), before its ramp and ``cfg.weight``, a scalar.
 
     `multiscale`: TSAE equations 2 and 3, from ``stats`` over ``cfg.bands``; ``variance`` (d_sae) is the temporal
-    buffer's. `window`: ``cfg.window_weight`` times TC-SAE equation 3.
+    buffer's. `window`: ``cfg.window_weight`` times TC-SAE equation 3. `contrastive`: `contrastive_loss` over
+    ``pairs``. `slow`: `slow_loss`, from ``stats``.
     """
     if cfg.temporal == "none":
         return h.new_zeros((), dtype=torch.float32)
+    if cfg.temporal == "contrastive":
+        if pairs is None:
+            raise ValueError("pairs is None; the contrastive objective needs those of draw_pairs")
+        other = cfg.negatives == "other-sequences"
+        return contrastive_loss(h, pairs, cfg.temperature, group=cfg.group, other_sequences=other)
+    if 0 < cfg.group < h.shape[-1]:
+        h = h[..., : cfg.group]
+        stats = TemporalStats(*(s[..., : cfg.group] for s in stats))
+        variance = None if variance is None else variance[: cfg.group]
+    if cfg.temporal == "slow":
+        if segments is None:
+            segments = torch.zeros(h.shape[:2], dtype=torch.int32, device=h.device)
+        return slow_loss(stats, count_positions(segments).sum(), count_pairs(segments, cfg.offset))
     if cfg.temporal == "window":
         return cfg.window_weight * window_consistency(h, cfg.window, segments)
     positions = h.shape[1] if segments is None else count_positions(segments)
@@ -96,20 +120,33 @@ def temporal_term(
     )
 
 
-def auxk_loss(residual: Tensor, dead_pre: Tensor, dead_W_dec: Tensor, k: int, segments: Tensor | None = None) -> Tensor:
+def auxk_loss(
+    residual: Tensor,
+    dead_pre: Tensor,
+    dead_W_dec: Tensor,
+    k: int,
+    segments: Tensor | None = None,
+    *,
+    through_zero: bool = False,
+) -> Tensor:
     """AuxK (Gao et al. 2024, appendix A.2): dead features reconstruct what the live ones left.
 
     residual: ``x - xhat`` (B, T, d_in), taken as a constant
     dead_pre: pre-activations of the n dead features, bias included (B, T, n)
     dead_W_dec: (n, d_in)
     k: dead features used per token
+    through_zero: the gradient passes straight through the relu of the chosen features. Without a threshold a dead
+        feature is below 0 on every token, where the relu would let nothing through that could revive it.
     out: ``sum |e - ehat|^2 / sum |e|^2`` over positions that are not excluded, a scalar
     """
     residual = residual.detach()
     if k < dead_pre.shape[-1]:
         values, indices = dead_pre.topk(k, dim=-1)
         dead_pre = torch.zeros_like(dead_pre).scatter(-1, indices, values)
-    error = residual - (dead_pre.relu() @ dead_W_dec).to(residual.dtype)
+    features = dead_pre.relu()
+    if through_zero:
+        features = features.detach() + (dead_pre - dead_pre.detach())
+    error = residual - (features @ dead_W_dec).to(residual.dtype)
     if segments is not None:
         kept = (segments >= 0)[..., None]
         residual, error = residual * kept, error * kept
@@ -127,24 +164,36 @@ def objective(
     segments: Tensor | None = None,
     variance: Tensor | None = None,
     auxiliary: Tensor | None = None,
+    prefixes: Sequence[Tensor] = (),
+    pairs: Pairs | None = None,
+    l0: Tensor | None = None,
 ) -> LossTerms:
     """The loss of one step.
 
     x, xhat: (B, T, d_in), normalized activations and their reconstruction
     h: (B, T, d_sae); stats: of ``h`` over `bands_for` (cfg)
     segments: (B, T) or None; variance: (d_sae), the temporal buffer; auxiliary: `auxk_loss` or None
+    prefixes: like ``xhat``, the reconstructions by the smaller Matryoshka prefixes
+    pairs: for the contrastive objective, from `draw_pairs`
+    l0: mean number of active features, with its gradient to learned thresholds; only with ``cfg.l0`` above 0
     """
     reconstruction = reconstruction_loss(x, xhat, segments)
-    total = reconstruction_weight(step, cfg) * reconstruction
+    nested = reconstruction
+    if prefixes:
+        parts = [reconstruction_loss(x, prefix, segments) for prefix in prefixes]
+        nested = (reconstruction + sum(parts)) / (1 + len(parts))
+    total = reconstruction_weight(step, cfg) * nested
     zero = torch.zeros((), device=x.device)
     sparsity, temporal = zero, zero
     if cfg.l1 > 0:
         sparsity = l1_norm(h, segments)
         total = total + cfg.l1 * sparsity
+    if cfg.l0 > 0 and l0 is not None:
+        total = total + cfg.l0 * l0
     ramp = temporal_ramp(step, cfg)
     if cfg.temporal != "none" and ramp > 0:
-        temporal = temporal_term(h, stats, cfg, segments, variance)
-        total = total + ramp * temporal
+        temporal = temporal_term(h, stats, cfg, segments, variance, pairs)
+        total = total + ramp * cfg.weight * temporal
     if auxiliary is not None:
         # Relative to the residual, so it is put back on the reconstruction's scale.
         total = total + cfg.aux_weight * auxiliary * reconstruction.detach()

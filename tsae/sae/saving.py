@@ -1,8 +1,9 @@
 """An autoencoder on disk: SAELens's directory of `cfg.json` and `sae_weights.safetensors`.
 
 relu is saved as SAELens's `standard`, topk as `topk`, batchtopk and jumprelu as `jumprelu`. SAELens has no form
-for `gelu`, `schmitt` and layer normalization: they carry an architecture name of their own, so that a reader
-who does not know them refuses instead of computing something else.
+for `gelu`, `schmitt`, `jumprelu_schmitt` and layer normalization: they carry an architecture name of their own, so
+that a reader who does not know them refuses instead of computing something else. Matryoshka groups matter in training
+alone.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ __all__ = ["load", "save"]
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 ARCHITECTURE = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu"}
+THRESHOLD = ("batchtopk", "jumprelu", "schmitt", "jumprelu_schmitt")  # have the tensor
+RELEASE = ("schmitt", "jumprelu_schmitt")
+LOGARITHMS = {"log_threshold", "release_logit"}  # parameters that say the same as `threshold` and `release`
 SAELENS_VERSION = "6.54.0"  # the format written; a version below 6 is read through a legacy path there
 
 
@@ -62,10 +66,14 @@ def save(sae: SparseAutoencoder, directory: Path, metadata: dict[str, object]) -
     }
     if values["architecture"] == "topk":
         values |= {"k": cfg.k, "rescale_acts_by_decoder_norm": False}
+    if sae.training:
+        sae.refresh_thresholds()
     state = sae.state_dict()
-    if cfg.activation not in ("batchtopk", "jumprelu", "schmitt"):
+    for name in LOGARITHMS & state.keys():
+        del state[name]
+    if cfg.activation not in THRESHOLD:
         del state["threshold"]
-    if cfg.activation != "schmitt":
+    if cfg.activation not in RELEASE:
         del state["release"]
     weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
     with replacing(directory / WEIGHTS) as temporary:
@@ -89,19 +97,22 @@ def load(directory: Path, device: str | torch.device = "cpu") -> SparseAutoencod
         weights = load_file(directory / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{directory / WEIGHTS} cannot be read ({error}); the file is damaged.") from None
-    sae = SparseAutoencoder(cfg)
-    expected = sae.state_dict()
+    sae = SparseAutoencoder(cfg).eval()
+    expected = {name: tensor for name, tensor in sae.state_dict().items() if name not in LOGARITHMS}
     optional = {"threshold", "release"}
     for name, tensor in expected.items():
         if name not in weights:
-            if name in optional and not (name == "threshold" and cfg.activation in ("jumprelu", "schmitt")):
+            needed = name == "threshold" and cfg.activation in ("jumprelu", "schmitt", "jumprelu_schmitt")
+            if name in optional and not needed:
                 continue
             raise UserError(f"{directory / WEIGHTS} has no tensor {name}; it has {sorted(weights)}.")
         if weights[name].shape != tensor.shape:
             got, wanted = tuple(weights[name].shape), tuple(tensor.shape)
             raise UserError(f"{directory / WEIGHTS}: {name} is {got}; cfg.json asks for {wanted}.")
-    sae.load_state_dict({name: weights.get(name, tensor).float() for name, tensor in expected.items()})
-    return sae.to(device).eval()
+    values = {name: weights.get(name, tensor).float() for name, tensor in expected.items()}
+    sae.load_state_dict(values, strict=False)  # all but LOGARITHMS
+    sae.adopt_thresholds()
+    return sae.to(device)
 
 
 def _config(values: dict[str, Any], directory: Path) -> SAEConfig:

@@ -1,0 +1,117 @@
+"""Temporal objectives beyond the two papers': T-SAE's contrast, and slowness. Pure functions.
+
+docs/objectives.md holds the formulas side by side, with the cost of each.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tsae_kernels import TemporalStats
+from tsae_kernels.segments import find_runs
+
+__all__ = ["Pairs", "contrastive_loss", "count_pairs", "draw_pairs", "slow_loss"]
+
+
+class Pairs(NamedTuple):
+    """Pairs of positions of a batch (B, T), as indices into B * T; both (P) int64."""
+
+    anchors: Tensor
+    partners: Tensor
+
+
+def draw_pairs(segments: Tensor, offset: int, count: int, generator: torch.Generator) -> Pairs:
+    """Positions and, for each, one 1 to ``offset`` later in its segment, drawn uniformly from those there are.
+
+    segments: (B, T) on the CPU
+    count: positions drawn, without replacement; 0 takes every one that has a later neighbour in its segment
+    generator: of the CPU
+    """
+    end = find_runs(segments).end
+    later = end - 1 - torch.arange(segments.shape[1])  # [B, T] positions left in the segment, negative if excluded
+    anchors = (later > 0).flatten().nonzero().squeeze(1)
+    if 0 < count < len(anchors):
+        anchors = anchors[torch.randperm(len(anchors), generator=generator)[:count]].sort().values
+    lag = torch.ones_like(anchors)
+    if offset > 1:
+        choices = later.flatten()[anchors].clamp(max=offset)
+        # float64, which never rounds up to `choices` itself
+        lag = 1 + (torch.rand(len(anchors), generator=generator, dtype=torch.float64) * choices).long()
+    return Pairs(anchors, anchors + lag)
+
+
+def contrastive_loss(
+    h: Tensor, pairs: Pairs, temperature: float = 0.1, *, group: int = 0, other_sequences: bool = False
+) -> Tensor:
+    """Symmetric InfoNCE between tokens and their neighbours: the contrastive term of T-SAE (Bhalla et al. 2025, arXiv
+    2511.05541), on its high-level features, with cosine similarity.
+
+        z_i = h[t_i, :group] / |h[t_i, :group]|,   y_i the same of the partner,   s_ij = z_i . y_j / temperature
+        L   = -1/(2P) sum_i [ log softmax_j(s_ij)_i + log softmax_j(s_ji)_i ]
+
+    Our readings, each an option: a temperature; a sample of the batch's pairs rather than all; offsets above 1. A batch
+    of ours holds whole sequences, so that other pairs of the same text are among the negatives, and pull apart what
+    lies together; ``other_sequences`` leaves them out.
+
+    h: (B, T, d_sae); only the rows of ``pairs`` are read
+    pairs: from `draw_pairs`
+    group: the first so many features; 0 takes all
+    out: scalar, float32 (float64 for float64 h), at least 0; 0 without pairs. A token without an active feature in the
+        group has similarity 0 to all, and no gradient.
+    """
+    tokens, count = h.shape[1], len(pairs.anchors)
+    # Rows before columns: the gradient is then spread once, over few rows.
+    rows = h.flatten(0, 1).index_select(0, torch.cat(pairs))[:, : group or None]  # [2P, group]
+    rows = _unit(rows if rows.dtype == torch.float64 else rows.float())
+    z, y = rows[:count], rows[count:]
+    if count == 0:
+        return z.sum()
+    scores = z @ y.T / temperature  # [P, P]
+    if other_sequences:
+        sequence = pairs.anchors // tokens
+        same = sequence[:, None] == sequence
+        scores = scores.masked_fill(same.fill_diagonal_(False), -torch.inf)
+    target = torch.arange(count, device=h.device)
+    return 0.5 * (functional.cross_entropy(scores, target) + functional.cross_entropy(scores.T, target))
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Rows of length 1; a row of zeros stays, and gets no gradient."""
+    square = rows.square().sum(-1, keepdim=True)
+    some = square > 0
+    return rows * torch.where(some, torch.where(some, square, 1.0).rsqrt(), 0.0)
+
+
+def count_pairs(segments: Tensor, offset: int) -> Tensor:
+    """Number of pairs 1 to ``offset`` apart inside a segment, a scalar int64; segments: (B, T)."""
+    end = find_runs(segments).end
+    later = end - 1 - torch.arange(segments.shape[1], device=segments.device)
+    return later.clamp(min=0, max=offset).sum()
+
+
+def slow_loss(stats: TemporalStats, positions: int | Tensor, pairs: int | Tensor) -> Tensor:
+    """Slowness: each feature's squared differences over its own variance, which is 1 - autocorrelation.
+
+        L = mean_j  D_j / (2 pairs var_j),    var_j = Q_j / positions - (A_j / positions)^2
+
+    with D, A and Q summed over the batch; for one offset it is 1 minus the autocorrelation there, apart from what the
+    edges of segments do to the mean, and for several the mean over their pairs. It is slow feature analysis's
+    delta value (Wiskott and Sejnowski 2002) made a penalty: a feature cannot lower it by shrinking, nor by becoming
+    constant. Every feature counts alike, rare ones too. Those that do not vary in the batch are left out.
+
+    stats: of one band, (1, offset): its gradient is what the activation's own backward expects, so that there is no
+        second pass over the features
+    positions, pairs: in the whole batch: positions that count, and `count_pairs`
+    out: scalar in the statistics' dtype; 0 with zero gradient if no feature varies
+    """
+    D, A, Q = (s.sum(0).double() for s in (stats.differences[:, 0], stats.total, stats.square))  # [d_sae]
+    n = torch.as_tensor(positions, device=A.device).clamp(min=1)
+    p = torch.as_tensor(pairs, device=A.device).clamp(min=1)
+    variance = Q / n - (A / n) ** 2
+    varies = variance > 1e-6 * Q / n  # float32 sums do not know less
+    ratio = torch.where(varies, D, 0.0) / (2.0 * p * torch.where(varies, variance, 1.0))
+    return (ratio.sum() / varies.sum().clamp(min=1)).to(stats.total.dtype)
