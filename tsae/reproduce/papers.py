@@ -66,7 +66,7 @@ _RUN_2 |= {"ce_loss_score": -0.18}
 TCSAE = Paper(
     title="TC-SAE: Extracting Position-Invariant Features from Transformers via Temporal Consistency",
     preset="tcsae-pythia-70m",
-    demo_steps=300,
+    demo_steps=500,
     experiments={
         "run0": Experiment(
             "baseline, no temporal loss",
@@ -109,7 +109,7 @@ _FAILED = {"steps": 0}
 TSAE = Paper(
     title="Time-Aware Sparse Autoencoders: Learning Temporally Consistent Features in Language Models",
     preset="tsae-gemma-2-2b",
-    demo_steps=500,
+    demo_steps=400,
     experiments={
         "baseline": Experiment(
             "standard autoencoder",

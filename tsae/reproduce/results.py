@@ -166,7 +166,7 @@ def _number(value: float | None, digits: int) -> str:
         return "–"
     if abs(value) >= 1000:
         return f"{value:.0f}" if abs(value) < 1e6 else f"{value:.2e}"
-    return f"{value:.{digits}f}"
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # no -0.00
 
 
 def _notes(results: dict[str, Any]) -> list[str]:
@@ -175,7 +175,8 @@ def _notes(results: dict[str, Any]) -> list[str]:
         f"On the same activations an autoencoder that outputs zero scores EV = -|mean|^2 / Var = "
         f"{content['zero_output']:.3f} (|mean| {content['mean_norm']:.1f}, root mean square norm "
         f"{content['rms_norm']:.1f}); with BOS counted besides, {with_bos['zero_output']:.3f} (|mean| "
-        f"{with_bos['mean_norm']:.1f}, root mean square norm {with_bos['rms_norm']:.1f})."
+        f"{with_bos['mean_norm']:.1f}, root mean square norm {with_bos['rms_norm']:.1f}).",
+        "L1 is in the activations' own units, but with gelu or layer normalization in those of the given input.",
     ]
     for row in results["rows"]:
         notes += [f"{row['run']}, {given}: {row[given]['error']}" for given in INPUTS if row[given]["error"]]
