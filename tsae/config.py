@@ -139,7 +139,7 @@ class ObjectiveConfig:
     offsets from 1 to this."""
     temperature: float = 0.1
     """contrastive: the cosine similarities are divided by this."""
-    pairs: int = 512
+    pairs: int = 256
     """contrastive: pairs drawn from each batch; 0 takes one for every token that has a neighbour."""
     negatives: Literal["all", "other-sequences"] = "all"
     """contrastive: a pair's negatives are all other pairs of the batch, or those of other sequences only."""
