@@ -139,14 +139,14 @@ class ObjectiveConfig:
     offsets from 1 to this."""
     temperature: float = 0.1
     """contrastive: the cosine similarities are divided by this."""
-    pairs: int = 512
+    pairs: int = 256
     """contrastive: pairs drawn from each batch; 0 takes one for every token that has a neighbour."""
     negatives: Literal["all", "other-sequences"] = "all"
     """contrastive: a pair's negatives are all other pairs of the batch, or those of other sequences only."""
     l1: float = 0.04
     """Weight of the L1 penalty on features (TSAE section 4.3; TC-SAE equation 4, lambda_1)."""
     l0: float = 0.0
-    """jumprelu, jumprelu_schmitt: weight of the L0 penalty (Rajamanoharan et al. 2024, equation 9); 0 steers the
+    """jumprelu, jumprelu_schmitt: weight of the L0 penalty (Rajamanoharan et al. 2024, section 3); 0 steers the
     thresholds' common factor so that the mean L0 is sae.k instead."""
     boost: float = 2.0
     """Factor on the reconstruction term until `hold_steps`, falling linearly to 1 over `ramp_steps`

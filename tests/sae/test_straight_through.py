@@ -43,7 +43,7 @@ def pseudo_gradients(
     return list(torch.autograd.grad((g * out).sum(), parameters)), list(counted)
 
 
-def test_jumprelu_gradients_are_equations_11_and_12() -> None:
+def test_jumprelu_gradients_are_the_papers() -> None:
     z, g = correlated(B, T, K), correlated(B, T, K, 1)
     log_threshold = torch.tensor([-0.5, 0.0, 0.2, -1.0], dtype=torch.float64)
     width = 0.9

@@ -37,8 +37,8 @@ def straight_through(
 
     With z = pre + bias, the rectangular window of width e = bandwidth theta, and g the gradient that reaches h:
 
-        dL / dtheta  = -(theta / e) sum_t [|z_t - theta| < e/2] g_t         (the paper's equation 11)
-        dL0 / dtheta = -(1 / e)     sum_t [|z_t - theta| < e/2] / positions (equation 12)
+        dL / dtheta  = -(theta / e) sum_t [|z_t - theta| < e/2] g_t         (the paper's section 3)
+        dL0 / dtheta = -(1 / e)     sum_t [|z_t - theta| < e/2] / positions (likewise)
 
     A Schmitt trigger's entry also decides on those that it would hold on after it. With the credit of an entry and of
     the run that hangs on it,
@@ -80,7 +80,7 @@ class _StraightThrough(torch.autograd.Function):
         if segments is None:
             segments = torch.zeros(h.shape[:2], dtype=torch.int32, device=h.device)
         kept = segments >= 0
-        if not kept.all():
+        if h.is_cuda or not kept.all():  # a GPU is not waited for
             near &= kept[..., None]
             on = on & kept[..., None]
         positions = kept.sum().clamp(min=1)
@@ -100,7 +100,7 @@ class _StraightThrough(torch.autograd.Function):
             sets = near & ~before
             holds = before & below & (z > release - half) & (z < release + half)
             ctx.save_for_backward(theta, positions, sets, holds, hangs, z, release / theta)
-        count = on.sum(dtype=torch.float64).to(dtype) / positions
+        count = on.count_nonzero().to(dtype) / positions
         return h.view_as(h), count
 
     @staticmethod
@@ -121,7 +121,7 @@ def _jumprelu(grad_h: Tensor | None, price: Tensor | None, theta: Tensor, near: 
     """Sum over the window of what being active is worth; out: (d_sae)."""
     out = torch.zeros_like(theta)
     if grad_h is not None:
-        out = out + theta * (grad_h * near).sum((0, 1), dtype=theta.dtype)
+        out = out + theta * torch.where(near, grad_h, 0.0).sum((0, 1), dtype=theta.dtype)
     if price is not None:
         out = out + price * near.sum((0, 1))
     return out
@@ -134,6 +134,7 @@ def _schmitt(
     credit = torch.zeros_like(z) if grad_h is None else z * grad_h  # [B, T, d_sae]
     if price is not None:
         credit += price
+    rows, carried = credit.unbind(1), hangs.to(z.dtype).unbind(1)  # [B, d_sae] for every t
     for t in range(z.shape[1] - 2, -1, -1):
-        credit[:, t] += credit[:, t + 1] * hangs[:, t + 1]
-    return (credit * sets).sum((0, 1)), (credit * holds).sum((0, 1))
+        rows[t].addcmul_(rows[t + 1], carried[t + 1])
+    return torch.where(sets, credit, 0.0).sum((0, 1)), torch.where(holds, credit, 0.0).sum((0, 1))

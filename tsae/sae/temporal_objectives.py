@@ -66,11 +66,12 @@ def contrastive_loss(
     tokens, count = h.shape[1], len(pairs.anchors)
     # Rows before columns: the gradient is then spread once, over few rows.
     rows = h.flatten(0, 1).index_select(0, torch.cat(pairs))[:, : group or None]  # [2P, group]
-    rows = _unit(rows if rows.dtype == torch.float64 else rows.float())
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    rows = _unit(rows.to(dtype)).to(h.dtype)  # under autocast the product is in bfloat16, as all others
     z, y = rows[:count], rows[count:]
     if count == 0:
-        return z.sum()
-    scores = z @ y.T / temperature  # [P, P]
+        return z.sum().to(dtype)
+    scores = (z @ y.T).to(dtype) / temperature  # [P, P]
     if other_sequences:
         sequence = pairs.anchors // tokens
         same = sequence[:, None] == sequence
