@@ -100,6 +100,13 @@ def test_tokens_without_features_give_no_nan_and_no_gradient() -> None:
     assert float(nothing.detach()) == 0.0
 
 
+def test_contrastive_loss_of_bfloat16_features_is_float32_and_near() -> None:
+    h, pairs = features(), draw_pairs(SEGMENTS, 1, 0, torch.Generator())
+    loss = contrastive_loss(h.bfloat16(), pairs)
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(float(contrastive_loss(h.bfloat16().double(), pairs)), rel=0.01)
+
+
 @pytest.mark.parametrize("offset", [1, 3])
 def test_slow_loss_is_differences_over_variance(offset: int) -> None:
     h = features()
