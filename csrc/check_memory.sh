@@ -5,6 +5,7 @@ set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=$(command -v "${1:-python3}")
+python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")  # absolute, but an environment's link stays one
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cxx=${CXX:-g++}
