@@ -1,0 +1,142 @@
+"""What sweeps found: a Markdown table of means over seeds, and the frontier as a figure.
+
+    python experiments/summary.py SWEEP_DIRECTORY ... [--figure docs/figures/frontier.png]
+
+The mean over runs that differ in the seed alone, and half the distance between the extremes. `plain` is the yardstick.
+"""
+# ruff: noqa: T201
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+COLUMNS = (
+    ("EV", "explained_variance", 4),
+    ("CE score", "ce_loss_score", 4),
+    ("L0", "l0", 1),
+    ("alive", "frac_alive", 3),
+    ("excess", "temporal.persistence_excess", 3),
+    ("shuffled", "temporal.persistence_excess_shuffled", 3),
+    ("lag 1 pooled", "temporal.relative_difference.1", 3),
+    ("lag 1 per feature", "temporal.relative_difference_per_feature.1", 3),
+    ("smoothness", "temporal.smoothness", 4),
+)
+COLOURS = {"plain": "#20252B", "schmitt": "#009E73", "multiscale": "#0072B2", "window": "#E69F00"}
+OTHER = "#CC79A7"
+
+
+def metric(metrics: dict[str, Any], key: str) -> float:
+    value: Any = metrics
+    for part in key.split("."):
+        value = value[part]
+    return float(value)
+
+
+def collect(directories: list[Path]) -> dict[str, list[dict[str, Any]]]:
+    """Configuration -> the metrics of its seeds, of runs that ended well."""
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for directory in directories:
+        for name, run in json.loads((directory / "sweep.json").read_text())["runs"].items():
+            if run.get("metrics") is None:
+                print(f"{name}: {run.get('error') or 'not finished'}")
+                continue
+            found[re.sub(r"-seed\d+$", "", name)].append(run["metrics"])
+    return dict(found)
+
+
+def table(found: dict[str, list[dict[str, Any]]]) -> str:
+    """One row a configuration: means, and half ranges where there is more than one seed."""
+    lines = [
+        "| run | seeds | " + " | ".join(heading for heading, _, _ in COLUMNS) + " |",
+        "| --- " * (len(COLUMNS) + 2) + "|",
+    ]
+    for name, runs in found.items():
+        cells = []
+        for _, key, digits in COLUMNS:
+            values = [metric(run, key) for run in runs]
+            spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.{digits}f}{spread}")
+        lines.append(f"| {name} | {len(runs)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def against_plain(found: dict[str, list[dict[str, Any]]]) -> str:
+    """Every configuration against `plain`, ratios and differences of means."""
+
+    def average(name: str, key: str) -> float:
+        return mean(metric(run, key) for run in found[name])
+
+    def over_control(name: str) -> float:
+        return average(name, "temporal.persistence_excess") - average(name, "temporal.persistence_excess_shuffled")
+
+    lines = [
+        "| against plain | EV | CE score | L0 | alive | excess | excess less control | lag 1 pooled | per feature |"
+        " smoothness |",
+        "| --- " * 10 + "|",
+    ]
+    for name in found:
+        if name == "plain":
+            continue
+        lines.append(
+            f"| {name} | "
+            f"{average(name, 'explained_variance') - average('plain', 'explained_variance'):+.4f} | "
+            f"{average(name, 'ce_loss_score') - average('plain', 'ce_loss_score'):+.4f} | "
+            f"{average(name, 'l0') / average('plain', 'l0') - 1:+.1%} | "
+            f"{average(name, 'frac_alive') / average('plain', 'frac_alive'):.1%} | "
+            f"{average(name, COLUMNS[4][1]) / average('plain', COLUMNS[4][1]):.2f} x | "
+            f"{over_control(name) / over_control('plain'):.2f} x | "
+            + " | ".join(f"{average(name, key) / average('plain', key) - 1:+.1%}" for _, key, _ in COLUMNS[6:])
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+def figure(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Explained variance against persistence beyond chance; points of one family are joined."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
+    families: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
+    for name, runs in found.items():
+        family, _, value = name.partition("-")
+        point = [
+            mean(metric(run, key) for run in runs) for key in ("temporal.persistence_excess", "explained_variance")
+        ]
+        families[family].append((point[0], point[1], value))
+    for family, points in families.items():
+        colour = COLOURS.get(family, OTHER)
+        ordered = sorted(points, key=lambda point: float(point[2]) if point[2] else 0.0)
+        axes.plot(*zip(*[point[:2] for point in ordered], strict=True), "o-", color=colour, label=family)
+        for x, y, value in ordered:
+            axes.annotate(value, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8, color=colour)
+    axes.set_xlabel("persistence beyond chance (probability)")
+    axes.set_ylabel("explained variance (share)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweeps", type=Path, nargs="+")
+    parser.add_argument("--figure", type=Path)
+    arguments = parser.parse_args()
+    found = collect(arguments.sweeps)
+    print(table(found))
+    if "plain" in found:
+        print("\n" + against_plain(found))
+    if arguments.figure:
+        figure(found, arguments.figure)
+
+
+if __name__ == "__main__":
+    main()
