@@ -107,7 +107,8 @@ def figure(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
     families: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
     for name, runs in found.items():
-        family, _, value = name.partition("-")
+        parts = re.fullmatch(r"(.+?)-([\d.]+)", name)
+        family, value = parts.groups() if parts else (name, "")
         point = [
             mean(metric(run, key) for run in runs) for key in ("temporal.persistence_excess", "explained_variance")
         ]

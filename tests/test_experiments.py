@@ -58,5 +58,5 @@ def test_means_over_seeds_and_what_stands_against_plain(
 
 
 def test_the_figure_is_drawn(found: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
-    figure(found, tmp_path / "frontier.png")
+    figure(found | {"schmitt-0.4+other-words": found["plain"]}, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
