@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tiny import make_tokenizer, save_model
+from tiny_runs import lines, run_options, write_text
 
 
 @pytest.fixture(scope="session")
@@ -57,3 +58,21 @@ def tiny_neox(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "llama"
     return save_model(folder, "LlamaForCausalLM", "LlamaConfig", num_key_value_heads=1)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "river.txt")
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tiny_gemma2: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run with `run_options`."""
+    from tsae.train import main
+
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert main(run_options(tiny_gemma2, text_file, out)) == 0
+    later = lines(out / "metrics.jsonl")[2:]
+    for name in ("dead", "auxiliary", "temporal"):  # else a resumed run could lose their state unnoticed
+        assert all(line[name] > 0 for line in later)
+    return out
