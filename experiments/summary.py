@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from tsae.table import metric
+
 COLUMNS = (
     ("EV", "explained_variance", 4),
     ("CE score", "ce_loss_score", 4),
@@ -29,13 +31,6 @@ COLUMNS = (
 )
 COLOURS = {"plain": "#20252B", "schmitt": "#009E73", "multiscale": "#0072B2", "window": "#E69F00"}
 OTHER = "#CC79A7"
-
-
-def metric(metrics: dict[str, Any], key: str) -> float:
-    value: Any = metrics
-    for part in key.split("."):
-        value = value[part]
-    return float(value)
 
 
 def collect(directories: list[Path]) -> dict[str, list[dict[str, Any]]]:

@@ -14,7 +14,7 @@ import tyro
 
 from tsae.errors import UserError
 
-__all__ = ["Status", "parse", "report_errors"]
+__all__ = ["Status", "only_options", "parse", "report_errors"]
 
 T = TypeVar("T")
 
@@ -52,6 +52,13 @@ def _sentence(box: str) -> str:
         lines, is_rule = lines[1:], is_rule[1:]
     text = " ".join(lines[: is_rule.index(True)] if True in is_rule else lines).rstrip(".")
     return re.sub(r"\. Expected ", "; expected ", text[:1].upper() + text[1:])
+
+
+def only_options(argv: list[str], allowed: tuple[str, ...], why: str) -> None:
+    """Raise `UserError`, a sentence that begins with ``why``, if ``argv`` has other options than those ``allowed``."""
+    others = [a for a in argv if a.startswith("-") and a.split("=")[0] not in allowed]
+    if others:
+        raise UserError(f"{why}; leave out {' '.join(others)}.")
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from tsae.cli import parse, report_errors
+from tsae.cli import only_options, parse, report_errors
 from tsae.config import TrainConfig, from_dict, load_json
 from tsae.errors import UserError
 from tsae.presets import preset
@@ -39,7 +39,6 @@ class Command(TrainConfig):
     """Train every run of this YAML file on one stream of activations, into --out or runs/sweep-NAME/TIMESTAMP."""
 
 
-OWN_FIELDS = ("config", "out", "overwrite", "resume", "sweep")
 PROG = "python -m tsae.train"
 
 
@@ -93,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _resumed(asked: Command, argv: list[str]) -> tuple[TrainConfig, Path]:
     directory: Any = asked.resume
-    _alone(argv, ("--resume",), "--resume takes the run's own configuration")
+    only_options(argv, ("--resume",), "--resume takes the run's own configuration")
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} holds no run to resume; it has no config.json.")
     if _is_sweep(directory.resolve().parent):
@@ -113,24 +112,17 @@ def _sweep(asked: Command, argv: list[str]) -> None:
     from tsae.sweep import print_sweep, read_sweep, resume_sweep, run_sweep, sweep_directory
 
     if asked.resume is not None:
-        _alone(argv, ("--resume",), "--resume takes the sweep's own configuration")
+        only_options(argv, ("--resume",), "--resume takes the sweep's own configuration")
         directory = asked.resume
         resume_sweep(directory)
     else:
         assert asked.sweep is not None
-        _alone(argv, ("--sweep", "--out", "--overwrite"), "The options of a sweep stand in its file")
+        only_options(argv, ("--sweep", "--out", "--overwrite"), "The options of a sweep stand in its file")
         cfgs = read_sweep(asked.sweep)
         directory = sweep_directory(asked.sweep.stem, asked.out, overwrite=asked.overwrite)
         run_sweep(cfgs, directory)
     print_sweep(directory)
     console.print(f"Written: {directory}", soft_wrap=True)
-
-
-def _alone(argv: list[str], allowed: tuple[str, ...], why: str) -> None:
-    """Raise `UserError` if ``argv`` has other options than those ``allowed``."""
-    others = [a for a in argv if a.startswith("-") and a.split("=")[0] not in allowed]
-    if others:
-        raise UserError(f"{why}; leave out {' '.join(others)}.")
 
 
 if __name__ == "__main__":

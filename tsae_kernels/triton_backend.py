@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tsae_kernels.arguments import dtype_of_stats
 from tsae_kernels.bands import Bands
+from tsae_kernels.windows import shrink
 
 INTERPRETER_VARIABLE = "TRITON_INTERPRET"  # Triton's own
 WAYS_OUT = f"use CUDA tensors, or set {INTERPRETER_VARIABLE}=1 before Python starts to run on the CPU, slowly"
@@ -24,7 +25,6 @@ WAYS_OUT = f"use CUDA tensors, or set {INTERPRETER_VARIABLE}=1 before Python sta
 _CHUNK = 8  # rows taken at a time
 _PAIRS = 4  # bands within this reach are summed pair by pair, see kNarrow in csrc/recurrence.h
 _REFRESH = 256  # steps after which a window is summed afresh, see csrc/recurrence.h
-_SHRINK = 2.0**-16  # see kShrink in csrc/cpu/tiles.h
 
 
 def interpreting() -> bool:
@@ -60,10 +60,6 @@ def _block_k(x: Tensor, row_bytes: int) -> int:
     while block > 32 and B * -(-k // block) < wanted:
         block //= 2
     return block
-
-
-def _shrink(x: Tensor) -> float:
-    return 1.0 if x.dtype == torch.float64 else _SHRINK
 
 
 def _truncates(x: Tensor) -> bool:
@@ -184,7 +180,7 @@ def _forward(
             EVEN_K=k % block == 0,
             REFRESH=refresh,
             LONG=refresh < T,
-            SHRINK=_shrink(pre),
+            SHRINK=shrink(pre.dtype),
             TRUNCATES=_truncates(pre),
             BLOCK_K=block,
             CHUNK=_CHUNK,
@@ -262,7 +258,7 @@ def activate_with_stats_backward(
             EVEN_K=k % block == 0,
             REFRESH=refresh,
             LONG=refresh < T,
-            SHRINK=_shrink(saved),
+            SHRINK=shrink(saved.dtype),
             TRUNCATES=_truncates(saved),
             BLOCK_K=block,
             CHUNK=_CHUNK,

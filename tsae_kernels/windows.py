@@ -35,7 +35,10 @@ class ChunkRuns:
 
 
 def shrink(dtype: torch.dtype) -> float:
-    """A power of two for what is only summed, so that no sum overflows before its result does; costs no digit."""
+    """A power of two for what is only summed, so that no sum overflows before its result does; costs no digit.
+
+    kShrink in csrc/cpu/tiles.h is the same.
+    """
     return 1.0 if dtype == torch.float64 else 2.0**-16
 
 
