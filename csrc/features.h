@@ -6,6 +6,10 @@
 
 namespace tsae {
 
+// Sums run over blocks of this many positions, which are then summed: the rounding error of n terms grows with
+// kBlock + n / kBlock instead of n.
+constexpr int kBlock = 64;
+
 enum Activation : int64_t { kIdentity = 0, kRelu = 1, kGelu = 2 };
 enum Dtype : int { kDouble = 0, kFloat = 1, kBFloat16 = 2, kHalf = 3 };
 

@@ -4,9 +4,11 @@
 // features at once: a number on the device, a pack of SIMD vectors on the host. It needs + - *, a product with its
 // element type, and the functions `less_equal` and `select`. `Rows` gives y(t), the segment's centred features.
 //
-// Nothing here includes anything or has a symbol of its own: the host kernels are compiled once per instruction set,
+// Nothing here has a symbol of its own: the host kernels are compiled once per instruction set,
 // and a function that the linker could share between them might run instructions that the machine lacks.
 #pragma once
+
+#include "features.h"
 
 #ifdef __CUDACC__
 #define TSAE_INLINE __host__ __device__ __forceinline__
@@ -28,10 +30,6 @@ struct ElementOf {
 template <class V>
 using element_of = typename ElementOf<V>::type;
 
-// Sums run over blocks of this many terms, which are then summed: the rounding error of n terms grows with
-// kBlock + n / kBlock instead of n.
-constexpr int kBlock = 64;
-
 // A window that slides is summed afresh after this many steps, before rounding has made it drift.
 constexpr int kRefresh = 4 * kBlock;
 
@@ -52,40 +50,45 @@ TSAE_INLINE Mask stays_off(const V& z, const V& level, const V& release, const M
   return less_equal(z, level) & (less_equal(z, release) | off_before);
 }
 
-// D of the band (first, last) over a segment of n positions.
+// The part of one block, t in [begin, end), of D of the band (first, last) over a segment of n positions. A segment's
+// blocks are to be asked for in turn, the first with `past` 0; all but the last have kBlock positions.
 template <class V, class Rows>
-TSAE_INLINE V band_energy(const Rows& y, int n, int first, int last) {
+TSAE_INLINE V band_block(const Rows& y, int begin, int end, int n, int first, int last, V& past) {
   using E = element_of<V>;
   V energy{};
   if (last - first < kNarrow) {
     for (int offset = first; offset <= last; ++offset) {
-      for (int begin = offset; begin < n; begin += kBlock) {
-        V part{};
-        for (int t = begin; t < smaller(begin + kBlock, n); ++t) {
-          const V step = y(t) - y(t - offset);
-          part = part + step * step;
-        }
-        energy = energy + part;
+      V part{};
+      for (int t = larger(begin, offset); t < end; ++t) {
+        const V step = y(t) - y(t - offset);
+        part = part + step * step;
       }
+      energy = energy + part;
     }
     return energy;
   }
-  V past{};  // F_t, the sum of y over [t - last, t - first]
-  for (int begin = 0; begin < n; begin += kBlock) {
-    if (begin > 0 && begin % kRefresh == 0) {
-      past = V{};
-      for (int u = larger(begin - 1 - last, 0); u <= begin - 1 - first; ++u) past = past + y(u);
-    }
-    V part{};
-    for (int t = begin; t < smaller(begin + kBlock, n); ++t) {
-      if (t >= first) past = past + y(t - first);
-      if (t > last) past = past - y(t - last - 1);
-      const int degree = window_count(t, n, last) - window_count(t, n, first - 1);
-      part = part + y(t) * (past - y(t) * (E(0.5) * E(degree)));
-    }
-    energy = energy + part;
+  // `past` is F_t, the sum of y over [t - last, t - first].
+  if (begin > 0 && begin % kRefresh == 0) {
+    past = V{};
+    for (int u = larger(begin - 1 - last, 0); u <= begin - 1 - first; ++u) past = past + y(u);
+  }
+  for (int t = begin; t < end; ++t) {
+    if (t >= first) past = past + y(t - first);
+    if (t > last) past = past - y(t - last - 1);
+    const int degree = window_count(t, n, last) - window_count(t, n, first - 1);
+    energy = energy + y(t) * (past - y(t) * (E(0.5) * E(degree)));
   }
   return energy * E(-2);
+}
+
+// D of the band (first, last) over a segment of n positions.
+template <class V, class Rows>
+TSAE_INLINE V band_energy(const Rows& y, int n, int first, int last) {
+  V energy{}, past{};
+  for (int begin = 0; begin < n; begin += kBlock) {
+    energy = energy + band_block(y, begin, smaller(begin + kBlock, n), n, first, last, past);
+  }
+  return energy;
 }
 
 // One window of the backward pass: share * (count * y_t - sum of y over |u - t| <= reach).

@@ -25,6 +25,7 @@ struct Forward {
   const void* release;   // [k] compute type, >= 0, or null: no Schmitt trigger
   const int* bands;      // [S][2], reaches limited to T
   int64_t S;
+  int64_t ring;          // rows of the scratch ring, a power of two
   bool stream;           // write h past the caches
   void* h;               // [B, T, k], or null: statistics alone
   void* differences;     // [B, S, k] compute type
@@ -42,6 +43,8 @@ struct Backward {
   int64_t S;
   const Share* shares;
   int64_t number_of_shares;
+  int reach;                // of the widest
+  int64_t ring;             // rows of the scratch ring, a power of two
   const void* grad_total;   // [B, k] compute type or null
   const void* grad_square;  // [B, k] compute type or null
   bool stream;              // write grad_pre past the caches
@@ -59,8 +62,8 @@ struct Steps {
   void* grad_h;         // backward: [B, T, k]
 };
 
-// Each function does one tile: `width` neighbouring features of sequence b. `scratch` has `rows(...)` rows of
-// `row_bytes` bytes, aligned to 64.
+// Each function does one tile: `width` neighbouring features of sequence b. `scratch` has rows of
+// `row_bytes` bytes, aligned to 64: `ring` of them, and 2 for each band (forward) or 3 for each window (backward).
 struct Kernels {
   const char* name;
   int64_t row_bytes;
@@ -79,9 +82,6 @@ struct Kernels {
 
 // Those for the widest instruction set of this processor, see ops.cpp.
 const Kernels& kernels();
-
-inline int64_t forward_rows(int64_t T) { return T; }
-inline int64_t backward_rows(int64_t T, int64_t windows) { return T + 3 * windows; }
 
 namespace baseline {
 extern const Kernels kernels;

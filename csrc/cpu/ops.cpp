@@ -37,6 +37,13 @@ bool to_be_streamed(const Tensor& result) {
   return bytes > cache && row % 64 == 0 && reinterpret_cast<uintptr_t>(result.const_data_ptr()) % 64 == 0;
 }
 
+// Rows of the ring in which a walk in blocks keeps what its windows need: `rows` beside a block, or all T.
+int64_t ring_of(int64_t rows, int64_t T) {
+  int64_t size = 1;
+  while (size < std::min(rows + kBlock, T)) size *= 2;
+  return size;
+}
+
 // Runs f(b, tile, scratch, runs of b) for all tiles of all sequences, on PyTorch's threads. What a tile computes does
 // not depend on the thread it runs on.
 template <class F>
@@ -84,6 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor pre, std::optional<Ten
   f.release = data_of("release", release, pre, dtype, {f.k});
   const std::vector<int> limited = limited_bands(bands, f.T);
   f.bands = limited.data();
+  f.ring = ring_of(S > 0 ? limited.back() + 1 : 0, f.T);  // the widest window behind, and the row that leaves it
   Tensor h = empty(pre, with_h ? Sizes{B, f.T, f.k} : Sizes{0}, pre.scalar_type());
   Tensor differences = empty(pre, {B, S, f.k}, dtype), total = empty(pre, {B, f.k}, dtype),
          square = empty(pre, {B, f.k}, dtype);
@@ -93,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor pre, std::optional<Ten
   f.total = total.mutable_data_ptr();
   f.square = square.mutable_data_ptr();
   const Dtype stored = dtype_of(pre);
-  for_each_tile(pre, segments, forward_rows(f.T), [&](int64_t b, int64_t tile, void* scratch, Runs runs) {
+  for_each_tile(pre, segments, f.ring + 2 * S, [&](int64_t b, int64_t tile, void* scratch, Runs runs) {
     kernels().forward(stored, f, runs, b, tile, scratch);
   });
   return {h, differences, total, square};
@@ -123,13 +131,15 @@ std::tuple<Tensor, Tensor> backward(Tensor saved, std::optional<Tensor> bias, st
   const std::vector<Share> shares = shares_of(limited_bands(bands, f.T));
   f.shares = shares.data();
   f.number_of_shares = shares.size();
+  for (const Share& share : shares) f.reach = std::max(f.reach, share.reach);
+  f.ring = ring_of(2 * int64_t(f.reach) + 1, f.T);  // the widest window, and the row that leaves it
 
   Tensor grad_pre = empty(saved, {B, f.T, f.k}, saved.scalar_type()), grad_bias = empty(saved, {B, f.k}, dtype);
   f.grad_pre = grad_pre.mutable_data_ptr();
   f.stream = to_be_streamed(grad_pre);
   f.grad_bias = grad_bias.mutable_data_ptr();
   const Dtype stored = dtype_of(saved);
-  const int64_t rows = backward_rows(f.T, f.number_of_shares);
+  const int64_t rows = f.ring + 3 * f.number_of_shares;
   for_each_tile(saved, segments, rows, [&](int64_t b, int64_t tile, void* scratch, Runs runs) {
     kernels().backward(stored, f, runs, b, tile, scratch);
   });

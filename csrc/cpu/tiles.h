@@ -1,7 +1,8 @@
 // The kernels for one tile: one pack of features of one sequence, walked along T. Included once per instruction set.
 //
-// A tile's row is a cache line or a few, so a walk along T reads the features once from memory; what the windows need
-// of them stays in `scratch`, [T] packs, in the first- or second-level cache.
+// A tile's row is a cache line or a few, so a walk along T reads the features once from memory. It goes block by block:
+// what the windows need of the rows before and ahead lies in a ring in `scratch`, in the first- or second-level cache
+// however long the sequence is.
 #pragma once
 
 #include "../normal.h"
@@ -64,9 +65,11 @@ struct Writer {  // one tile of a contiguous result
 };
 
 template <class E>
-struct Scratch {  // Rows of the recurrence
-  const Pack<E>* rows;
-  TSAE_INLINE Pack<E> operator()(int t) const { return rows[t]; }
+struct Ring {  // Rows of the recurrence: the last of a run, 2^n of them
+  Pack<E>* rows;
+  int64_t size;
+  TSAE_INLINE Pack<E>& operator[](int t) const { return rows[t & (size - 1)]; }
+  TSAE_INLINE Pack<E> operator()(int t) const { return rows[t & (size - 1)]; }
 };
 
 // ---- activations --------------------------------------------------------------------------------------------------
@@ -118,24 +121,32 @@ TSAE_INLINE Normal<float> normal(const Pack<float>& z) {
 
 enum class Mode { kIdentity, kRelu, kSchmitt, kGelu };
 
-// Activates and writes one run; x, total (times kShrink) and square get what was written.
+// One tile's arguments of the forward pass, loaded once.
 template <class T, Mode mode, class E = compute_of<T>>
-void activate_run(const Forward& f, const Run& run, int64_t b, int64_t j, int count, Pack<E>* x, Pack<E>& total,
-                  Pack<E>& square) {
+struct Activate {
   using V = Pack<E>;
-  const Reader<T> pre(f.pre, f.T, b, j, count);
-  const V bias = f.bias ? load_numbers<E>(f.bias, j, count) : splat(-E(0));  // -0 changes no number, +0 does -0
-  V level = f.level && !f.level_per_position ? load_numbers<E>(f.level, j, count) : V{};
-  const V release = mode == Mode::kSchmitt ? load_numbers<E>(f.release, j, count) : V{};
-  const E* levels = f.level_per_position ? static_cast<const E*>(f.level) + b * f.T : nullptr;
-  const Writer<T> h(f.h, f.T, f.k, f.stream, b, j, count);
-  Mask<E> off = everywhere<E>();
-  for (int begin = run.begin; begin < run.end; begin += kBlock) {
-    V part{}, part_square{};
-    for (int t = begin; t < smaller(begin + kBlock, run.end); ++t) {
-      V z = pre(t) + bias;
+  const Forward& f;
+  const Reader<T> pre;
+  const Writer<T> h;
+  const V bias, release;
+  V level;
+  const E* levels;  // per position
+
+  TSAE_INLINE Activate(const Forward& f, int64_t b, int64_t j, int count)
+      : f(f), pre(f.pre, f.T, b, j, count), h(f.h, f.T, f.k, f.stream, b, j, count),
+        bias(f.bias ? load_numbers<E>(f.bias, j, count) : splat(-E(0))),  // -0 changes no number, +0 does -0
+        release(mode == Mode::kSchmitt ? load_numbers<E>(f.release, j, count) : V{}),
+        level(f.level && !f.level_per_position ? load_numbers<E>(f.level, j, count) : V{}),
+        levels(f.level_per_position ? static_cast<const E*>(f.level) + b * f.T : nullptr) {}
+
+  // Activates and writes positions [begin, end) of a run. The ring gets what was written less `centre`; total (times
+  // kShrink) and square have it added. `off` is the trigger's state.
+  TSAE_INLINE void operator()(const Run& run, int begin, int end, const V& centre, const Ring<E>& y, Mask<E>& off,
+                              V& total, V& square) {
+    for (int t = begin; t < end; ++t) {
+      V z = pre(run.begin + t) + bias;
       if constexpr (mode == Mode::kRelu || mode == Mode::kSchmitt) {
-        if (levels) level = splat(levels[t]);
+        if (levels) level = splat(levels[run.begin + t]);
         if constexpr (mode == Mode::kSchmitt) {
           off = stays_off(z, level, release, run.excluded ? everywhere<E>() : off);
         } else {
@@ -146,48 +157,50 @@ void activate_run(const Forward& f, const Run& run, int64_t b, int64_t j, int co
         z = z * normal(z).distribution;
       }
       const Stored<T> stored = narrow<T>(z);
-      if (f.h) h(t, stored);
+      if (f.h) h(run.begin + t, stored);
       const V value = widen<T>(stored);
-      x[t - run.begin] = value;
-      part = part + value * kShrink<E>;
-      part_square = part_square + value * value;
+      y[t] = value - centre;
+      total = total + value * kShrink<E>;
+      square = square + value * value;
     }
-    total = total + part;
-    square = square + part_square;
   }
-}
+};
 
-// scratch: forward_rows(T) packs.
-template <class T, class E = compute_of<T>>
+// scratch: ring + 2 S packs.
+template <class T, Mode mode, class E = compute_of<T>>
 void forward_tile(const Forward& f, Runs runs, int64_t b, int64_t tile, void* scratch) {
   using V = Pack<E>;
   const int64_t j = tile * V::width;
   const int count = smaller(V::width, f.k - j);
-  V* x = static_cast<V*>(scratch);
+  Activate<T, mode> activate(f, b, j, count);
+  const Ring<E> y{static_cast<V*>(scratch), f.ring};
+  V* energy = y.rows + y.size;  // of each band
+  V* past = energy + f.S;
   V total{}, square{};
-  for (int64_t s = 0; s < f.S; ++s) store_numbers<E>(f.differences, (b * f.S + s) * f.k + j, V{}, count);
+  for (int64_t s = 0; s < f.S; ++s) energy[s] = V{};
 
   for (int64_t r = 0; r < runs.count; ++r) {
     const Run& run = runs.first[r];
-    V run_total{}, run_square{};
-    switch (f.activation) {
-      case kIdentity: activate_run<T, Mode::kIdentity>(f, run, b, j, count, x, run_total, run_square); break;
-      case kGelu: activate_run<T, Mode::kGelu>(f, run, b, j, count, x, run_total, run_square); break;
-      case kRelu:
-        if (f.release) activate_run<T, Mode::kSchmitt>(f, run, b, j, count, x, run_total, run_square);
-        else activate_run<T, Mode::kRelu>(f, run, b, j, count, x, run_total, run_square);
-    }
-    if (run.excluded) continue;
-    total = total + run_total;
-    square = square + run_square;
     const int n = run.end - run.begin;
-    if (f.S == 0 || f.bands[0] >= n) continue;  // no pairs
-    const V mean = run_total * (1 / (E(n) * kShrink<E>));
-    for (int t = 0; t < n; ++t) x[t] = x[t] - mean;
-    for (int64_t s = 0; s < f.S && f.bands[2 * s] < n; ++s) {
-      const int64_t at = (b * f.S + s) * f.k + j;
-      const V energy = band_energy<V>(Scratch<E>{x}, n, f.bands[2 * s], f.bands[2 * s + 1]);
-      store_numbers<E>(f.differences, at, load_numbers<E>(f.differences, at, count) + energy, count);
+    const bool compare = !run.excluded && f.S > 0 && f.bands[0] < n;
+    V centre{};
+    Mask<E> off = everywhere<E>();
+    for (int64_t s = 0; s < f.S; ++s) past[s] = V{};
+    for (int begin = 0; begin < n; begin += kBlock) {
+      const int end = smaller(begin + kBlock, n);
+      V part{}, part_square{};
+      activate(run, begin, end, centre, y, off, part, part_square);
+      if (!run.excluded) {
+        total = total + part;
+        square = square + part_square;
+      }
+      if (!compare) continue;
+      if (begin == 0) {  // any centre will do that is near; the mean of the first block needs no second walk
+        centre = part * (1 / (E(end) * kShrink<E>));
+        for (int t = 0; t < end; ++t) y[t] = y[t] - centre;
+      }
+      for (int64_t s = 0; s < f.S && f.bands[2 * s] < n; ++s)
+        energy[s] = energy[s] + band_block(y, begin, end, n, f.bands[2 * s], f.bands[2 * s + 1], past[s]);
     }
   }
   // Rounding may leave a sum of squares below 0, and where the squares overflow infinities may have met. Without a NaN
@@ -195,23 +208,33 @@ void forward_tile(const Forward& f, Runs runs, int64_t b, int64_t tile, void* sc
   const V infinity = splat(E(__builtin_inf()));
   const Mask<E> no_nan = equal(square, square);
   for (int64_t s = 0; s < f.S; ++s) {
-    const int64_t at = (b * f.S + s) * f.k + j;
-    V energy = load_numbers<E>(f.differences, at, count);
-    energy = select(equal(energy, energy), select(less_equal(energy, V{}), V{}, energy), select(no_nan, infinity, energy));
-    store_numbers<E>(f.differences, at, energy, count);
+    V D = energy[s];
+    D = select(equal(D, D), select(less_equal(D, V{}), V{}, D), select(no_nan, infinity, D));
+    store_numbers<E>(f.differences, (b * f.S + s) * f.k + j, D, count);
   }
   store_numbers<E>(f.total, b * f.k + j, total * (1 / kShrink<E>), count);
   store_numbers<E>(f.square, b * f.k + j, square, count);
 }
 
-// scratch: backward_rows(T, windows) packs.
+template <class T>
+void forward_tile(const Forward& f, Runs runs, int64_t b, int64_t tile, void* scratch) {
+  switch (f.activation) {
+    case kIdentity: return forward_tile<T, Mode::kIdentity>(f, runs, b, tile, scratch);
+    case kGelu: return forward_tile<T, Mode::kGelu>(f, runs, b, tile, scratch);
+    case kRelu:
+      return f.release ? forward_tile<T, Mode::kSchmitt>(f, runs, b, tile, scratch)
+                       : forward_tile<T, Mode::kRelu>(f, runs, b, tile, scratch);
+  }
+}
+
+// scratch: ring + 3 number_of_shares packs.
 template <class T, Activation activation, class E = compute_of<T>>
 void backward_tile(const Backward& f, Runs runs, int64_t b, int64_t tile, void* scratch) {
   using V = Pack<E>;
   const int64_t j = tile * V::width;
   const int count = smaller(V::width, f.k - j);
-  V* y = static_cast<V*>(scratch);
-  Window<V>* windows = reinterpret_cast<Window<V>*>(y + f.T);
+  const Ring<E> y{static_cast<V*>(scratch), f.ring};
+  Window<V>* windows = reinterpret_cast<Window<V>*>(y.rows + y.size);
   const Reader<T> saved(f.saved, f.T, b, j, count);
   const Reader<T> grad_h(f.grad_h, f.T, b, j, count);
   const V bias = f.bias ? load_numbers<E>(f.bias, j, count) : V{};
@@ -243,44 +266,53 @@ void backward_tile(const Backward& f, Runs runs, int64_t b, int64_t tile, void* 
     const Run& run = runs.first[r];
     const int n = run.end - run.begin;
     const bool compare = any && !run.excluded && n > 1;
-    if (compare) {
-      V sum{};
-      for (int t = 0; t < n; ++t) {
-        V x = saved(run.begin + t);
-        if constexpr (activation == kGelu) {
-          x = x + bias;
-          x = widen<T>(narrow<T>(x * normal(x).distribution));
-        }
-        y[t] = x * kShrink<E>;
-        sum = sum + y[t];
-      }
-      const V mean = sum * (1 / E(n));
-      for (int t = 0; t < n; ++t) y[t] = y[t] - mean;
-      for (int64_t w = 0; w < f.number_of_shares; ++w) open_window(Scratch<E>{y}, n, windows[w]);
-    }
-    for (int t = 0; t < n; ++t) {
-      V grad{};
+    V centre{};
+    for (int begin = 0, seen = 0; begin < n; begin += kBlock) {
+      const int end = smaller(begin + kBlock, n);
       if (compare) {
-        const V pull = window_pull(Scratch<E>{y}, t, n, windows, f.number_of_shares);
-        grad = select(masked, V{}, pull * (1 / kShrink<E>));
+        const int ahead = smaller(end + f.reach, n);
+        V sum{};
+        for (int t = seen; t < ahead; ++t) {
+          V x = saved(run.begin + t);
+          if constexpr (activation == kGelu) {
+            x = x + bias;
+            x = widen<T>(narrow<T>(x * normal(x).distribution));
+          }
+          const V shrunk = x * kShrink<E>;
+          y[t] = shrunk - centre;
+          sum = sum + shrunk;
+        }
+        seen = ahead;
+        if (begin == 0) {  // any centre will do that is near
+          centre = sum * (1 / E(ahead));
+          for (int t = 0; t < ahead; ++t) y[t] = y[t] - centre;
+          for (int64_t w = 0; w < f.number_of_shares; ++w) open_window(y, n, windows[w]);
+        }
       }
-      V x = saved(run.begin + t);  // h
-      [[maybe_unused]] V slope;    // of the activation
-      if constexpr (activation == kGelu) {
-        const V z = x + bias;
-        const Normal<E> at_z = normal(z);
-        slope = at_z.distribution + z * at_z.density;
-        x = widen<T>(narrow<T>(z * at_z.distribution));
+      for (int t = begin; t < end; ++t) {
+        V grad{};
+        if (compare) {
+          const V pull = window_pull(y, t, n, windows, f.number_of_shares);
+          grad = select(masked, V{}, pull * (1 / kShrink<E>));
+        }
+        V x = saved(run.begin + t);  // h
+        [[maybe_unused]] V slope;    // of the activation
+        if constexpr (activation == kGelu) {
+          const V z = x + bias;
+          const Normal<E> at_z = normal(z);
+          slope = at_z.distribution + z * at_z.density;
+          x = widen<T>(narrow<T>(z * at_z.distribution));
+        }
+        if (!run.excluded) {
+          if (f.grad_total) grad = grad + of_total;
+          if (f.grad_square) grad = grad + of_square * x;
+        }
+        if (f.grad_h.data) grad = grad + grad_h(run.begin + t);
+        if constexpr (activation == kRelu) grad = select(less_equal(x, V{}), V{}, grad);
+        if constexpr (activation == kGelu) grad = grad * slope;
+        grad_pre(run.begin + t, narrow<T>(grad));
+        accumulated = accumulated + grad;
       }
-      if (!run.excluded) {
-        if (f.grad_total) grad = grad + of_total;
-        if (f.grad_square) grad = grad + of_square * x;
-      }
-      if (f.grad_h.data) grad = grad + grad_h(run.begin + t);
-      if constexpr (activation == kRelu) grad = select(less_equal(x, V{}), V{}, grad);
-      if constexpr (activation == kGelu) grad = grad * slope;
-      grad_pre(run.begin + t, narrow<T>(grad));
-      accumulated = accumulated + grad;
     }
   }
   store_numbers<E>(f.grad_bias, b * f.k + j, accumulated, count);
