@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tsae.errors import UserError
+from tsae.lm import loading
 from tsae.lm.loading import default_dtype, find_blocks, load_language_model
 
 TINY = ["tiny_gemma2", "tiny_gemma3", "tiny_neox", "tiny_llama"]
@@ -39,16 +40,19 @@ def test_dtype_can_be_chosen(tiny_llama: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("avx512_bf16", "amx", "expected"),
+    ("avx512_bf16", "amx", "intel", "expected"),
     [
-        (False, False, torch.float32),
-        (True, False, torch.bfloat16),
-        (False, True, torch.bfloat16),
+        (False, False, False, torch.float32),
+        (True, False, False, torch.bfloat16),
+        (True, False, True, torch.float32),
+        (True, True, True, torch.bfloat16),
+        (False, True, True, torch.bfloat16),
     ],
 )
 def test_default_dtype_of_a_cpu(
-    monkeypatch: pytest.MonkeyPatch, avx512_bf16: bool, amx: bool, expected: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, avx512_bf16: bool, amx: bool, intel: bool, expected: torch.dtype
 ) -> None:
+    monkeypatch.setattr(loading, "_is_intel", lambda: intel)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert default_dtype("cpu") == expected
