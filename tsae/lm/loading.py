@@ -93,7 +93,7 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
     """bfloat16 where the hardware multiplies it faster than float32, else float32.
 
     Emulated bfloat16 is many times slower. On a CPU the units are AMX, or AVX-512's but on Intel's, which multiply
-    bfloat16 at about half the speed of float32 (measured on a Xeon whose AMX was masked: 76 and 138 GFLOP/s on one core).
+    bfloat16 at about half the speed of float32 (measured on a Xeon with AMX masked: 76 and 138 GFLOP/s on one core).
     """
     kind = torch.device(device).type
     if kind == "cuda":
