@@ -73,6 +73,8 @@ def test_command_line_overrides_file_overrides_preset(tmp_path: Path) -> None:
     assert cfg.optimizer == preset("tcsae-pythia-70m").optimizer
     assert command(["--objective", "slow"])[0].objective.temporal == "slow"
     assert command(["--objective.temporal", "slow"])[0].objective.temporal == "slow"
+    both = command(["--objective", "window+contrastive"])[0].objective
+    assert (both.temporal, both.terms) == ("window+contrastive", ("window", "contrastive"))
     path = tmp_path / "config.json"
     path.write_text(json.dumps(to_dict(cfg)))
     again, _ = command(["--config", str(path), "--seed", "5", "--objective.bands", "1", "2", "5", "9"])
@@ -135,6 +137,7 @@ def test_help_shows_the_presets_own_defaults(name: str, capsys: pytest.CaptureFi
         out = " ".join(capsys.readouterr().out.replace("│", " ").split())
         cfg = preset(name)
         assert "--text.evaluation-share" in out
+        assert "{none,multiscale,window,contrastive,slow}[+...]" in out
         assert "--text.threshold" not in out  # the run's own business
         assert f"(default: {name})" in out
         assert f"(default: {cfg.model})" in out
@@ -149,6 +152,7 @@ def test_help_shows_the_presets_own_defaults(name: str, capsys: pytest.CaptureFi
         ({"steps": "3"}, "'steps' is '3'; it must be of type int"),
         ({"steps": True}, "'steps' is True"),
         ({"sae": {"activation": "tanh"}}, "'sae.activation' is 'tanh'"),
+        ({"objective": {"temporal": None}}, "'objective.temporal' is None; it must be of type str"),
         ({"sae": []}, "'sae' is []; it must be an object"),
         ({"objective": {"bands": [[1, 2, 3]]}}, "must have 2 entries"),
     ],
@@ -184,6 +188,13 @@ def test_bad_configuration_files_are_named(values: dict[str, object], words: str
         (["--objective.l0", "1"], "objective.l0 is 1.0; sae.activation 'schmitt' has no learned threshold"),
         (["--objective.weight", "-1"], "objective.weight is -1"),
         (["--objective.group", "2561"], "objective.group is 2561; the autoencoder has 2560 features"),
+        (["--objective", "fast"], "objective.temporal is 'fast'; it must be none, or any of multiscale, window,"),
+        (["--objective", "slow+none"], "objective.temporal is 'slow+none'"),
+        (["--objective", "slow+window+slow"], "objective.temporal is 'slow+window+slow'"),
+        (["--objective", ""], "objective.temporal is ''; it must be none, or any of multiscale, window, contrastive"),
+        (["--objective", "slow+multiscale", "--objective.bands", "5", "3"], "objective.bands"),
+        (["--objective.contrastive-weight", "-1"], "objective.contrastive_weight is -1"),
+        (["--objective.slow-weight", "-1"], "objective.slow_weight is -1"),
         (["--objective.offset", "0"], "objective.offset is 0"),
         (["--objective.pairs", "1"], "objective.pairs is 1"),
         (["--objective.temperature", "0"], "objective.temperature is 0"),

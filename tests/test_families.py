@@ -16,7 +16,7 @@ from tsae.trainer import Trainer
 B, T, D, K = 6, 24, 8, 40
 ACTIVATIONS = ("relu", "gelu", "topk", "batchtopk", "jumprelu", "schmitt", "jumprelu_schmitt")
 GROUPS = ((), (10, 25, K))
-OBJECTIVES = ("none", "multiscale", "window", "contrastive", "slow")
+OBJECTIVES = ("none", "multiscale", "window", "contrastive", "slow", "contrastive+window", "slow+multiscale")
 
 
 def make(sae: dict[str, Any], objective: dict[str, Any], lr: float = 0.02) -> Trainer:

@@ -38,7 +38,7 @@ __all__ = [
 LENGTH = 128  # content tokens per sequence
 
 Activation = Literal["relu", "gelu", "topk", "batchtopk", "jumprelu", "schmitt", "jumprelu_schmitt"]
-Temporal = Literal["none", "multiscale", "window", "contrastive", "slow"]
+TEMPORAL = ("multiscale", "window", "contrastive", "slow")  # what objective.temporal joins
 
 
 @dataclass
@@ -115,11 +115,13 @@ class SAEConfig:
 class ObjectiveConfig:
     """The loss: reconstruction, sparsity, temporal consistency, revival of dead features."""
 
-    temporal: Annotated[Temporal, tyro.conf.arg(aliases=["--objective"])] = "multiscale"
+    temporal: Annotated[
+        str, tyro.conf.arg(aliases=["--objective"], metavar="{none," + ",".join(TEMPORAL) + "}[+...]")
+    ] = "multiscale"
     """Temporal term: `multiscale` is TSAE equation 2, `window` TC-SAE equation 3, `contrastive` T-SAE's InfoNCE,
-    `slow` one minus each feature's autocorrelation."""
+    `slow` one minus each feature's autocorrelation; `none`; or a sum of several, such as `contrastive+window`."""
     weight: float = 1.0
-    """Factor on the temporal term, whichever it is."""
+    """Factor on the whole temporal term, whichever it is."""
     group: int = 0
     """The temporal term looks at the first so many features only; 0 takes all."""
     bands: tuple[tuple[int, int], ...] = MULTISCALE
@@ -133,7 +135,11 @@ class ObjectiveConfig:
     window: int = 3
     """window: tokens in the sliding window, at least 2 (TC-SAE section 4)."""
     window_weight: float = 0.01
-    """window: weight of the temporal term (TC-SAE equation 4, lambda_2)."""
+    """window: weight of the term (TC-SAE equation 4, lambda_2)."""
+    contrastive_weight: float = 1.0
+    """contrastive: weight of the term."""
+    slow_weight: float = 1.0
+    """slow: weight of the term."""
     offset: int = 1
     """contrastive: pairs are 1 to so many tokens apart, drawn at random (1: adjacent); slow: differences at
     offsets from 1 to this."""
@@ -167,9 +173,20 @@ class ObjectiveConfig:
     dead_after_tokens: int = 10_000_000
     """A feature that has not fired for this many tokens counts as dead."""
 
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The temporal terms asked for, in the order of `TEMPORAL` however they were written; empty for `none`."""
+        names = self.temporal.split("+")
+        return tuple(name for name in TEMPORAL if name in names)
+
     def check(self) -> None:
         """Raise `UserError` for a value that makes no sense."""
-        if self.temporal == "multiscale":
+        if self.temporal != "none" and sorted(self.temporal.split("+")) != sorted(self.terms):
+            raise UserError(
+                f"objective.temporal is {self.temporal!r}; it must be none, or any of {', '.join(TEMPORAL)} joined by "
+                "+, each once."
+            )
+        if "multiscale" in self.terms:
             previous = 0
             for low, high in self.bands:
                 if not previous < low <= high:
@@ -196,10 +213,10 @@ class ObjectiveConfig:
         for name in ("boost", "temperature"):
             if not getattr(self, name) > 0:
                 raise UserError(f"objective.{name} is {getattr(self, name)}; it must be positive.")
-        for name in ("l1", "l0", "weight", "window_weight", "aux_weight", "min_variance", "buffer_std"):
-            if getattr(self, name) < 0:
-                raise UserError(f"objective.{name} is {getattr(self, name)}; it must not be negative.")
-        for name in ("hold_steps", "ramp_steps", "aux_k", "dead_after_tokens", "group", "pairs"):
+        for name in (
+            *("l1", "l0", "weight", "window_weight", "contrastive_weight", "slow_weight", "aux_weight"),
+            *("min_variance", "buffer_std", "hold_steps", "ramp_steps", "aux_k", "dead_after_tokens", "group", "pairs"),
+        ):
             if getattr(self, name) < 0:
                 raise UserError(f"objective.{name} is {getattr(self, name)}; it must not be negative.")
         if not 0.0 <= self.buffer_mixing <= 1.0:

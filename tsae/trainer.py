@@ -150,7 +150,7 @@ class Trainer:
     def _pairs(self, segments: Tensor) -> Pairs | None:
         """The contrastive objective's, drawn anew each step from the seed and the step alone."""
         cfg = self.cfg.objective
-        if cfg.temporal != "contrastive":
+        if "contrastive" not in cfg.terms:
             return None
         generator = torch.Generator().manual_seed((self.cfg.seed * 1_000_003 + self.step) % 2**63)
         pairs = draw_pairs(segments.cpu(), cfg.offset, cfg.pairs, generator)
@@ -166,7 +166,7 @@ class Trainer:
 
     def _variance(self, stats: Any, segments: Tensor, step: int) -> Tensor:
         """The temporal buffer after this batch."""
-        if self.cfg.objective.temporal == "multiscale" and self.cfg.objective.adaptive:
+        if "multiscale" in self.cfg.objective.terms and self.cfg.objective.adaptive:
             batch_variance = within_sequence_variance(stats, count_positions(segments))
             self.temporal_buffer.update(batch_variance, buffer_mixing(step, self.cfg.objective))
         return self.temporal_buffer.variance

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from tsae.config import ObjectiveConfig
+from tsae.config import TEMPORAL, ObjectiveConfig
 from tsae.sae.objectives import bands_for, objective, temporal_term
 from tsae.sae.temporal_objectives import Pairs, contrastive_loss, count_pairs, draw_pairs, slow_loss
 from tsae_kernels import temporal_stats
@@ -177,3 +178,64 @@ def test_without_segments_a_row_is_one() -> None:
     stats = temporal_stats(h, bands_for(cfg))
     zeros = torch.zeros(B, T, dtype=torch.int32)
     torch.testing.assert_close(temporal_term(h, stats, cfg), temporal_term(h, stats, cfg, zeros))
+
+
+OWN = {"weights": (0.3, 0.2), "window_weight": 0.7, "contrastive_weight": 0.4, "slow_weight": 1.3}
+
+
+@pytest.mark.parametrize("options", [{}, {"group": 4}])
+@pytest.mark.parametrize(("bands", "offset"), [(((1, 3), (4, 7)), 1), (((2, 2), (5, 7)), 5), (((1, 2), (3, 4)), 4)])
+@pytest.mark.parametrize("names", [*itertools.combinations(TEMPORAL, 2), TEMPORAL], ids="+".join)
+def test_a_combination_is_the_sum_of_its_terms_and_so_is_its_gradient(
+    names: tuple[str, ...], bands: tuple[tuple[int, int], ...], offset: int, options: dict[str, int]
+) -> None:
+    pairs = draw_pairs(SEGMENTS, offset, 14, torch.Generator().manual_seed(1))
+    variance = torch.rand(K, dtype=torch.float64) + 0.1
+
+    def value_and_gradient(temporal: str) -> tuple[Tensor, Tensor]:
+        cfg = ObjectiveConfig(temporal=temporal, bands=bands, offset=offset, **options, **OWN)  # type: ignore[arg-type]
+        cfg.check()
+        h = features().requires_grad_()
+        stats = temporal_stats(h, bands_for(cfg), SEGMENTS)
+        term = temporal_term(h, stats, cfg, SEGMENTS, variance, pairs)
+        return term.detach(), torch.autograd.grad(term, h)[0]
+
+    parts = [value_and_gradient(name) for name in names]
+    assert all(value > 0 for value, _ in parts)
+    value, gradient = value_and_gradient("+".join(names))
+    torch.testing.assert_close(value, sum(part for part, _ in parts))
+    torch.testing.assert_close(gradient, sum(part for _, part in parts))
+    again, _ = value_and_gradient("+".join(reversed(names)))
+    assert torch.equal(value, again)
+
+
+@pytest.mark.parametrize("name", TEMPORAL)
+def test_each_term_has_a_weight_of_its_own(name: str) -> None:
+    pairs = draw_pairs(SEGMENTS, 1, 0, torch.Generator())
+    terms = []
+    for factor in (1.0, 2.5):
+        own = {"weights": (factor * 0.1,) * 3} if name == "multiscale" else {f"{name}_weight": factor * 0.1}
+        cfg = ObjectiveConfig(temporal=name, **own)  # type: ignore[arg-type]
+        stats = temporal_stats(features(), bands_for(cfg), SEGMENTS)
+        terms.append(temporal_term(features(), stats, cfg, SEGMENTS, torch.ones(K), pairs))
+    torch.testing.assert_close(terms[1], 2.5 * terms[0])
+
+
+@pytest.mark.parametrize(
+    ("temporal", "bands", "offset", "expected"),
+    [
+        ("none", ((1, 3),), 2, ((1, 1),)),
+        ("contrastive+window", ((1, 3),), 2, ((1, 1),)),
+        ("multiscale", ((2, 3), (4, 9)), 5, ((2, 3), (4, 9))),
+        ("contrastive+slow", ((2, 3),), 5, ((1, 5),)),
+        ("multiscale+slow", ((1, 3), (4, 9)), 3, ((1, 3), (4, 9))),
+        ("multiscale+slow", ((1, 3), (4, 9)), 9, ((1, 3), (4, 9))),
+        ("multiscale+slow", ((1, 3), (4, 9)), 1, ((1, 1), (2, 3), (4, 9))),
+        ("multiscale+slow", ((2, 3), (6, 9)), 7, ((1, 1), (2, 3), (4, 5), (6, 7), (8, 9))),
+        ("multiscale+slow", ((5, 9),), 2, ((1, 2), (5, 9))),
+    ],
+)
+def test_bands_are_the_pieces_that_the_terms_cut_each_other_into(
+    temporal: str, bands: tuple[tuple[int, int], ...], offset: int, expected: tuple[tuple[int, int], ...]
+) -> None:
+    assert bands_for(ObjectiveConfig(temporal=temporal, bands=bands, offset=offset)) == expected

@@ -11,7 +11,9 @@ not excluded.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -70,10 +72,20 @@ def l1_norm(h: Tensor, segments: Tensor | None = None) -> Tensor:
 
 
 def bands_for(cfg: ObjectiveConfig) -> tuple[tuple[int, int], ...]:
-    """Offset bands whose statistics the objective needs from the activation's pass."""
-    if cfg.temporal == "multiscale":
-        return tuple(tuple(band) for band in cfg.bands)  # type: ignore[misc]
-    return ((1, cfg.offset),) if cfg.temporal == "slow" else ((1, 1),)
+    """Offset bands whose statistics the objective needs from the activation's pass: ascending and disjoint.
+
+    `multiscale` needs ``cfg.bands`` and `slow` (1, ``cfg.offset``). For both at once they are the pieces that the two
+    cut each other into, so that what either needs is a sum of some of them.
+    """
+    wanted: list[tuple[int, int]] = []
+    if "multiscale" in cfg.terms:
+        wanted += [(low, high) for low, high in cfg.bands]
+    if "slow" in cfg.terms:
+        wanted.append((1, cfg.offset))
+    edges = sorted({low for low, _ in wanted} | {high + 1 for _, high in wanted})
+    pieces = ((low, end - 1) for low, end in pairwise(edges))
+    found = tuple(piece for piece in pieces if any(low <= piece[0] <= high for low, high in wanted))
+    return found or ((1, 1),)
 
 
 def temporal_term(
@@ -86,35 +98,47 @@ def temporal_term(
 ) -> Tensor:
     """L_temp of the first ``cfg.group`` features (0: of all), before its ramp and ``cfg.weight``, a scalar.
 
-    `multiscale`: TSAE equations 2 and 3, from ``stats`` over ``cfg.bands``; ``variance`` (d_sae) is the temporal
-    buffer's. `window`: ``cfg.window_weight`` times TC-SAE equation 3. `contrastive`: `contrastive_loss` over
-    ``pairs``. `slow`: `slow_loss`, from ``stats``.
+    The sum of the terms that ``cfg.temporal`` names. `multiscale`: TSAE equations 2 and 3, from ``stats`` over
+    ``cfg.bands``; ``variance`` (d_sae) is the temporal buffer's. `window`: ``cfg.window_weight`` times TC-SAE
+    equation 3. `contrastive`: ``cfg.contrastive_weight`` times `contrastive_loss` over ``pairs``. `slow`:
+    ``cfg.slow_weight`` times `slow_loss`, from ``stats``.
+
+    stats: of ``h`` over `bands_for` (cfg)
     """
-    if cfg.temporal == "none":
-        return h.new_zeros((), dtype=torch.float32)
-    if cfg.temporal == "contrastive":
+    terms = []
+    if "contrastive" in cfg.terms:
         if pairs is None:
             raise ValueError("pairs is None; the contrastive objective needs those of draw_pairs")
         other = cfg.negatives == "other-sequences"
-        return contrastive_loss(h, pairs, cfg.temperature, group=cfg.group, other_sequences=other)
+        contrast = contrastive_loss(h, pairs, cfg.temperature, group=cfg.group, other_sequences=other)
+        terms.append(cfg.contrastive_weight * contrast)
     if 0 < cfg.group < h.shape[-1]:
         h = h[..., : cfg.group]
         stats = TemporalStats(*(s[..., : cfg.group] for s in stats))
         variance = None if variance is None else variance[: cfg.group]
-    if cfg.temporal == "slow":
+    if "multiscale" in cfg.terms:
+        terms.append(_multiscale(stats, cfg, h.shape[1] if segments is None else count_positions(segments), variance))
+    if "window" in cfg.terms:
+        terms.append(cfg.window_weight * window_consistency(h, cfg.window, segments))
+    if "slow" in cfg.terms:
         if segments is None:
             segments = torch.zeros(h.shape[:2], dtype=torch.int32, device=h.device)
-        return slow_loss(stats, count_positions(segments).sum(), count_pairs(segments, cfg.offset))
-    if cfg.temporal == "window":
-        return cfg.window_weight * window_consistency(h, cfg.window, segments)
-    positions = h.shape[1] if segments is None else count_positions(segments)
+        near = sum(high <= cfg.offset for _, high in bands_for(cfg))  # the first so many bands are (1, offset)
+        stats = stats._replace(differences=stats.differences[:, :near].sum(1, keepdim=True))
+        slow = slow_loss(stats, count_positions(segments).sum(), count_pairs(segments, cfg.offset))
+        terms.append(cfg.slow_weight * slow)
+    return functools.reduce(torch.add, terms) if terms else h.new_zeros((), dtype=torch.float32)
+
+
+def _multiscale(stats: TemporalStats, cfg: ObjectiveConfig, positions: int | Tensor, variance: Tensor | None) -> Tensor:
     if not cfg.adaptive:
         # Every feature alike: omega = 1 / d_sae, so that the weights mean the same as with equation 3.
-        variance = torch.ones(h.shape[-1], device=h.device)
+        variance = torch.ones(stats.total.shape[-1], device=stats.total.device)
+    scales = list(zip(cfg.bands, cfg.weights, strict=True))
     return temporal_loss_from_stats(
         stats,
         positions,
-        cfg.weights,
+        [sum(weight for (low, high), weight in scales if low <= first <= high) for first, _ in bands_for(cfg)],
         variance=variance,
         min_variance=cfg.min_variance if cfg.adaptive else 0.0,
     )
@@ -191,7 +215,7 @@ def objective(
     if cfg.l0 > 0 and l0 is not None:
         total = total + cfg.l0 * l0
     ramp = temporal_ramp(step, cfg)
-    if cfg.temporal != "none" and ramp > 0:
+    if cfg.terms and ramp > 0:
         temporal = temporal_term(h, stats, cfg, segments, variance, pairs)
         total = total + ramp * cfg.weight * temporal
     if auxiliary is not None:
