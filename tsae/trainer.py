@@ -29,7 +29,7 @@ from tsae.sae.optimization import (
 )
 from tsae.sae.schedules import buffer_mixing, learning_rate, noise_std
 from tsae.sae.temporal_buffer import DeadFeatures, TemporalBuffer, lag1_correlation
-from tsae.sae.temporal_objectives import Pairs, draw_pairs
+from tsae.sae.temporal_objectives import Pairs, WindowEdges, draw_pairs, find_window_edges
 from tsae_kernels import count_positions, within_sequence_variance
 
 __all__ = ["DivergedError", "Trainer"]
@@ -97,6 +97,7 @@ class Trainer:
             auxiliary=auxiliary,
             prefixes=prefixes,
             pairs=self._pairs(batch.segments),
+            edges=self._window_edges(batch.segments),
             l0=l0,
         )
         look = log or self.device.type == "cpu"
@@ -155,6 +156,12 @@ class Trainer:
         generator = torch.Generator().manual_seed((self.cfg.seed * 1_000_003 + self.step) % 2**63)
         pairs = draw_pairs(segments.cpu(), cfg.offset, cfg.pairs, generator)
         return Pairs(*(index.to(self.device, non_blocking=True) for index in pairs))
+
+    def _window_edges(self, segments: Tensor) -> WindowEdges | None:
+        if "window" not in self.cfg.objective.terms:
+            return None
+        edges = find_window_edges(segments, self.cfg.objective.window)
+        return WindowEdges(*(part.to(self.device, non_blocking=True) for part in edges))
 
     def _auxiliary(self, residual: Tensor, pre: Tensor, dead: Tensor | None, segments: Tensor) -> Tensor | None:
         if dead is None or dead.numel() == 0:

@@ -11,8 +11,16 @@ from torch import Tensor
 
 from tsae.config import TEMPORAL, ObjectiveConfig
 from tsae.sae.objectives import bands_for, objective, temporal_term
-from tsae.sae.temporal_objectives import Pairs, contrastive_loss, count_pairs, draw_pairs, slow_loss
-from tsae_kernels import temporal_stats
+from tsae.sae.temporal_objectives import (
+    Pairs,
+    contrastive_loss,
+    count_pairs,
+    draw_pairs,
+    find_window_edges,
+    slow_loss,
+    window_loss,
+)
+from tsae_kernels import temporal_stats, window_consistency
 
 B, T, K = 3, 12, 6
 SEGMENTS = torch.tensor([[0] * 5 + [1] * 7, [0] * 12, [-1] + [0] * 4 + [1] + [-1] + [0] * 5])
@@ -180,6 +188,20 @@ def test_without_segments_a_row_is_one() -> None:
     torch.testing.assert_close(temporal_term(h, stats, cfg), temporal_term(h, stats, cfg, zeros))
 
 
+@pytest.mark.parametrize("window", [2, 3, 4, 8])
+@pytest.mark.parametrize("group", [0, 2])
+@pytest.mark.parametrize("segments", [SEGMENTS, torch.zeros(B, T, dtype=torch.int32), SEGMENTS.clamp(max=-1)])
+def test_the_window_from_statistics_is_the_kernels_window(segments: Tensor, group: int, window: int) -> None:
+    h = features().requires_grad_()
+    edges = find_window_edges(segments, window)
+    got = window_loss(h, temporal_stats(h, ((1, 1),), segments), edges, group=group)
+    expected = window_consistency(h[..., : group or None], window, segments)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got, h)[0], torch.autograd.grad(expected, h)[0])
+    rows = set(edges.firsts.tolist()) | set((edges.firsts + 1).tolist())
+    assert all(bool(segments.flatten()[row] >= 0) for row in rows)  # excluded positions may hold anything
+
+
 OWN = {"weights": (0.3, 0.2), "window_weight": 0.7, "contrastive_weight": 0.4, "slow_weight": 1.3}
 
 
@@ -227,6 +249,8 @@ def test_each_term_has_a_weight_of_its_own(name: str) -> None:
         ("none", ((1, 3),), 2, ((1, 1),)),
         ("contrastive+window", ((1, 3),), 2, ((1, 1),)),
         ("multiscale", ((2, 3), (4, 9)), 5, ((2, 3), (4, 9))),
+        ("multiscale+window", ((1, 3), (4, 9)), 5, ((1, 1), (2, 3), (4, 9))),
+        ("multiscale+window", ((2, 3),), 5, ((1, 1), (2, 3))),
         ("contrastive+slow", ((2, 3),), 5, ((1, 5),)),
         ("multiscale+slow", ((1, 3), (4, 9)), 3, ((1, 3), (4, 9))),
         ("multiscale+slow", ((1, 3), (4, 9)), 9, ((1, 3), (4, 9))),

@@ -21,8 +21,16 @@ from torch import Tensor
 
 from tsae.config import ObjectiveConfig
 from tsae.sae.schedules import reconstruction_weight, temporal_ramp
-from tsae.sae.temporal_objectives import Pairs, contrastive_loss, count_pairs, slow_loss
-from tsae_kernels import TemporalStats, count_positions, temporal_loss_from_stats, window_consistency
+from tsae.sae.temporal_objectives import (
+    Pairs,
+    WindowEdges,
+    contrastive_loss,
+    count_pairs,
+    find_window_edges,
+    slow_loss,
+    window_loss,
+)
+from tsae_kernels import TemporalStats, count_positions, temporal_loss_from_stats
 
 __all__ = [
     "LossTerms",
@@ -74,14 +82,16 @@ def l1_norm(h: Tensor, segments: Tensor | None = None) -> Tensor:
 def bands_for(cfg: ObjectiveConfig) -> tuple[tuple[int, int], ...]:
     """Offset bands whose statistics the objective needs from the activation's pass: ascending and disjoint.
 
-    `multiscale` needs ``cfg.bands`` and `slow` (1, ``cfg.offset``). For both at once they are the pieces that the two
-    cut each other into, so that what either needs is a sum of some of them.
+    `multiscale` needs ``cfg.bands``, `slow` (1, ``cfg.offset``) and `window` (1, 1). For several at once they are the
+    pieces that these cut each other into, so that what each needs is a sum of some of them.
     """
     wanted: list[tuple[int, int]] = []
     if "multiscale" in cfg.terms:
         wanted += [(low, high) for low, high in cfg.bands]
     if "slow" in cfg.terms:
         wanted.append((1, cfg.offset))
+    if "window" in cfg.terms:
+        wanted.append((1, 1))
     edges = sorted({low for low, _ in wanted} | {high + 1 for _, high in wanted})
     pieces = ((low, end - 1) for low, end in pairwise(edges))
     found = tuple(piece for piece in pieces if any(low <= piece[0] <= high for low, high in wanted))
@@ -95,13 +105,15 @@ def temporal_term(
     segments: Tensor | None = None,
     variance: Tensor | None = None,
     pairs: Pairs | None = None,
+    edges: WindowEdges | None = None,
 ) -> Tensor:
     """L_temp of the first ``cfg.group`` features (0: of all), before its ramp and ``cfg.weight``, a scalar.
 
     The sum of the terms that ``cfg.temporal`` names. `multiscale`: TSAE equations 2 and 3, from ``stats`` over
     ``cfg.bands``; ``variance`` (d_sae) is the temporal buffer's. `window`: ``cfg.window_weight`` times TC-SAE
-    equation 3. `contrastive`: ``cfg.contrastive_weight`` times `contrastive_loss` over ``pairs``. `slow`:
-    ``cfg.slow_weight`` times `slow_loss`, from ``stats``.
+    equation 3, from ``stats`` and ``edges``, which are looked for in ``segments`` if None. `contrastive`:
+    ``cfg.contrastive_weight`` times `contrastive_loss` over ``pairs``. `slow`: ``cfg.slow_weight`` times `slow_loss`,
+    from ``stats``.
 
     stats: of ``h`` over `bands_for` (cfg)
     """
@@ -112,17 +124,17 @@ def temporal_term(
         other = cfg.negatives == "other-sequences"
         contrast = contrastive_loss(h, pairs, cfg.temperature, group=cfg.group, other_sequences=other)
         terms.append(cfg.contrastive_weight * contrast)
+    if segments is None:
+        segments = torch.zeros(h.shape[:2], dtype=torch.int32, device=h.device)
+    if "window" in cfg.terms:
+        edges = edges or WindowEdges(*(part.to(h.device) for part in find_window_edges(segments, cfg.window)))
+        terms.append(cfg.window_weight * window_loss(h, stats, edges, group=cfg.group))
     if 0 < cfg.group < h.shape[-1]:
-        h = h[..., : cfg.group]
         stats = TemporalStats(*(s[..., : cfg.group] for s in stats))
         variance = None if variance is None else variance[: cfg.group]
     if "multiscale" in cfg.terms:
-        terms.append(_multiscale(stats, cfg, h.shape[1] if segments is None else count_positions(segments), variance))
-    if "window" in cfg.terms:
-        terms.append(cfg.window_weight * window_consistency(h, cfg.window, segments))
+        terms.append(_multiscale(stats, cfg, count_positions(segments), variance))
     if "slow" in cfg.terms:
-        if segments is None:
-            segments = torch.zeros(h.shape[:2], dtype=torch.int32, device=h.device)
         near = sum(high <= cfg.offset for _, high in bands_for(cfg))  # the first so many bands are (1, offset)
         stats = stats._replace(differences=stats.differences[:, :near].sum(1, keepdim=True))
         slow = slow_loss(stats, count_positions(segments).sum(), count_pairs(segments, cfg.offset))
@@ -190,6 +202,7 @@ def objective(
     auxiliary: Tensor | None = None,
     prefixes: Sequence[Tensor] = (),
     pairs: Pairs | None = None,
+    edges: WindowEdges | None = None,
     l0: Tensor | None = None,
 ) -> LossTerms:
     """The loss of one step.
@@ -198,7 +211,7 @@ def objective(
     h: (B, T, d_sae); stats: of ``h`` over `bands_for` (cfg)
     segments: (B, T) or None; variance: (d_sae), the temporal buffer; auxiliary: `auxk_loss` or None
     prefixes: like ``xhat``, the reconstructions by the smaller Matryoshka prefixes
-    pairs: for the contrastive objective, from `draw_pairs`
+    pairs: for the contrastive objective, from `draw_pairs`; edges: for the window, from `find_window_edges`
     l0: mean number of active features, with its gradient to learned thresholds; only with ``cfg.l0`` above 0
     """
     reconstruction = reconstruction_loss(x, xhat, segments)
@@ -216,7 +229,7 @@ def objective(
         total = total + cfg.l0 * l0
     ramp = temporal_ramp(step, cfg)
     if cfg.terms and ramp > 0:
-        temporal = temporal_term(h, stats, cfg, segments, variance, pairs)
+        temporal = temporal_term(h, stats, cfg, segments, variance, pairs, edges)
         total = total + ramp * cfg.weight * temporal
     if auxiliary is not None:
         # Relative to the residual, so it is put back on the reconstruction's scale.

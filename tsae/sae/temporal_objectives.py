@@ -12,9 +12,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from tsae_kernels import TemporalStats
+from tsae_kernels.losses import window_weights
 from tsae_kernels.segments import find_runs
 
-__all__ = ["Pairs", "contrastive_loss", "count_pairs", "draw_pairs", "slow_loss"]
+__all__ = [
+    "Pairs",
+    "WindowEdges",
+    "contrastive_loss",
+    "count_pairs",
+    "draw_pairs",
+    "find_window_edges",
+    "slow_loss",
+    "window_loss",
+]
 
 
 class Pairs(NamedTuple):
@@ -116,3 +126,45 @@ def slow_loss(stats: TemporalStats, positions: int | Tensor, pairs: int | Tensor
     varies = variance > 1e-6 * Q / n  # float32 sums do not know less
     ratio = torch.where(varies, D, 0.0) / (2.0 * p * torch.where(varies, variance, 1.0))
     return (ratio.sum() / varies.sum().clamp(min=1)).to(stats.total.dtype)
+
+
+class WindowEdges(NamedTuple):
+    """The pairs (t, t + 1) of a batch (B, T) that lie in fewer windows than those amid a segment, at its two ends.
+
+    full: [] the weight of a pair amid a segment
+    firsts: (P) int64, t as index into B * T; missing: (P) what the pair's weight is short of ``full``
+    """
+
+    full: Tensor
+    firsts: Tensor
+    missing: Tensor
+
+
+def find_window_edges(segments: Tensor, window: int) -> WindowEdges:
+    """For `window_loss`; segments: (B, T), best on the CPU, as how many edges there are must be known."""
+    weights = window_weights(torch.empty(*segments.shape, 1, dtype=torch.float64), window, segments.cpu())  # [B, T]
+    runs = find_runs(segments.cpu())
+    t = torch.arange(segments.shape[1])
+    windows = torch.where(runs.start == t, (runs.end - t - window + 1).clamp(min=0), 0).sum()
+    full = torch.where(windows > 0, 1.0 / windows.clamp(min=1), 0.0).double()
+    missing = torch.where(runs.valid & (t + 1 < runs.end), full - weights, 0.0).flatten()
+    firsts = (missing > 1e-9 * full).nonzero().squeeze(1)  # `weights` has rounding of its own
+    return WindowEdges(full, firsts, missing[firsts])
+
+
+def window_loss(h: Tensor, stats: TemporalStats, edges: WindowEdges, *, group: int = 0) -> Tensor:
+    """TC-SAE's window (equation 3), `tsae_kernels.window_consistency` of the first ``group`` features, from statistics.
+
+    A pair of neighbours amid a segment lies in window - 1 windows, so that the loss is a sum over all pairs, D of the
+    band (1, 1), less what the few at a segment's ends are short of it. Of h only those few rows are read.
+
+    h: (B, T, d_sae); stats: of h, the first band (1, 1)
+    edges: from `find_window_edges`, on h's device
+    group: the first so many features; 0 takes all
+    out: scalar in the statistics' dtype
+    """
+    pairs = stats.differences[:, 0, : group or None].sum()
+    rows = h.flatten(0, 1).index_select(0, torch.cat([edges.firsts, edges.firsts + 1]))  # [2P, d_sae]
+    before, after = rows[:, : group or None].to(pairs.dtype).chunk(2)
+    missing = edges.missing.to(pairs.dtype) @ (after - before).square().sum(1)
+    return edges.full.to(pairs.dtype) * pairs - missing
