@@ -185,6 +185,14 @@ def test_bad_configuration_files_are_named(values: dict[str, object], words: str
         (["--sae.groups", "0", "2560"], "sae.groups is (0, 2560)"),
         (["--sae.groups", "300", "100", "2560"], "sae.groups is (300, 100, 2560)"),
         (["--sae.activation", "jumprelu", "--sae.layer-norm", "post"], "sae.layer_norm is 'post' with sae.activation"),
+        (
+            ["--sae.activation", "jumprelu_schmitt", "--sae.hysteresis", "two-sided"],
+            "sae.hysteresis is 'two-sided' with sae.activation 'jumprelu_schmitt'; only 'schmitt' has the choice",
+        ),
+        (
+            ["--sae.activation", "batchtopk", "--sae.steering", "exact"],
+            "sae.steering is 'exact' with sae.activation 'batchtopk'",
+        ),
         (["--objective.l0", "1"], "objective.l0 is 1.0; sae.activation 'schmitt' has no learned threshold"),
         (["--objective.weight", "-1"], "objective.weight is -1"),
         (["--objective.group", "2561"], "objective.group is 2561; the autoencoder has 2560 features"),
