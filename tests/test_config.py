@@ -85,6 +85,17 @@ def test_command_line_overrides_file_overrides_preset(tmp_path: Path) -> None:
     assert command(["--config", str(path)])[0].text.threshold is None
 
 
+def test_a_configuration_from_before_objectives_could_be_joined_is_the_same() -> None:
+    new = ("contrastive_weight", "slow_weight", "hysteresis", "steering")
+    for name in PRESETS:
+        cfg = preset(name)
+        values = {
+            key: {k: v for k, v in part.items() if k not in new} if isinstance(part, dict) else part
+            for key, part in to_dict(cfg).items()
+        }
+        assert from_dict(TrainConfig, values) == cfg
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
