@@ -3,6 +3,7 @@
     python experiments/summary.py SWEEP_DIRECTORY ... [--figure docs/figures/frontier.png]
 
 The mean over runs that differ in the seed alone, and half the distance between the extremes. `plain` is the yardstick.
+What `python -m tsae.evaluate RUN --release-ratio R` found of a run stands beside it, as RUN@R.
 """
 # ruff: noqa: T201
 
@@ -34,14 +35,21 @@ OTHER = "#CC79A7"
 
 
 def collect(directories: list[Path]) -> dict[str, list[dict[str, Any]]]:
-    """Configuration -> the metrics of its seeds, of runs that ended well."""
+    """Configuration -> the metrics of its seeds, of runs that ended well and of their other release ratios."""
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for directory in directories:
         for name, run in json.loads((directory / "sweep.json").read_text())["runs"].items():
             if run.get("metrics") is None:
                 print(f"{name}: {run.get('error') or 'not finished'}")
                 continue
-            found[re.sub(r"-seed\d+$", "", name)].append(run["metrics"])
+            configuration = re.sub(r"-seed\d+$", "", name)
+            found[configuration].append(run["metrics"])
+            for path in sorted((directory / name).glob("eval-release-*.json")):
+                measured = json.loads(path.read_text())
+                if measured["source"]:
+                    print(f"{path}: of other text, {measured['source']['data']}; left out")
+                    continue
+                found[f"{configuration}@{measured['release']['ratio']:g}"].append(measured)
     return dict(found)
 
 

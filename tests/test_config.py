@@ -85,6 +85,17 @@ def test_command_line_overrides_file_overrides_preset(tmp_path: Path) -> None:
     assert command(["--config", str(path)])[0].text.threshold is None
 
 
+def test_a_configuration_from_before_objectives_could_be_joined_is_the_same() -> None:
+    new = ("contrastive_weight", "slow_weight", "hysteresis", "steering")
+    for name in PRESETS:
+        cfg = preset(name)
+        values = {
+            key: {k: v for k, v in part.items() if k not in new} if isinstance(part, dict) else part
+            for key, part in to_dict(cfg).items()
+        }
+        assert from_dict(TrainConfig, values) == cfg
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -185,6 +196,14 @@ def test_bad_configuration_files_are_named(values: dict[str, object], words: str
         (["--sae.groups", "0", "2560"], "sae.groups is (0, 2560)"),
         (["--sae.groups", "300", "100", "2560"], "sae.groups is (300, 100, 2560)"),
         (["--sae.activation", "jumprelu", "--sae.layer-norm", "post"], "sae.layer_norm is 'post' with sae.activation"),
+        (
+            ["--sae.activation", "jumprelu_schmitt", "--sae.hysteresis", "two-sided"],
+            "sae.hysteresis is 'two-sided' with sae.activation 'jumprelu_schmitt'; only 'schmitt' has the choice",
+        ),
+        (
+            ["--sae.activation", "batchtopk", "--sae.steering", "exact"],
+            "sae.steering is 'exact' with sae.activation 'batchtopk'",
+        ),
         (["--objective.l0", "1"], "objective.l0 is 1.0; sae.activation 'schmitt' has no learned threshold"),
         (["--objective.weight", "-1"], "objective.weight is -1"),
         (["--objective.group", "2561"], "objective.group is 2561; the autoencoder has 2560 features"),

@@ -57,6 +57,24 @@ def test_means_over_seeds_and_what_stands_against_plain(
     assert row.startswith("| schmitt-0.3 | -0.0100 | +0.0000 | +0.0% | 100.0% | 3.33 x | 4.00 x |")
 
 
+def test_other_release_ratios_stand_beside_their_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = {f"{name}-seed{seed}": {"metrics": metrics(0.9, 0.1)} for name in ("plain", "schmitt") for seed in range(2)}
+    (tmp_path / "sweep.json").write_text(json.dumps({"runs": runs}))
+    for name, ratio, excess, source in (
+        ("plain-seed0", 0.4, 0.2, {}),
+        ("plain-seed1", 0.4, 0.3, {}),
+        ("plain-seed1", 0.2, 0.9, {"data": "other.txt", "column": None, "part": "all"}),
+    ):
+        (tmp_path / name).mkdir(exist_ok=True)
+        values = metrics(0.8, excess) | {"release": {"ratio": ratio}, "source": source}
+        (tmp_path / name / f"eval-release-{ratio}.json").write_text(json.dumps(values))
+    found = collect([tmp_path])
+    assert list(found) == ["plain", "plain@0.4", "schmitt"]
+    assert [run["temporal"]["persistence_excess"] for run in found["plain@0.4"]] == [0.2, 0.3]
+    assert "of other text, other.txt; left out" in capsys.readouterr().out
+    assert "| plain@0.4 | -0.1000 |" in against_plain(found)
+
+
 def test_the_figure_is_drawn(found: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
     figure(found | {"schmitt-0.4+other-words": found["plain"]}, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 10_000

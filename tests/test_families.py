@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -62,6 +63,25 @@ def test_three_steps(activation: str, groups: tuple[int, ...], objective: str) -
     raw = batch(1)
     sae = trainer.finished()
     assert torch.isfinite(sae(raw.x, raw.segments)).all()
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.4])
+@pytest.mark.parametrize("hysteresis", ["causal", "two-sided"])
+def test_exact_steering_trains_at_the_wanted_l0_and_holds_it_on_other_text(hysteresis: str, ratio: float) -> None:
+    options = {"activation": "schmitt", "steering": "exact", "hysteresis": hysteresis, "release_ratio": ratio}
+    trainer = make(options, {"temporal": "none"})
+    log = [trainer.train_step(batch(step, 24), log=True) for step in range(60)]
+    assert all(entry["l0"] == pytest.approx(4.0, rel=0.01) for entry in log)  # a stretch switches as a whole
+    assert log[-1]["reconstruction"] < 0.9 * log[0]["reconstruction"]
+    assert not trainer.controller.started
+    assert log[-1]["threshold"] == pytest.approx(float(trainer.sae.threshold[0]))
+    again = make(options, {"temporal": "none"})
+    again.load_state_dict(copy.deepcopy(trainer.state_dict()))
+    for step in (60, 61):
+        assert again.train_step(batch(step, 24), log=True) == trainer.train_step(batch(step, 24), log=True)
+    sae, held_out = trainer.finished(), batch(1000, 24)
+    active = (sae.encode(held_out.x, held_out.segments) > 0).sum(-1).float().mean()
+    assert float(active) == pytest.approx(4.0, rel=0.1)
 
 
 @pytest.mark.parametrize("activation", ["jumprelu", "jumprelu_schmitt"])

@@ -280,6 +280,7 @@ def test_grid_names_and_nested_and_dotted_options(tmp_path: Path) -> None:
         ("runs: {a: {model.kk: 7}}", "There is no option 'model.kk'"),
         ("runs: {a: {sae.k: many}}", "Run 'a' of"),
         ("runs: {a: {sae.k: 0}}", "sae.k is 0"),
+        ("runs: {a: {objective.temporal: slow+fast}}", "objective.temporal is 'slow+fast'; it must be none, or any of"),
         ("runs: {a: {optimizer.lr: .nan}}", "optimizer.lr is nan"),
         ("runs: {a: {}, a: {seed: 1}}", "'a' stands here twice"),
         ("runs: {../a: {}}", "named '../a'"),

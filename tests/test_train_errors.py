@@ -163,6 +163,7 @@ def test_bad_input_that_shows_late_leaves_the_old_run(
         (["--data", "nobody/no-such-data"], "nobody/no-such-data"),
         (["--model", "nobody/no-such-model"], "nobody/no-such-model"),
         (["--sae.k", "49"], "sae.k is 49"),
+        (["--objective", "slow+fast"], "objective.temporal is 'slow+fast'; it must be none, or any of"),
         (["--sae.d-in", "7"], "sae.d_in is 7"),
         (["--device", "abacus"], "abacus"),
         (["--device", "meta"], "'meta' cannot be used"),

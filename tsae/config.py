@@ -59,6 +59,12 @@ class SAEConfig:
     release_ratio: float = 0.3
     """schmitt: the release threshold as a share of the switch-on threshold, 0 to 1 (1: no hysteresis);
     jumprelu_schmitt starts from it."""
+    hysteresis: Literal["causal", "two-sided"] = "causal"
+    """schmitt: `causal` holds a feature on after it has switched on; `two-sided` before that too, which takes a look
+    ahead and two passes more."""
+    steering: Literal["controller", "exact"] = "controller"
+    """schmitt: where the threshold comes from. `controller` moves it a little each step; `exact` takes from every batch
+    the one that gives it sae.k, hysteresis included, and for inference a running mean, as batchtopk does."""
     bandwidth: float = 0.5
     """jumprelu, jumprelu_schmitt: width of the straight-through window round a threshold, as a share of the
     threshold (Rajamanoharan et al. 2024, section 3)."""
@@ -104,6 +110,12 @@ class SAEConfig:
             raise UserError(
                 f"sae.layer_norm is 'post' with sae.activation '{self.activation}'; use 'pre' or 'none', as "
                 "normalising after the threshold would undo its zeros."
+            )
+        if self.activation != "schmitt" and (self.hysteresis, self.steering) != ("causal", "controller"):
+            name = "steering" if self.hysteresis == "causal" else "hysteresis"
+            raise UserError(
+                f"sae.{name} is {getattr(self, name)!r} with sae.activation {self.activation!r}; only 'schmitt' has "
+                "the choice."
             )
         if not self.encoder_scale > 0.0:
             raise UserError(f"sae.encoder_scale is {self.encoder_scale}; it must be positive.")

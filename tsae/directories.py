@@ -65,6 +65,8 @@ def remove_run(directory: Path) -> None:
         shutil.rmtree(directory / name, ignore_errors=True)
     for name in ("metrics.jsonl", "eval.json", "eval_source.json", "report.png", "diverged.json"):
         (directory / name).unlink(missing_ok=True)
+    for path in directory.glob("eval-release-*.json"):
+        path.unlink()
 
 
 def link_latest(directory: Path) -> None:

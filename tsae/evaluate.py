@@ -8,6 +8,11 @@ the documents in the training part of the run's text, which is read for the purp
 
 The limit of this: documents (passages of about 2,000 characters, for plain text) are compared as wholes. The same
 words cut in another way, as the passages of a book in one file and its chapters in another, are not recognised.
+
+With `--release-ratio` the autoencoder is measured as one of another release ratio, at the L0 it had: its thresholds are
+multiplied by one factor, found on the run's own training text, as training found them (`tsae.sae.release`). What is
+measured stays text that was not trained on, and its L0 is what comes of that, as with any other autoencoder. The run's
+own eval.json and report.png are not touched.
 """
 
 from __future__ import annotations
@@ -46,6 +51,7 @@ from tsae.metrics import (
 from tsae.progress import bar
 from tsae.report import read_source, write_report
 from tsae.sae.model import SparseAutoencoder
+from tsae.sae.release import Released, check_releasable, with_release_ratio
 from tsae.table import print_table
 
 __all__ = ["EvaluationResult", "evaluate", "evaluate_all", "evaluation_progress", "main", "write_eval"]
@@ -338,7 +344,10 @@ def evaluation_progress() -> Iterator[ProgressCallback]:
 
 @dataclass
 class Arguments:
-    """Evaluate a trained run again: rewrites its eval.json and report.png and prints the metrics."""
+    """Evaluate a trained run again: rewrites its eval.json and report.png and prints the metrics.
+
+    With --release-ratio R it writes eval-release-R.json instead.
+    """
 
     run: Annotated[Path, tyro.conf.Positional]
     """The run directory."""
@@ -356,10 +365,14 @@ class Arguments:
     """Where to compute: `auto`, `cpu`, `cuda`, ... Default: the run's."""
     column: str | None = None
     """Column of the data set that holds the text. Default: the run's."""
+    release_ratio: float | None = None
+    """Measure the autoencoder with this release ratio, 0 to 1 (1: no hysteresis), at the same L0: all its thresholds
+    are multiplied by one factor, found on as many sequences of the run's training text as its evaluation takes. Goes
+    into eval-release-R.json. Default: as trained."""
 
 
 def evaluate_run(arguments: Arguments) -> EvaluationResult:
-    """Evaluate RUN/sae as `arguments` say and rewrite RUN/eval.json and RUN/report.png.
+    """Evaluate RUN/sae as `arguments` say and rewrite RUN/eval.json and RUN/report.png, or write `release_file`.
 
     Nothing is written unless everything was measured. Raises UserError for a directory that is not a run,
     a value that makes no sense, or text or a model that cannot be read.
@@ -374,6 +387,9 @@ def evaluate_run(arguments: Arguments) -> EvaluationResult:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+    ratio = arguments.release_ratio
+    if ratio is not None and not 0.0 <= ratio <= 1.0:
+        raise UserError(f"--release-ratio is {ratio}; it must be from 0 to 1.")
     seed = config.stream_seed if arguments.seed is None else arguments.seed
     data = config.data
     if arguments.data is not None and not is_same_source(arguments.data, config.data):
@@ -384,6 +400,8 @@ def evaluate_run(arguments: Arguments) -> EvaluationResult:
         device = "cuda" if torch.cuda.is_available() else "cpu"
 
     sae = SparseAutoencoder.load(run / "sae")
+    if ratio is not None:
+        check_releasable(sae.cfg)
     lm = load_language_model(config.model, device=device, dtype=config.lm_dtype, revision=config.revision)
     sae.to(lm.device)
 
@@ -391,10 +409,11 @@ def evaluate_run(arguments: Arguments) -> EvaluationResult:
     if arguments.tokens is not None:
         sequences = math.ceil(arguments.tokens / LENGTH)
     batch, source = _held_out(config, data, text, lm, sequences, seed)
+    released = None if ratio is None else _released(config, sae, lm, ratio)
     ce_sequences = arguments.ce_sequences or config.evaluation.ce_sequences
     with evaluation_progress() as progress:
         result = evaluate(
-            sae,
+            sae if released is None else released.sae,
             lm,
             [batch],
             layer=config.layer,
@@ -404,9 +423,34 @@ def evaluate_run(arguments: Arguments) -> EvaluationResult:
             seed=seed,
             progress=progress,
         )
-    write_eval(result, run, source)
-    write_report(run)
+    if ratio is None or released is None:
+        write_eval(result, run, source)
+        write_report(run)
+    else:
+        release = {"ratio": ratio, "threshold_factor": released.factor, "training_l0": released.l0}
+        write_json(release_file(run, ratio), result.metrics | {"release": release, "source": source or {}})
     return result
+
+
+def release_file(run: Path, ratio: float) -> Path:
+    """Where the metrics at another release ratio go: those of eval.json, `release`, and `source` if of other text."""
+    return run / f"eval-release-{ratio:g}.json"
+
+
+@torch.no_grad()
+def _released(config: TrainConfig, sae: SparseAutoencoder, lm: LanguageModel, ratio: float) -> Released:
+    """``sae`` with another release ratio, calibrated on training text."""
+
+    def training(epoch: int) -> Iterator[Document]:
+        return open_text(config.data, part="train", seed=config.stream_seed, config=config.text, epoch=epoch)
+
+    batch = SequenceStream(training, lm.tokenizer, LENGTH).next_batch(config.evaluation.sequences)
+    device = _device({"": sae})
+    harvested = []
+    for part in _split(batch, config.buffer.harvest_batch):
+        x = activations(lm, part.tokens, config.layer)[:, 1:].to(device, torch.float32)
+        harvested.append((x, part.segments.to(device)))
+    return with_release_ratio(sae, ratio, harvested)
 
 
 def _held_out(
@@ -437,11 +481,16 @@ def main(argv: list[str] | None = None) -> int:
         arguments = parse(Arguments, sys.argv[1:] if argv is None else argv, None, "python -m tsae.evaluate")
         result = evaluate_run(arguments)
         console = Console()
-        source = read_source(arguments.run)
+        if arguments.release_ratio is None:
+            source = read_source(arguments.run)
+            written = f"{arguments.run / 'eval.json'} and {arguments.run / 'report.png'}"
+        else:
+            path = release_file(arguments.run, arguments.release_ratio)
+            source = load_json(path)["source"]
+            written = f"{path}; the run's own eval.json and report.png are as they were"
         print_table(result.metrics, console, text=source.get("data"))
-        written = f"{arguments.run / 'eval.json'} and {arguments.run / 'report.png'}"
         of = f" of {source['data']} ({source['part']})" if source else ""
-        console.print(f"{result.tokens:,} tokens{of}. Wrote {written}.", markup=False, highlight=False)
+        console.print(f"{result.tokens:,} tokens{of}. Wrote {written}.", markup=False, highlight=False, soft_wrap=True)
     return status.code
 
 

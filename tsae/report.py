@@ -186,6 +186,8 @@ def _header(
         details = [f"k = {sae['k']}"] if "k" in sae and sae["activation"] not in ("relu", "gelu") else []
         if sae["activation"] == "schmitt" and "release_ratio" in sae:
             details.append(f"release ratio {sae['release_ratio']:g}")
+            details += ["two-sided"] if sae.get("hysteresis") == "two-sided" else []
+            details += ["exact threshold"] if sae.get("steering") == "exact" else []
         how.append(f"{sae['activation']} ({', '.join(details)})" if details else str(sae["activation"]))
     if "temporal" in objective:
         how.append(f"temporal objective: {objective['temporal']}")

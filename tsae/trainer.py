@@ -126,11 +126,13 @@ class Trainer:
     @property
     def _steered(self) -> bool:
         """Whether the controller holds the mean L0 at ``sae.k``."""
-        return self.cfg.sae.activation == "schmitt" or (self.sae.thresholds_learned and self.cfg.objective.l0 == 0)
+        if self.cfg.sae.activation == "schmitt":
+            return self.cfg.sae.steering == "controller"
+        return self.sae.thresholds_learned and self.cfg.objective.l0 == 0
 
     @torch.no_grad()
     def _set_threshold(self, pre: Tensor, segments: Tensor) -> None:
-        if self.cfg.sae.activation != "schmitt" and not self.sae.thresholds_learned:
+        if not self._steered and not self.sae.thresholds_learned:
             return
         if self.step == 0 and not self.controller.started:
             self.controller.start(initial_threshold(pre, self.sae.b_enc, self.cfg.sae.k, segments))

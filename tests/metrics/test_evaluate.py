@@ -13,6 +13,7 @@ from tsae.config import EvaluationConfig, SAEConfig, TrainConfig, to_dict
 from tsae.data.passages import Split
 from tsae.data.sequences import TokenBatch
 from tsae.data.text import open_text
+from tsae.directories import remove_run
 from tsae.errors import UserError
 from tsae.evaluate import evaluate, main, write_eval
 from tsae.lm.loading import load_language_model
@@ -294,6 +295,70 @@ def test_command_line(run_dir, capsys):
     assert "384 tokens" in capsys.readouterr().out.replace("\n", " ")  # three sequences
     assert main([str(run_dir)]) == 0
     assert json.loads((run_dir / "eval.json").read_text()) == first
+
+
+@pytest.fixture
+def schmitt_run(run_dir):
+    """The run, of a Schmitt trigger."""
+    set_config(run_dir, sae=to_dict(SAEConfig(d_in=32, d_sae=48, k=4, release_ratio=0.3)))
+    sae = SparseAutoencoder(SAEConfig(d_in=32, d_sae=48, k=4, release_ratio=0.3))
+    sae.threshold.fill_(2.0)
+    sae.release.fill_(0.6)
+    sae.save(run_dir / "sae")
+    return run_dir
+
+
+def test_command_line_with_another_release_ratio(schmitt_run, tmp_path, capsys):
+    assert main([str(schmitt_run)]) == 0
+    own = {path: path.read_bytes() for path in schmitt_run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main([str(schmitt_run), "--release-ratio", "1"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"Wrote {schmitt_run}/eval-release-1.json; the run's own eval.json and report.png are as they were." in out
+    written = schmitt_run / "eval-release-1.json"
+    assert {path: path.read_bytes() for path in schmitt_run.rglob("*") if path.is_file() and path != written} == own
+    plain, hysteretic = json.loads(written.read_text()), json.loads((schmitt_run / "eval.json").read_text())
+    assert set(plain) == KEYS | {"release", "source"}
+    assert plain["source"] == {}
+    assert plain["release"]["ratio"] == 1.0
+    assert 0.3 < plain["release"]["threshold_factor"] < 0.99  # lower, as nothing is held on
+    assert plain["l0"] == pytest.approx(hysteretic["l0"], rel=0.15)  # of other text than the factor was found on
+    assert plain["release"]["training_l0"] == pytest.approx(hysteretic["l0"], rel=0.15)
+    assert plain["temporal"]["persistence"] < hysteretic["temporal"]["persistence"] - 0.05
+
+    assert main([str(schmitt_run), "--release-ratio", "0.3"]) == 0  # its own: nothing changes
+    again = json.loads((schmitt_run / "eval-release-0.3.json").read_text())
+    assert again["release"]["threshold_factor"] == pytest.approx(1.0, abs=1e-3)
+    assert again["explained_variance"] == pytest.approx(hysteretic["explained_variance"], abs=1e-3)
+
+    other = tmp_path / "other.txt"
+    other.write_text(sample_text(200, seed=5))
+    assert main([str(schmitt_run), "--release-ratio", "0.3", "--data", str(other)]) == 0
+    assert "other.txt" in capsys.readouterr().out
+    elsewhere = json.loads((schmitt_run / "eval-release-0.3.json").read_text())
+    assert elsewhere["source"]["data"] == str(other)
+    assert elsewhere["release"] == again["release"]  # found on the run's training text all the same
+    remove_run(schmitt_run)
+    assert sorted(path.name for path in schmitt_run.iterdir()) == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "message"),
+    [
+        ("1.5", "--release-ratio is 1.5; it must be from 0 to 1."),
+        ("nan", "--release-ratio is nan"),
+        (
+            "0.3",
+            "The autoencoder's activation is 'topk' (layer_norm 'none'); a release ratio needs one with thresholds",
+        ),
+    ],
+)
+def test_a_release_ratio_that_makes_no_sense_is_one_sentence(run_dir, capsys, ratio, message):
+    before = sorted(run_dir.rglob("*"))
+    assert main([str(run_dir), "--release-ratio", ratio]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error
+    assert sorted(run_dir.rglob("*")) == before
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from torch.nn import functional
 from tsae.config import SAEConfig
 from tsae.errors import UserError
 from tsae.sae.activations import batch_topk_threshold, mean_l0, topk_threshold
+from tsae.sae.hysteresis import exact_threshold, keep_two_sided
 from tsae.sae.sparse_linear import decode_sparse, encode_linear, worthwhile
 from tsae.sae.straight_through import straight_through, thresholds
 from tsae_kernels import TemporalStats, activate_with_stats
@@ -37,8 +38,9 @@ class SparseAutoencoder(nn.Module):
     thresholds of `schmitt` and `jumprelu_schmitt`, the threshold of `batchtopk` and `jumprelu`; 0 and unused
     otherwise.
 
-    In ``train()`` mode a batchtopk autoencoder takes its threshold from the batch, and learned thresholds come from
-    their parameters; in ``eval()`` mode all come from the buffers, which leaving ``train()`` brings up to date.
+    In ``train()`` mode a batchtopk autoencoder, and a schmitt one with exact steering, takes its threshold from the
+    batch, and learned thresholds come from their parameters; in ``eval()`` mode all come from the buffers, which
+    leaving ``train()`` brings up to date.
 
     Args:
         cfg: the architecture; ``cfg.d_in`` must be positive.
@@ -169,9 +171,19 @@ class SparseAutoencoder(nn.Module):
         elif cfg.activation == "batchtopk" and self.training:
             threshold = batch_topk_threshold(pre, bias, cfg.k, segments)
             self._track(threshold)
+        elif cfg.steering == "exact" and self.training:
+            two_sided = cfg.hysteresis == "two-sided"
+            threshold = exact_threshold(pre, bias, cfg.k, cfg.release_ratio, segments, two_sided=two_sided)
+            release = threshold * cfg.release_ratio
+            self._track(threshold)
         elif cfg.activation in THRESHOLDED:
             threshold = self.threshold
             release = self.release if cfg.activation in SCHMITT else None
+        if cfg.hysteresis == "two-sided":
+            assert threshold is not None
+            assert release is not None
+            pre = keep_two_sided(pre, bias, threshold, release, segments, backend=backend)
+            threshold, release = None, None
         kind = "gelu" if cfg.activation == "gelu" else "relu"
         if cfg.layer_norm == "post":
             h, _ = activate_with_stats(pre, bias, kind, threshold, release, NO_BANDS, segments, backend=backend)
@@ -190,6 +202,8 @@ class SparseAutoencoder(nn.Module):
         threshold = threshold.float().clamp(min=0.0)
         moved = torch.lerp(self.threshold, threshold.expand_as(self.threshold), THRESHOLD_MOMENTUM)
         self.threshold.copy_(torch.where(self.threshold == 0, threshold, moved))
+        if self.cfg.activation == "schmitt":
+            self.release.copy_(self.threshold * self.cfg.release_ratio)
 
     def encode(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
         """Features of activations; the last dimension but one is the sequence (hysteresis runs along it).

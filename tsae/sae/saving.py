@@ -37,6 +37,8 @@ def architecture(cfg: SAEConfig) -> str:
     """The `architecture` of `cfg.json`: SAELens's name where it has the form, else a name of our own."""
     if cfg.layer_norm != "none":
         return f"tsae_{cfg.activation}_layer_norm_{cfg.layer_norm}"
+    if cfg.hysteresis == "two-sided":
+        return f"tsae_{cfg.activation}_two_sided"
     return ARCHITECTURE.get(cfg.activation, f"tsae_{cfg.activation}")
 
 
