@@ -201,9 +201,7 @@ def test_a_repository_on_the_hub(weights, x, tmp_path, monkeypatch, fake_hub) ->
     with pytest.raises(tsae.UserError, match=r"someone/saes holds no autoencoder in a known format"):
         tsae.load("someone/saes")
     assert fake_hub[-1]["revision"] is None
-    with pytest.raises(
-        tsae.UserError, match=r"'someone/nothing' cannot be read from the hub: 404: no someone/nothing$"
-    ):
+    with pytest.raises(tsae.UserError, match=r"'someone/nothing' cannot .* hub: 404: no someone/nothing$"):
         tsae.load("someone/nothing")
     monkeypatch.setattr(hub, "hub_is_reachable", lambda: False)
     with pytest.raises(tsae.UserError, match="cannot be reached"):
