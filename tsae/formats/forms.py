@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ def plain_form(sae: SparseAutoencoder, library: str) -> str:
 def without_hysteresis(sae: SparseAutoencoder, factor: float = 1.0) -> SparseAutoencoder:
     """``sae`` with its switch-on thresholds times ``factor`` as the only ones: a `jumprelu` autoencoder.
 
-    Others than hysteresis ones come back as they are.
+    Others than those with hysteresis come back as they are.
     """
     if sae.cfg.activation not in SCHMITT:
         return sae
@@ -58,7 +58,7 @@ def without_hysteresis(sae: SparseAutoencoder, factor: float = 1.0) -> SparseAut
 
 
 @torch.no_grad()
-def matching_factor(sae: SparseAutoencoder, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+def matching_factor(sae: SparseAutoencoder, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
     """The factor on the switch-on thresholds with which they alone keep as many features as hysteresis does.
 
     Without hysteresis nothing stays on below its threshold, so L0 falls; a factor below 1 brings it back. Exact on the
@@ -67,15 +67,14 @@ def matching_factor(sae: SparseAutoencoder, batches: Iterable[tuple[Tensor, Tens
 
     batches: pairs of activations (N, T, d_in) and segments (N, T); positions of negative id do not count
     """
-    ratios: list[Tensor] = []
-    kept = 0
-    lowest = float((sae.release / sae.threshold.clamp(min=1e-30)).min())
+    unit = sae.threshold.clamp(min=torch.finfo(torch.float32).tiny)
+    kept = sum(int((sae.encode(x, segments)[segments >= 0] > 0).sum()) for x, segments in batches)
+    largest = unit.new_empty(0)
     for x, segments in batches:
-        counted = segments >= 0
-        kept += int((sae.encode(x, segments) > 0)[counted].sum())
-        r = (sae.pre_activation(x)[counted] + sae.b_enc) / sae.threshold.clamp(min=1e-30)
-        ratios.append(r[r > lowest])  # every kept feature is above its release
-    values = torch.cat(ratios) if ratios else torch.zeros(0)
-    if kept == 0 or kept >= values.numel():
-        raise UserError("No feature is active on the calibration text, so no threshold can be found; check the run.")
-    return float(values.topk(kept + 1, sorted=True).values[-1])
+        r = (sae.pre_activation(x)[segments >= 0] + sae.b_enc) / unit
+        largest = torch.cat([largest, r[r > 0]])
+        if len(largest) > kept + 1:
+            largest = largest.topk(kept + 1, sorted=False).values
+    if kept == 0:
+        raise UserError("No feature is active on the run's training text, so no threshold can be found; check the run.")
+    return float(largest.min()) if len(largest) > kept else 0.0

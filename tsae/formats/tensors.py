@@ -52,8 +52,8 @@ def read_pickle(path: Path) -> Tensors:
                 "nothing of it was read; ask for a state dict of tensors alone."
             ) from None
         raise UserError(
-            f"{path} cannot be read as a state dict of tensors alone, so nothing of it was read; it is damaged, or holds "
-            "something else."
+            f"{path} cannot be read as a state dict of tensors alone, so nothing of it was read; it is damaged, or "
+            "holds something else."
         ) from None
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} holds a {type(state).__name__}, not a state dict of tensors.")
