@@ -174,19 +174,19 @@ def _text(
         raise UserError("The runs were trained on different text; name the text to compare them on, with --data.")
     data = absolute_source(arguments.data or PYTHON_DOCS)
     text = TextConfig(column=arguments.column)
-    if splits:  # below the lowest threshold is the evaluation side of all
-        text = replace(text, threshold=min(split_threshold(run.data, run.text) for run in splits.values()))
+    # Below the lowest threshold is the evaluation side of all.
+    threshold = min((split_threshold(run.data, run.text) for run in splits.values()), default=text.evaluation_share)
 
-    def batch(text: TextConfig) -> TokenBatch:
-        documents = open_text(data, part="evaluation", seed=seed, config=text)
+    def batch(threshold: float) -> TokenBatch:
+        documents = open_text(data, part="evaluation", seed=seed, config=replace(text, threshold=threshold))
         return SequenceStream(lambda epoch: documents, lm.tokenizer, LENGTH, repeat=False).next_batch(sequences)
 
     try:
-        return batch(text), data
+        return batch(threshold), data
     except TooShortError:
         if splits:
             raise
-        return batch(replace(text, threshold=1.0)), data  # all of it: nothing is known to have been trained on it
+        return batch(1.0), data  # all of it: nothing is known to have been trained on it
 
 
 def _print(results: dict[str, EvaluationResult], data: str, lm: LanguageModel, layer: int) -> None:

@@ -44,7 +44,12 @@ def test_saved_directory_loads_in_saelens(activation: str, subtract: bool, tmp_p
         {"activation": "topk", "input_scale": 2.0},
     ],
 )
-def test_what_saelens_cannot_compute_it_refuses(options: dict[str, Any], tmp_path: Path) -> None:
+def test_what_saelens_cannot_compute_it_refuses(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sae_lens.registry import SAE_CLASS_REGISTRY
+
+    monkeypatch.delitem(SAE_CLASS_REGISTRY, "tsae_schmitt", raising=False)  # tsae.integrations.sae_lens teaches it
     trained(**options).save(tmp_path)
     with pytest.raises(KeyError, match="tsae_"):
         sae_lens.SAE.load_from_disk(tmp_path)

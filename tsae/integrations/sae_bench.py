@@ -66,6 +66,12 @@ class SAEBenchSAE(BaseSAE):
         self.cfg.device = str(device)
         self.requires_grad_(False)
 
+    def train(self, mode: bool = True) -> SAEBenchSAE:
+        """As in PyTorch, but the autoencoder keeps to inference: in training a threshold may come from the batch."""
+        super().train(mode)
+        self.inner.eval()
+        return self
+
     def encode(self, x: Tensor) -> Tensor:
         """Features (..., L, d_sae) of activations (..., L, d_in)."""
         segments = torch.ones(x.shape[:-1], dtype=torch.int32, device=x.device)
