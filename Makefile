@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # A GPU machine brings its own torch: make VENV=/path/to/its/environment ... skips the installation.
 
-.PHONY: demo install test lint format bench bench-smoke asan cuda-compile triton-compile gpu-check clean
+.PHONY: demo install peers test lint format bench bench-smoke asan cuda-compile triton-compile gpu-check clean
 
 demo: install
 	$(BIN)/python -m tsae.train
@@ -18,6 +18,11 @@ $(STAMP): pyproject.toml setup.py constraints.txt MANIFEST.in $(wildcard csrc/*.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel ninja torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[demo,dev]"
 	touch $@
+
+# The libraries whose formats are read and written, for tests/peers, which are skipped without them.
+peers: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[demo,dev,peers]"
+	$(BIN)/python -m pip install --quiet --no-deps --requirement tests/peers/requirements.txt
 
 test: install
 	$(BIN)/python -m pytest tests

@@ -1,7 +1,35 @@
 """Temporal sparse autoencoders for language models."""
 
-from tsae.config import SAEConfig, TrainConfig
-from tsae.errors import UserError
-from tsae.sae.model import SparseAutoencoder
+from __future__ import annotations
 
-__all__ = ["SAEConfig", "SparseAutoencoder", "TrainConfig", "UserError"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tsae.config import SAEConfig, TrainConfig
+    from tsae.errors import UserError
+    from tsae.formats import load
+    from tsae.sae.model import SparseAutoencoder
+
+__all__ = ["SAEConfig", "SparseAutoencoder", "TrainConfig", "UserError", "load"]
+
+# Imported when first used: PyTorch alone takes more than a second.
+_HOMES = {
+    "SAEConfig": "tsae.config",
+    "TrainConfig": "tsae.config",
+    "UserError": "tsae.errors",
+    "SparseAutoencoder": "tsae.sae.model",
+    "load": "tsae.formats",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

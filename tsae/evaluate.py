@@ -1,5 +1,7 @@
 """Evaluate a sparse autoencoder: `python -m tsae.evaluate RUN`, and the functions the trainer calls.
 
+Autoencoders of other libraries, and several side by side: `tsae.compare`.
+
 Which text it is measured on: the evaluation part of the run's own text, or with `--data` other text. No document
 that the run's own split put on the training side is ever used. The run's split (`text.threshold` of its
 config.json) holds for other text too, so whatever of that lies on the evaluation side was not trained on, even if
@@ -22,9 +24,9 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -74,6 +76,12 @@ class EvaluationResult:
     """Mean autocorrelation of the features by lag in tokens."""
     tokens: int
     """Tokens behind the reconstruction, sparsity and temporal metrics."""
+    kl_divergence: dict[str, float] = field(default_factory=dict)
+    """Mean KL divergence from the untouched predictions, nats per token: `with_sae` and `with_ablation`."""
+    norms: tuple[float, float] = (0.0, 0.0)
+    """Mean norm of the activations and of their reconstruction."""
+    tokens_per_sequence: Tensor | None = None
+    """[d_sae] float64 on the CPU: active tokens of each feature in the sequences where it is active at all."""
 
     def check_finite(self) -> None:
         """Raise `UserError`, naming the metric, unless all are finite."""
@@ -191,6 +199,9 @@ class _Features:
             density=self.reconstruction.density(),
             autocorrelation_curve={int(lag): r for lag, r in temporal["autocorrelation"].items()},
             tokens=self.reconstruction.tokens,
+            kl_divergence={run: predictions.divergence(run) for run in ("with_sae", "with_ablation")},
+            norms=self.reconstruction.norms(),
+            tokens_per_sequence=self.reconstruction.tokens_per_sequence(),
         )
 
 
@@ -347,10 +358,20 @@ class Arguments:
     """Evaluate a trained run again: rewrites its eval.json and report.png and prints the metrics.
 
     With --release-ratio R it writes eval-release-R.json instead.
+
+    With --model and --layer, autoencoders of other libraries; of several, a table side by side. Nothing is rewritten.
     """
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """The run directory."""
+    saes: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|SAE ...")]
+    """A run directory; or autoencoders in any known format, as directories or as OWNER/NAME/FOLDER on the hub."""
+    model: str | None = None
+    """Language model that the autoencoders are of, as for training. Default: that of the runs among them."""
+    layer: int | None = None
+    """Block whose output they encode, counted from 0. Default: that of the runs among them."""
+    format: Literal["tsae", "saebench"] = "tsae"
+    """`saebench` writes SAEBench's core output too: saebench_core.json in the run, or --out."""
+    out: Path | None = None
+    """Write the metrics to this JSON file; of several autoencoders, by name."""
     data: str | None = None
     """Text to evaluate on, of which no document that the run trained on is used: what lies on the evaluation
     side of the run's split, or if that is too little, all that is not in its training text. Default: the
@@ -370,6 +391,11 @@ class Arguments:
     are multiplied by one factor, found on as many sequences of the run's training text as its evaluation takes. Goes
     into eval-release-R.json. Default: as trained."""
 
+    @property
+    def run(self) -> Path:
+        """The one run."""
+        return Path(self.saes[0])
+
 
 def evaluate_run(arguments: Arguments) -> EvaluationResult:
     """Evaluate RUN/sae as `arguments` say and rewrite RUN/eval.json and RUN/report.png, or write `release_file`.
@@ -380,6 +406,11 @@ def evaluate_run(arguments: Arguments) -> EvaluationResult:
     run = arguments.run
     if not run.is_dir():
         raise UserError(f"There is no run directory {run}; name the directory that training wrote.")
+    if not (run / "config.json").is_file():
+        raise UserError(
+            f"{run} is not a run's directory (it has no config.json); of another autoencoder name the language model, "
+            "with --model and --layer."
+        )
     config = from_dict(TrainConfig, load_json(run / "config.json"))
     if not (run / "sae" / "cfg.json").is_file():
         raise UserError(f"{run} has no trained autoencoder in sae/; let training finish, or resume it.")
@@ -403,12 +434,13 @@ def evaluate_run(arguments: Arguments) -> EvaluationResult:
     if ratio is not None:
         check_releasable(sae.cfg)
     lm = load_language_model(config.model, device=device, dtype=config.lm_dtype, revision=config.revision)
+    check_width(sae, lm, str(run))
     sae.to(lm.device)
 
     sequences = config.evaluation.sequences
     if arguments.tokens is not None:
         sequences = math.ceil(arguments.tokens / LENGTH)
-    batch, source = _held_out(config, data, text, lm, sequences, seed)
+    batch, source = held_out(config, data, text, lm, sequences, seed)
     released = None if ratio is None else _released(config, sae, lm, ratio)
     ce_sequences = arguments.ce_sequences or config.evaluation.ce_sequences
     with evaluation_progress() as progress:
@@ -453,7 +485,16 @@ def _released(config: TrainConfig, sae: SparseAutoencoder, lm: LanguageModel, ra
     return with_release_ratio(sae, ratio, harvested)
 
 
-def _held_out(
+def check_width(sae: SparseAutoencoder, lm: LanguageModel, name: str) -> None:
+    """Raise `UserError` unless the autoencoder ``name`` takes what the model's blocks put out."""
+    if sae.cfg.d_in != lm.d_model:
+        raise UserError(
+            f"The autoencoder {name} takes activations of width {sae.cfg.d_in}, but the blocks of {lm.name} put out "
+            f"{lm.d_model}; name the model that it was trained on."
+        )
+
+
+def held_out(
     config: TrainConfig, data: str, text: TextConfig, lm: LanguageModel, sequences: int, seed: int
 ) -> tuple[TokenBatch, dict[str, Any] | None]:
     """At most so many sequences that the run did not train on; what they are of, None for its own evaluation part."""
@@ -477,9 +518,15 @@ def _held_out(
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit status."""
+    from tsae import compare  # which imports this module
+
     with report_errors() as status:
         arguments = parse(Arguments, sys.argv[1:] if argv is None else argv, None, "python -m tsae.evaluate")
+        if compare.is_wanted(arguments):
+            compare.compare(arguments)
+            return status.code
         result = evaluate_run(arguments)
+        compare.write_results(arguments, {arguments.run.name: result})
         console = Console()
         if arguments.release_ratio is None:
             source = read_source(arguments.run)

@@ -69,10 +69,15 @@ def metric(metrics: dict[str, Any], key: str) -> Any:
     return value
 
 
-def print_comparison(runs: dict[str, dict[str, Any]], console: Console | None = None) -> None:
-    """Print the runs of a `sweep.json` side by side, and below them why any of them stopped."""
-    table = Table(title="Sweep", title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("\nrun", overflow="fold")
+def print_comparison(
+    runs: dict[str, dict[str, Any]], console: Console | None = None, title: str = "Sweep", what: str = "run"
+) -> None:
+    """Print the runs of a `sweep.json` side by side, and below them why any of them stopped.
+
+    title, what: of the table, and of its first column
+    """
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(f"\n{what}", overflow="fold")
     for heading, _, digits in _COMPARED:
         width = max(len(line) for line in (*heading.split("\n"), f"{-0.5:.{digits}f}"))
         table.add_column(heading, justify="right", no_wrap=True, min_width=width)

@@ -239,7 +239,7 @@ def test_bad_directories_are_named(tmp_path: Path) -> None:
     values = json.loads((tmp_path / "cfg.json").read_text())
     values["metadata"]["tsae"]["d_sae"] = 41
     (tmp_path / "cfg.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match=r"W_enc is \(12, 40\); cfg.json asks for \(12, 41\)"):
+    with pytest.raises(UserError, match=r"W_enc is \(12, 40\); \(12, 41\) is wanted"):
         SparseAutoencoder.load(tmp_path)
     (tmp_path / "sae_weights.safetensors").write_bytes(b"\0" * 50)
     with pytest.raises(UserError, match="damaged"):

@@ -65,6 +65,10 @@ class LanguageModelMetrics(Accumulator):
         self._add(f"{run}/loss", loss)
         self._add(f"{run}/divergence", divergence)
 
+    def divergence(self, run: str) -> float:
+        """Mean KL divergence of a run from the untouched one, nats per token."""
+        return ratio(self._get(f"{run}/divergence"), self._get(f"{run}/tokens"))
+
     def compute(self) -> dict[str, float]:
         """`ce_loss_*`, `ce_loss_score`, `ce_loss_score_mean_ablation` and `kl_div_score` as finite floats."""
         ce = {run: ratio(self._get(f"{run}/loss"), self._get(f"{run}/tokens")) for run in self.RUNS}

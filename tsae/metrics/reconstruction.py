@@ -57,7 +57,9 @@ class ReconstructionMetrics(Accumulator):
         flat = h.reshape(-1, h.shape[-1])
         if n < counted.numel():
             flat = flat.masked_fill(~counted.flatten()[:, None], 0)
-        self._add("active", weights @ (flat > 0).to(h.dtype))  # [d_sae]
+        active = flat > 0
+        self._add("active", weights @ active.to(h.dtype))  # [d_sae]
+        self._add("sequences_active", active.view(h.shape).any(dim=1).sum(dim=0))  # [d_sae]
         self._add("l1", (weights @ flat).sum(dtype=torch.float64))
 
         x = x[counted].to(torch.float64)  # [n, d]
@@ -75,6 +77,8 @@ class ReconstructionMetrics(Accumulator):
         self._add("dimensions", float(n * x.shape[1]))
         self._add("y", y.sum(dim=0))
         self._add("y_square", y.square().sum(dim=0))
+        self._add("norm_x", norm_x.sum())
+        self._add("norm_xhat", norm_xhat.sum())
         self._add("x_square", norm_x.square().sum())
         self._add("residual", residual.sum())
         self._add("legacy", torch.where(centred > 0, 1 - residual / centred, 0).sum())
@@ -114,6 +118,15 @@ class ReconstructionMetrics(Accumulator):
     def density(self) -> Tensor:
         """[d_sae] float64 on the CPU: share of the counted positions at which each feature is active."""
         return self._get("active") / max(self.tokens, 1)
+
+    def norms(self) -> tuple[float, float]:
+        """E|x| and E|xhat|."""
+        n = self._get("tokens")
+        return ratio(self._get("norm_x"), n), ratio(self._get("norm_xhat"), n)
+
+    def tokens_per_sequence(self) -> Tensor:
+        """[d_sae] float64 on the CPU: active positions of each feature in the sequences where it is active at all."""
+        return self._get("active") / self._get("sequences_active").clamp(min=1)
 
     def compute(self) -> dict[str, float]:
         """Every metric of the class docstring, as finite Python floats."""

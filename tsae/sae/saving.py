@@ -4,6 +4,8 @@ relu is saved as SAELens's `standard`, topk as `topk`, batchtopk and jumprelu as
 for `gelu`, `schmitt`, `jumprelu_schmitt` and layer normalization: they carry an architecture name of their own, so
 that a reader who does not know them refuses instead of computing something else. Matryoshka groups matter in training
 alone.
+
+Directories that SAELens itself wrote are read by `tsae.formats.saelens`.
 """
 
 from __future__ import annotations
@@ -13,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from tsae.config import SAEConfig, from_dict, load_json
 from tsae.errors import UserError
@@ -39,6 +40,8 @@ def architecture(cfg: SAEConfig) -> str:
         return f"tsae_{cfg.activation}_layer_norm_{cfg.layer_norm}"
     if cfg.hysteresis == "two-sided":
         return f"tsae_{cfg.activation}_two_sided"
+    if cfg.input_scale != 1.0 and cfg.activation in ARCHITECTURE:
+        return f"tsae_{cfg.activation}_scaled"
     return ARCHITECTURE.get(cfg.activation, f"tsae_{cfg.activation}")
 
 
@@ -84,55 +87,27 @@ def save(sae: SparseAutoencoder, directory: Path, metadata: dict[str, object]) -
 
 
 def load(directory: Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
-    """Read an autoencoder written by `save` or by SAELens (standard, topk, jumprelu), in ``eval()`` mode.
+    """Read an autoencoder written by `save`, or by SAELens (`tsae.formats.saelens`), in ``eval()`` mode.
 
     Raises:
         UserError: a file is missing or broken, the architecture is not known, or a tensor has the wrong shape.
     """
+    from tsae.formats import saelens
+    from tsae.formats.tensors import expect, read_safetensors
     from tsae.sae.model import SparseAutoencoder
 
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
             raise UserError(f"{directory} holds no autoencoder: it has no {name}; name a run's sae/ directory.")
-    cfg = _config(load_json(directory / CONFIG), directory)
-    try:
-        weights = load_file(directory / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{directory / WEIGHTS} cannot be read ({error}); the file is damaged.") from None
-    sae = SparseAutoencoder(cfg).eval()
-    expected = {name: tensor for name, tensor in sae.state_dict().items() if name not in LOGARITHMS}
-    optional = {"threshold", "release"}
-    for name, tensor in expected.items():
-        if name not in weights:
-            needed = name == "threshold" and cfg.activation in ("jumprelu", "schmitt", "jumprelu_schmitt")
-            if name in optional and not needed:
-                continue
-            raise UserError(f"{directory / WEIGHTS} has no tensor {name}; it has {sorted(weights)}.")
-        if weights[name].shape != tensor.shape:
-            got, wanted = tuple(weights[name].shape), tuple(tensor.shape)
-            raise UserError(f"{directory / WEIGHTS}: {name} is {got}; cfg.json asks for {wanted}.")
-    values = {name: weights.get(name, tensor).float() for name, tensor in expected.items()}
-    sae.load_state_dict(values, strict=False)  # all but LOGARITHMS
+    own = (load_json(directory / CONFIG).get("metadata") or {}).get("tsae")
+    if own is None:
+        return saelens.read(directory).to(device)
+    sae = SparseAutoencoder(from_dict(SAEConfig, own)).eval()
+    tensors = read_safetensors(directory / WEIGHTS)
+    shapes = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items() if name not in LOGARITHMS}
+    for name, users in (("threshold", THRESHOLD), ("release", RELEASE)):
+        if sae.cfg.activation not in users:
+            del shapes[name]
+    sae.load_state_dict(expect(directory / WEIGHTS, tensors, shapes), strict=False)  # all but LOGARITHMS
     sae.adopt_thresholds()
     return sae.to(device)
-
-
-def _config(values: dict[str, Any], directory: Path) -> SAEConfig:
-    own = (values.get("metadata") or {}).get("tsae")
-    if own is not None:
-        return from_dict(SAEConfig, own)
-    kinds = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}
-    kind = values.get("architecture")
-    if kind not in kinds:
-        raise UserError(f"{directory / CONFIG} is of architecture {kind!r}; this version reads {sorted(kinds)}.")
-    for name in ("d_in", "d_sae"):
-        if not isinstance(values.get(name), int):
-            raise UserError(f"{directory / CONFIG} has {name} = {values.get(name)!r}; it must be a whole number.")
-    return SAEConfig(
-        d_in=values["d_in"],
-        d_sae=values["d_sae"],
-        activation=kinds[kind],  # type: ignore[arg-type]
-        k=values.get("k", min(32, values["d_sae"])),
-        unit_norm_decoder=False,
-        apply_b_dec_to_input=bool(values.get("apply_b_dec_to_input", True)),
-    )

@@ -1,0 +1,166 @@
+"""An autoencoder in another library's form: `python -m tsae.export RUN --to saelens|dictionary_learning --out DIR`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from tsae.cli import parse, report_errors
+from tsae.config import LENGTH, TrainConfig, from_dict, load_json
+from tsae.data.harvest import Harvester
+from tsae.data.sequences import SequenceStream
+from tsae.data.text import open_text
+from tsae.errors import UserError
+from tsae.formats import dictionary_learning, load
+from tsae.formats.forms import plain_form, without_hysteresis
+from tsae.progress import console
+from tsae.sae.model import SCHMITT, SparseAutoencoder
+from tsae.sae.release import with_release_ratio
+
+__all__ = ["Arguments", "export", "main"]
+
+MEASURED = ("eval.json", "eval_source.json", "sae/sparsity.safetensors")
+
+
+@dataclass
+class Arguments:
+    """Write a run's autoencoder in another library's form, with its metrics."""
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run directory, or an autoencoder in any known format."""
+    to: Literal["saelens", "dictionary_learning"]
+    """saelens: cfg.json and sae_weights.safetensors; dictionary_learning: trainer_0/ae.pt and config.json."""
+    out: Path
+    """The directory to write, new or empty."""
+    drop_hysteresis: bool = False
+    """Export a plain threshold in place of hysteresis, which no other library computes: the one that keeps as many
+    features active on a sample of the run's training text. Its metrics are measured anew, on the run's evaluation
+    text, and stand in eval.json beside it."""
+
+
+def export(arguments: Arguments) -> Path:
+    """Do as ``arguments`` say; the directory written, which is whole or not there.
+
+    Raises:
+        UserError: the other library has no form for the autoencoder, ``out`` holds something, or what is needed to
+            measure anew cannot be read.
+    """
+    out, library = arguments.out, {"saelens": "SAELens"}.get(arguments.to, arguments.to)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not an empty directory; name a new one.")
+    source = Path(arguments.source).expanduser()
+    sae = load(arguments.source)
+    run = source if (source / "config.json").is_file() and (source / "sae").is_dir() else None
+    dropping = arguments.drop_hysteresis and sae.cfg.activation in SCHMITT
+    plain_form(without_hysteresis(sae) if dropping else sae, library)
+    metadata = _metadata(source if run is None else run / "sae")
+    with _directory(out) as directory:
+        if dropping:
+            if run is None:
+                raise UserError(f"{source} is not a run's directory, which --drop-hysteresis needs to measure anew.")
+            sae, factor = _measured_without_hysteresis(sae, run, directory)
+            metadata |= {"hysteresis_dropped": {"threshold_factor": factor}}
+        elif run is not None:
+            _copy_measured(run, directory)
+        _writers()[arguments.to](without_hysteresis(sae), directory, metadata)
+        if arguments.to == "saelens" and (directory / "sae").is_dir():  # SAELens keeps its sparsity beside the weights
+            (directory / "sae" / "sparsity.safetensors").rename(directory / "sparsity.safetensors")
+        shutil.rmtree(directory / "sae", ignore_errors=True)
+    return out
+
+
+def _writers() -> dict[str, Callable[[SparseAutoencoder, Path, dict[str, Any]], None]]:
+    return {
+        "saelens": lambda sae, directory, metadata: sae.save(directory, **metadata),
+        "dictionary_learning": dictionary_learning.write,
+    }
+
+
+def _metadata(directory: Path) -> dict[str, Any]:
+    """What a directory in SAELens's format says of the model and the text; nothing for others."""
+    if not (directory / "cfg.json").is_file():
+        return {}
+    metadata = load_json(directory / "cfg.json").get("metadata") or {}
+    own = ("tsae", "sae_lens_version", "sae_lens_training_version")
+    return {name: value for name, value in metadata.items() if name not in own}
+
+
+def _copy_measured(run: Path, directory: Path) -> None:
+    """The run's metrics: the exported autoencoder computes the same."""
+    for name in MEASURED:
+        if (run / name).is_file():
+            (directory / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(run / name, directory / name)
+
+
+def _measured_without_hysteresis(sae: SparseAutoencoder, run: Path, directory: Path) -> tuple[SparseAutoencoder, float]:
+    """``sae`` with a plain threshold, and the factor on its own; its metrics go into ``directory``."""
+    from tsae.evaluate import check_width, evaluate, evaluation_progress, held_out, write_eval
+    from tsae.lm.loading import load_language_model
+
+    config = from_dict(TrainConfig, load_json(run / "config.json"))
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    lm = load_language_model(config.model, device=device, dtype=config.lm_dtype, revision=config.revision)
+    check_width(sae, lm, str(run))
+
+    def training(epoch: int) -> Iterator[Any]:
+        return open_text(config.data, part="train", seed=config.stream_seed, config=config.text, epoch=epoch)
+
+    stream = SequenceStream(training, lm.tokenizer, LENGTH)
+    harvester = Harvester(lm, config.layer, stream, batch=config.buffer.harvest_batch, dtype=torch.float32)
+    sample = list(harvester.batches(harvester.tokenize(config.evaluation.sequences)))
+    _, factor, l0 = with_release_ratio(sae, 1.0, sample)
+    if l0 == 0:
+        raise UserError("No feature is active on the run's training text, so no threshold can be found; check the run.")
+    plain = without_hysteresis(sae, factor)
+    batch, source = held_out(config, config.data, config.text, lm, config.evaluation.sequences, config.stream_seed)
+    with evaluation_progress() as progress:
+        result = evaluate(
+            plain.to(lm.device),
+            lm,
+            [batch],
+            layer=config.layer,
+            ce_sequences=config.evaluation.ce_sequences,
+            lm_batch=config.evaluation.lm_batch,
+            harvest_batch=config.buffer.harvest_batch,
+            seed=config.stream_seed,
+            progress=progress,
+        )
+    write_eval(result, directory, source)
+    return plain.cpu(), factor
+
+
+@contextmanager
+def _directory(out: Path) -> Iterator[Path]:
+    """A temporary neighbour of ``out`` that takes its place when the block ends without an error."""
+    temporary = out.absolute().with_name(f".{out.absolute().name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed export
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, out.absolute())
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}); name another directory.") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; the exit status, 2 for bad input."""
+    with report_errors() as status:
+        arguments = parse(Arguments, sys.argv[1:] if argv is None else argv, None, "python -m tsae.export")
+        console.print(f"Written: {export(arguments)}", soft_wrap=True)
+    return status.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Where `tsae` plugs into other libraries. Each module imports its library, which `tsae` itself does not need."""

@@ -1,0 +1,154 @@
+"""An evaluation in the form of SAEBench's core results (`eval_output_schema_core.json` of sae-bench 0.6.0).
+
+SAEBench's fields hold what SAEBench defines, so that they stand beside its own tables, its known errors included
+(docs/metrics.md): `explained_variance` is nearly uncentred, and `mse` is the squared error summed over dimensions and
+divided by the tokens of a batch. Our own `eval.json`, the temporal metrics with it, is in `eval_result_unstructured`.
+
+What is not the same as in SAEBench: the first position (BOS) keeps its activation in every run of the language model,
+also under zero ablation (`tsae.evaluate.evaluate` says why); KL and cross-entropy are means over predictions within one
+document.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+import uuid
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tsae.config import LENGTH, TrainConfig
+from tsae.evaluate import EvaluationResult
+from tsae.sae.model import SparseAutoencoder
+
+__all__ = ["core_output"]
+
+CHUNK = 1024  # rows of the matrix of cosines held at once
+
+
+@torch.no_grad()
+def core_output(name: str, sae: SparseAutoencoder, result: EvaluationResult, config: TrainConfig) -> dict[str, Any]:
+    """The content of a results file of SAEBench's core evaluation.
+
+    name: of the autoencoder
+    config: the language model, layer, text and sizes that `result` was measured with
+    """
+    metrics, density = result.metrics, result.density
+    batch = config.buffer.harvest_batch
+    predicted = min(config.evaluation.ce_sequences * LENGTH, result.tokens)
+    encoder, decoder = functional.normalize(sae.W_enc.T.float()), functional.normalize(sae.W_dec.float())
+    max_encoder, max_decoder = _max_cosine(encoder), _max_cosine(decoder)
+    per_sequence = result.tokens_per_sequence if result.tokens_per_sequence is not None else torch.zeros(len(density))
+    features = {
+        "feature_density": density,
+        "consistent_activation_heuristic": per_sequence,
+        "encoder_bias": sae.b_enc,
+        "encoder_norm": sae.W_enc.norm(dim=0),
+        "encoder_decoder_cosine_sim": (encoder * decoder).sum(dim=1),
+        "max_decoder_cosine_sim": max_decoder,
+        "max_encoder_cosine_sim": max_encoder,
+    }
+    columns = {key: value.detach().cpu().double().tolist() for key, value in features.items()}
+    hook = f"blocks.{config.layer}.hook_resid_post"
+    return {
+        "eval_type_id": "core",
+        "eval_config": {
+            "model_name": config.model,
+            "llm_dtype": config.lm_dtype,
+            "batch_size_prompts": batch,
+            "n_eval_reconstruction_batches": math.ceil(predicted / LENGTH / batch),
+            "n_eval_sparsity_variance_batches": math.ceil(result.tokens / LENGTH / batch),
+            "dataset": config.data,
+            "context_size": LENGTH,
+            "compute_kl": True,
+            "compute_ce_loss": True,
+            "compute_l2_norms": True,
+            "compute_sparsity_metrics": True,
+            "compute_variance_metrics": True,
+            "compute_featurewise_density_statistics": True,
+            "compute_featurewise_weight_based_metrics": True,
+            "exclude_special_tokens_from_reconstruction": True,
+            "verbose": False,
+        },
+        "eval_id": str(uuid.uuid4()),
+        "datetime_epoch_millis": int(time.time() * 1000),
+        "eval_result_metrics": {
+            "model_behavior_preservation": {
+                "kl_div_score": metrics["kl_div_score"],
+                "kl_div_with_ablation": result.kl_divergence["with_ablation"],
+                "kl_div_with_sae": result.kl_divergence["with_sae"],
+            },
+            "model_performance_preservation": {
+                key: metrics[key]
+                for key in ("ce_loss_score", "ce_loss_with_ablation", "ce_loss_with_sae", "ce_loss_without_sae")
+            },
+            "reconstruction_quality": {
+                "explained_variance": metrics["explained_variance_saebench"],
+                "explained_variance_legacy": metrics["explained_variance_legacy"],
+                "mse": metrics["mse"] * sae.cfg.d_in / min(batch * LENGTH, result.tokens),
+                "cossim": metrics["cossim"],
+            },
+            "shrinkage": {
+                "l2_norm_in": result.norms[0],
+                "l2_norm_out": result.norms[1],
+                "l2_ratio": metrics["l2_ratio"],
+                "relative_reconstruction_bias": metrics["relative_reconstruction_bias"],
+            },
+            "sparsity": {"l0": metrics["l0"], "l1": metrics["l1"]},
+            "token_stats": {
+                "total_tokens_eval_reconstruction": predicted,
+                "total_tokens_eval_sparsity_variance": result.tokens,
+            },
+            "misc_metrics": {
+                **_frequencies(density),
+                "average_max_encoder_cosine_sim": float(max_encoder.mean()),
+                "average_max_decoder_cosine_sim": float(max_decoder.mean()),
+                "frac_alive": metrics["frac_alive"],
+            },
+        },
+        "eval_result_details": [
+            {"index": i} | {key: column[i] for key, column in columns.items()} for i in range(sae.cfg.d_sae)
+        ],
+        "eval_result_unstructured": {"tsae": metrics},
+        "sae_bench_commit_hash": f"tsae {_version()}",
+        "sae_lens_id": name,
+        "sae_lens_release_id": None,
+        "sae_lens_version": None,
+        "sae_cfg_dict": dataclasses.asdict(sae.cfg)
+        | {"model_name": config.model, "hook_name": hook, "hook_layer": config.layer},
+    }
+
+
+def _max_cosine(unit: Tensor) -> Tensor:
+    """(d_sae), for each unit vector of (d_sae, d_in) the greatest cosine with another."""
+    if len(unit) < 2:
+        return unit.new_zeros(len(unit))
+    greatest = unit.new_empty(len(unit))
+    for start in range(0, len(unit), CHUNK):
+        cosines = unit[start : start + CHUNK] @ unit.T
+        cosines[:, start : start + CHUNK].fill_diagonal_(-1.0)
+        greatest[start : start + CHUNK] = cosines.max(dim=1).values
+    return greatest
+
+
+def _frequencies(density: Tensor) -> dict[str, float]:
+    """Shares of the features, and of all activations, that belong to features active more often than 1 % and 10 %."""
+    total = float(density.sum())
+    out = {}
+    for percent in (1, 10):
+        frequent = density > percent / 100
+        out[f"freq_over_{percent}_percent"] = float(frequent.double().mean())
+        out[f"normalized_freq_over_{percent}_percent"] = float(density[frequent].sum()) / total if total else 0.0
+    return out
+
+
+def _version() -> str:
+    try:
+        return version("tsae")
+    except PackageNotFoundError:  # run from the source tree
+        return "unknown"

@@ -1,0 +1,226 @@
+"""In SAELens's own trainer and loader: temporal objectives for training, and hysteresis for inference.
+
+Importing this module registers, with SAELens's registry,
+
+* the training SAEs `temporal_topk` and `temporal_batchtopk`: SAELens's TopK and BatchTopK, AuxK included, with one of
+  our temporal objectives on top. They are saved for inference as SAELens's `topk` and `jumprelu`, so that what comes
+  out is an ordinary SAE;
+* the SAEs `tsae_schmitt` and `tsae_jumprelu_schmitt`, so that ``SAE.load_from_disk(run / "sae")`` reads a run with
+  hysteresis as it is.
+
+A temporal objective needs whole sequences, and SAELens's own activation store shuffles tokens. So the trainer's data
+provider must be a `SequenceBatches`, and the SAE must `follow` it; an example is examples/train_with_sae_lens.py.
+
+Needs sae-lens 6.54 (``pip install 'tsae[peers]'``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tsae.config import ObjectiveConfig
+from tsae.errors import UserError
+from tsae.sae.normalization import InputNormalizer
+from tsae.sae.objectives import bands_for, temporal_term
+from tsae.sae.temporal_objectives import Pairs, draw_pairs
+from tsae_kernels import activate_with_stats, temporal_stats
+
+try:
+    from sae_lens import register_sae_class, register_sae_training_class
+    from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+    from sae_lens.saes.sae import SAE, SAEConfig, TrainCoefficientConfig, TrainStepInput
+    from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+except ImportError as error:
+    raise UserError(
+        f"tsae.integrations.sae_lens needs sae-lens, which cannot be imported ({error}); pip install 'tsae[peers]'."
+    ) from None
+
+__all__ = [
+    "SchmittSAE",
+    "SequenceBatches",
+    "TemporalBatchTopKTrainingSAE",
+    "TemporalBatchTopKTrainingSAEConfig",
+    "TemporalTopKTrainingSAE",
+    "TemporalTopKTrainingSAEConfig",
+]
+
+
+class SequenceBatches(Iterator[Tensor]):
+    """A data provider of SAELens's trainer that keeps sequences whole: (B * T, d_in) float32, one after the other.
+
+    Args:
+        batches: pairs of activations (B, T, d_in) and segments (B, T), such as `tsae.data.harvest.Harvester` gives.
+        normalizer: centring and scaling of the activations, None for none. SAELens scales, but does not centre, and a
+            residual stream's mean is many times its spread; afterwards `SparseAutoencoder.folded` puts it into the
+            weights.
+
+    ``segments`` is (B, T), the ids of the batch that was given last; None before the first.
+    """
+
+    def __init__(self, batches: Iterable[tuple[Tensor, Tensor]], normalizer: InputNormalizer | None = None) -> None:
+        self._batches, self._normalizer = iter(batches), normalizer
+        self.segments: Tensor | None = None
+
+    def __next__(self) -> Tensor:
+        x, self.segments = next(self._batches)
+        x = x.float() if self._normalizer is None else self._normalizer(x)
+        return x.flatten(0, 1)
+
+
+@dataclass
+class _TemporalConfig:
+    """The fields that both training SAEs add to SAELens's.
+
+    temporal: `contrastive`, `multiscale`, `window` or `slow`
+    temporal_coefficient, temporal_warm_up_steps: the term's weight, and the steps over which it rises to it
+    temporal_options: others of `ObjectiveConfig`, such as {"temperature": 0.1, "group": 512}
+    temporal_seed: of the contrastive objective's pairs
+    """
+
+    temporal: str = "contrastive"
+    temporal_coefficient: float = 1.0
+    temporal_warm_up_steps: int = 0
+    temporal_options: dict[str, Any] = field(default_factory=dict)
+    temporal_seed: int = 0
+
+    def objective(self) -> ObjectiveConfig:
+        """The objective, checked; `UserError` for an option that it has not, or a value that makes no sense."""
+        try:
+            objective = ObjectiveConfig(temporal=self.temporal, **self.temporal_options)  # type: ignore[arg-type]
+        except TypeError:
+            raise UserError(
+                f"temporal_options is {self.temporal_options}; ObjectiveConfig has no such field."
+            ) from None
+        objective.check()
+        return objective
+
+
+@dataclass
+class TemporalTopKTrainingSAEConfig(TopKTrainingSAEConfig, _TemporalConfig):
+    """SAELens's TopK with a temporal objective; saved for inference as `topk`."""
+
+    @classmethod
+    def architecture(cls) -> str:
+        return "temporal_topk"
+
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return TopKSAEConfig
+
+
+@dataclass
+class TemporalBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig, _TemporalConfig):
+    """SAELens's BatchTopK with a temporal objective; saved for inference as `jumprelu`."""
+
+    @classmethod
+    def architecture(cls) -> str:
+        return "temporal_batchtopk"
+
+
+class _Temporal:
+    """What both training SAEs add to SAELens's: one loss, `temporal_loss`, on the batch's sequences."""
+
+    cfg: Any
+    batches: SequenceBatches | None = None
+
+    def follow(self, batches: SequenceBatches) -> None:
+        """Take the sequences of a step's batch from ``batches``, which must be the trainer's data provider."""
+        self.batches = batches
+
+    def get_coefficients(self) -> dict[str, Any]:
+        own = TrainCoefficientConfig(self.cfg.temporal_coefficient, self.cfg.temporal_warm_up_steps)
+        return {**super().get_coefficients(), "temporal": own}  # type: ignore[misc]
+
+    def calculate_aux_loss(
+        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
+    ) -> dict[str, Tensor]:
+        losses = super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)  # type: ignore[misc]
+        term = self._temporal_term(feature_acts, step_input.n_training_steps)
+        return {**losses, "temporal_loss": step_input.coefficients["temporal"] * term}
+
+    def _temporal_term(self, feature_acts: Tensor, step: int) -> Tensor:
+        segments = None if self.batches is None else self.batches.segments
+        if segments is None or segments.numel() != feature_acts.shape[0]:
+            raise UserError(
+                "A temporal objective needs whole sequences, which SAELens's own activation store shuffles; give the "
+                "trainer a SequenceBatches as its data provider, and call sae.follow with it."
+            )
+        objective = self.cfg.objective()
+        h = feature_acts.to_dense() if feature_acts.is_sparse else feature_acts
+        h = h.reshape(*segments.shape, -1)  # [B, T, d_sae]
+        pairs = None
+        if "contrastive" in objective.temporal:
+            generator = torch.Generator().manual_seed(self.cfg.temporal_seed + step)
+            pairs = draw_pairs(segments.cpu(), objective.offset, objective.pairs, generator)
+            pairs = Pairs(*(index.to(h.device) for index in pairs))
+        segments = segments.to(h.device)
+        return temporal_term(h, temporal_stats(h, bands_for(objective), segments), objective, segments, None, pairs)
+
+
+class TemporalTopKTrainingSAE(_Temporal, TopKTrainingSAE):
+    """`temporal_topk`: SAELens's TopK with a temporal objective."""
+
+
+class TemporalBatchTopKTrainingSAE(_Temporal, BatchTopKTrainingSAE):
+    """`temporal_batchtopk`: SAELens's BatchTopK with a temporal objective."""
+
+
+@dataclass
+class SchmittSAEConfig(SAEConfig):
+    """Hysteresis with a threshold and a release for every feature; how they were found does not matter here."""
+
+    @classmethod
+    def architecture(cls) -> str:
+        return "tsae_schmitt"
+
+
+@dataclass
+class LearnedSchmittSAEConfig(SchmittSAEConfig):
+    """The same of learned thresholds."""
+
+    @classmethod
+    def architecture(cls) -> str:
+        return "tsae_jumprelu_schmitt"
+
+
+class SchmittSAE(SAE[SchmittSAEConfig]):
+    """Our hysteresis for inference in SAELens.
+
+    ``encode`` takes (..., T, d_in), T along one sequence; its first position is BOS in SAELens, where hysteresis starts
+    anew, as it did in training, which left BOS out.
+    """
+
+    b_enc: nn.Parameter
+    threshold: nn.Parameter
+    release: nn.Parameter
+
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        for name in ("b_enc", "threshold", "release"):
+            value = torch.zeros(self.cfg.d_sae, dtype=self.dtype, device=self.device)
+            setattr(self, name, nn.Parameter(value))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Features (..., T, d_sae)."""
+        pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
+        rows = pre.reshape(-1, pre.shape[-2] if pre.dim() > 1 else 1, pre.shape[-1])  # [B, T, d_sae]
+        segments = torch.ones(rows.shape[:2], dtype=torch.int32, device=rows.device)
+        segments[:, 0] = 0
+        thresholds = self.threshold.detach(), self.release.detach()
+        h, _ = activate_with_stats(rows, None, "relu", *thresholds, ((1, 1),), segments)
+        return self.hook_sae_acts_post(h.reshape(pre.shape))
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """Reconstruction (..., T, d_in)."""
+        out = self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
+        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(out), self.d_head)
+
+
+register_sae_training_class("temporal_topk", TemporalTopKTrainingSAE, TemporalTopKTrainingSAEConfig)
+register_sae_training_class("temporal_batchtopk", TemporalBatchTopKTrainingSAE, TemporalBatchTopKTrainingSAEConfig)
+register_sae_class("tsae_schmitt", SchmittSAE, SchmittSAEConfig)
+register_sae_class("tsae_jumprelu_schmitt", SchmittSAE, LearnedSchmittSAEConfig)
