@@ -1,13 +1,6 @@
 """Evaluate a sparse autoencoder: `python -m tsae.evaluate RUN`, and the functions the trainer calls.
 
-Which text it is measured on: the evaluation part of the run's own text, or with `--data` other text. No document
-that the run's own split put on the training side is ever used. The run's split (`text.threshold` of its
-config.json) holds for other text too, so whatever of that lies on the evaluation side was not trained on, even if
-it is a copy or a part of the run's text. Where that is less than one sequence, all of the other text is used but
-the documents in the training part of the run's text, which is read for the purpose.
-
-The limit of this: documents (passages of about 2,000 characters, for plain text) are compared as wholes. The same
-words cut in another way, as the passages of a book in one file and its chapters in another, are not recognised.
+Which text it is measured on: `tsae.held_out`.
 """
 
 from __future__ import annotations
@@ -17,7 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,12 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tsae.cli import parse, report_errors
-from tsae.config import LENGTH, TrainConfig, from_dict, load_json
-from tsae.data.passages import Document
-from tsae.data.sequences import SequenceStream, TokenBatch, TooShortError
-from tsae.data.text import TextConfig, absolute_source, is_same_source, open_text, open_unseen, split_threshold
+from tsae.config import LENGTH
+from tsae.data.sequences import TokenBatch
 from tsae.errors import UserError
 from tsae.files import replacing, write_json
+from tsae.held_out import held_out, read_run, source_of
 from tsae.lm.hooks import activations, logits_with
 from tsae.lm.loading import LanguageModel, load_language_model
 from tsae.metrics import (
@@ -365,20 +357,13 @@ def evaluate_run(arguments: Arguments) -> EvaluationResult:
     a value that makes no sense, or text or a model that cannot be read.
     """
     run = arguments.run
-    if not run.is_dir():
-        raise UserError(f"There is no run directory {run}; name the directory that training wrote.")
-    config = from_dict(TrainConfig, load_json(run / "config.json"))
-    if not (run / "sae" / "cfg.json").is_file():
-        raise UserError(f"{run} has no trained autoencoder in sae/; let training finish, or resume it.")
+    config = read_run(run)
     for name in ("tokens", "ce_sequences"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
     seed = config.stream_seed if arguments.seed is None else arguments.seed
-    data = config.data
-    if arguments.data is not None and not is_same_source(arguments.data, config.data):
-        data = absolute_source(arguments.data)
-    text = config.text if arguments.column is None else replace(config.text, column=arguments.column)
+    source = source_of(config, arguments.data, arguments.column)
     device = config.device if arguments.device is None else arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -390,7 +375,7 @@ def evaluate_run(arguments: Arguments) -> EvaluationResult:
     sequences = config.evaluation.sequences
     if arguments.tokens is not None:
         sequences = math.ceil(arguments.tokens / LENGTH)
-    batch, source = _held_out(config, data, text, lm, sequences, seed)
+    batch, _, named = held_out(config, source, lm, sequences, seed)
     ce_sequences = arguments.ce_sequences or config.evaluation.ce_sequences
     with evaluation_progress() as progress:
         result = evaluate(
@@ -404,31 +389,9 @@ def evaluate_run(arguments: Arguments) -> EvaluationResult:
             seed=seed,
             progress=progress,
         )
-    write_eval(result, run, source)
+    write_eval(result, run, named)
     write_report(run)
     return result
-
-
-def _held_out(
-    config: TrainConfig, data: str, text: TextConfig, lm: LanguageModel, sequences: int, seed: int
-) -> tuple[TokenBatch, dict[str, Any] | None]:
-    """At most so many sequences that the run did not train on; what they are of, None for its own evaluation part."""
-
-    def batch(documents: Iterator[Document]) -> TokenBatch:
-        return SequenceStream(lambda epoch: documents, lm.tokenizer, LENGTH, repeat=False).next_batch(sequences)
-
-    if data == config.data and text == config.text:
-        return batch(open_text(data, part="evaluation", seed=seed, config=text)), None
-    other = replace(text, threshold=split_threshold(config.data, config.text))
-    if Path(data).expanduser().exists():
-        other = replace(other, subset=None)  # the run's, of a hub dataset
-    source = {"data": data, "column": text.column}
-    try:
-        found = batch(open_text(data, part="evaluation", seed=seed, config=other))
-        return found, source | {"part": "the evaluation side of the run's split"}
-    except TooShortError:
-        documents = open_unseen(data, seed=seed, config=other, trained_on=config.data, trained_config=config.text)
-        return batch(documents), source | {"part": "all but the run's training text"}
 
 
 def main(argv: list[str] | None = None) -> int:
