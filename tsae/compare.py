@@ -18,11 +18,12 @@ from rich.console import Console
 
 from tsae.config import LENGTH, TrainConfig, from_dict, load_json
 from tsae.data.sequences import SequenceStream, TokenBatch, TooShortError
-from tsae.data.text import PYTHON_DOCS, TextConfig, absolute_source, is_same_source, open_text, split_threshold
+from tsae.data.text import PYTHON_DOCS, TextConfig, absolute_source, open_text, split_threshold
 from tsae.errors import UserError
-from tsae.evaluate import EvaluationResult, check_width, evaluate_all, evaluation_progress, held_out
+from tsae.evaluate import EvaluationResult, check_width, evaluate_all, evaluation_progress
 from tsae.files import write_json
 from tsae.formats import load
+from tsae.held_out import held_out, source_of
 from tsae.lm.hooks import check_layer
 from tsae.lm.loading import LanguageModel, load_language_model
 from tsae.sae.model import SparseAutoencoder
@@ -165,11 +166,8 @@ def _text(
     """The sequences to measure on, and the name of the text that they are of."""
     splits = {(run.data, run.text): run for run in runs.values()}
     if len(splits) == 1:  # as `python -m tsae.evaluate` of one of them
-        data = config.data
-        if arguments.data is not None and not is_same_source(arguments.data, data):
-            data = absolute_source(arguments.data)
-        text = config.text if arguments.column is None else replace(config.text, column=arguments.column)
-        return held_out(config, data, text, lm, sequences, seed)[0], data
+        source = source_of(config, arguments.data, arguments.column)
+        return held_out(config, source, lm, sequences, seed).batch, source.data
     if splits and arguments.data is None:
         raise UserError("The runs were trained on different text; name the text to compare them on, with --data.")
     data = absolute_source(arguments.data or PYTHON_DOCS)

@@ -1,15 +1,7 @@
 """Evaluate a sparse autoencoder: `python -m tsae.evaluate RUN`, and the functions the trainer calls.
 
-Autoencoders of other libraries, and several side by side: `tsae.compare`.
-
-Which text it is measured on: the evaluation part of the run's own text, or with `--data` other text. No document
-that the run's own split put on the training side is ever used. The run's split (`text.threshold` of its
-config.json) holds for other text too, so whatever of that lies on the evaluation side was not trained on, even if
-it is a copy or a part of the run's text. Where that is less than one sequence, all of the other text is used but
-the documents in the training part of the run's text, which is read for the purpose.
-
-The limit of this: documents (passages of about 2,000 characters, for plain text) are compared as wholes. The same
-words cut in another way, as the passages of a book in one file and its chapters in another, are not recognised.
+Autoencoders of other libraries, and several side by side: `tsae.compare`. Which text it is measured on:
+`tsae.held_out`.
 
 With `--release-ratio` the autoencoder is measured as one of another release ratio, at the L0 it had: its thresholds are
 multiplied by one factor, found on the run's own training text, as training found them (`tsae.sae.release`). What is
@@ -24,7 +16,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,12 +27,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tsae.cli import parse, report_errors
-from tsae.config import LENGTH, TrainConfig, from_dict, load_json
+from tsae.config import LENGTH, TrainConfig, load_json
+from tsae.data.harvest import Harvester
 from tsae.data.passages import Document
-from tsae.data.sequences import SequenceStream, TokenBatch, TooShortError
-from tsae.data.text import TextConfig, absolute_source, is_same_source, open_text, open_unseen, split_threshold
+from tsae.data.sequences import SequenceStream, TokenBatch
+from tsae.data.text import open_text
 from tsae.errors import UserError
 from tsae.files import replacing, write_json
+from tsae.held_out import held_out, read_run, source_of
 from tsae.lm.hooks import activations, logits_with
 from tsae.lm.loading import LanguageModel, load_language_model
 from tsae.metrics import (
@@ -53,7 +47,7 @@ from tsae.metrics import (
 from tsae.progress import bar
 from tsae.report import read_source, write_report
 from tsae.sae.model import SparseAutoencoder
-from tsae.sae.release import Released, check_releasable, with_release_ratio
+from tsae.sae.release import check_releasable, with_release_ratio
 from tsae.table import print_table
 
 __all__ = ["EvaluationResult", "evaluate", "evaluate_all", "evaluation_progress", "main", "write_eval"]
@@ -404,16 +398,7 @@ def evaluate_run(arguments: Arguments) -> EvaluationResult:
     a value that makes no sense, or text or a model that cannot be read.
     """
     run = arguments.run
-    if not run.is_dir():
-        raise UserError(f"There is no run directory {run}; name the directory that training wrote.")
-    if not (run / "config.json").is_file():
-        raise UserError(
-            f"{run} is not a run's directory (it has no config.json); of another autoencoder name the language model, "
-            "with --model and --layer."
-        )
-    config = from_dict(TrainConfig, load_json(run / "config.json"))
-    if not (run / "sae" / "cfg.json").is_file():
-        raise UserError(f"{run} has no trained autoencoder in sae/; let training finish, or resume it.")
+    config = read_run(run)
     for name in ("tokens", "ce_sequences"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -422,10 +407,7 @@ def evaluate_run(arguments: Arguments) -> EvaluationResult:
     if ratio is not None and not 0.0 <= ratio <= 1.0:
         raise UserError(f"--release-ratio is {ratio}; it must be from 0 to 1.")
     seed = config.stream_seed if arguments.seed is None else arguments.seed
-    data = config.data
-    if arguments.data is not None and not is_same_source(arguments.data, config.data):
-        data = absolute_source(arguments.data)
-    text = config.text if arguments.column is None else replace(config.text, column=arguments.column)
+    source = source_of(config, arguments.data, arguments.column)
     device = config.device if arguments.device is None else arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -440,8 +422,8 @@ def evaluate_run(arguments: Arguments) -> EvaluationResult:
     sequences = config.evaluation.sequences
     if arguments.tokens is not None:
         sequences = math.ceil(arguments.tokens / LENGTH)
-    batch, source = held_out(config, data, text, lm, sequences, seed)
-    released = None if ratio is None else _released(config, sae, lm, ratio)
+    batch, _, named = held_out(config, source, lm, sequences, seed)
+    released = None if ratio is None else with_release_ratio(sae, ratio, training_sample(config, lm))
     ce_sequences = arguments.ce_sequences or config.evaluation.ce_sequences
     with evaluation_progress() as progress:
         result = evaluate(
@@ -456,11 +438,11 @@ def evaluate_run(arguments: Arguments) -> EvaluationResult:
             progress=progress,
         )
     if ratio is None or released is None:
-        write_eval(result, run, source)
+        write_eval(result, run, named)
         write_report(run)
     else:
         release = {"ratio": ratio, "threshold_factor": released.factor, "training_l0": released.l0}
-        write_json(release_file(run, ratio), result.metrics | {"release": release, "source": source or {}})
+        write_json(release_file(run, ratio), result.metrics | {"release": release, "source": named or {}})
     return result
 
 
@@ -469,20 +451,16 @@ def release_file(run: Path, ratio: float) -> Path:
     return run / f"eval-release-{ratio:g}.json"
 
 
-@torch.no_grad()
-def _released(config: TrainConfig, sae: SparseAutoencoder, lm: LanguageModel, ratio: float) -> Released:
-    """``sae`` with another release ratio, calibrated on training text."""
+def training_sample(config: TrainConfig, lm: LanguageModel) -> list[tuple[Tensor, Tensor]]:
+    """Activations [N, T, d] float32 and segments [N, T] of as many sequences of a run's training text as its evaluation
+    takes: what a threshold that is found after training is found on."""
 
     def training(epoch: int) -> Iterator[Document]:
         return open_text(config.data, part="train", seed=config.stream_seed, config=config.text, epoch=epoch)
 
-    batch = SequenceStream(training, lm.tokenizer, LENGTH).next_batch(config.evaluation.sequences)
-    device = _device({"": sae})
-    harvested = []
-    for part in _split(batch, config.buffer.harvest_batch):
-        x = activations(lm, part.tokens, config.layer)[:, 1:].to(device, torch.float32)
-        harvested.append((x, part.segments.to(device)))
-    return with_release_ratio(sae, ratio, harvested)
+    stream = SequenceStream(training, lm.tokenizer, LENGTH)
+    harvester = Harvester(lm, config.layer, stream, batch=config.buffer.harvest_batch, dtype=torch.float32)
+    return [tuple(part) for part in harvester.batches(harvester.tokenize(config.evaluation.sequences))]
 
 
 def check_width(sae: SparseAutoencoder, lm: LanguageModel, name: str) -> None:
@@ -492,28 +470,6 @@ def check_width(sae: SparseAutoencoder, lm: LanguageModel, name: str) -> None:
             f"The autoencoder {name} takes activations of width {sae.cfg.d_in}, but the blocks of {lm.name} put out "
             f"{lm.d_model}; name the model that it was trained on."
         )
-
-
-def held_out(
-    config: TrainConfig, data: str, text: TextConfig, lm: LanguageModel, sequences: int, seed: int
-) -> tuple[TokenBatch, dict[str, Any] | None]:
-    """At most so many sequences that the run did not train on; what they are of, None for its own evaluation part."""
-
-    def batch(documents: Iterator[Document]) -> TokenBatch:
-        return SequenceStream(lambda epoch: documents, lm.tokenizer, LENGTH, repeat=False).next_batch(sequences)
-
-    if data == config.data and text == config.text:
-        return batch(open_text(data, part="evaluation", seed=seed, config=text)), None
-    other = replace(text, threshold=split_threshold(config.data, config.text))
-    if Path(data).expanduser().exists():
-        other = replace(other, subset=None)  # the run's, of a hub dataset
-    source = {"data": data, "column": text.column}
-    try:
-        found = batch(open_text(data, part="evaluation", seed=seed, config=other))
-        return found, source | {"part": "the evaluation side of the run's split"}
-    except TooShortError:
-        documents = open_unseen(data, seed=seed, config=other, trained_on=config.data, trained_config=config.text)
-        return batch(documents), source | {"part": "all but the run's training text"}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,13 +15,11 @@ import torch
 import tyro
 
 from tsae.cli import parse, report_errors
-from tsae.config import LENGTH, TrainConfig, from_dict, load_json
-from tsae.data.harvest import Harvester
-from tsae.data.sequences import SequenceStream
-from tsae.data.text import open_text
+from tsae.config import TrainConfig, from_dict, load_json
 from tsae.errors import UserError
 from tsae.formats import dictionary_learning, load
 from tsae.formats.forms import plain_form, without_hysteresis
+from tsae.held_out import held_out, source_of
 from tsae.progress import console
 from tsae.sae.model import SCHMITT, SparseAutoencoder
 from tsae.sae.release import with_release_ratio
@@ -104,7 +102,7 @@ def _copy_measured(run: Path, directory: Path) -> None:
 
 def _measured_without_hysteresis(sae: SparseAutoencoder, run: Path, directory: Path) -> tuple[SparseAutoencoder, float]:
     """``sae`` with a plain threshold, and the factor on its own; its metrics go into ``directory``."""
-    from tsae.evaluate import check_width, evaluate, evaluation_progress, held_out, write_eval
+    from tsae.evaluate import check_width, evaluate, evaluation_progress, training_sample, write_eval
     from tsae.lm.loading import load_language_model
 
     config = from_dict(TrainConfig, load_json(run / "config.json"))
@@ -112,17 +110,12 @@ def _measured_without_hysteresis(sae: SparseAutoencoder, run: Path, directory: P
     lm = load_language_model(config.model, device=device, dtype=config.lm_dtype, revision=config.revision)
     check_width(sae, lm, str(run))
 
-    def training(epoch: int) -> Iterator[Any]:
-        return open_text(config.data, part="train", seed=config.stream_seed, config=config.text, epoch=epoch)
-
-    stream = SequenceStream(training, lm.tokenizer, LENGTH)
-    harvester = Harvester(lm, config.layer, stream, batch=config.buffer.harvest_batch, dtype=torch.float32)
-    sample = list(harvester.batches(harvester.tokenize(config.evaluation.sequences)))
-    _, factor, l0 = with_release_ratio(sae, 1.0, sample)
+    _, factor, l0 = with_release_ratio(sae, 1.0, training_sample(config, lm))
     if l0 == 0:
         raise UserError("No feature is active on the run's training text, so no threshold can be found; check the run.")
     plain = without_hysteresis(sae, factor)
-    batch, source = held_out(config, config.data, config.text, lm, config.evaluation.sequences, config.stream_seed)
+    own = source_of(config, None, None)
+    batch, _, source = held_out(config, own, lm, config.evaluation.sequences, config.stream_seed)
     with evaluation_progress() as progress:
         result = evaluate(
             plain.to(lm.device),

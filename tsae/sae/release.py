@@ -47,7 +47,7 @@ def with_release_ratio(sae: SparseAutoencoder, ratio: float, batches: Sequence[t
 
     sae: with thresholds (`check_releasable`); left as it is
     ratio: from 0 to 1; 1 takes hysteresis away
-    batches: activations (B, T, d_in), in the units of the autoencoder's input, and segments (B, T)
+    batches: activations (B, T, d_in), in the units of the autoencoder's input, and segments (B, T), on any device
 
     Raises:
         UserError: an activation that has no thresholds.
@@ -57,6 +57,7 @@ def with_release_ratio(sae: SparseAutoencoder, ratio: float, batches: Sequence[t
     out = SparseAutoencoder(dataclasses.replace(cfg, activation="schmitt", release_ratio=ratio)).to(sae.b_dec.device)
     out.eval().load_state_dict(sae.state_dict(), strict=False)  # but for the logarithms of learned thresholds
     unit = sae.threshold.clamp(min=torch.finfo(torch.float32).tiny)
+    batches = [(x.to(unit.device), segments.to(unit.device)) for x, segments in batches]
     active = sum(int((sae.encode(x, segments)[segments >= 0] > 0).sum()) for x, segments in batches)
     tokens = sum(int((segments >= 0).sum()) for _, segments in batches)
     highest = unit.new_empty(0)  # of all levels, in units of each feature's threshold, those that can matter
