@@ -14,7 +14,12 @@ from tsae.sae.model import SparseAutoencoder
 from tsae.view.data import page_data
 from tsae.view.features import Activity
 
-HOSTILE = ["</script><script>window.pwned = 1</script>", '<img src=x onerror="window.pwned = 2">', "&lt;b&gt;", "\u2028"]
+HOSTILE = [
+    "</script><script>window.pwned = 1</script>",
+    '<img src=x onerror="window.pwned = 2">',
+    "&lt;b&gt;",
+    "\u2028",
+]
 
 
 def evaluation() -> dict[str, Any]:

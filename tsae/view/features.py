@@ -158,4 +158,3 @@ def neighbours(activity: Activity) -> tuple[np.ndarray, np.ndarray]:
     for block, value in zip(blocks, best.values(), strict=True):
         strength[block] = value.numpy()
     return neighbour, strength
-
