@@ -335,3 +335,23 @@ def test_rare_features_do_not_enter_the_excess():
 def test_merge_wants_the_same_kind():
     with pytest.raises(TypeError, match="other"):
         Persistence().merge(TemporalMetrics().lags)
+
+
+def test_per_feature_persistence_and_dwell():
+    on = [[1, 1, 1, 0, 1, 0, 0, 0, 0, 1], [1, 1, 0, 0, 0, 0, 0, 0, 0, 0]]
+    h = torch.tensor(on, dtype=torch.float32)[..., None] * torch.tensor([2.0, 0.0])
+    segments = torch.tensor([[0] * 10, [0, 1] + [1] * 8], dtype=torch.int32)  # the second row's run is cut in two
+    persistence = Persistence()
+    persistence.update_features(h, segments)
+    features = persistence.per_feature()
+    assert features.active.tolist() == [7, 0]
+    assert features.density.tolist() == [7 / 20, 0]
+    # Of the seven activations five have a next token in their segment (the last of each segment has not).
+    assert features.stays[0] == pytest.approx(2 / 5)
+    assert features.excess[0] == pytest.approx((2 / 5 - 7 / 20) / (1 - 7 / 20))
+    assert features.dwell[0] == pytest.approx(7 / 5)  # runs of 3, 1, 1, 1 and 1
+    assert features.stays[1].isnan()
+    assert features.excess[1].isnan()
+    assert features.dwell[1].isnan()
+    with pytest.raises(ValueError, match="update"):
+        Persistence().per_feature()

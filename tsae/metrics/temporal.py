@@ -7,6 +7,7 @@ or crosses a document border. `h` is the feature activations, [B, T, d_sae]; a f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from tsae.metrics.accumulator import Accumulator, mean_where, pair_mask, ratio, 
 __all__ = [
     "CURVE_LAGS",
     "DIFFERENCE_LAGS",
+    "MIN_ACTIVATIONS",
+    "FeaturePersistence",
     "LagStatistics",
     "Persistence",
     "Smoothness",
@@ -117,21 +120,47 @@ class LagStatistics(Accumulator):
         }
         if self._shift is None:
             return {name: dict.fromkeys(self.lags, 0.0) for name in out}
+        energy, differences = self._get("energy"), self._get("differences")
+        correlation = self.autocorrelation_per_feature()
+        for i, lag in enumerate(self.lags, start=1):
+            difference = differences[i - 1]
+            out["relative_difference"][lag] = ratio(difference.sum(), energy[i].sum())
+            per_feature = difference / energy[i]
+            out["relative_difference_per_feature"][lag] = mean_where(per_feature, energy[i] > 0)
+            out["autocorrelation"][lag] = mean_where(correlation[i - 1], ~correlation[i - 1].isnan())
+        return out
+
+    def autocorrelation_per_feature(self) -> Tensor:
+        """`autocorrelation` before its mean: [lags, d_sae] float64 on the CPU, NaN where a feature has none.
+
+        Raises ValueError if nothing was counted yet.
+        """
+        if self._shift is None:
+            raise ValueError("there is no position to take an autocorrelation of: update with one first")
         count, energy = self._get("count"), self._get("energy")
         total, square, differences = self._get("sum"), self._get("square"), self._get("differences")
         mean = total[0] / count[0]
         variance = square[0] / count[0] - mean.square()
         varying = variance > 1e-10 * energy[0] / count[0]
-        for i, lag in enumerate(self.lags, start=1):
-            pairs, difference = count[i], differences[i - 1]
-            out["relative_difference"][lag] = ratio(difference.sum(), energy[i].sum())
-            per_feature = difference / energy[i]
-            out["relative_difference_per_feature"][lag] = mean_where(per_feature, energy[i] > 0)
-            product = (square[i] - difference) / 2  # sum over pairs of y_t y_u
-            covariance = product - mean * total[i] + pairs * mean.square()
-            correlation = covariance / (pairs * variance)
-            out["autocorrelation"][lag] = mean_where(correlation, varying) if pairs > 0 else 0.0
-        return out
+        pairs = count[1:, None]  # [lags, 1]
+        product = (square[1:] - differences) / 2  # sum over pairs of y_t y_u
+        covariance = product - mean * total[1:] + pairs * mean.square()
+        return torch.where(varying & (pairs > 0), covariance / (pairs * variance), torch.nan)
+
+
+class FeaturePersistence(NamedTuple):
+    """How each feature switches, [d_sae] float64 on the CPU; NaN where there is nothing to measure."""
+
+    active: Tensor
+    """Positions at which the feature is on."""
+    density: Tensor
+    """Share of the counted positions at which it is on."""
+    stays: Tensor
+    """P(on at t + 1 | on at t)."""
+    excess: Tensor
+    """The same with chance taken out: (stays - density) / (1 - density), 0 for one that is always on."""
+    dwell: Tensor
+    """Mean length in tokens of a run of activations; runs end with the segment, so long ones are cut short."""
 
 
 class Persistence(Accumulator):
@@ -170,11 +199,22 @@ class Persistence(Accumulator):
         """`persistence_excess` alone."""
         if "on" not in self._sums:
             return 0.0
+        features = self.per_feature()
+        return mean_where(features.excess, (features.active >= MIN_ACTIVATIONS) & ~features.excess.isnan())
+
+    def per_feature(self) -> FeaturePersistence:
+        """What `persistence` and `persistence_excess` are made of, feature by feature.
+
+        Raises ValueError if nothing was counted yet.
+        """
+        if "on" not in self._sums:
+            raise ValueError("there is no position to take a persistence of: update with one first")
         active, first, _ = self._get("on")
+        both = self._get("both")
         density = active / self._get("count")[0]
-        stays = self._get("both") / first
-        excess = torch.where(density < 1, (stays - density) / (1 - density), 0.0)
-        return mean_where(excess, (active >= MIN_ACTIVATIONS) & (first > 0))
+        stays = both / first  # NaN for 0 / 0
+        excess = torch.where(density < 1, (stays - density) / (1 - density), stays * 0)
+        return FeaturePersistence(active, density, stays, excess, active / (active - both))
 
     def compute(self) -> dict[str, float | dict[str, float]]:
         """`persistence`, `persistence_excess` and `transitions` of the class docstring."""

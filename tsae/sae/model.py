@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -306,3 +307,16 @@ class SparseAutoencoder(nn.Module):
         from tsae.sae.saving import load
 
         return load(Path(directory), device)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload it with a model card, see `tsae.hub.push`; ``run`` names the run directory that it comes from."""
+        from tsae.hub import push
+
+        return push(self, repo_id, **options)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **options: Any) -> SparseAutoencoder:
+        """One of the Hugging Face hub or of a local directory, in ``eval()`` mode, see `tsae.hub.load`."""
+        from tsae.hub import load
+
+        return load(name, **options)

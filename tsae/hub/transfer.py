@@ -1,0 +1,173 @@
+"""To the Hugging Face hub and back: a directory of safetensors and JSON, never a pickle."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from tsae.config import load_json
+from tsae.data.hub import hub_is_reachable
+from tsae.errors import UserError
+from tsae.files import write_json
+from tsae.hub.card import model_card, without_folders
+from tsae.report import read_source
+from tsae.sae.model import SparseAutoencoder
+from tsae.sae.saving import CONFIG, WEIGHTS
+
+__all__ = ["load", "prepare", "push"]
+
+FIGURE = "report.png"
+
+
+def push(
+    sae: SparseAutoencoder,
+    repo_id: str,
+    *,
+    run: str | Path | None = None,
+    private: bool | None = None,
+    license: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    message: str = "Upload a sparse autoencoder",
+) -> str:
+    """Upload an autoencoder with a model card, and return the address of the commit.
+
+    sae:       the autoencoder, which works on raw activations
+    repo_id:   "name" or "owner/name"; it is created unless it exists
+    run:       the run directory that it comes from: its metrics, configuration and figure go with it
+    private:   whether a new repository is; None leaves that to the hub's defaults
+    license:   the hub's name of one; none is stated unless it is given
+    revision:  a branch that exists; None is the main one
+    create_pr: open a pull request instead of a commit
+    token:     None takes the one of `hf auth login`
+
+    Raises UserError if the run is none, the hub cannot be reached or it refuses.
+    """
+    from huggingface_hub import HfApi
+
+    with TemporaryDirectory() as folder:
+        prepare(sae, Path(folder), repo_id, run=run, license=license)
+        if not hub_is_reachable():
+            raise UserError(
+                f"{repo_id} cannot be uploaded because the Hugging Face hub cannot be reached; connect to the network, "
+                "or write the files to a folder with `python -m tsae.hub RUN REPO --folder DIR`."
+            )
+        api = HfApi(token=token)
+        try:
+            whole = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            done = api.upload_folder(
+                repo_id=whole, folder_path=folder, commit_message=message, revision=revision, create_pr=create_pr
+            )
+        except Exception as error:  # of the client, of whichever HTTP library it is built on, or about the name
+            raise UserError(f"The hub did not take {repo_id}: {_reason(error)}") from error
+        return str(done.pr_url or done.commit_url)
+
+
+def prepare(
+    sae: SparseAutoencoder,
+    folder: Path,
+    repo_id: str,
+    *,
+    run: str | Path | None = None,
+    license: str | None = None,
+) -> None:
+    """Write into `folder` what `push` uploads. Paths of local models and texts lose their folders.
+
+    Raises UserError if ``run`` has no `config.json`.
+    """
+    training: dict[str, Any] = {}
+    evaluation: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
+    text = None
+    if run is not None:
+        run = Path(run)
+        if not run.is_dir():
+            raise UserError(f"There is no run directory {run}; name the directory that training wrote.")
+        training = load_json(run / "config.json")
+        for key in ("model", "data"):
+            training[key] = without_folders(str(training.get(key, "")))
+        evaluation = load_json(run / "eval.json") if (run / "eval.json").exists() else {}
+        text = read_source(run).get("data")
+        if (run / "sae" / CONFIG).exists():
+            metadata = load_json(run / "sae" / CONFIG).get("metadata") or {}
+            metadata = {k: without_folders(v) if isinstance(v, str) else v for k, v in metadata.items() if k != "tsae"}
+    folder.mkdir(parents=True, exist_ok=True)
+    sae.save(folder, **metadata)
+    figure = None
+    if run is not None:
+        write_json(folder / "config.json", training)
+        for name in ("eval.json", FIGURE, "sae/sparsity.safetensors"):
+            if (run / name).exists():
+                shutil.copyfile(run / name, folder / Path(name).name)
+        figure = FIGURE if (folder / FIGURE).exists() else None
+    card = model_card(
+        sae.cfg, repo_id, training=training, evaluation=evaluation, text=text, figure=figure, license=license
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def load(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    device: str | torch.device = "cpu",
+) -> SparseAutoencoder:
+    """An autoencoder from the hub, or from a local directory, in ``eval()`` mode.
+
+    name:             a hub id, the directory of an autoencoder, or that of a run
+    revision:         branch, tag or commit
+    token:            for a private repository; None takes the one of `hf auth login`
+    cache_dir:        None is the hub client's own cache
+    local_files_only: do not ask the network
+
+    Nothing but `cfg.json` and `sae_weights.safetensors` is downloaded. Raises UserError if there is no such
+    autoencoder, or it is damaged.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        inner = path / "sae"
+        return SparseAutoencoder.load(inner if (inner / CONFIG).is_file() else path, device)
+    name = str(name)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise UserError(f"There is no directory {name}; name an autoencoder's or a run's, or an id of the hub.")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    offline = local_files_only or not hub_is_reachable()
+    try:
+        folder = HfApi(token=token).snapshot_download(
+            name,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=offline,
+            allow_patterns=[CONFIG, WEIGHTS],
+        )
+    except LocalEntryNotFoundError:
+        raise UserError(
+            f"{name} is neither a local directory nor in the cache, and the Hugging Face hub "
+            f"{'was not to be asked' if local_files_only else 'cannot be reached'}; name a directory, or connect."
+        ) from None
+    except Exception as error:  # of the client, of whichever HTTP library it is built on, or about the name
+        raise UserError(f"The hub gives no {name}: {_reason(error)}") from error
+    missing = [file for file in (CONFIG, WEIGHTS) if not (Path(folder) / file).is_file()]
+    if missing:
+        raise UserError(
+            f"{name} has no {' and no '.join(missing)}; an autoencoder is read from these two files and never from a "
+            "pickle, so name another repository."
+        )
+    return SparseAutoencoder.load(folder, device)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an exception says, as a sentence."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    said = [line for line in lines if "Request ID" not in line] or lines
+    return (said[0] if said else type(error).__name__).rstrip(".") + "."

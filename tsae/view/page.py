@@ -1,0 +1,61 @@
+"""The page: content, style and script in one HTML file that fetches nothing and runs no other script."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from tsae.errors import UserError
+from tsae.files import replacing
+
+__all__ = ["SCRIPTS", "render", "write_page"]
+
+SCRIPTS = ("charts.js", "features.js", "passages.js", "view.js")  # in this order, as one script
+
+
+def render(data: dict[str, Any]) -> str:
+    """The page as text. data: from `tsae.view.data`; whatever text it holds, it is shown and never interpreted."""
+    style, script = _read("view.css"), "\n".join(_read(name) for name in SCRIPTS)
+    # The browser runs this one script and no other, should anything of the data ever get out of its place.
+    policy = f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'"
+    return Template(_read("template.html")).substitute(
+        title=html.escape(f"{data['run']['name']}: features over time"),
+        policy=html.escape(policy),
+        style=style,
+        script=script,
+        data=embedded(data),
+    )
+
+
+def embedded(data: Any) -> str:
+    """JSON that nothing in it can end: no ``<``, and none of what HTML or JavaScript read as something else."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    # Half of a pair of surrogates, which a tokenizer may give, is no text that a file can hold.
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def write_page(data: dict[str, Any], path: Path) -> int:
+    """Write the page, atomically; its size in bytes. `UserError` where the file cannot be written."""
+    text = render(data).encode("utf-8")
+    try:
+        with replacing(path) as temporary:
+            temporary.write_bytes(text)
+    except OSError as error:
+        raise UserError(f"The page cannot be written to {path} ({error.strerror}); name another file.") from None
+    return len(text)
+
+
+def _read(name: str) -> str:
+    return files("tsae.view").joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii") + "'"
