@@ -57,11 +57,12 @@ def test_tcsae_preset_is_the_papers() -> None:
     assert cfg.buffer.sequences == 2048
 
 
-def test_demo_is_the_hysteresis_activation_with_the_papers_loss() -> None:
+def test_demo_is_hysteresis_with_a_contrastive_and_a_window_term() -> None:
     cfg = preset("demo")
     assert (cfg.model, cfg.layer, cfg.data) == ("gemma-3-270m", 9, "python-docs")
-    assert (cfg.sae.activation, cfg.sae.release_ratio) == ("schmitt", 0.3)
-    assert (cfg.objective.temporal, cfg.objective.weights) == ("multiscale", (0.01, 0.005, 0.001))
+    assert (cfg.sae.activation, cfg.sae.release_ratio) == ("schmitt", 0.4)
+    assert cfg.objective.terms == ("window", "contrastive")
+    assert (cfg.objective.contrastive_weight, cfg.objective.window_weight) == (2.0, 0.02)
 
 
 def test_command_line_overrides_file_overrides_preset(tmp_path: Path) -> None:
@@ -87,8 +88,7 @@ def test_command_line_overrides_file_overrides_preset(tmp_path: Path) -> None:
 
 def test_a_configuration_from_before_objectives_could_be_joined_is_the_same() -> None:
     new = ("contrastive_weight", "slow_weight", "hysteresis", "steering")
-    for name in PRESETS:
-        cfg = preset(name)
+    for cfg in (TrainConfig(), preset("tsae-gemma-2-2b"), preset("tcsae-pythia-70m")):  # which say nothing of the new
         values = {
             key: {k: v for k, v in part.items() if k not in new} if isinstance(part, dict) else part
             for key, part in to_dict(cfg).items()
@@ -181,14 +181,17 @@ def test_bad_configuration_files_are_named(values: dict[str, object], words: str
         (["--sae.k", "0"], "sae.k is 0"),
         (["--sae.k", "5000"], "sae.k is 5000; it must be from 1 to sae.d_sae, which is 2560"),
         (["--sae.release-ratio", "1.5"], "sae.release_ratio is 1.5"),
-        (["--objective.bands", "1", "3", "3", "9", "--objective.weights", "1", "1"], "objective.bands"),
-        (["--objective.bands", "5", "3", "--objective.weights", "1"], "objective.bands"),
-        (["--objective.weights", "1", "1"], "objective.weights has 2 values for 3 bands"),
+        (
+            ["--objective", "multiscale", "--objective.bands", "1", "3", "3", "9", "--objective.weights", "1", "1"],
+            "objective.bands",
+        ),
+        (["--objective", "multiscale", "--objective.bands", "5", "3", "--objective.weights", "1"], "objective.bands"),
+        (["--objective", "multiscale", "--objective.weights", "1", "1"], "objective.weights has 2 values for 3 bands"),
         (["--objective.window", "1"], "objective.window is 1"),
         (["--steps", "0"], "steps is 0"),
         (["--batch", "0"], "batch is 0"),
         (["--objective.window", "129"], "objective.window is 129"),
-        (["--objective.weights", "1", "-1", "1"], "objective.weights is (1.0, -1.0, 1.0)"),
+        (["--objective", "multiscale", "--objective.weights", "1", "-1", "1"], "objective.weights is (1.0, -1.0, 1.0)"),
         (["--objective.boost", "0"], "objective.boost is 0"),
         (["--optimizer.lr", "0"], "optimizer.lr is 0"),
         (["--sae.bandwidth", "0"], "sae.bandwidth is 0"),
