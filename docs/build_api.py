@@ -94,6 +94,14 @@ def docstring(text: str | None) -> str:
     return out + (f"\n```text\n{rest}\n```\n" if rest else "")
 
 
+def documented(name: str, value: Any, docs: dict[str, str]) -> str:
+    """The docstring of an exported name, "" where it has none; of a constant the text beside it."""
+    if inspect.isclass(value) or (callable(value) and not hasattr(value, "__args__")):
+        generated = inspect.isclass(value) and (value.__doc__ or "").startswith(f"{name}(")  # as a dataclass makes it
+        return "" if generated else value.__doc__ or ""
+    return docs.get(name, "")
+
+
 def field_docs(cls: type) -> dict[str, str]:
     """The string under each field of a dataclass: what `--help` prints."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
@@ -126,21 +134,23 @@ def entry(name: str, value: Any, docs: dict[str, str]) -> str:
     parts = [f"## `{name}`\n"]
     if inspect.isclass(value):
         if dataclasses.is_dataclass(value):
-            parts += [docstring(value.__doc__), fields(value)]
+            parts += [docstring(documented(name, value, docs)), fields(value)]
         else:
             if "_fields" not in vars(value) and not issubclass(value, Exception):
-                parts.append(f"```python\n{signature(name, value)}\n```\n")
+                parts.append(f"```text\n{signature(name, value)}\n```\n")
             parts.append(docstring(value.__doc__))
         for method, function in members(value):
             parts.append(f"### `{name}.{method}`\n")
-            parts.append(f"```python\n{signature(method, function)}\n```\n")
+            parts.append(f"```text\n{signature(method, function)}\n```\n")
             parts.append(docstring(inspect.getdoc(function) or inspect.getdoc(getattr(value, method))))
     elif callable(value) and not hasattr(value, "__args__"):
-        parts += [f"```python\n{signature(name, value)}\n```\n", docstring(value.__doc__)]
+        parts += [f"```text\n{signature(name, value)}\n```\n", docstring(value.__doc__)]
     else:
-        written = str(value) if hasattr(value, "__args__") else repr(value)
+        written = str(value).removeprefix("typing.") if hasattr(value, "__args__") else repr(value)
+        if isinstance(value, dict):
+            written = "{" + ", ".join(f"{key!r}: ..." for key in value) + "}"  # functions have no stable repr
         short = written if len(written) <= WIDTH else f"{written[:WIDTH]}..."
-        parts += [f"```python\n{name} = {short}\n```\n", docstring(docs.get(name))]
+        parts += [f"```text\n{name} = {short}\n```\n", docstring(documented(name, value, docs))]
     return "\n".join(part for part in parts if part)
 
 

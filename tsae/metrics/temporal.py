@@ -86,6 +86,7 @@ class LagStatistics(Accumulator):
         self._add("differences", differences)
 
     def merge(self, other: Accumulator) -> None:
+        """Add the sums of `other`; ValueError if its lags are not these."""
         if isinstance(other, LagStatistics):
             if other.lags != self.lags:
                 raise ValueError(f"other: lags {self.lags} are wanted, got {other.lags}")
@@ -224,6 +225,7 @@ class Smoothness(Accumulator):
         self._add("count", active.sum())
 
     def compute(self) -> float:
+        """The quantity of the class docstring: features' units over the activations'."""
         return ratio(self._get("steepest"), self._get("count"))
 
 
@@ -250,7 +252,7 @@ class TemporalMetrics:
             self.smoothness.update(part, on, x[rows], ids)
 
     def merge(self, other: TemporalMetrics) -> None:
-        """Add the sums of `other`, fed with other batches."""
+        """Add the sums of `other`, fed with other batches of features of the same autoencoder."""
         self.lags.merge(other.lags)
         self.persistence.merge(other.persistence)
         self.smoothness.merge(other.smoothness)
