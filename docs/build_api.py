@@ -176,7 +176,8 @@ def constant_docs(module: ModuleType) -> dict[str, str]:
 
 def _sources(module: ModuleType) -> Iterator[ModuleType]:
     for node in ast.parse(inspect.getsource(module)).body:
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(module.__name__):
+        ours = isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tsae")
+        if ours and any(alias.name in module.__all__ for alias in node.names):
             yield importlib.import_module(node.module)
 
 

@@ -162,7 +162,10 @@ class Persistence(Accumulator):
         self._add("count", torch.stack([weights[0].sum(), mask.sum()]))
 
     def update_features(self, h: Tensor, segments: Tensor) -> None:
-        """The same from features: h [B, T, d_sae], on where h > 0."""
+        """The same from features, on where h > 0.
+
+        h: [B, T, d_sae] floating point, anything at excluded positions; segments: [B, T] integers.
+        """
         for rows in row_chunks(h):
             part = _counted(h[rows], segments[rows])
             self.update((part > 0).to(part.dtype), segments[rows])
