@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # A GPU machine brings its own torch: make VENV=/path/to/its/environment ... skips the installation.
 
-.PHONY: demo install peers test lint format bench bench-smoke asan cuda-compile triton-compile gpu-check clean
+.PHONY: demo install peers test lint format docs bench bench-smoke asan cuda-compile triton-compile gpu-check clean
 
 demo: install
 	$(BIN)/python -m tsae.train
@@ -34,6 +34,10 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The API reference, from the docstrings; a test fails where it is stale.
+docs: install
+	$(BIN)/python docs/build_api.py
 
 bench: install
 	$(BIN)/python -m pytest benchmarks

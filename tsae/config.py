@@ -38,6 +38,7 @@ __all__ = [
 LENGTH = 128  # content tokens per sequence
 
 Activation = Literal["relu", "gelu", "topk", "batchtopk", "jumprelu", "schmitt", "jumprelu_schmitt"]
+"""Nonlinearities of the encoder; docs/objectives.md has the formulas."""
 TEMPORAL = ("multiscale", "window", "contrastive", "slow")  # what objective.temporal joins
 
 

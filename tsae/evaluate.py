@@ -159,6 +159,12 @@ def evaluate_all(
     The activations are harvested once, and the language model's untouched and ablated passes are shared: another
     autoencoder costs its own arithmetic and one pass with its reconstruction. Metrics that are not finite are
     returned as they are (`EvaluationResult.check_finite`), so that one autoencoder does not lose the others'.
+
+    saes: at least one, all on one device
+    lm, batches, layer, ce_sequences, lm_batch, harvest_batch, seed, reference_mean, progress: as in `evaluate`
+    out: by the same names
+
+    Raises UserError if there is no token to evaluate.
     """
     parts = [part for batch in batches for part in _split(batch, harvest_batch)]
     were_training = {name: sae.training for name, sae in saes.items()}
@@ -313,6 +319,8 @@ def _leaves(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
 def write_eval(result: EvaluationResult, run_dir: str | Path, source: dict[str, Any] | None = None) -> None:
     """Write `eval.json` and `sae/sparsity.safetensors` into a run directory, each atomically.
 
+    result: of `evaluate`
+    run_dir: a run's directory; `sae/` is made in it if need be
     source: what text was measured, in `eval_source.json`; None, the run's own evaluation part, leaves no such file.
 
     `sparsity.safetensors` is SAELens's optional file: `sparsity` [d_sae] float32, log10 of the firing frequency with a
@@ -473,7 +481,11 @@ def check_width(sae: SparseAutoencoder, lm: LanguageModel, name: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+    """Run the command line.
+
+    argv: its arguments; None takes those of the process
+    out: exit status, 2 for bad input, whose sentence is then on stderr
+    """
     from tsae import compare  # which imports this module
 
     with report_errors() as status:

@@ -140,6 +140,7 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "tsae-gemma-2-2b": tsae_gemma_2_2b,
     "tcsae-pythia-70m": tcsae_pythia_70m,
 }
+"""Name -> a function that makes its configuration."""
 
 
 def preset(name: str) -> TrainConfig:

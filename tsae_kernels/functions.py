@@ -115,7 +115,8 @@ def encode_with_stats(
 
     x: [B, T, d] activations of the language model, in a dtype of `activate_with_stats`
     weight: [d, k], in x's dtype unless autocast is on, which then also chooses h's dtype
-    the rest and out: as in `activate_with_stats`; differentiable in x, weight and bias
+    bias, activation, threshold, release, bands, segments, backend, out: as in `activate_with_stats`;
+        differentiable in x, weight and bias
 
     Raises as `activate_with_stats`.
     """

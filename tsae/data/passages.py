@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 Part = Literal["train", "evaluation"]
+"""The sides of a text's split: what is trained on, and what is held out."""
 
 PASSAGE_CHARACTERS = 2_000
 """Length that files are cut to: about four sequences of 128 tokens."""

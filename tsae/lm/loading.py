@@ -42,6 +42,7 @@ class LanguageModel:
     model: in evaluation mode, no parameter requires a gradient.
     name: what it was asked for by, for records and messages.
     dtype: of its weights and activations.
+    device: where it is, and where its activations come out.
     """
 
     model: PreTrainedModel

@@ -89,6 +89,7 @@ class ReconstructionMetrics(Accumulator):
         self._add("dot", dot.sum())
 
     def merge(self, other: Accumulator) -> None:
+        """Add the sums of `other`, fed with other batches."""
         if isinstance(other, ReconstructionMetrics) and other._shift is not None:
             if self._shift is None:
                 self._shift = other._shift

@@ -89,6 +89,7 @@ class LagStatistics(Accumulator):
         self._add("differences", differences)
 
     def merge(self, other: Accumulator) -> None:
+        """Add the sums of `other`; ValueError if its lags are not these."""
         if isinstance(other, LagStatistics):
             if other.lags != self.lags:
                 raise ValueError(f"other: lags {self.lags} are wanted, got {other.lags}")
@@ -190,7 +191,10 @@ class Persistence(Accumulator):
         self._add("count", torch.stack([weights[0].sum(), mask.sum()]))
 
     def update_features(self, h: Tensor, segments: Tensor) -> None:
-        """The same from features: h [B, T, d_sae], on where h > 0."""
+        """The same from features, on where h > 0.
+
+        h: [B, T, d_sae] floating point, anything at excluded positions; segments: [B, T] integers.
+        """
         for rows in row_chunks(h):
             part = _counted(h[rows], segments[rows])
             self.update((part > 0).to(part.dtype), segments[rows])
@@ -264,6 +268,7 @@ class Smoothness(Accumulator):
         self._add("count", active.sum())
 
     def compute(self) -> float:
+        """The quantity of the class docstring: features' units over the activations'."""
         return ratio(self._get("steepest"), self._get("count"))
 
 
@@ -290,7 +295,7 @@ class TemporalMetrics:
             self.smoothness.update(part, on, x[rows], ids)
 
     def merge(self, other: TemporalMetrics) -> None:
-        """Add the sums of `other`, fed with other batches."""
+        """Add the sums of `other`, fed with other batches of features of the same autoencoder."""
         self.lags.merge(other.lags)
         self.persistence.merge(other.persistence)
         self.smoothness.merge(other.smoothness)

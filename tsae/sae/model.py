@@ -120,7 +120,7 @@ class SparseAutoencoder(nn.Module):
     def pre_activation(self, x: Tensor) -> Tensor:
         """``(x - b_dec) / s W_enc``, without ``b_enc``.
 
-        x: (..., d_in)
+        x: (..., d_in) floating point, in the units the autoencoder was made for: a saved one takes raw activations
         out: (..., d_sae), in the autocast dtype where autocast is on
         """
         if self.cfg.apply_b_dec_to_input:
@@ -142,8 +142,13 @@ class SparseAutoencoder(nn.Module):
         """Bias, nonlinearity and temporal statistics in one pass.
 
         pre: (B, T, d_sae), from `pre_activation`
+        bands: ranges of token offsets, as in `tsae_kernels.temporal_stats`
         segments: (B, T) integers or None; negative ids are excluded from statistics and batch thresholds
-        out: features (B, T, d_sae) and their `TemporalStats` over ``bands``
+        backend: as in `tsae_kernels.temporal_stats`
+        out: features (B, T, d_sae) in the dtype and unit of ``pre`` (layer normalization: without unit) and their
+            `TemporalStats` over ``bands``
+
+        Raises as `tsae_kernels.activate_with_stats`.
         """
         h, stats, _ = self._activate(pre, bands, segments, backend)
         return h, stats
@@ -151,7 +156,10 @@ class SparseAutoencoder(nn.Module):
     def activate_counted(
         self, pre: Tensor, bands: tuple[tuple[int, int], ...] = NO_BANDS, segments: Tensor | None = None
     ) -> tuple[Tensor, TemporalStats, Tensor]:
-        """`activate`, and the mean number of active features, a scalar; its gradient reaches learned thresholds."""
+        """`activate`, and the mean number of active features, a scalar; its gradient reaches learned thresholds.
+
+        pre, bands, segments: as in `activate`
+        """
         h, stats, l0 = self._activate(pre, bands, segments, None)
         return h, stats, mean_l0(h.detach(), segments) if l0 is None else l0
 
@@ -209,9 +217,13 @@ class SparseAutoencoder(nn.Module):
     def encode(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
         """Features of activations; the last dimension but one is the sequence (hysteresis runs along it).
 
-        x: (..., d_in)
-        segments: (..., T) integers or None
-        out: (..., d_sae)
+        x: (..., T, d_in) floating point, or (d_in) for one token; in the units the autoencoder was made for
+        segments: (..., T) integers or None: hysteresis starts off at every new id; negative ids are excluded
+        out: (..., T, d_sae), in the units of ``x``; in those of the training's normalized input for gelu, and without
+            unit for layer normalization
+
+        Raises:
+            UserError: the last dimension is not ``cfg.d_in``.
         """
         if x.shape[-1] != self.cfg.d_in:
             raise UserError(f"The input's last dimension is {x.shape[-1]}; this autoencoder takes {self.cfg.d_in}.")
@@ -224,8 +236,8 @@ class SparseAutoencoder(nn.Module):
     def decode(self, h: Tensor) -> Tensor:
         """Reconstruction from features.
 
-        h: (..., d_sae)
-        out: (..., d_in)
+        h: (..., d_sae), as `encode` gives them
+        out: (..., d_in), in the units of the input
         """
         return self._shifted(self._product(h, self.W_dec))
 
@@ -259,7 +271,11 @@ class SparseAutoencoder(nn.Module):
         return product + self.b_dec
 
     def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
-        """``decode(encode(x))``; x and out: (..., d_in)."""
+        """``decode(encode(x))``.
+
+        x, segments: as in `encode`
+        out: (..., d_in), in the units of ``x``
+        """
         return self.decode(self.encode(x, segments))
 
     @torch.no_grad()
@@ -273,6 +289,7 @@ class SparseAutoencoder(nn.Module):
 
         mean: (d_in), float
         scale: positive, in the units of ``x``
+        out: a copy, on the same device and in the same mode
         """
         mean = mean.to(self.b_dec)
         cfg = dataclasses.replace(self.cfg, apply_b_dec_to_input=True)
@@ -296,14 +313,26 @@ class SparseAutoencoder(nn.Module):
         return out
 
     def save(self, directory: str | Path, **metadata: object) -> None:
-        """Write SAELens's directory format, see `tsae.sae.saving.save`."""
+        """Write SAELens's directory format: `cfg.json` and `sae_weights.safetensors`, each file atomically.
+
+        directory: made if it is not there
+        metadata: values that JSON can hold, for `cfg.json`'s `metadata`: SAELens reads `model_name`, `hook_name`,
+            `context_size`, `prepend_bos`, `dataset_path`
+        """
         from tsae.sae.saving import save
 
         save(self, Path(directory), metadata)
 
     @classmethod
     def load(cls, directory: str | Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
-        """Read a directory written by `save`, in ``eval()`` mode, see `tsae.sae.saving.load`."""
+        """Read a directory written by `save` or by SAELens (standard, topk, jumprelu), in ``eval()`` mode, float32.
+
+        directory: a run's `sae/`
+        device: where its parameters go
+
+        Raises:
+            UserError: a file is missing or broken, the architecture is not known, or a tensor has the wrong shape.
+        """
         from tsae.sae.saving import load
 
         return load(Path(directory), device)
