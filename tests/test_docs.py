@@ -49,6 +49,7 @@ NOT_RUN = {
     "docs/howto/own-model.md": 1,
     "docs/howto/own-text.md": 1,
     "docs/howto/multi-gpu.md": 2,
+    "docs/formats.md": 2,
 }
 
 
@@ -128,6 +129,8 @@ def check_other_command(words: list[str], page: Path) -> None:
         case ["pytest", *paths] | ["python", "-m", "pytest", *paths]:
             for path in paths:
                 assert path.startswith("-") or (ROOT / path).exists(), f"there is no {path}"
+        case ["python", "-m", module, *_]:
+            assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), f"there is no module {module}"
         case ["pip", "install", *arguments]:
             for extra in re.findall(r"^\.\[(.*)\]$", " ".join(arguments), re.M):
                 assert set(extra.split(",")) <= set(extras), f"no extra {extra}"
@@ -266,7 +269,7 @@ def test_blocks_share_their_pages_namespace_and_a_marked_one_does_not_run(folder
         "python -m tsae.train no-such-preset",
         "python -m tsae.train --objective no-such-term",
         "python -m tsae.evaluate runs/latest --no-such-option 3",
-        "python -m tsae.evaluate",
+        "python -m tsae.evaluate runs/latest --layer one",
         "python -m tsae.nothing",
         "python -m tsae_kernels --verbose",
         "make no-such-target",
