@@ -155,6 +155,21 @@ def test_bos_and_excluded_positions_keep_their_activation(lm, batch, monkeypatch
         assert torch.equal(out[~kept], torch.full_like(x[~kept], value))
 
 
+def test_an_autoencoder_of_zeros(lm, batch):
+    """What a run reports whose features all died: EV = -|mean|^2 / Var, with L0 and the ratio of norms 0."""
+    sae = SparseAutoencoder(SAEConfig(d_in=32, d_sae=48, activation="relu"))
+    for parameter in sae.parameters():
+        parameter.data.zero_()
+    x = module.activations(lm, batch.tokens, LAYER)[:, 1:][batch.segments >= 0].double()
+    metrics = evaluate(sae, lm, [batch], layer=LAYER).metrics
+    expected = -x.mean(0).square().sum() / x.var(0, correction=0).sum()
+    assert metrics["explained_variance"] == pytest.approx(float(expected))
+    assert expected < -0.01  # else any score of about 0 would do
+    for key in ("l0", "l1", "l2_ratio", "cossim", "frac_alive", "ce_loss_score", "kl_div_score"):
+        assert metrics[key] == pytest.approx(0, abs=1e-6), key
+    assert metrics["temporal"]["persistence_excess"] == metrics["temporal"]["persistence_excess_shuffled"] == 0
+
+
 def test_batching_changes_nothing(lm, batch):
     whole = evaluate(Fake(torch.zeros(32), 0.7), lm, [batch], layer=LAYER, ce_sequences=5).metrics
     parts = [

@@ -108,6 +108,20 @@ def test_an_autoencoder_that_outputs_nothing():
         assert metrics[key] == 0
 
 
+def test_the_papers_score_is_that_of_zeros():
+    """TSAE's -0.785, with L0 and L2 ratio 0: nothing but the size of the mean, |mean|^2 = 0.785 Var."""
+    deviation = torch.randn(8, 64, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    deviation -= deviation.mean((0, 1))
+    direction = torch.nn.functional.normalize(torch.linspace(-1, 2, 16, dtype=torch.float64), dim=0)
+    x = deviation + direction * (0.785 * deviation.square().sum() / (8 * 64)).sqrt()
+    h, segments = torch.zeros(8, 64, 4), torch.zeros(8, 64, dtype=torch.int32)
+    metrics = computed((x, torch.zeros_like(x), h, segments))
+    assert metrics["explained_variance"] == pytest.approx(-0.785, abs=1e-9)
+    assert metrics["l0"] == metrics["l2_ratio"] == 0
+    # The same on centred input: no worse than the mean.
+    assert computed((deviation, torch.zeros_like(x), h, segments))["explained_variance"] == pytest.approx(0, abs=1e-9)
+
+
 def test_merging_equals_one_pass():
     batches = [sample(seed, mean=5.0 * seed) for seed in range(4)]
     left, right, empty = ReconstructionMetrics(), ReconstructionMetrics(), ReconstructionMetrics()

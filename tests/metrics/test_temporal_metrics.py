@@ -217,6 +217,32 @@ def test_autocorrelation_of_an_autoregressive_signal(rho):
         assert value == pytest.approx(rho ** int(lag), abs=0.02)
 
 
+@pytest.mark.parametrize("rho", [0.0, 0.5, 0.9])
+def test_differences_and_persistence_of_an_autoregressive_signal(rho):
+    """About 0, a relative difference is 1 - rho^lag; a Gaussian signal keeps its sign by the arcsine law."""
+    h = ar1(rho, B=96, T=128, k=8)
+    metrics = fast_metrics(torch.randn(96, 128, 2), h, one_document(h))
+    for name in ("relative_difference", "relative_difference_per_feature"):
+        for lag, value in metrics[name].items():
+            assert value == pytest.approx(1 - rho ** int(lag), abs=0.02), name
+    stays = 0.5 + math.asin(rho) / math.pi  # P(h_u > 0 given h_t > 0), on half of the time
+    assert metrics["persistence"] == pytest.approx(stays, abs=0.01)
+    assert metrics["persistence_excess"] == pytest.approx((stays - 0.5) / 0.5, abs=0.02)
+    rates = {"on_on": stays / 2, "off_off": stays / 2, "on_off": (1 - stays) / 2, "off_on": (1 - stays) / 2}
+    assert metrics["transitions"] == pytest.approx(rates, abs=0.01)
+
+
+def test_smoothness_of_a_ramp_and_a_step():
+    """The input moves by 2 a token. One feature climbs by 0.5 a token, one steps by 3 once, one is off."""
+    t = torch.arange(1.0, 33.0)
+    x = torch.zeros(2, 32, 3)
+    x[..., 1] = 2 * t
+    h = torch.zeros(2, 32, 3)
+    h[..., 0] = 0.5 * t
+    h[:, 20:, 1] = 3.0
+    assert fast_metrics(x, h, one_document(h))["smoothness"] == pytest.approx((0.5 / 2 + 3 / 2) / 2)
+
+
 def test_constant_and_alternating_signals():
     t = torch.arange(128)
     h = torch.zeros(4, 128, 2)
@@ -248,7 +274,13 @@ def test_square_wave():
     assert metrics["transitions"]["on_on"] == pytest.approx(56 / 127)
     assert metrics["transitions"]["on_off"] == pytest.approx(8 / 127)
     assert sum(metrics["transitions"].values()) == pytest.approx(1)
-    assert metrics["autocorrelation"]["16"] == pytest.approx(1)
+    # A triangle over lags: 1 at 0, 0 a quarter of the period on, -1 half of it on.
+    curve = metrics["autocorrelation"]
+    assert [curve[lag] for lag in ("8", "16", "32", "64")] == pytest.approx([-1, 1, 1, 1])
+    assert curve["1"] == pytest.approx(1 - 2 * 15 / 127)  # 15 of 127 pairs disagree
+    assert curve["4"] == pytest.approx(1 - 2 * 60 / 124)
+    # Ones that a difference leaves over ones in pairs: the first token is in one pair, and the last one is off.
+    assert metrics["relative_difference"] == pytest.approx({"1": 15 / 127, "4": 60 / 124, "16": 0, "64": 0})
 
 
 def test_shrinking_features_is_not_consistency():

@@ -1,0 +1,1 @@
+"""Sparse linear probes of features: `python -m tsae.probe RUN [RUN ...]`."""

@@ -1,0 +1,184 @@
+"""What is probed for: labels of tokens, and which tokens a probe is trained and tested on."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from tsae.data.passages import Document
+from tsae.data.sections import Section
+from tsae.data.sequences import TokenBatch, prefix_token
+from tsae.probe.token_classes import CLASSES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["GAP", "MAX_LABELS", "MIN_TOKENS", "Problem", "document_of_tokens", "pose_problems"]
+
+MIN_TOKENS = 20  # that a label needs in either part
+MAX_LABELS = 64  # documents or sections; of more, so many are drawn
+GAP = 8  # tokens between the two parts of a document that are in neither
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One-vs-rest problems over the counted tokens of an evaluation set.
+
+    labels:      their names, L of them
+    y:           [n] int64, the label of a token, -1 for a token that is in neither part
+    train, test: [n] bool, disjoint
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    y: np.ndarray
+    train: np.ndarray
+    test: np.ndarray
+
+
+def document_of_tokens(
+    batch: TokenBatch, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase
+) -> np.ndarray:
+    """[N, T] int64, the index in `documents` of every content token, -1 at excluded positions.
+
+    documents: those that were packed into the batch, in order; there may be more
+    """
+    tokens = batch.tokens.numpy()
+    bos = 0 if prefix_token(tokenizer) is None else 1  # without one the first token of content takes its place
+    content = tokens[:, bos:].reshape(-1)
+    pieces: list[list[int]] = []
+    for start in range(0, len(documents), 64):
+        texts = [document.text for document in documents[start : start + 64]]
+        pieces += tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        if sum(map(len, pieces)) >= content.size:
+            break
+    flat = np.concatenate([np.array(piece, dtype=np.int64) for piece in pieces])[: content.size]
+    if not np.array_equal(flat, content[: flat.size]):
+        raise ValueError("documents: they are not what the batch was packed from")
+    owner = np.full(content.size, -1)
+    owner[: flat.size] = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])[: content.size]
+    owner = owner.reshape(len(tokens), -1)[:, 1 - bos :]
+    return np.where(batch.segments.numpy() >= 0, owner, -1)
+
+
+def pose_problems(
+    batch: TokenBatch,
+    owner: np.ndarray,
+    documents: Sequence[Document],
+    sections: dict[str, Section],
+    classes: np.ndarray,
+    seed: int,
+) -> tuple[list[Problem], dict[str, str]]:
+    """The problems that a text poses, and for the others why not.
+
+    owner:    [N, T] from `document_of_tokens`
+    sections: of the documents, by name, from `tsae.data.sections`; empty if the source knows none
+    classes:  [n] the class of every counted token, from `token_classes`
+    seed:     of the documents that a class is learned from, and of the labels if there are too many
+
+    "document"     which document; the first part of it trains, the rest tests. They are in different sequences: what
+                   the language model saw, or a latched feature remembers, of the one does not reach into the other.
+    "section"      which section, for sections of several documents: the first documents train, the others test, at
+                   tokens whose sequence holds no training token of that section.
+    "token class"  which of `CLASSES`; half of the documents train, the others test.
+    """
+    counted = batch.segments.numpy() >= 0
+    row = np.broadcast_to(np.arange(len(owner))[:, None], owner.shape)[counted]
+    owner = owner[counted]  # [n]
+    rng = np.random.default_rng(seed)
+    posed = {
+        "document": _document(owner, row, [document.name for document in documents], rng),
+        "section": _section(owner, row, [sections.get(document.name) for document in documents], rng),
+        "token class": _token_class(owner, classes, rng),
+    }
+    problems = [problem for problem in posed.values() if isinstance(problem, Problem)]
+    return problems, {name: why for name, why in posed.items() if isinstance(why, str)}
+
+
+def _document(owner: np.ndarray, row: np.ndarray, names: list[str], rng: np.random.Generator) -> Problem | str:
+    parts = {}
+    for document, tokens in _tokens_by(owner).items():
+        border = _middle(row[tokens])
+        train, test = tokens[:border], tokens[border + GAP :]
+        if min(len(train), len(test)) >= MIN_TOKENS:
+            parts[names[document]] = (train, test)
+    why = f"fewer than two documents have {MIN_TOKENS} tokens in one sequence and as many in a later one"
+    return _of_parts("document", parts, len(owner), rng) or why
+
+
+def _section(
+    owner: np.ndarray, row: np.ndarray, places: list[Section | None], rng: np.random.Generator
+) -> Problem | str:
+    if not any(places):
+        return (
+            "the text knows no sections; python-docs does, and plain text with titles, lines `= Title =`, or in "
+            "several files"
+        )
+    members: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    of_document = _tokens_by(owner)
+    for document in of_document:
+        if (place := places[document]) is not None:
+            members[place.name].append((place.place, document))
+    parts = {}
+    for name, inside in members.items():
+        order = [of_document[document] for _, document in sorted(inside)]
+        border = _middle(np.repeat(np.arange(len(order)), [len(tokens) for tokens in order]))
+        tokens = np.concatenate(order)
+        train, test = tokens[:border], tokens[border:]
+        test = test[~np.isin(row[test], row[train])]
+        if min(len(train), len(test)) >= MIN_TOKENS:
+            parts[name] = (train, test)
+    why = f"fewer than two sections have {MIN_TOKENS} tokens in one document and as many in a later one; give more text"
+    return _of_parts("section", parts, len(owner), rng) or why
+
+
+def _token_class(owner: np.ndarray, classes: np.ndarray, rng: np.random.Generator) -> Problem | str:
+    found = np.unique(owner)
+    train = np.isin(owner, rng.permutation(found)[: (len(found) + 1) // 2])
+    counts = np.stack([np.bincount(classes[part & (classes >= 0)], minlength=len(CLASSES)) for part in (train, ~train)])
+    kept = np.flatnonzero((counts >= MIN_TOKENS).all(axis=0))
+    if len(kept) < 2:
+        return f"fewer than two classes have {MIN_TOKENS} tokens in either half of the documents"
+    index = np.full(len(CLASSES) + 1, -1)  # the last entry is for class -1
+    index[kept] = np.arange(len(kept))
+    y = index[classes]
+    return Problem("token class", tuple(CLASSES[i] for i in kept), y, train & (y >= 0), ~train & (y >= 0))
+
+
+def _of_parts(
+    name: str, parts: dict[str, tuple[np.ndarray, np.ndarray]], n: int, rng: np.random.Generator
+) -> Problem | None:
+    """The problem whose labels have these training and test tokens; None if there are not two of them."""
+    labels = sorted(parts)
+    if len(labels) > MAX_LABELS:
+        labels = sorted(rng.choice(labels, MAX_LABELS, replace=False).tolist())
+    if len(labels) < 2:
+        return None
+    y, train, test = np.full(n, -1), np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)
+    for label, key in enumerate(labels):
+        for tokens, part in zip(parts[key], (train, test), strict=True):
+            y[tokens], part[tokens] = label, True
+    return Problem(name, tuple(labels), y, train, test)
+
+
+def _tokens_by(owner: np.ndarray) -> dict[int, np.ndarray]:
+    """The tokens of every document, ascending."""
+    order = np.argsort(owner, kind="stable")
+    documents, starts = np.unique(owner[order], return_index=True)
+    return dict(zip(documents.tolist(), np.split(order, starts[1:]), strict=True))
+
+
+def _middle(group: np.ndarray) -> int:
+    """The border between runs of equal numbers that is nearest to the middle; the end if there is one run."""
+    borders = np.flatnonzero(np.diff(group)) + 1
+    return int(borders[np.abs(borders - len(group) / 2).argmin()]) if len(borders) else len(group)
+
+
+def counted_tokens(batch: TokenBatch) -> torch.Tensor:
+    """[n] int64, the ids of the tokens at counted positions."""
+    return batch.tokens[:, 1:][batch.segments >= 0]
