@@ -61,7 +61,7 @@ def main() -> None:
     sae.follow(batches)
     tokens = options.batch * LENGTH
     trainer_config = SAETrainerConfig(
-        total_training_samples=options.steps * tokens, train_batch_size_samples=tokens, lr=1e-3
+        total_training_samples=options.steps * tokens, train_batch_size_samples=tokens, lr=1e-3, lr_end=1e-4
     )
     SAETrainer(trainer_config, sae, batches).fit()
 

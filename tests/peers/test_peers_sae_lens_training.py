@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,11 @@ def slow_signals(steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     for _ in range(steps):
         level = torch.randn(B, 2, 24, generator=generator).sub(1.0).relu().repeat_interleave(T // 2, dim=1)
         flicker = torch.randn(B, T, 24, generator=generator).sub(1.5).relu()
-        out.append(((level + flicker) @ directions, segments))
+        out.append((4.0 * (level + flicker) @ directions, segments))
     return out
 
 
-def train(kind: str, steps: int = 60, **options: Any) -> Any:
+def train(kind: str, steps: int = 150, **options: Any) -> Any:
     from sae_lens.config import SAETrainerConfig
     from sae_lens.registry import get_sae_training_class
     from sae_lens.training.sae_trainer import SAETrainer
@@ -49,7 +49,7 @@ def train(kind: str, steps: int = 60, **options: Any) -> Any:
     batches = integration.SequenceBatches(itertools.cycle(slow_signals(20)))
     if hasattr(sae, "follow"):
         sae.follow(batches)
-    cfg = SAETrainerConfig(total_training_samples=steps * B * T, train_batch_size_samples=B * T, lr=3e-3)
+    cfg = SAETrainerConfig(total_training_samples=steps * B * T, train_batch_size_samples=B * T, lr=3e-3, lr_end=3e-4)
     return SAETrainer(cfg, sae, batches).fit()
 
 
@@ -70,8 +70,9 @@ def test_batches_are_flat_rows_of_whole_sequences() -> None:
 def test_the_loss_is_our_objective_on_the_batch_s_sequences(temporal: str) -> None:
     from sae_lens.saes.sae import TrainStepInput
 
+    options = {"temperature": 0.2, "pairs": 20, "min_variance": 0.0}
     cfg = integration.TemporalTopKTrainingSAEConfig(
-        d_in=D_IN, d_sae=D_SAE, k=K, temporal=temporal, temporal_options={"temperature": 0.2, "pairs": 20}
+        d_in=D_IN, d_sae=D_SAE, k=K, temporal=temporal, temporal_options=options
     )
     sae = integration.TemporalTopKTrainingSAE(cfg)
     batches = integration.SequenceBatches(slow_signals(1))
@@ -82,15 +83,15 @@ def test_the_loss_is_our_objective_on_the_batch_s_sequences(temporal: str) -> No
     h, segments = out.feature_acts.reshape(B, T, D_SAE), batches.segments
     expected = {
         "contrastive": lambda: contrastive_loss(h, draw_pairs(segments, 1, 20, torch.Generator().manual_seed(7)), 0.2),
-        "multiscale": lambda: temporal_loss(h, segments=segments),
+        "multiscale": lambda: temporal_loss(h, segments=segments, min_variance=0.0),
         "window": lambda: 0.01 * window_consistency(h, 3, segments),
     }
     if temporal in expected:
         torch.testing.assert_close(out.losses["temporal_loss"], 3.0 * expected[temporal](), rtol=1e-4, atol=1e-7)
-    assert float(out.losses["temporal_loss"]) > 0
     out.loss.backward()
-    plain = sum(float(value) for name, value in out.losses.items() if name != "temporal_loss")
-    assert float(out.loss) == pytest.approx(plain + float(out.losses["temporal_loss"]), rel=1e-5)
+    losses = {name: float(value.detach()) for name, value in out.losses.items()}
+    assert losses["temporal_loss"] > 0
+    assert float(out.loss.detach()) == pytest.approx(sum(losses.values()), rel=1e-5)
     assert torch.isfinite(sae.W_enc.grad).all()
 
 
@@ -107,7 +108,7 @@ def test_saelens_trains_saves_and_loads_it(kind: str, tmp_path: Path) -> None:
     ours, (x, segments) = tsae.load(tmp_path / "inference"), slow_signals(1)[0]
     with torch.no_grad():
         same_to(ours.encode(x), inference.encode(x))
-        assert float((x - ours(x)).square().sum() / (x - x.mean((0, 1))).square().sum()) < 0.5
+        assert float((x - ours(x)).square().sum() / (x - x.mean((0, 1))).square().sum()) < 0.3
     assert segments.shape == x.shape[:2]
 
 
@@ -116,14 +117,14 @@ def test_the_objective_makes_features_more_consistent() -> None:
     from tsae.metrics import TemporalMetrics
 
     scores = {}
-    for kind, options in (("topk", {}), ("temporal_topk", {"temporal_coefficient": 3.0})):
-        sae = train(kind, steps=150, **options)
+    for kind, options in (("topk", {}), ("temporal_topk", {"temporal_coefficient": 1.0})):
+        sae = train(kind, **options)
         metrics = TemporalMetrics()
         with torch.no_grad():
             for x, segments in slow_signals(4):
                 metrics.update(x, sae.encode(x), segments)
         scores[kind] = metrics.compute()["relative_difference"]["1"]
-    assert scores["temporal_topk"] < 0.9 * scores["topk"]
+    assert scores["temporal_topk"] < 0.8 * scores["topk"]
 
 
 def test_shuffled_tokens_are_refused() -> None:
@@ -143,7 +144,7 @@ def test_shuffled_tokens_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temporal_options": {"temprature": 1.0}}, "has no field of temporal_options"),
+        ({"temporal_options": {"temprature": 1.0}}, "has no such field"),
         ({"temporal_options": {"temperature": 0.0}}, "must be positive"),
     ],
 )
@@ -170,15 +171,12 @@ def test_saelens_loads_hysteresis_once_it_is_registered(activation: str, tmp_pat
     assert torch.equal(sae_lens.SAE.load_from_disk(tmp_path / "again").release, theirs.release)
 
 
-def test_the_example_runs(tiny_gemma3: Path, text_file: Path, tmp_path: Path) -> None:
-    options = (
-        f"--model {tiny_gemma3} --layer 1 --data {text_file} --out {tmp_path} --d-sae 64 --k 4 --steps 4 --batch 4"
-    )
-    script = ROOT / "examples" / "train_with_sae_lens.py"
-    done = subprocess.run(
-        [sys.executable, str(script), *options.split()], cwd=ROOT, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_example_runs(tiny_gemma3: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = f"--model {tiny_gemma3} --layer 1 --data {text_file} --out {tmp_path}"
+    options += " --d-sae 64 --k 4 --steps 4 --batch 4"
+    script = str(ROOT / "examples" / "train_with_sae_lens.py")
+    monkeypatch.setattr(sys, "argv", [script, *options.split()])
+    runpy.run_path(script, run_name="__main__")
     assert json.loads((tmp_path / "sae" / "cfg.json").read_text())["architecture"] == "topk"
     ours, theirs = tsae.load(tmp_path / "sae"), sae_lens.SAE.load_from_disk(tmp_path / "sae")
     x = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0))

@@ -88,6 +88,10 @@ class _TemporalConfig:
     temporal_options: dict[str, Any] = field(default_factory=dict)
     temporal_seed: int = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]
+        self.objective()
+
     def objective(self) -> ObjectiveConfig:
         """The objective, checked; `UserError` for an option that it has not, or a value that makes no sense."""
         try:
@@ -101,7 +105,7 @@ class _TemporalConfig:
 
 
 @dataclass
-class TemporalTopKTrainingSAEConfig(TopKTrainingSAEConfig, _TemporalConfig):
+class TemporalTopKTrainingSAEConfig(_TemporalConfig, TopKTrainingSAEConfig):
     """SAELens's TopK with a temporal objective; saved for inference as `topk`."""
 
     @classmethod
@@ -113,7 +117,7 @@ class TemporalTopKTrainingSAEConfig(TopKTrainingSAEConfig, _TemporalConfig):
 
 
 @dataclass
-class TemporalBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig, _TemporalConfig):
+class TemporalBatchTopKTrainingSAEConfig(_TemporalConfig, BatchTopKTrainingSAEConfig):
     """SAELens's BatchTopK with a temporal objective; saved for inference as `jumprelu`."""
 
     @classmethod
