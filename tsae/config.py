@@ -369,6 +369,8 @@ class TrainConfig:
     """Precision of the autoencoder's matrix products; its weights stay float32."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where else the measurements go: `tensorboard`, `wandb`, or both; to metrics.jsonl in any case."""
     normalize: bool = True
     """Centre and scale the activations, as estimated on the first sequences; off, the autoencoder is trained on raw
     ones."""

@@ -61,9 +61,18 @@ def start_run(directory: Path, cfg: TrainConfig) -> None:
 
 def remove_run(directory: Path) -> None:
     """Remove all that a run left in its directory but its `config.json`; files of others stay."""
-    for name in ("checkpoint", "sae"):
+    for name in ("checkpoint", "sae", "tensorboard", "wandb"):
         shutil.rmtree(directory / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "eval.json", "eval_source.json", "report.png", "diverged.json"):
+    written = (
+        "metrics.jsonl",
+        "eval.json",
+        "eval_source.json",
+        "report.png",
+        "diverged.json",
+        "wandb.json",
+        "view.html",
+    )
+    for name in written:
         (directory / name).unlink(missing_ok=True)
     for path in directory.glob("eval-release-*.json"):
         path.unlink()

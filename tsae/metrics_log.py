@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+
+from tsae.trackers import Tracker
 
 __all__ = ["MetricsLog"]
 
@@ -16,9 +19,11 @@ class MetricsLog:
     Args:
         path: the file.
         keep_bytes: how much of an existing file to keep.
+        trackers: what the same numbers go to; they are closed with the file.
     """
 
-    def __init__(self, path: Path, keep_bytes: int = 0) -> None:
+    def __init__(self, path: Path, keep_bytes: int = 0, trackers: Sequence[Tracker] = ()) -> None:
+        self._trackers = trackers
         self._file = path.open("a+b")
         self._file.truncate(keep_bytes)
         self._file.seek(0, 2)
@@ -28,6 +33,8 @@ class MetricsLog:
         clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in values.items()}
         self._file.write(json.dumps(clean).encode() + b"\n")
         self._file.flush()
+        for tracker in self._trackers:
+            tracker.write(values)
 
     @property
     def bytes_written(self) -> int:
@@ -41,3 +48,5 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+        for tracker in self._trackers:
+            tracker.close()

@@ -31,6 +31,7 @@ from tsae.metrics_log import MetricsLog
 from tsae.progress import bar, console
 from tsae.report import write_report
 from tsae.sae.normalization import InputNormalizer
+from tsae.trackers import check_trackers, open_trackers, track_evaluation
 from tsae.trainer import DivergedError, Trainer
 
 __all__ = ["Outcome", "evaluation_batches", "run", "run_all"]
@@ -75,6 +76,7 @@ def run_all(
     for name, cfg in cfgs.items():
         with _naming(name):
             cfg.check()
+    check_trackers(name for cfg in cfgs.values() for name in cfg.log)
     check_writable(directory)
     common = next(iter(cfgs.values()))
     device = resolve_device(common.device)
@@ -119,6 +121,7 @@ def run_all(
             else:
                 outcomes[name].evaluation = result
                 write_eval(result, directory / name)
+                track_evaluation(directory / name, cfgs[name], outcomes[name].steps, result.metrics)
     for name in cfgs:
         write_report(directory / name)
     return outcomes
@@ -217,7 +220,8 @@ def _trained(
         lanes = {}
         for name, each in trainers.items():
             (directory / name / "diverged.json").unlink(missing_ok=True)  # of later steps than the checkpoint's
-            log = files.enter_context(MetricsLog(directory / name / "metrics.jsonl", keep_bytes[name]))
+            trackers = open_trackers(directory / name, cfgs[name], each.step)
+            log = files.enter_context(MetricsLog(directory / name / "metrics.jsonl", keep_bytes[name], trackers))
             lanes[name] = _Lane(cfgs[name], directory / name, each, log)
 
         def save_checkpoint(step: int) -> None:

@@ -238,7 +238,7 @@ function timeChart(part, number, point) {
       const step = {ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1, PageUp: 8, PageDown: -8, Home: -Infinity, End: Infinity}[event.key];
       if (step === undefined) return;
       event.preventDefault();
-      controller.point(at === null ? part.peak : Math.min(Math.max(at + step, from), to - 1));
+      controller.point(at === null && Number.isFinite(step) ? part.peak : Math.min(Math.max((at ?? part.peak) + step, from), to - 1));
     });
     return svg;
   });
