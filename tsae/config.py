@@ -356,6 +356,9 @@ class TrainConfig:
     """Precision of the autoencoder's matrix products; its weights stay float32."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+    cache: str | None = None
+    """Directory that keeps harvested activations: what it has is read instead of harvested, what it lacks is added
+    (docs/cache.md)."""
     normalize: bool = True
     """Centre and scale the activations, as estimated on the first sequences; off, the autoencoder is trained on raw
     ones."""

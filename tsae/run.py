@@ -18,6 +18,9 @@ import torch
 from tsae import checkpoint
 from tsae.config import LENGTH, TrainConfig
 from tsae.data.buffer import ActivationBuffer
+from tsae.data.cache import ActivationCache
+from tsae.data.cache_request import cache_request, made_with
+from tsae.data.feed import Feed
 from tsae.data.harvest import Harvest, Harvester
 from tsae.data.sequences import SequenceStream, TokenBatch
 from tsae.data.text import Document, Part, absolute_source, open_text, split_threshold
@@ -25,6 +28,7 @@ from tsae.directories import check_writable, link_latest, start_run
 from tsae.errors import UserError
 from tsae.evaluate import EvaluationResult, evaluate_all, evaluation_progress, write_eval
 from tsae.files import write_json
+from tsae.interrupts import AtSafePoint, Interrupted, deferred
 from tsae.lm.hooks import check_layer
 from tsae.lm.loading import LanguageModel, absolute_name, default_dtype, load_language_model
 from tsae.metrics_log import MetricsLog
@@ -79,12 +83,17 @@ def run_all(
     common = next(iter(cfgs.values()))
     device = resolve_device(common.device)
     # Absolute, so that the run can be gone on with and evaluated from anywhere.
-    common = replace(common, data=absolute_source(common.data), model=absolute_name(common.model))
+    common = replace(
+        common,
+        data=absolute_source(common.data),
+        model=absolute_name(common.model),
+        cache=None if common.cache is None else str(Path(common.cache).expanduser().absolute()),
+    )
     lm, common = _open(common, device)
     for name, cfg in cfgs.items():
         with _naming(name):
             sae = replace(cfg.sae, d_in=matching_width(cfg, lm))
-            cfg = replace(cfg, data=common.data, model=common.model, text=common.text, sae=sae)
+            cfg = replace(cfg, data=common.data, model=common.model, text=common.text, cache=common.cache, sae=sae)
             cfgs = cfgs | {name: cfg}
     outcomes, trainers = _trained(cfgs, lm, device, directory, resume=resume, start=start or _start_all)
     saes = {name: trainer.finished() for name, trainer in trainers.items()}
@@ -142,9 +151,8 @@ def _open(cfg: TrainConfig, device: torch.device) -> tuple[LanguageModel, TrainC
     cfg = replace(cfg, text=replace(cfg.text, threshold=split_threshold(cfg.data, cfg.text)))
     lm = load_language_model(cfg.model, device=device, dtype=cfg.lm_dtype, revision=cfg.revision)
     check_layer(lm, cfg.layer)
-    # Likewise text that is too short for the first forward pass of the harvest.
-    first = min(cfg.buffer.harvest_batch, cfg.buffer.sequences, -(-cfg.steps * cfg.batch // cfg.buffer.reuse))
-    SequenceStream(_text(cfg, "train"), lm.tokenizer, LENGTH).next_batch(first)
+    # Likewise text that is too short for a forward pass of the harvest.
+    SequenceStream(_text(cfg, "train"), lm.tokenizer, LENGTH).next_batch(_harvest_group(cfg))
     if cfg.evaluation.final:
         evaluation_batches(cfg, lm, 1)
     return lm, cfg
@@ -153,6 +161,33 @@ def _open(cfg: TrainConfig, device: torch.device) -> tuple[LanguageModel, TrainC
 def _text(cfg: TrainConfig, part: Part) -> Callable[[int], Iterator[Document]]:
     """The run's text, one part of it, by epoch."""
     return lambda epoch: open_text(cfg.data, part=part, seed=cfg.stream_seed, config=cfg.text, epoch=epoch)
+
+
+def _demand(cfg: TrainConfig) -> int:
+    """Sequences that are drawn in all."""
+    return cfg.steps * cfg.batch
+
+
+def _harvest_group(cfg: TrainConfig) -> int:
+    """Sequences per forward pass of the harvest."""
+    return min(cfg.buffer.harvest_batch, -(-_demand(cfg) // cfg.buffer.reuse))
+
+
+def _storage(cfg: TrainConfig, lm: LanguageModel) -> torch.dtype:
+    """Type that activations are kept in."""
+    return lm.dtype if cfg.buffer.dtype == "auto" else getattr(torch, cfg.buffer.dtype)
+
+
+def _opened_cache(cfg: TrainConfig, lm: LanguageModel) -> ActivationCache | None:
+    """The run's cache, locked if it has less than the run will ask for; `UserError` if it does not match."""
+    if cfg.cache is None:
+        return None
+    group = _harvest_group(cfg)
+    request = cache_request(cfg, lm, _storage(cfg, lm), group)
+    cache = ActivationCache(Path(cfg.cache), request, made_with(lm), group=group)
+    if cache.groups * group * cfg.buffer.reuse < _demand(cfg):
+        cache.lock()
+    return cache
 
 
 def _start_all(cfgs: dict[str, TrainConfig], directory: Path) -> None:
@@ -172,17 +207,44 @@ def _trained(
 ) -> tuple[dict[str, Outcome], dict[str, Trainer]]:
     """Train to the last step, from the start or from the newest checkpoint.
 
+    SIGINT and SIGTERM stop it after the step, or the forward pass of the language model, in hand.
+
     out: every run's outcome so far, and the trainers of those that did not diverge
+
+    Raises:
+        Interrupted: on such a signal; the steps made are in a checkpoint.
     """
-    cfg = next(iter(cfgs.values()))  # of what they have in common
+    with ExitStack() as stack:
+        check = stack.enter_context(deferred())
+        cfg = next(iter(cfgs.values()))  # of what they have in common
+        cache = _opened_cache(cfg, lm)
+        if cache is not None:
+            stack.enter_context(cache)
+        return _fed(cfgs, lm, device, directory, cache, resume=resume, start=start, check=check)
+
+
+def _fed(
+    cfgs: dict[str, TrainConfig],
+    lm: LanguageModel,
+    device: torch.device,
+    directory: Path,
+    cache: ActivationCache | None,
+    *,
+    resume: bool,
+    start: Start,
+    check: Callable[[], None],
+) -> tuple[dict[str, Outcome], dict[str, Trainer]]:
+    """`_trained`, with the cache that is open, and ``check``, which raises `AtSafePoint` after a signal."""
+    cfg = next(iter(cfgs.values()))
     stream = SequenceStream(_text(cfg, "train"), lm.tokenizer, LENGTH)
-    storage = lm.dtype if cfg.buffer.dtype == "auto" else getattr(torch, cfg.buffer.dtype)
-    harvester = Harvester(lm, cfg.layer, stream, batch=cfg.buffer.harvest_batch, dtype=storage)
+    storage = _storage(cfg, lm)
+    harvester = Harvester(lm, cfg.layer, stream, batch=_harvest_group(cfg), dtype=storage)
+    feed = Feed(harvester, cache, partial(_checking_bar, check))
     buffer = ActivationBuffer(
-        partial(_harvest_with_bar, harvester),
+        feed,
         cfg.buffer.sequences,
         cfg.buffer.reuse,
-        cfg.steps * cfg.batch,
+        _demand(cfg),
         torch.Generator().manual_seed(cfg.stream_seed + 2),
     )
     _announce(cfgs, lm, buffer, storage, device)
@@ -196,7 +258,7 @@ def _trained(
     if saved is not None:
         state, contents = checkpoint.load(saved)
         buffer.load_state_dict(state["buffer"], contents)
-        stream.load_state_dict(state["stream"])
+        feed.load_state_dict(state["feed"])
         trainers = {}
         for name, values in state["trainers"].items():
             trainers[name] = trainer(name, InputNormalizer(**values["normalizer"]))
@@ -206,7 +268,13 @@ def _trained(
             outcomes[name] = Outcome(steps, error=DivergedError(message))
         console.print(f"Resuming {directory} after step {state['step']}.", soft_wrap=True)
     else:
-        first = buffer.first(cfg.buffer.estimate_sequences)
+        try:
+            first = buffer.first(cfg.buffer.estimate_sequences)
+        except AtSafePoint as stop:
+            empty = not directory.exists() or not any(directory.iterdir())
+            if empty:
+                start(cfgs, directory)  # so that there is something to resume
+            raise Interrupted(stop.number, _advice(0, directory if resume or empty else None)) from None
         estimated, raw = InputNormalizer.estimate(*first), InputNormalizer.identity(lm.d_model)
         trainers = {name: trainer(name, estimated if cfgs[name].normalize else raw) for name in cfgs}
         keep_bytes = dict.fromkeys(cfgs, 0)
@@ -226,7 +294,7 @@ def _trained(
                 "metrics_bytes": {name: lane.metrics.bytes_written for name, lane in lanes.items()},
                 "diverged": {name: (outcome.steps, str(outcome.error)) for name, outcome in outcomes.items()},
                 "buffer": buffer.state_dict(),
-                "stream": stream.state_dict(),
+                "feed": feed.state_dict(),
             }
             checkpoint.save(
                 directory / "checkpoint", step, state, buffer.contents(), buffer.refills, cfg.checkpoint.keep
@@ -237,7 +305,11 @@ def _trained(
             outcomes[name] = Outcome(lanes.pop(name).trainer.step, error=error)
             write_json(directory / name / "diverged.json", {"steps": outcomes[name].steps, "message": str(error)})
 
-        _train(cfg, lanes, buffer, save_checkpoint, stopped)
+        try:
+            _train(cfg, lanes, buffer, save_checkpoint, stopped, check)
+        except AtSafePoint as stop:
+            steps = max((lane.trainer.step for lane in lanes.values()), default=0)
+            raise Interrupted(stop.number, _advice(steps, directory)) from None
     for name in lanes:
         outcomes[name] = Outcome(cfg.steps)
     return {name: outcomes[name] for name in cfgs}, {name: lane.trainer for name, lane in lanes.items()}
@@ -312,11 +384,24 @@ def _announce(
     )
 
 
-def _harvest_with_bar(harvester: Harvester, n: int) -> Iterator[Harvest]:
-    with bar("Tokenizing", n * LENGTH) as advance:
-        tokens = harvester.tokenize(n, advance)
-    with bar("Harvest", n * LENGTH) as advance:
-        yield from harvester.batches(tokens, advance)
+@contextmanager
+def _checking_bar(check: Callable[[], None], what: str, tokens: int) -> Iterator[Callable[[int], None]]:
+    """A bar whose progress calls ``check``."""
+    with bar(what, tokens) as advance:
+
+        def advance_and_check(done: int) -> None:
+            advance(done)
+            check()
+
+        yield advance_and_check
+
+
+def _advice(steps: int, directory: Path | None) -> str:
+    """What a user is told after an interruption; no directory: a run that was to replace another has none yet."""
+    when = f" after step {steps}, which is saved" if steps else " before the first step"
+    if directory is None:
+        return f"{when}; the run that is there was left as it was, so start again as before"
+    return f"{when}; continue with python -m tsae.train --resume {directory}"
 
 
 class _Lane:
@@ -346,29 +431,47 @@ def _train(
     buffer: ActivationBuffer,
     save_checkpoint: Callable[[int], None],
     stopped: Callable[[str, DivergedError], None],
+    check: Callable[[], None],
 ) -> None:
-    """Take all lanes to the last step; ``stopped`` takes out one that diverged."""
+    """Take all lanes to the last step; ``stopped`` takes out one that diverged.
+
+    Where ``check`` raises `AtSafePoint`, in a refill of the buffer or between two steps, the steps made are saved.
+    """
     done = next((lane.trainer.step for lane in lanes.values()), cfg.steps)
     if done >= cfg.steps:
         return
-    buffer.first(1)  # the harvest's bar before the training's
-    for lane in lanes.values():
-        lane.since = time.perf_counter()
-    with bar("Training", (cfg.steps - done) * cfg.batch * LENGTH * len(lanes)) as advance:
-        for number in range(done + 1, cfg.steps + 1):
-            saved = number == cfg.steps or (cfg.checkpoint.every > 0 and number % cfg.checkpoint.every == 0)
-            batch = buffer.next_batch(cfg.batch)
-            for name, lane in list(lanes.items()):
-                try:
-                    lane.step(batch, saved=saved)
-                except DivergedError as error:
-                    stopped(name, error)
-                else:
-                    advance(cfg.batch * LENGTH)
-            if not lanes:
-                break
-            if saved:
-                save_checkpoint(number)
+    saved_at = done
+    try:
+        buffer.first(1)  # the harvest's bar before the training's
+        for lane in lanes.values():
+            lane.since = time.perf_counter()
+        with bar("Training", (cfg.steps - done) * cfg.batch * LENGTH * len(lanes)) as advance:
+            for number in range(done + 1, cfg.steps + 1):
+                saved = number == cfg.steps or (cfg.checkpoint.every > 0 and number % cfg.checkpoint.every == 0)
+                batch = buffer.next_batch(cfg.batch)
+                for name, lane in list(lanes.items()):
+                    try:
+                        lane.step(batch, saved=saved)
+                    except DivergedError as error:
+                        stopped(name, error)
+                    else:
+                        advance(cfg.batch * LENGTH)
+                if not lanes:
+                    break
+                done = number
+                if saved:
+                    save_checkpoint(number)
+                    saved_at = number
+                check()
+    except AtSafePoint:
+        for name, lane in list(lanes.items()):
+            try:
+                lane.trainer.check_finite()
+            except DivergedError as error:
+                stopped(name, error)
+        if lanes and done > saved_at:
+            save_checkpoint(done)
+        raise
 
 
 def _with_checkpoint(error: DivergedError, directory: Path) -> DivergedError:
