@@ -26,6 +26,7 @@ from tsae.data.sequences import SequenceStream, TokenBatch
 from tsae.data.text import Document, Part, absolute_source, open_text, split_threshold
 from tsae.directories import check_writable, link_latest, start_run
 from tsae.errors import UserError
+from tsae.estimate import BUFFER, memory_parts
 from tsae.evaluate import EvaluationResult, evaluate_all, evaluation_progress, write_eval
 from tsae.files import write_json
 from tsae.interrupts import AtSafePoint, Interrupted, deferred
@@ -37,7 +38,20 @@ from tsae.report import write_report
 from tsae.sae.normalization import InputNormalizer
 from tsae.trainer import DivergedError, Trainer
 
-__all__ = ["Outcome", "evaluation_batches", "run", "run_all"]
+__all__ = [
+    "Outcome",
+    "demand",
+    "evaluation_batches",
+    "harvest_group",
+    "make_buffer",
+    "make_feed",
+    "open_cache",
+    "prepare",
+    "run",
+    "run_all",
+    "storage_dtype",
+    "uses_autocast",
+]
 
 Start = Callable[[dict[str, TrainConfig], Path], None]
 
@@ -76,25 +90,9 @@ def run_all(
     directory: holds `checkpoint/`, which is common to all
     start: makes the directories once training is about to begin, from the completed ``cfgs`` and ``directory``
     """
-    for name, cfg in cfgs.items():
-        with _naming(name):
-            cfg.check()
     check_writable(directory)
+    cfgs, lm, device = prepare(cfgs)
     common = next(iter(cfgs.values()))
-    device = resolve_device(common.device)
-    # Absolute, so that the run can be gone on with and evaluated from anywhere.
-    common = replace(
-        common,
-        data=absolute_source(common.data),
-        model=absolute_name(common.model),
-        cache=None if common.cache is None else str(Path(common.cache).expanduser().absolute()),
-    )
-    lm, common = _open(common, device)
-    for name, cfg in cfgs.items():
-        with _naming(name):
-            sae = replace(cfg.sae, d_in=matching_width(cfg, lm))
-            cfg = replace(cfg, data=common.data, model=common.model, text=common.text, cache=common.cache, sae=sae)
-            cfgs = cfgs | {name: cfg}
     outcomes, trainers = _trained(cfgs, lm, device, directory, resume=resume, start=start or _start_all)
     saes = {name: trainer.finished() for name, trainer in trainers.items()}
     for name, sae in saes.items():
@@ -133,6 +131,33 @@ def run_all(
     return outcomes
 
 
+def prepare(cfgs: dict[str, TrainConfig]) -> tuple[dict[str, TrainConfig], LanguageModel, torch.device]:
+    """What `run_all` begins with: ``cfgs`` checked and completed, the language model, and the device. Writes nothing.
+
+    Raises:
+        UserError: a value makes no sense, or the model or the text cannot be used.
+    """
+    for name, cfg in cfgs.items():
+        with _naming(name):
+            cfg.check()
+    common = next(iter(cfgs.values()))
+    device = resolve_device(common.device)
+    # Absolute, so that the run can be gone on with and evaluated from anywhere.
+    common = replace(
+        common,
+        data=absolute_source(common.data),
+        model=absolute_name(common.model),
+        cache=None if common.cache is None else str(Path(common.cache).expanduser().absolute()),
+    )
+    lm, common = _open(common, device)
+    for name, cfg in cfgs.items():
+        with _naming(name):
+            sae = replace(cfg.sae, d_in=matching_width(cfg, lm))
+            cfg = replace(cfg, data=common.data, model=common.model, text=common.text, cache=common.cache, sae=sae)
+            cfgs = cfgs | {name: cfg}
+    return cfgs, lm, device
+
+
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
     """Put the run's name before the sentence of a `UserError`."""
@@ -152,7 +177,7 @@ def _open(cfg: TrainConfig, device: torch.device) -> tuple[LanguageModel, TrainC
     lm = load_language_model(cfg.model, device=device, dtype=cfg.lm_dtype, revision=cfg.revision)
     check_layer(lm, cfg.layer)
     # Likewise text that is too short for a forward pass of the harvest.
-    SequenceStream(_text(cfg, "train"), lm.tokenizer, LENGTH).next_batch(_harvest_group(cfg))
+    SequenceStream(_text(cfg, "train"), lm.tokenizer, LENGTH).next_batch(harvest_group(cfg))
     if cfg.evaluation.final:
         evaluation_batches(cfg, lm, 1)
     return lm, cfg
@@ -163,29 +188,33 @@ def _text(cfg: TrainConfig, part: Part) -> Callable[[int], Iterator[Document]]:
     return lambda epoch: open_text(cfg.data, part=part, seed=cfg.stream_seed, config=cfg.text, epoch=epoch)
 
 
-def _demand(cfg: TrainConfig) -> int:
+def demand(cfg: TrainConfig) -> int:
     """Sequences that are drawn in all."""
     return cfg.steps * cfg.batch
 
 
-def _harvest_group(cfg: TrainConfig) -> int:
+def harvest_group(cfg: TrainConfig) -> int:
     """Sequences per forward pass of the harvest."""
-    return min(cfg.buffer.harvest_batch, -(-_demand(cfg) // cfg.buffer.reuse))
+    return min(cfg.buffer.harvest_batch, -(-demand(cfg) // cfg.buffer.reuse))
 
 
-def _storage(cfg: TrainConfig, lm: LanguageModel) -> torch.dtype:
+def storage_dtype(cfg: TrainConfig, lm: LanguageModel) -> torch.dtype:
     """Type that activations are kept in."""
     return lm.dtype if cfg.buffer.dtype == "auto" else getattr(torch, cfg.buffer.dtype)
 
 
-def _opened_cache(cfg: TrainConfig, lm: LanguageModel) -> ActivationCache | None:
-    """The run's cache, locked if it has less than the run will ask for; `UserError` if it does not match."""
+def open_cache(cfg: TrainConfig, lm: LanguageModel, *, write: bool) -> ActivationCache | None:
+    """The run's cache, if it has one; with ``write``, locked if it has less than the run will ask for.
+
+    Raises:
+        UserError: it does not match the run, or another process writes to it.
+    """
     if cfg.cache is None:
         return None
-    group = _harvest_group(cfg)
-    request = cache_request(cfg, lm, _storage(cfg, lm), group)
+    group = harvest_group(cfg)
+    request = cache_request(cfg, lm, storage_dtype(cfg, lm), group)
     cache = ActivationCache(Path(cfg.cache), request, made_with(lm), group=group)
-    if cache.groups * group * cfg.buffer.reuse < _demand(cfg):
+    if write and cache.groups * group * cfg.buffer.reuse < demand(cfg):
         cache.lock()
     return cache
 
@@ -217,10 +246,30 @@ def _trained(
     with ExitStack() as stack:
         check = stack.enter_context(deferred())
         cfg = next(iter(cfgs.values()))  # of what they have in common
-        cache = _opened_cache(cfg, lm)
+        cache = open_cache(cfg, lm, write=True)
         if cache is not None:
             stack.enter_context(cache)
         return _fed(cfgs, lm, device, directory, cache, resume=resume, start=start, check=check)
+
+
+def make_feed(
+    cfg: TrainConfig, lm: LanguageModel, cache: ActivationCache | None = None, check: Callable[[], None] = lambda: None
+) -> Feed:
+    """The run's activations from their beginning; ``check`` is called between forward passes."""
+    stream = SequenceStream(_text(cfg, "train"), lm.tokenizer, LENGTH)
+    harvester = Harvester(lm, cfg.layer, stream, batch=harvest_group(cfg), dtype=storage_dtype(cfg, lm))
+    return Feed(harvester, cache, partial(_checking_bar, check))
+
+
+def make_buffer(cfg: TrainConfig, feed: Callable[[int], Iterator[Harvest]]) -> ActivationBuffer:
+    """The run's buffer, empty, in front of ``feed``."""
+    return ActivationBuffer(
+        feed,
+        cfg.buffer.sequences,
+        cfg.buffer.reuse,
+        demand(cfg),
+        torch.Generator().manual_seed(cfg.stream_seed + 2),
+    )
 
 
 def _fed(
@@ -236,22 +285,13 @@ def _fed(
 ) -> tuple[dict[str, Outcome], dict[str, Trainer]]:
     """`_trained`, with the cache that is open, and ``check``, which raises `AtSafePoint` after a signal."""
     cfg = next(iter(cfgs.values()))
-    stream = SequenceStream(_text(cfg, "train"), lm.tokenizer, LENGTH)
-    storage = _storage(cfg, lm)
-    harvester = Harvester(lm, cfg.layer, stream, batch=_harvest_group(cfg), dtype=storage)
-    feed = Feed(harvester, cache, partial(_checking_bar, check))
-    buffer = ActivationBuffer(
-        feed,
-        cfg.buffer.sequences,
-        cfg.buffer.reuse,
-        _demand(cfg),
-        torch.Generator().manual_seed(cfg.stream_seed + 2),
-    )
-    _announce(cfgs, lm, buffer, storage, device)
+    feed = make_feed(cfg, lm, cache, check)
+    buffer = make_buffer(cfg, feed)
+    _announce(cfgs, lm, buffer, device)
 
     def trainer(name: str, normalizer: InputNormalizer) -> Trainer:
         with _naming(name):
-            return Trainer(cfgs[name], normalizer, device, autocast=_autocast(cfgs[name], device))
+            return Trainer(cfgs[name], normalizer, device, autocast=uses_autocast(cfgs[name], device))
 
     outcomes: dict[str, Outcome] = {}
     saved = checkpoint.latest(directory / "checkpoint") if resume else None
@@ -315,7 +355,7 @@ def _fed(
     return {name: outcomes[name] for name in cfgs}, {name: lane.trainer for name, lane in lanes.items()}
 
 
-def _autocast(cfg: TrainConfig, device: torch.device) -> bool:
+def uses_autocast(cfg: TrainConfig, device: torch.device) -> bool:
     return default_dtype(device) == torch.bfloat16 if cfg.autocast == "auto" else cfg.autocast == "bfloat16"
 
 
@@ -360,18 +400,13 @@ def evaluation_batches(cfg: TrainConfig, lm: LanguageModel, sequences: int) -> l
     return batches
 
 
-def _announce(
-    cfgs: dict[str, TrainConfig],
-    lm: LanguageModel,
-    buffer: ActivationBuffer,
-    storage: torch.dtype,
-    device: torch.device,
-) -> None:
+def _announce(cfgs: dict[str, TrainConfig], lm: LanguageModel, buffer: ActivationBuffer, device: torch.device) -> None:
     cfg = next(iter(cfgs.values()))
-    size = buffer.memory(LENGTH, lm.d_model, storage) / 2**20
+    storage = storage_dtype(cfg, lm)
+    parts = memory_parts(cfgs, lm, buffer, storage, autocast=uses_autocast(cfg, device))
     if len(cfgs) == 1:
         what = f"{cfg.sae.d_sae} {cfg.sae.activation} features"
-        what += " (bfloat16 autocast)" if _autocast(cfg, device) else ""
+        what += " (bfloat16 autocast)" if uses_autocast(cfg, device) else ""
     else:
         what = f"{len(cfgs)} autoencoders"
     console.print(
@@ -379,9 +414,11 @@ def _announce(
         f"{what}, {cfg.steps} steps of {cfg.batch} x {LENGTH} tokens."
     )
     console.print(
-        f"Activation buffer: at most {buffer.capacity} sequences, {size:,.0f} MiB "
+        f"Activation buffer: at most {buffer.capacity} sequences, {parts[BUFFER] / 2**20:,.0f} MiB "
         f"({str(storage).removeprefix('torch.')}); each is trained on {cfg.buffer.reuse} times."
     )
+    sizes = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items())
+    console.print(f"Memory, estimated, in MiB: {sizes}; in all {sum(parts.values()) / 2**20:,.0f}.")
 
 
 @contextmanager
