@@ -13,10 +13,12 @@ from typing import TypeVar
 import tyro
 
 from tsae.errors import UserError
+from tsae.interrupts import Interrupted, at_once
 
 __all__ = ["Status", "only_options", "parse", "report_errors"]
 
 T = TypeVar("T")
+DEFAULT_ADVICE = "; continue with --resume and the run's directory"
 
 
 @dataclass
@@ -63,13 +65,15 @@ def only_options(argv: list[str], allowed: tuple[str, ...], why: str) -> None:
 
 @contextlib.contextmanager
 def report_errors() -> Iterator[Status]:
-    """Turns a `UserError` into its sentence on stderr and status 2, an interruption into status 130."""
+    """Turns a `UserError` into its sentence on stderr and status 2, an interruption into status 130 or 143."""
     status = Status()
     try:
-        yield status
+        with at_once():
+            yield status
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         status.code = 2
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; continue with --resume and the run's directory\n")
-        status.code = 130
+    except KeyboardInterrupt as error:
+        advice = error.advice if isinstance(error, Interrupted) else ""
+        sys.stderr.write(f"interrupted{advice or DEFAULT_ADVICE}\n")
+        status.code = error.status if isinstance(error, Interrupted) else 130

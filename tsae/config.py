@@ -371,6 +371,9 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where else the measurements go: `tensorboard`, `wandb`, or both; to metrics.jsonl in any case."""
+    cache: str | None = None
+    """Directory that keeps harvested activations: what it has is read instead of harvested, what it lacks is added
+    (docs/cache.md)."""
     normalize: bool = True
     """Centre and scale the activations, as estimated on the first sequences; off, the autoencoder is trained on raw
     ones."""

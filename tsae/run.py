@@ -18,13 +18,18 @@ import torch
 from tsae import checkpoint
 from tsae.config import LENGTH, TrainConfig
 from tsae.data.buffer import ActivationBuffer
+from tsae.data.cache import ActivationCache
+from tsae.data.cache_request import cache_request, made_with
+from tsae.data.feed import Feed
 from tsae.data.harvest import Harvest, Harvester
 from tsae.data.sequences import SequenceStream, TokenBatch
 from tsae.data.text import Document, Part, absolute_source, open_text, split_threshold
 from tsae.directories import check_writable, link_latest, start_run
 from tsae.errors import UserError
+from tsae.estimate import BUFFER, memory_parts
 from tsae.evaluate import EvaluationResult, evaluate_all, evaluation_progress, write_eval
 from tsae.files import write_json
+from tsae.interrupts import AtSafePoint, Interrupted, deferred
 from tsae.lm.hooks import check_layer
 from tsae.lm.loading import LanguageModel, absolute_name, default_dtype, load_language_model
 from tsae.metrics_log import MetricsLog
@@ -34,7 +39,20 @@ from tsae.sae.normalization import InputNormalizer
 from tsae.trackers import check_trackers, open_trackers, track_evaluation
 from tsae.trainer import DivergedError, Trainer
 
-__all__ = ["Outcome", "evaluation_batches", "run", "run_all"]
+__all__ = [
+    "Outcome",
+    "demand",
+    "evaluation_batches",
+    "harvest_group",
+    "make_buffer",
+    "make_feed",
+    "open_cache",
+    "prepare",
+    "run",
+    "run_all",
+    "storage_dtype",
+    "uses_autocast",
+]
 
 Start = Callable[[dict[str, TrainConfig], Path], None]
 
@@ -73,21 +91,10 @@ def run_all(
     directory: holds `checkpoint/`, which is common to all
     start: makes the directories once training is about to begin, from the completed ``cfgs`` and ``directory``
     """
-    for name, cfg in cfgs.items():
-        with _naming(name):
-            cfg.check()
     check_trackers(name for cfg in cfgs.values() for name in cfg.log)
     check_writable(directory)
+    cfgs, lm, device = prepare(cfgs)
     common = next(iter(cfgs.values()))
-    device = resolve_device(common.device)
-    # Absolute, so that the run can be gone on with and evaluated from anywhere.
-    common = replace(common, data=absolute_source(common.data), model=absolute_name(common.model))
-    lm, common = _open(common, device)
-    for name, cfg in cfgs.items():
-        with _naming(name):
-            sae = replace(cfg.sae, d_in=matching_width(cfg, lm))
-            cfg = replace(cfg, data=common.data, model=common.model, text=common.text, sae=sae)
-            cfgs = cfgs | {name: cfg}
     outcomes, trainers = _trained(cfgs, lm, device, directory, resume=resume, start=start or _start_all)
     saes = {name: trainer.finished() for name, trainer in trainers.items()}
     for name, sae in saes.items():
@@ -127,6 +134,33 @@ def run_all(
     return outcomes
 
 
+def prepare(cfgs: dict[str, TrainConfig]) -> tuple[dict[str, TrainConfig], LanguageModel, torch.device]:
+    """What `run_all` begins with: ``cfgs`` checked and completed, the language model, and the device. Writes nothing.
+
+    Raises:
+        UserError: a value makes no sense, or the model or the text cannot be used.
+    """
+    for name, cfg in cfgs.items():
+        with _naming(name):
+            cfg.check()
+    common = next(iter(cfgs.values()))
+    device = resolve_device(common.device)
+    # Absolute, so that the run can be gone on with and evaluated from anywhere.
+    common = replace(
+        common,
+        data=absolute_source(common.data),
+        model=absolute_name(common.model),
+        cache=None if common.cache is None else str(Path(common.cache).expanduser().absolute()),
+    )
+    lm, common = _open(common, device)
+    for name, cfg in cfgs.items():
+        with _naming(name):
+            sae = replace(cfg.sae, d_in=matching_width(cfg, lm))
+            cfg = replace(cfg, data=common.data, model=common.model, text=common.text, cache=common.cache, sae=sae)
+            cfgs = cfgs | {name: cfg}
+    return cfgs, lm, device
+
+
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
     """Put the run's name before the sentence of a `UserError`."""
@@ -145,9 +179,8 @@ def _open(cfg: TrainConfig, device: torch.device) -> tuple[LanguageModel, TrainC
     cfg = replace(cfg, text=replace(cfg.text, threshold=split_threshold(cfg.data, cfg.text)))
     lm = load_language_model(cfg.model, device=device, dtype=cfg.lm_dtype, revision=cfg.revision)
     check_layer(lm, cfg.layer)
-    # Likewise text that is too short for the first forward pass of the harvest.
-    first = min(cfg.buffer.harvest_batch, cfg.buffer.sequences, -(-cfg.steps * cfg.batch // cfg.buffer.reuse))
-    SequenceStream(_text(cfg, "train"), lm.tokenizer, LENGTH).next_batch(first)
+    # Likewise text that is too short for a forward pass of the harvest.
+    SequenceStream(_text(cfg, "train"), lm.tokenizer, LENGTH).next_batch(harvest_group(cfg))
     if cfg.evaluation.final:
         evaluation_batches(cfg, lm, 1)
     return lm, cfg
@@ -156,6 +189,37 @@ def _open(cfg: TrainConfig, device: torch.device) -> tuple[LanguageModel, TrainC
 def _text(cfg: TrainConfig, part: Part) -> Callable[[int], Iterator[Document]]:
     """The run's text, one part of it, by epoch."""
     return lambda epoch: open_text(cfg.data, part=part, seed=cfg.stream_seed, config=cfg.text, epoch=epoch)
+
+
+def demand(cfg: TrainConfig) -> int:
+    """Sequences that are drawn in all."""
+    return cfg.steps * cfg.batch
+
+
+def harvest_group(cfg: TrainConfig) -> int:
+    """Sequences per forward pass of the harvest."""
+    return min(cfg.buffer.harvest_batch, -(-demand(cfg) // cfg.buffer.reuse))
+
+
+def storage_dtype(cfg: TrainConfig, lm: LanguageModel) -> torch.dtype:
+    """Type that activations are kept in."""
+    return lm.dtype if cfg.buffer.dtype == "auto" else getattr(torch, cfg.buffer.dtype)
+
+
+def open_cache(cfg: TrainConfig, lm: LanguageModel, *, write: bool) -> ActivationCache | None:
+    """The run's cache, if it has one; with ``write``, locked if it has less than the run will ask for.
+
+    Raises:
+        UserError: it does not match the run, or another process writes to it.
+    """
+    if cfg.cache is None:
+        return None
+    group = harvest_group(cfg)
+    request = cache_request(cfg, lm, storage_dtype(cfg, lm), group)
+    cache = ActivationCache(Path(cfg.cache), request, made_with(lm), group=group)
+    if write and cache.groups * group * cfg.buffer.reuse < demand(cfg):
+        cache.lock()
+    return cache
 
 
 def _start_all(cfgs: dict[str, TrainConfig], directory: Path) -> None:
@@ -175,31 +239,69 @@ def _trained(
 ) -> tuple[dict[str, Outcome], dict[str, Trainer]]:
     """Train to the last step, from the start or from the newest checkpoint.
 
+    SIGINT and SIGTERM stop it after the step, or the forward pass of the language model, in hand.
+
     out: every run's outcome so far, and the trainers of those that did not diverge
+
+    Raises:
+        Interrupted: on such a signal; the steps made are in a checkpoint.
     """
-    cfg = next(iter(cfgs.values()))  # of what they have in common
+    with ExitStack() as stack:
+        check = stack.enter_context(deferred())
+        cfg = next(iter(cfgs.values()))  # of what they have in common
+        cache = open_cache(cfg, lm, write=True)
+        if cache is not None:
+            stack.enter_context(cache)
+        return _fed(cfgs, lm, device, directory, cache, resume=resume, start=start, check=check)
+
+
+def make_feed(
+    cfg: TrainConfig, lm: LanguageModel, cache: ActivationCache | None = None, check: Callable[[], None] = lambda: None
+) -> Feed:
+    """The run's activations from their beginning; ``check`` is called between forward passes."""
     stream = SequenceStream(_text(cfg, "train"), lm.tokenizer, LENGTH)
-    storage = lm.dtype if cfg.buffer.dtype == "auto" else getattr(torch, cfg.buffer.dtype)
-    harvester = Harvester(lm, cfg.layer, stream, batch=cfg.buffer.harvest_batch, dtype=storage)
-    buffer = ActivationBuffer(
-        partial(_harvest_with_bar, harvester),
+    harvester = Harvester(lm, cfg.layer, stream, batch=harvest_group(cfg), dtype=storage_dtype(cfg, lm))
+    return Feed(harvester, cache, partial(_checking_bar, check))
+
+
+def make_buffer(cfg: TrainConfig, feed: Callable[[int], Iterator[Harvest]]) -> ActivationBuffer:
+    """The run's buffer, empty, in front of ``feed``."""
+    return ActivationBuffer(
+        feed,
         cfg.buffer.sequences,
         cfg.buffer.reuse,
-        cfg.steps * cfg.batch,
+        demand(cfg),
         torch.Generator().manual_seed(cfg.stream_seed + 2),
     )
-    _announce(cfgs, lm, buffer, storage, device)
+
+
+def _fed(
+    cfgs: dict[str, TrainConfig],
+    lm: LanguageModel,
+    device: torch.device,
+    directory: Path,
+    cache: ActivationCache | None,
+    *,
+    resume: bool,
+    start: Start,
+    check: Callable[[], None],
+) -> tuple[dict[str, Outcome], dict[str, Trainer]]:
+    """`_trained`, with the cache that is open, and ``check``, which raises `AtSafePoint` after a signal."""
+    cfg = next(iter(cfgs.values()))
+    feed = make_feed(cfg, lm, cache, check)
+    buffer = make_buffer(cfg, feed)
+    _announce(cfgs, lm, buffer, device)
 
     def trainer(name: str, normalizer: InputNormalizer) -> Trainer:
         with _naming(name):
-            return Trainer(cfgs[name], normalizer, device, autocast=_autocast(cfgs[name], device))
+            return Trainer(cfgs[name], normalizer, device, autocast=uses_autocast(cfgs[name], device))
 
     outcomes: dict[str, Outcome] = {}
     saved = checkpoint.latest(directory / "checkpoint") if resume else None
     if saved is not None:
         state, contents = checkpoint.load(saved)
         buffer.load_state_dict(state["buffer"], contents)
-        stream.load_state_dict(state["stream"])
+        feed.load_state_dict(state["feed"])
         trainers = {}
         for name, values in state["trainers"].items():
             trainers[name] = trainer(name, InputNormalizer(**values["normalizer"]))
@@ -209,7 +311,13 @@ def _trained(
             outcomes[name] = Outcome(steps, error=DivergedError(message))
         console.print(f"Resuming {directory} after step {state['step']}.", soft_wrap=True)
     else:
-        first = buffer.first(cfg.buffer.estimate_sequences)
+        try:
+            first = buffer.first(cfg.buffer.estimate_sequences)
+        except AtSafePoint as stop:
+            empty = not directory.exists() or not any(directory.iterdir())
+            if empty:
+                start(cfgs, directory)  # so that there is something to resume
+            raise Interrupted(stop.number, _advice(0, directory if resume or empty else None)) from None
         estimated, raw = InputNormalizer.estimate(*first), InputNormalizer.identity(lm.d_model)
         trainers = {name: trainer(name, estimated if cfgs[name].normalize else raw) for name in cfgs}
         keep_bytes = dict.fromkeys(cfgs, 0)
@@ -230,7 +338,7 @@ def _trained(
                 "metrics_bytes": {name: lane.metrics.bytes_written for name, lane in lanes.items()},
                 "diverged": {name: (outcome.steps, str(outcome.error)) for name, outcome in outcomes.items()},
                 "buffer": buffer.state_dict(),
-                "stream": stream.state_dict(),
+                "feed": feed.state_dict(),
             }
             checkpoint.save(
                 directory / "checkpoint", step, state, buffer.contents(), buffer.refills, cfg.checkpoint.keep
@@ -241,13 +349,17 @@ def _trained(
             outcomes[name] = Outcome(lanes.pop(name).trainer.step, error=error)
             write_json(directory / name / "diverged.json", {"steps": outcomes[name].steps, "message": str(error)})
 
-        _train(cfg, lanes, buffer, save_checkpoint, stopped)
+        try:
+            _train(cfg, lanes, buffer, save_checkpoint, stopped, check)
+        except AtSafePoint as stop:
+            steps = max((lane.trainer.step for lane in lanes.values()), default=0)
+            raise Interrupted(stop.number, _advice(steps, directory)) from None
     for name in lanes:
         outcomes[name] = Outcome(cfg.steps)
     return {name: outcomes[name] for name in cfgs}, {name: lane.trainer for name, lane in lanes.items()}
 
 
-def _autocast(cfg: TrainConfig, device: torch.device) -> bool:
+def uses_autocast(cfg: TrainConfig, device: torch.device) -> bool:
     return default_dtype(device) == torch.bfloat16 if cfg.autocast == "auto" else cfg.autocast == "bfloat16"
 
 
@@ -292,18 +404,13 @@ def evaluation_batches(cfg: TrainConfig, lm: LanguageModel, sequences: int) -> l
     return batches
 
 
-def _announce(
-    cfgs: dict[str, TrainConfig],
-    lm: LanguageModel,
-    buffer: ActivationBuffer,
-    storage: torch.dtype,
-    device: torch.device,
-) -> None:
+def _announce(cfgs: dict[str, TrainConfig], lm: LanguageModel, buffer: ActivationBuffer, device: torch.device) -> None:
     cfg = next(iter(cfgs.values()))
-    size = buffer.memory(LENGTH, lm.d_model, storage) / 2**20
+    storage = storage_dtype(cfg, lm)
+    parts = memory_parts(cfgs, lm, buffer, storage, autocast=uses_autocast(cfg, device))
     if len(cfgs) == 1:
         what = f"{cfg.sae.d_sae} {cfg.sae.activation} features"
-        what += " (bfloat16 autocast)" if _autocast(cfg, device) else ""
+        what += " (bfloat16 autocast)" if uses_autocast(cfg, device) else ""
     else:
         what = f"{len(cfgs)} autoencoders"
     console.print(
@@ -311,16 +418,31 @@ def _announce(
         f"{what}, {cfg.steps} steps of {cfg.batch} x {LENGTH} tokens."
     )
     console.print(
-        f"Activation buffer: at most {buffer.capacity} sequences, {size:,.0f} MiB "
+        f"Activation buffer: at most {buffer.capacity} sequences, {parts[BUFFER] / 2**20:,.0f} MiB "
         f"({str(storage).removeprefix('torch.')}); each is trained on {cfg.buffer.reuse} times."
     )
+    sizes = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items())
+    console.print(f"Memory, estimated, in MiB: {sizes}; in all {sum(parts.values()) / 2**20:,.0f}.")
 
 
-def _harvest_with_bar(harvester: Harvester, n: int) -> Iterator[Harvest]:
-    with bar("Tokenizing", n * LENGTH) as advance:
-        tokens = harvester.tokenize(n, advance)
-    with bar("Harvest", n * LENGTH) as advance:
-        yield from harvester.batches(tokens, advance)
+@contextmanager
+def _checking_bar(check: Callable[[], None], what: str, tokens: int) -> Iterator[Callable[[int], None]]:
+    """A bar whose progress calls ``check``."""
+    with bar(what, tokens) as advance:
+
+        def advance_and_check(done: int) -> None:
+            advance(done)
+            check()
+
+        yield advance_and_check
+
+
+def _advice(steps: int, directory: Path | None) -> str:
+    """What a user is told after an interruption; no directory: a run that was to replace another has none yet."""
+    when = f" after step {steps}, which is saved" if steps else " before the first step"
+    if directory is None:
+        return f"{when}; the run that is there was left as it was, so start again as before"
+    return f"{when}; continue with python -m tsae.train --resume {directory}"
 
 
 class _Lane:
@@ -350,29 +472,47 @@ def _train(
     buffer: ActivationBuffer,
     save_checkpoint: Callable[[int], None],
     stopped: Callable[[str, DivergedError], None],
+    check: Callable[[], None],
 ) -> None:
-    """Take all lanes to the last step; ``stopped`` takes out one that diverged."""
+    """Take all lanes to the last step; ``stopped`` takes out one that diverged.
+
+    Where ``check`` raises `AtSafePoint`, in a refill of the buffer or between two steps, the steps made are saved.
+    """
     done = next((lane.trainer.step for lane in lanes.values()), cfg.steps)
     if done >= cfg.steps:
         return
-    buffer.first(1)  # the harvest's bar before the training's
-    for lane in lanes.values():
-        lane.since = time.perf_counter()
-    with bar("Training", (cfg.steps - done) * cfg.batch * LENGTH * len(lanes)) as advance:
-        for number in range(done + 1, cfg.steps + 1):
-            saved = number == cfg.steps or (cfg.checkpoint.every > 0 and number % cfg.checkpoint.every == 0)
-            batch = buffer.next_batch(cfg.batch)
-            for name, lane in list(lanes.items()):
-                try:
-                    lane.step(batch, saved=saved)
-                except DivergedError as error:
-                    stopped(name, error)
-                else:
-                    advance(cfg.batch * LENGTH)
-            if not lanes:
-                break
-            if saved:
-                save_checkpoint(number)
+    saved_at = done
+    try:
+        buffer.first(1)  # the harvest's bar before the training's
+        for lane in lanes.values():
+            lane.since = time.perf_counter()
+        with bar("Training", (cfg.steps - done) * cfg.batch * LENGTH * len(lanes)) as advance:
+            for number in range(done + 1, cfg.steps + 1):
+                saved = number == cfg.steps or (cfg.checkpoint.every > 0 and number % cfg.checkpoint.every == 0)
+                batch = buffer.next_batch(cfg.batch)
+                for name, lane in list(lanes.items()):
+                    try:
+                        lane.step(batch, saved=saved)
+                    except DivergedError as error:
+                        stopped(name, error)
+                    else:
+                        advance(cfg.batch * LENGTH)
+                if not lanes:
+                    break
+                done = number
+                if saved:
+                    save_checkpoint(number)
+                    saved_at = number
+                check()
+    except AtSafePoint:
+        for name, lane in list(lanes.items()):
+            try:
+                lane.trainer.check_finite()
+            except DivergedError as error:
+                stopped(name, error)
+        if lanes and done > saved_at:
+            save_checkpoint(done)
+        raise
 
 
 def _with_checkpoint(error: DivergedError, directory: Path) -> DivergedError:

@@ -46,7 +46,7 @@ RESERVED = ("checkpoint", SWEEP)  # a sweep's own, beside its runs
 # What decides the stream, its evaluation and its checkpoints, which all runs share.
 COMMON = (
     *("model", "revision", "layer", "data", "text", "steps", "batch", "data_seed", "device", "lm_dtype"),
-    *("buffer", "evaluation", "checkpoint"),
+    *("buffer", "evaluation", "checkpoint", "cache"),
 )
 
 

@@ -35,6 +35,8 @@ class Command(TrainConfig):
     """Replace the run that --out already holds."""
     resume: Path | None = None
     """Continue this directory of a run or a sweep from its last checkpoint, with its own configuration."""
+    dry_run: bool = False
+    """Print what the run would take in memory, on disk and in time, and stop; nothing is written."""
     sweep: Path | None = None
     """Train every run of this YAML file on one stream of activations, into --out or runs/sweep-NAME/TIMESTAMP."""
 
@@ -83,6 +85,9 @@ def main(argv: list[str] | None = None) -> int:
             cfg, directory = _resumed(asked, argv)
         else:
             directory = new_directory(cfg.preset, asked.out, overwrite=asked.overwrite)
+        if asked.dry_run:
+            _dry_run({"": cfg}, directory)
+            return status.code
         result = run(cfg, directory, resume=asked.resume is not None)
         if result is not None:
             print_table(result.metrics)
@@ -103,6 +108,12 @@ def _resumed(asked: Command, argv: list[str]) -> tuple[TrainConfig, Path]:
     return cfg, directory
 
 
+def _dry_run(cfgs: dict[str, TrainConfig], directory: Path) -> None:
+    from tsae.dry_run import dry_run, print_estimate
+
+    print_estimate(dry_run(cfgs, directory), next(iter(cfgs.values())))
+
+
 def _is_sweep(directory: Path | None) -> bool:
     return directory is not None and (directory / "sweep.json").is_file()
 
@@ -117,9 +128,12 @@ def _sweep(asked: Command, argv: list[str]) -> None:
         resume_sweep(directory)
     else:
         assert asked.sweep is not None
-        only_options(argv, ("--sweep", "--out", "--overwrite"), "The options of a sweep stand in its file")
+        only_options(argv, ("--sweep", "--out", "--overwrite", "--dry-run"), "The options of a sweep stand in its file")
         cfgs = read_sweep(asked.sweep)
         directory = sweep_directory(asked.sweep.stem, asked.out, overwrite=asked.overwrite)
+        if asked.dry_run:
+            _dry_run(cfgs, directory)
+            return
         run_sweep(cfgs, directory)
     print_sweep(directory)
     console.print(f"Written: {directory}", soft_wrap=True)

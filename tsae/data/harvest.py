@@ -55,7 +55,7 @@ class Harvester:
             parts.append(part)
             if progress is not None:
                 progress(part.segments.numel())
-        return TokenBatch(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        return TokenBatch.joined(parts)
 
     def batches(self, tokens: TokenBatch, progress: Callable[[int], None] | None = None) -> Iterator[Harvest]:
         """Activations of sequences, on the CPU, one forward pass at a time; ``progress`` is called with its tokens.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -39,6 +39,15 @@ class TokenBatch(NamedTuple):
 
     tokens: Tensor
     segments: Tensor
+
+    @classmethod
+    def joined(cls, parts: Iterable[TokenBatch]) -> TokenBatch:
+        """The sequences of all ``parts``, at least one, in order."""
+        return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def equals(self, other: TokenBatch) -> bool:
+        """Whether all tokens and segments are the same."""
+        return torch.equal(self.tokens, other.tokens) and torch.equal(self.segments, other.segments)
 
 
 def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int | None:

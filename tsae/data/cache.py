@@ -1,0 +1,294 @@
+"""A directory of harvested activations: shards of whole sequences, and a manifest that says what they are of.
+
+`manifest.json` names the shards that count, with their lengths and checksums; a shard is written whole before it is
+named there, so that a writer can be killed at any moment. docs/cache.md has the format and what is guaranteed.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import xxhash
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from tsae.config import from_dict
+from tsae.data.harvest import Harvest
+from tsae.data.sequences import TokenBatch
+from tsae.errors import UserError
+from tsae.files import replacing, write_json
+
+__all__ = ["ActivationCache", "Shard", "sequence_bytes"]
+
+FORMAT = 1
+MANIFEST, LOCK = "manifest.json", "lock"
+SHARD_BYTES = 64 * 2**20  # of activations in a shard that is written at once
+_CHUNK = 1 << 20  # bytes read at once for a checksum
+
+
+def sequence_bytes(length: int, d_model: int, dtype: torch.dtype) -> int:
+    """Bytes that one sequence takes in a cache: activations, segment ids (int32) and token ids (int32)."""
+    return length * (d_model * dtype.itemsize + 4) + (length + 1) * 4
+
+
+@dataclass
+class Shard:
+    """An entry of the manifest.
+
+    sequences: held; bytes: of the file; checksum: XXH3 (128 bits) of the file, in hexadecimal digits
+    """
+
+    sequences: int
+    bytes: int
+    checksum: str
+
+
+class ActivationCache:
+    """The cache in one directory, as far as it has come; opening it writes nothing.
+
+    Args:
+        directory: of a cache, or where a new one goes: missing or empty.
+        request: what the activations are of, as plain JSON values by name. An existing cache must have been made
+            with the same.
+        made_with: versions and device, which are recorded and not compared.
+        group: sequences of a group, the unit in which activations are read and written.
+
+    Raises:
+        UserError: the directory holds something else, or a cache made with another request, or its manifest cannot
+            be read.
+    """
+
+    def __init__(self, directory: Path, request: dict[str, Any], made_with: dict[str, Any], *, group: int) -> None:
+        self.directory, self.group = directory, group
+        self._request: dict[str, Any] = json.loads(json.dumps(request))
+        self._made_with = made_with
+        self._lock: FileLock | None = None
+        self._pending: list[tuple[TokenBatch, Harvest]] = []  # groups harvested and not yet written
+        self._pending_stream: dict[str, Any] = {}  # the stream after the last of them
+        self._whole: set[int] = set()  # shards whose checksum was found right
+        self._set_entries([])
+        self._load()
+
+    # What there is.
+
+    @property
+    def shards(self) -> int:
+        """How many shards the manifest names."""
+        return len(self._entries)
+
+    @property
+    def groups(self) -> int:
+        """How many groups can be read."""
+        return self._ends[-1] if self._ends else 0
+
+    def path(self, shard: int) -> Path:
+        """The file of a shard."""
+        return self.directory / f"shard-{shard:06d}.safetensors"
+
+    def span(self, shard: int) -> tuple[int, int]:
+        """The groups of a shard: the first, and the one after the last."""
+        return self._ends[shard - 1] if shard else 0, self._ends[shard]
+
+    def shard_of(self, group: int) -> int:
+        """The shard that holds a group."""
+        return bisect_right(self._ends, group)
+
+    def is_whole(self, shard: int) -> bool:
+        """Whether a shard has the length and the checksum of the manifest; looked at once."""
+        if shard not in self._whole:
+            if self._differs(shard):
+                self._load()  # another process may have mended it
+                if shard >= self.shards or self._differs(shard):
+                    return False
+            self._whole.add(shard)
+        return True
+
+    def read(self, group: int) -> tuple[TokenBatch, Harvest]:
+        """A group of a shard that `is_whole`: its tokens and its activations, copied out of the mapped file."""
+        shard = self.shard_of(group)
+        low = (group - self.span(shard)[0]) * self.group
+        with safe_open(self.path(shard), framework="pt") as file:
+            x, segments, tokens = (file.get_slice(name)[low : low + self.group] for name in ("x", "segments", "tokens"))
+        return TokenBatch(tokens.long(), segments), Harvest(x, segments)
+
+    def stream_after(self, shard: int) -> dict[str, Any]:
+        """Where the stream of sequences stood after the last of a shard that `is_whole`."""
+        with safe_open(self.path(shard), framework="pt") as file:
+            return json.loads(file.metadata()["stream"])
+
+    # What is added.
+
+    def lock(self) -> None:
+        """Become the one writer, until `close`; the system lets go of the lock when a process is killed.
+
+        Raises:
+            UserError: another process is writing, or the directory cannot be written to.
+        """
+        if self._lock is not None:
+            return
+        lock = FileLock(self.directory / LOCK)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"The cache {self.directory} is being written by another process; wait until it has ended, or name "
+                "another directory with --cache."
+            ) from None
+        except OSError as error:
+            raise self._failed(error) from None
+        self._lock = lock
+        self._load()
+        if not (self.directory / MANIFEST).exists():
+            self._write_manifest()
+
+    def append(self, tokens: TokenBatch, group: Harvest, stream: dict[str, Any]) -> None:
+        """Add the next group; it is written when a shard is full, or by `flush`.
+
+        stream: where the stream of sequences stands after it
+
+        Raises:
+            UserError: the file cannot be written; the shards before it stay.
+        """
+        self.lock()
+        self._pending.append((tokens, group))
+        self._pending_stream = stream
+        if len(self._pending) * group.x.nbytes >= SHARD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was added; a shard may so be a short one."""
+        if self._pending:
+            pending, self._pending = self._pending, []
+            self._set_entries([*self._entries, self._write(self.shards, pending, self._pending_stream)])
+            self._whole.add(self.shards - 1)
+            self._write_manifest()
+
+    def replace(self, shard: int, groups: list[tuple[TokenBatch, Harvest]], stream: dict[str, Any]) -> None:
+        """Write a damaged shard again."""
+        self.lock()
+        self._entries[shard] = self._write(shard, groups, stream)
+        self._whole.add(shard)
+        self._write_manifest()
+
+    def close(self) -> None:
+        """Let another process write."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def __enter__(self) -> ActivationCache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Files.
+
+    def _load(self) -> None:
+        """Read the manifest, if there is one, and compare it with the request."""
+        path = self.directory / MANIFEST
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values["format"] != FORMAT:
+                raise ValueError(f"its format is {values['format']!r}, and this version reads {FORMAT}")
+            request, entries = values["request"], values["shards"]
+            if not isinstance(request, dict) or not isinstance(entries, list):
+                raise TypeError("request must be an object and shards a list")
+            shards = [from_dict(Shard, entry, f"shards.{i}") for i, entry in enumerate(entries)]
+        except (FileNotFoundError, NotADirectoryError):
+            self._check_new()
+            self._set_entries([])
+            return
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split()).rstrip(".")
+            raise UserError(
+                f"The manifest {path} cannot be read ({reason}); remove the directory, or name another with --cache."
+            ) from None
+        self._check_request(request)
+        self._set_entries(shards)
+
+    def _set_entries(self, entries: list[Shard]) -> None:
+        self._entries = entries
+        self._ends = list(accumulate(entry.sequences // self.group for entry in entries))  # in groups
+
+    def _check_new(self) -> None:
+        """Raise `UserError` unless the directory is missing, or has nothing but what a killed start leaves."""
+        if self.directory.exists() and not self.directory.is_dir():
+            raise UserError(f"The cache {self.directory} is a file; name a directory with --cache.")
+        own = (LOCK, f".{MANIFEST}.tmp")
+        if self.directory.is_dir() and any(path.name not in own for path in self.directory.iterdir()):
+            raise UserError(f"{self.directory} is not empty and holds no cache; name a new directory with --cache.")
+
+    def _check_request(self, got: dict[str, Any]) -> None:
+        wanted = self._request
+        names = [name for name in {**wanted, **got} if got.get(name) != wanted.get(name)]
+        if names:
+            differences = ", ".join(f"{n} is {got.get(n)!r} there and {wanted.get(n)!r} here" for n in names)
+            raise UserError(
+                f"The cache {self.directory} is of other activations than this run's: {differences}; name another "
+                "directory with --cache, or make the run agree."
+            )
+
+    def _differs(self, shard: int) -> bool:
+        entry, path = self._entries[shard], self.path(shard)
+        try:
+            if path.stat().st_size != entry.bytes or _checksum(path) != entry.checksum:
+                return True
+            with safe_open(path, framework="pt") as file:
+                return file.get_slice("x").get_shape()[0] != entry.sequences
+        except (OSError, SafetensorError):
+            return True
+
+    def _write(self, shard: int, groups: list[tuple[TokenBatch, Harvest]], stream: dict[str, Any]) -> Shard:
+        path = self.path(shard)
+        tensors = {
+            "x": torch.cat([group.x for _, group in groups]),  # [N, T, d_model]
+            "segments": torch.cat([group.segments for _, group in groups]),  # [N, T] int32
+            "tokens": torch.cat([tokens.tokens for tokens, _ in groups]).int(),  # [N, 1 + T]
+        }
+        try:
+            with replacing(path) as temporary:
+                save_file(tensors, temporary, metadata={"stream": json.dumps(stream)})
+                return Shard(len(tensors["x"]), temporary.stat().st_size, _checksum(temporary))
+        except (OSError, SafetensorError) as error:
+            raise self._failed(error) from None
+
+    def _write_manifest(self) -> None:
+        try:
+            write_json(
+                self.directory / MANIFEST,
+                {
+                    "format": FORMAT,
+                    "request": self._request,
+                    "made_with": self._made_with,
+                    "shards": [asdict(entry) for entry in self._entries],
+                },
+            )
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def _failed(self, error: Exception) -> UserError:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        return UserError(
+            f"The cache {self.directory} cannot be written to ({reason}); what is complete of it stays and will be "
+            "used: make room or name another directory with --cache, and start or resume again."
+        )
+
+
+def _checksum(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,93 @@
+"""What a run's activations are of: the part of its configuration that a cache must agree with."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from tsae.config import LENGTH, TrainConfig
+from tsae.data.files import find_files
+from tsae.data.text import PYTHON_DOCS
+from tsae.lm.loading import LanguageModel
+
+__all__ = ["cache_request", "made_with"]
+
+_SAMPLES = 64  # values of each weight that its fingerprint is of
+_ENDS = 1 << 16  # bytes at each end of a file that its fingerprint is of
+
+
+def cache_request(cfg: TrainConfig, lm: LanguageModel, storage: torch.dtype, group: int) -> dict[str, Any]:
+    """By name, all that decides a run's activations and their order, as plain values.
+
+    cfg: with the text's split (`text.threshold`) decided
+    storage: dtype the activations are kept in; group: sequences per forward pass
+    """
+    return {
+        "model": cfg.model,
+        "revision": cfg.revision,
+        "weights": _fingerprint_weights(lm),
+        "layer": cfg.layer,
+        "d_model": lm.d_model,
+        "lm_dtype": str(lm.dtype).removeprefix("torch."),
+        "tokenizer": _fingerprint_tokenizer(lm.tokenizer),
+        "data": cfg.data,
+        "data_files": _fingerprint_text(cfg.data),
+        **{f"text.{name}": getattr(cfg.text, name) for name in ("column", "split", "subset", "shuffle_buffer")},
+        "text.threshold": cfg.text.threshold,
+        "data_seed": cfg.stream_seed,
+        "length": LENGTH,
+        "dtype": str(storage).removeprefix("torch."),
+        "harvest_batch": group,
+    }
+
+
+def made_with(lm: LanguageModel) -> dict[str, str]:
+    """Versions and device, for the record."""
+    return {
+        "tsae": version("tsae"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": lm.device.type,
+    }
+
+
+def _fingerprint_weights(lm: LanguageModel) -> str:
+    """Of some values of every weight, wherever the model lies."""
+    digest = hashlib.sha256(str(lm.model.config.model_type).encode())
+    for name, weight in lm.model.named_parameters():
+        step = max(1, weight.numel() // _SAMPLES)
+        values = weight.detach().flatten()[::step].float().cpu().numpy()
+        digest.update(f"{name} {tuple(weight.shape)}".encode() + values.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    digest = hashlib.sha256(type(tokenizer).__name__.encode())
+    for token, number in sorted(tokenizer.get_vocab().items()):
+        digest.update(f"{number} {token}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:16]
+
+
+def _fingerprint_text(source: str) -> str | None:
+    """Of the names, the lengths and the ends of local files; None for a hub data set."""
+    if source == PYTHON_DOCS:
+        return f"Python {platform.python_version()}"
+    root = Path(source).expanduser()
+    if not root.exists():
+        return None
+    digest = hashlib.sha256()
+    for path in find_files(root):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(root)} {size}\n".encode("utf-8", "surrogateescape"))
+        with path.open("rb") as file:
+            digest.update(file.read(_ENDS))
+            file.seek(max(_ENDS, size - _ENDS))
+            digest.update(file.read(_ENDS))
+    return digest.hexdigest()[:16]

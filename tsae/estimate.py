@@ -1,0 +1,104 @@
+"""What a run takes in memory and on disk, from its configuration and the language model alone."""
+
+from __future__ import annotations
+
+import torch
+
+from tsae.config import LENGTH, SAEConfig, TrainConfig
+from tsae.data.buffer import ActivationBuffer
+from tsae.data.cache import SHARD_BYTES, sequence_bytes
+from tsae.lm.loading import LanguageModel
+
+__all__ = [
+    "BUFFER",
+    "MODEL",
+    "SAE",
+    "STEP",
+    "cache_bytes",
+    "checkpoint_bytes",
+    "memory_parts",
+    "sae_bytes",
+    "sae_parameters",
+    "step_bytes",
+]
+
+MODEL, BUFFER, SAE, STEP, CACHE = (
+    "language model",
+    "activation buffer",
+    "autoencoder with gradients and Adam",
+    "activations of a step",
+    "cache shard in hand",
+)
+
+
+# Tensors [B, T, d_sae] at the peak of a step, without and with autocast, counted with torch's memory profiler on a CPU
+# (tests/test_dry_run.py); (4, 5) for the activations that are not here.
+_FEATURE_TENSORS = {"batchtopk": (5, 7), "jumprelu": (5, 7), "jumprelu_schmitt": (8, 13)}
+
+
+def memory_parts(
+    cfgs: dict[str, TrainConfig],
+    lm: LanguageModel,
+    buffer: ActivationBuffer,
+    storage: torch.dtype,
+    *,
+    autocast: bool,
+) -> dict[str, int]:
+    """Bytes by part. The first three are exact and held throughout; the others are estimates of what comes on top.
+
+    What the libraries themselves and one forward pass of the language model take is not counted.
+    """
+    cfg = next(iter(cfgs.values()))
+    parts = {
+        MODEL: sum(tensor.nbytes for tensor in (*lm.model.parameters(), *lm.model.buffers())),
+        BUFFER: buffer.memory(LENGTH, lm.d_model, storage),
+        SAE: sum(sae_bytes(each.sae) for each in cfgs.values()),
+        STEP: max(step_bytes(each, autocast=autocast) for each in cfgs.values()),
+    }
+    if cfg.cache is not None:  # the groups of a shard, and their copy in the file's order
+        parts[CACHE] = 2 * min(SHARD_BYTES, cache_bytes(cfg, lm.d_model, storage))
+    return parts
+
+
+def sae_parameters(cfg: SAEConfig) -> int:
+    """Numbers that are trained."""
+    learned = {"jumprelu": 1, "jumprelu_schmitt": 2}.get(cfg.activation, 0)
+    return 2 * cfg.d_in * cfg.d_sae + cfg.d_in + (1 + learned) * cfg.d_sae
+
+
+def sae_bytes(cfg: SAEConfig) -> int:
+    """Weights, gradients and Adam's two moments, float32, and the buffers of thresholds."""
+    return 4 * (4 * sae_parameters(cfg) + 2 * cfg.d_sae)
+
+
+def step_bytes(cfg: TrainConfig, *, autocast: bool) -> int:
+    """About what a training step has at its peak beyond `sae_bytes`.
+
+    Of every token: the pre-activation, the features, the gradient of each and what `_FEATURE_TENSORS` counts further,
+    and of the width of the language model the input, the reconstruction, their difference and what the normalization
+    makes of them. With autocast, the weights again in bfloat16. AuxK, Matryoshka prefixes and temporal terms other
+    than the statistics come on top.
+    """
+    tokens, width = cfg.batch * LENGTH, 2 if autocast else 4
+    features = _FEATURE_TENSORS.get(cfg.sae.activation, (4, 5))[autocast]
+    activations = tokens * (features * width * cfg.sae.d_sae + 6 * 4 * cfg.sae.d_in)
+    return activations + (2 * 2 * cfg.sae.d_in * cfg.sae.d_sae if autocast else 0)
+
+
+def cache_bytes(cfg: TrainConfig, d_model: int, storage: torch.dtype) -> int:
+    """Bytes of the cache that a run fills on its own, up to the shards' headers."""
+    sequences = -(-cfg.steps * cfg.batch // cfg.buffer.reuse)
+    group = min(cfg.buffer.harvest_batch, sequences)
+    return -(-sequences // group) * group * sequence_bytes(LENGTH, d_model, storage)
+
+
+def checkpoint_bytes(cfgs: dict[str, TrainConfig], buffer: ActivationBuffer, d_model: int, storage: torch.dtype) -> int:
+    """Bytes of the checkpoints at most, while one more than are kept is written.
+
+    Each has the weights and Adam's moments, and the buffer as it then was: one file for all where it never refills.
+    """
+    cfg = next(iter(cfgs.values()))
+    state = sum(4 * (3 * sae_parameters(each.sae) + 5 * each.sae.d_sae) for each in cfgs.values())
+    whole = -(-cfg.steps * cfg.batch // cfg.buffer.reuse)
+    buffers = 1 if buffer.capacity >= whole else cfg.checkpoint.keep + 1
+    return (cfg.checkpoint.keep + 1) * state + buffers * buffer.memory(LENGTH, d_model, storage)
