@@ -206,6 +206,8 @@ class ActivationCache:
             if not isinstance(request, dict) or not isinstance(entries, list):
                 raise TypeError("request must be an object and shards a list")
             shards = [from_dict(Shard, entry, f"shards.{i}") for i, entry in enumerate(entries)]
+            if any(shard.sequences < 1 for shard in shards):
+                raise ValueError("a shard of no sequences")
         except (FileNotFoundError, NotADirectoryError):
             self._check_new()
             self._set_entries([])
