@@ -173,3 +173,11 @@ def test_a_malicious_checkpoint_runs_no_code(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(UserError):
         checkpoint.load(path)
     assert not (tmp_path / "pwned").exists()
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "FORMAT", 1)
+    saved = checkpoint.save(tmp_path, 3, {}, {}, 0, keep=1)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="step-00000003 is of another version of tsae; train again"):
+        checkpoint.load(saved)

@@ -21,6 +21,7 @@ from tsae.errors import UserError
 __all__ = ["latest", "load", "save"]
 
 STATE = "state.pt"
+FORMAT = 2  # of what `tsae.run` saves; to be raised with every change of it
 NAME = re.compile(r"step-(\d+)")
 
 
@@ -50,7 +51,7 @@ def save(
     temporary = directory / f".tmp-step-{step:08d}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    torch.save(state | {"step": step, "refills": refills if buffer else 0}, temporary / STATE)
+    torch.save(state | {"format": FORMAT, "step": step, "refills": refills if buffer else 0}, temporary / STATE)
     _sync(temporary / STATE)
     if final.exists():  # the same step again, after a resume: what is there is as good
         shutil.rmtree(temporary)
@@ -103,7 +104,7 @@ def load(checkpoint: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The state and the buffer's contents of a checkpoint, on the CPU.
 
     Raises:
-        UserError: the checkpoint or its buffer is damaged or missing.
+        UserError: the checkpoint or its buffer is damaged or missing, or of a version that saved something else.
     """
     try:
         state = torch.load(checkpoint / STATE, weights_only=True, map_location="cpu")
@@ -115,4 +116,6 @@ def load(checkpoint: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             f"The checkpoint {checkpoint} cannot be read ({reason}); remove that directory to resume from the one "
             "before it."
         ) from None
+    if state.get("format") != FORMAT:
+        raise UserError(f"The checkpoint {checkpoint} is of another version of tsae; train again, or resume it there.")
     return state, contents
