@@ -56,9 +56,13 @@ class StandIn:
                     return self.answer(b"hub")
                 allowed = self.headers.get("Authorization") == f"Bearer {hub.token}"
                 if path.startswith("api/models/"):
-                    name = path.removeprefix("api/models/").split("/revision/")[0]
+                    name, tree, _ = path.removeprefix("api/models/").partition("/tree/")
+                    name = name.split("/revision/")[0]
                     if name not in hub.repositories or (name in hub.private and not allowed):
                         return self.refuse(401, "RepoNotFound", "Repository not found")
+                    if tree:
+                        entries = hub.repositories[name].items()
+                        return self.json([{"type": "file", "path": f, "size": len(c), "oid": ""} for f, c in entries])
                     files = [{"rfilename": file} for file in hub.repositories[name]]
                     return self.json({"id": name, "sha": hub.commit(name), "siblings": files, "private": False})
                 name, _, rest = path.partition("/resolve/")
@@ -85,7 +89,7 @@ class StandIn:
                     if name in hub.repositories:
                         return self.json(address | {"error": "You already created this model repo"}, 409)
                     hub.repositories[name] = {}
-                    if asked.get("private"):
+                    if asked.get("private") or asked.get("visibility") == "private":
                         hub.private.add(name)
                     return self.json(address)
                 name = path.removeprefix("api/models/").rpartition("/")[0].rpartition("/")[0]

@@ -42,8 +42,10 @@ def open_page(browser: Chrome, page: Path, *, width: int = 1400, height: int = 9
     """Open a page in a window of this size whose user prefers `scheme`; narrow windows are a phone's."""
     size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    media = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}  # a click waits for no scrolling
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": name, "value": value} for name, value in media.items()]}
+    )
     browser.get("about:blank")
     browser.get_log("browser")  # empties it
     browser.get(page.as_uri())

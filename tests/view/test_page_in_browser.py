@@ -257,4 +257,5 @@ def test_2560_features_load_in_two_seconds(browser: Any, tmp_path: Path) -> None
         seconds.append(browser.execute_script("return Number(document.documentElement.dataset.ready) / 1000"))
         if seconds[-1] < 2:
             break
-    assert min(seconds) < 2, f"{seconds} s for {size / 1e6:.1f} MB"
+    print(f"2,560 features: {size / 1e6:.1f} MB, loaded in {min(seconds):.2f} s")
+    assert min(seconds) < 2, seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -167,7 +168,7 @@ def load(
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what an exception says, as a sentence."""
+    """The first line of what an exception says, as a sentence; the client's own begin with a bare status."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    said = [line for line in lines if "Request ID" not in line] or lines
+    said = [line for line in lines if not re.match(r"\d+ \w+ Error\b.{0,99}$", line)] or lines
     return (said[0] if said else type(error).__name__).rstrip(".") + "."

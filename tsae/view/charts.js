@@ -162,7 +162,8 @@ function trainingCard({title, text, curves, log = false, level = null, spread = 
 function histogramCard({title, text, values, log, label, colour}) {
   const numbers = known(values).filter((v) => !log || v > 0).map((v) => (log ? Math.log10(v) : v));
   if (!numbers.length) return card(title, "There is nothing to count.", "");
-  const width = log ? 0.125 : 0.025;
+  const wanted = (Math.max(...numbers) - Math.min(...numbers)) / 24;  // about two dozen bins
+  const width = [0.025, 0.05, 0.125].find((w) => w >= wanted) ?? 0.25;
   const low = Math.floor(Math.min(...numbers) / width + 1e-6) * width, bins = [];
   for (const v of numbers) {
     const bin = Math.floor((v - low) / width + 1e-6);

@@ -5,7 +5,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const features = data.features, count = features.density.length;
 const LONG = data.lags.indexOf(16) < 0 ? data.lags.length - 1 : data.lags.indexOf(16);
 const COLUMNS = [
-  {key: "number", name: "Feature", value: (f) => f, text: (f) => whole(f), up: true},
+  {key: "number", name: "Feature", value: (f) => f, text: (f) => String(f), up: true},
   {key: "tokens", name: "Fires most on"},
   {key: "density", name: "Density", value: (f) => features.density[f], text: (f) => percent(features.density[f]), means: "share of tokens at which it is on"},
   {key: "persistence", name: "Stays on", value: (f) => features.persistence[f], text: (f) => fixed(features.persistence[f], 3), means: "probability that it is on at the next token, given that it is on"},

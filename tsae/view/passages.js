@@ -106,7 +106,7 @@ function memoryCard(f) {
   const chart = {
     label: `Autocorrelation of feature ${f}: ` + data.lags.map((lag, i) => `${fixed(own[i], 2)} at lag ${lag}`).join(", "),
     x: {low: xs[0], high: xs[xs.length - 1], marks: xs, text: (x) => 2 ** x, label: "lag (tokens)"},
-    y: {low: Math.min(0, ...values), high: Math.max(...values, 0.1), marks: ticks(Math.min(0, ...values), Math.max(...values, 0.1), 3)},
+    y: {low: Math.min(0, ...values), high: Math.max(...values, 0.1), marks: ticks(Math.min(0, ...values), Math.max(...values, 0.1), 5)},
     parts(px, py, svg) {
       svg.append(shape("path", {class: "curve soft", d: path(xs, all, px, py)}), shape("path", {class: "curve blue", d: path(xs, own, px, py)}));
       own.forEach((v, i) => v !== null && svg.append(shape("circle", {class: "dot blue", r: 3, cx: px(xs[i]), cy: py(v)})));
@@ -167,6 +167,10 @@ function passage(f, other, run, number) {
       text, chart.place, element("div", {class: "under"}, readout, ...(length > WINDOW ? [more] : [])));
   }
   draw();
+  requestAnimationFrame(() => {  // once it is laid out: the highest token may lie below the fold
+    const text = made.querySelector(".text"), token = made.querySelectorAll(".token")[peak - (all ? 0 : Math.max(Math.min(peak - LEAD, length - WINDOW), 0))];
+    if (token.offsetTop > text.clientHeight - 30) text.scrollTop = token.offsetTop - text.clientHeight / 2;
+  });
   return made;
 }
 
@@ -214,12 +218,12 @@ function timeChart(part, number, point) {
   };
   controller.place = drawing((width) => {
     px = (i) => left + (i - from + 0.5) / n * (width - left - right);
-    const height = beside ? 206 : 132;
+    const height = beside ? 212 : 132;
     svg = shape("svg", {class: "time", viewBox: `0 0 ${width} ${height}`, height, tabindex: 0, role: "slider",
       "aria-label": `Passage ${number}: activation of feature ${f}${beside ? ` and feature ${other}` : ""} over ${n} tokens`,
       "aria-valuemin": 1, "aria-valuemax": n, "aria-valuenow": part.peak - from + 1, "aria-valuetext": reading(part, part.peak)});
     panel(svg, px, {...part, ...own, limits: limits(f), top: 16, bottom: 108, colour: "blue", name: `feature ${f}`, width, left, right});
-    if (beside) panel(svg, px, {...part, ...beside, f: other, limits: limits(other), top: 128, bottom: 182, colour: "orange", name: `feature ${other}`, width, left, right});
+    if (beside) panel(svg, px, {...part, ...beside, f: other, limits: limits(other), top: 134, bottom: 188, colour: "orange", name: `feature ${other}`, width, left, right});
     for (const mark of ticks(0, n - 1, Math.min(8, width / 60)).filter(Number.isInteger)) {
       svg.append(shape("text", {x: px(from + mark), y: height - 8, "text-anchor": "middle"}, mark + 1));
     }

@@ -37,7 +37,7 @@ function numbers() {
     ["loss recovered", m.ce_loss_score_mean_ablation, percent, "of what the language model loses when the mean stands in for the activation"],
     ["stays on, beyond chance", temporal.persistence_excess, (v) => v.toFixed(3),
       "0: on at random, 1: never switches off" + (shuffled === undefined ? "" : `; ${shuffled.toFixed(3)} with the tokens shuffled`)],
-    ["median dwell time", quantile(dwell, 0.5), (v) => `${v.toFixed(2)} tokens`, "half of the features stay on longer than this, once on"],
+    ["median dwell time", quantile(dwell, 0.5), (v) => `${v.toFixed(2)} tokens`, "how long a feature stays on, on average; half of the features stay longer"],
   ];
 }
 
@@ -74,7 +74,8 @@ function overviewCharts() {
       },
     }))));
     const full = bands.map((c) => mean(c));
-    const floor = Math.min(0, ...known(bands.map((c) => spread(c)[0]))), top = Math.max(0.01, ...known(bands.map((c) => spread(c)[1])));
+    const floor = Math.min(0, ...known(bands.map((c) => spread(c)[0])));
+    const top = 1.1 * Math.max(0.01, ...known(bands.map((c) => spread(c)[1])));
     out.push(card("Autocorrelation by band", "All pairs of tokens so far apart; the bar is the mean, the line the middle 80 % of features.", drawing((width) => axes(width, {
       label: "Mean autocorrelation: " + data.bands.map(([a, b], i) => `${fixed(full[i], 3)} at lags ${a} to ${b}`).join(", "),
       x: {low: -0.5, high: bands.length - 0.5, marks: bands.map((_, i) => i), text: (i) => data.bands[i].join("–"), label: "lags (tokens)"},
@@ -85,7 +86,7 @@ function overviewCharts() {
           const half = (px(1) - px(0)) * 0.28, [a, b] = spread(bands[i]);
           svg.append(shape("rect", {class: "bars blue", x: px(i) - half, width: 2 * half, y: py(Math.max(v, 0)), height: Math.abs(py(v) - py(0))}));
           svg.append(shape("line", {class: "curve soft", x1: px(i), x2: px(i), y1: py(a), y2: py(b)}));
-          svg.append(shape("text", {x: px(i) + half + 4, y: py(v) + 4}, fixed(v, 3)));
+          svg.append(shape("text", {x: px(i), y: py(Math.max(b, v)) - 5, "text-anchor": "middle"}, fixed(v, 3)));
         });
       },
     }))));
