@@ -291,7 +291,7 @@ def test_shrinking_features_is_not_consistency():
 
 
 def test_dead_features_change_only_what_counts_every_feature():
-    x, h, segments = sample()
+    x, h, segments = sample(dtype=torch.float64)  # in float32 a wider matrix is summed in another order
     wider = torch.cat([h, torch.zeros(*h.shape[:2], 11)], dim=2)
     before, after = fast_metrics(x, h, segments), fast_metrics(x, wider, segments)
     before.pop("transitions")
