@@ -338,14 +338,24 @@ class SparseAutoencoder(nn.Module):
         return load(Path(directory), device)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload it with a model card, see `tsae.hub.push`; ``run`` names the run directory that it comes from."""
+        """Upload it with a generated model card; safetensors and JSON, never a pickle.
+
+        repo_id: "name" or "owner/name" on the Hugging Face hub
+        options: those of `tsae.hub.push`; ``run`` names the run directory that it comes from
+        out: the address of the commit
+        """
         from tsae.hub import push
 
         return push(self, repo_id, **options)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options: Any) -> SparseAutoencoder:
-        """One of the Hugging Face hub or of a local directory, in ``eval()`` mode, see `tsae.hub.load`."""
+        """An autoencoder of the Hugging Face hub or of a local directory, in ``eval()`` mode.
+
+        name: a hub id, the directory of an autoencoder, or that of a run
+        options: those of `tsae.hub.load`
+        out: the autoencoder, which works on raw activations
+        """
         from tsae.hub import load
 
         return load(name, **options)
