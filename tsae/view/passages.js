@@ -78,19 +78,26 @@ function showFeature(f) {
     ["largest activation", short(features.peak[f])],
     ...(limits(f).on === null ? [] : [["switches on above", short(limits(f).on)]]),
     ...(limits(f).release === null ? [] : [["stays on above", short(limits(f).release)]]),
-    ...data.bands.map(([low, high], i) => [`autocorrelation, lags ${low}–${high}`, fixed(features.band_autocorrelation[i][f], 3)]),
   ];
   const head = element("h3", {id: "detail-title", tabindex: -1}, `Feature ${f}`);
   const place = state.order.indexOf(f);
-  const step = (by) => element("button", {type: "button", ...(state.order[place + by] === undefined || place < 0 ? {disabled: ""} : {}),
-    onclick: () => { state.active = place + by; activate(state.active); openFeature(state.order[state.active], true); }}, by < 0 ? "‹ Previous" : "Next ›");
+  const wide = (text) => element("span", {class: "wide"}, text);
+  const step = (by) => {
+    const next = place < 0 ? undefined : state.order[place + by];
+    const go = () => {
+      activate(place + by);
+      openFeature(next, true);
+    };
+    return element("button", {type: "button", "aria-label": by < 0 ? "Previous feature" : "Next feature",
+      disabled: next === undefined ? "" : null, onclick: go}, ...(by < 0 ? ["‹", wide(" Previous")] : [wide("Next "), "›"]));
+  };
   const facts = element("div", {class: "card"},
     element("dl", {class: "stats"}, ...stats.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value)))),
     element("p", {class: "note"}, "Fires most on ", ...chips(features.tokens[f])), neighbour);
   const passages = features.passages[f].map((run, i) => passage(f, other, run, i + 1));
   byId("detail").replaceChildren(
     element("div", {class: "titles"}, head, element("button", {type: "button", class: "back", onclick: backToList}, "To the list"), step(-1), step(1)),
-    facts, memoryCard(f), passageLegend(f, other, passages.length), ...passages);
+    facts, passageLegend(f, other, passages.length), ...passages, memoryCard(f));
 }
 
 function backToList() {
@@ -112,7 +119,8 @@ function memoryCard(f) {
       own.forEach((v, i) => v !== null && svg.append(shape("circle", {class: "dot blue", r: 3, cx: px(xs[i]), cy: py(v)})));
     },
   };
-  return card("Memory over lags", "Correlation of the activation with itself so many tokens later.",
+  return card("Memory over lags", "Correlation of the activation with itself so many tokens later; all pairs together, " +
+    data.bands.map(([low, high], i) => `${fixed(features.band_autocorrelation[i][f], 3)} at lags ${low} to ${high}`).join(", ") + ".",
     drawing((width) => axes(width, chart, 150)), [["this feature", "blue"], ["mean of all", "soft"]]);
 }
 
@@ -139,8 +147,9 @@ function passage(f, other, run, number) {
   const peak = own.values.indexOf(Math.max(...own.values));
   const made = element("figure", {class: "card passage"});
   let all = length <= WINDOW;
+  const first = () => (all ? 0 : Math.max(Math.min(peak - LEAD, length - WINDOW), 0));
   function draw() {
-    const from = all ? 0 : Math.max(Math.min(peak - LEAD, length - WINDOW), 0), to = all ? length : from + WINDOW;
+    const from = first(), to = all ? length : from + WINDOW;
     const part = {f, other, from, to, tokens, own, beside, peak};
     const on = own.values.slice(from, to).filter((v) => v > 0).length;
     const readout = element("p", {class: "readout"});
@@ -168,7 +177,7 @@ function passage(f, other, run, number) {
   }
   draw();
   requestAnimationFrame(() => {  // once it is laid out: the highest token may lie below the fold
-    const text = made.querySelector(".text"), token = made.querySelectorAll(".token")[peak - (all ? 0 : Math.max(Math.min(peak - LEAD, length - WINDOW), 0))];
+    const text = made.querySelector(".text"), token = text.children[peak - first()];
     if (token.offsetTop > text.clientHeight - 30) text.scrollTop = token.offsetTop - text.clientHeight / 2;
   });
   return made;
