@@ -30,7 +30,9 @@ from tiny_runs import write_text
 
 from tsae.cli import parse
 from tsae.errors import UserError
+from tsae.sae.temporal_objectives import count_pairs, slow_loss
 from tsae.sweep import read_sweep
+from tsae_kernels import TemporalStats, activate_with_stats
 
 GUIDES = [page for page in PAGES if name(page) == "docs/quickstart.md" or "howto" in page.parts]
 
@@ -230,6 +232,31 @@ def test_the_map_names_every_page() -> None:
     linked = {(index.parent / target).resolve() for target in LINK.findall(index.read_text(encoding="utf-8"))}
     api = {page for page in PAGES if "api" in page.parts and page.name != "index.md"}  # which its own index names
     assert {name(page) for page in set(PAGES) - linked - api - {index}} == set()
+
+
+def test_the_loss_that_people_copy_is_slowness() -> None:
+    """Value and gradient against the built-in one; and no NaN where nothing is active."""
+    namespace: dict[str, Any] = {}
+    page = ROOT / "docs" / "howto" / "own-loss.md"
+    run_python(next(block for block in blocks(page) if block.language == "python"), namespace)
+    pre = torch.randn(3, 20, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    segments = torch.tensor([[0] * 12 + [1] * 8, [0] * 20, [0] * 9 + [-1] * 3 + [2] * 8])
+
+    def stats(x: torch.Tensor) -> TemporalStats:
+        return activate_with_stats(x, threshold=0.5, release=0.1, bands=((1, 1),), segments=segments)[1]
+
+    results = []
+    for loss in (
+        lambda s: namespace["lag1_penalty"](s, segments),
+        lambda s: slow_loss(s, (segments >= 0).sum(), count_pairs(segments, 1)),
+    ):
+        x = pre.clone().requires_grad_()
+        value = loss(stats(x))
+        results.append((value, *torch.autograd.grad(value, x)))
+    torch.testing.assert_close(*results)
+    off = torch.zeros_like(pre).requires_grad_()
+    value = namespace["lag1_penalty"](stats(off), segments)
+    assert (value.item(), float(torch.autograd.grad(value, off)[0].abs().sum())) == (0.0, 0.0)
 
 
 # The tests of the tests: a page that is wrong does not pass.
