@@ -49,6 +49,7 @@ def test_the_wheel_of_python_alone_is_for_every_machine(tree: Path, tmp_path: Pa
     names = zipfile.ZipFile(file).namelist()
     assert "tsae_kernels/eager.py" in names
     assert "tsae/py.typed" in names
+    assert {"tsae/view/template.html", "tsae/view/view.css", "tsae/view/view.js"} <= set(names)
     assert not [name for name in names if name.endswith((".so", ".cpp", ".cu"))]
     if not choice:
         assert "torch is not in the build environment. For the compiled kernels run `pip install --no-build" in said

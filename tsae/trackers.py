@@ -45,11 +45,9 @@ def check_trackers(names: Iterable[str]) -> None:
         import wandb
 
         try:
-            known = wandb.login()
+            wandb.login()  # asks for a key on a terminal, now rather than in `open_trackers`
         except wandb.errors.Error as error:
             raise UserError(f"--log wandb: {_sentence(error)} Or set WANDB_MODE=offline.") from None
-        if not known:
-            raise UserError("--log wandb needs a login; run wandb login, or set WANDB_MODE=offline.")
 
 
 def open_trackers(directory: Path, cfg: TrainConfig, step: int) -> list[Tracker]:

@@ -81,11 +81,11 @@ def made_up_activity(d_sae: int, sequences: int, T: int = 128, on: float = 0.005
 
 
 def made_up_page(
-    folder: Path, d_sae: int = 40, sequences: int = 24, *, hostile: bool = False, on: float = 0.005
+    folder: Path, d_sae: int = 40, sequences: int = 24, *, hostile: bool = False, on: float = 0.005, activation: str = "schmitt"
 ) -> dict[str, Any]:
     """The content of a page about a run in `folder`."""
     run = write_run(folder)
-    cfg = TrainConfig(data="river.txt", sae=SAEConfig(d_in=8, d_sae=d_sae, k=min(32, d_sae)))
+    cfg = TrainConfig(data="river.txt", sae=SAEConfig(d_in=8, d_sae=d_sae, k=min(32, d_sae), activation=activation))
     sae = SparseAutoencoder(cfg.sae).eval()
     sae.threshold.fill_(4.0)
     sae.release.fill_(1.2)

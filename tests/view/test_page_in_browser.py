@@ -214,6 +214,23 @@ def test_a_feature_is_shown_over_time(browser: Any, page: Path, content: dict[st
     assert errors(browser) == []
 
 
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_features_without_hysteresis_have_no_release(browser: Any, tmp_path: Path, activation: str) -> None:
+    content = made_up_page(tmp_path / "run", d_sae=16, on=0.02, activation=activation)
+    assert content["features"]["release"] is None
+    assert (content["features"]["threshold"] is None) == (activation == "topk")
+    write_page(content, tmp_path / "view.html")
+    open_page(browser, tmp_path / "view.html")
+    browser.execute_script("openFeature(4)")
+    drawn = [label.text for label in browser.find_elements("css selector", ".passage:nth-of-type(1) text.label")]
+    assert "release" not in drawn
+    assert ("on" in drawn) == (activation == "batchtopk")
+    assert browser.find_elements("css selector", ".token.on")
+    assert not browser.find_elements("css selector", ".token.held, .held-dot")
+    assert "held on" not in text(browser, "#detail")
+    assert errors(browser) == []
+
+
 @pytest.mark.parametrize("width", [320, 390, 800])
 def test_nothing_sticks_out_on_a_narrow_screen(browser: Any, page: Path, width: int) -> None:
     open_page(browser, page, width=width, height=800)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated
 import tyro
 
 from tsae.cli import parse, report_errors
+from tsae.config import LENGTH
 from tsae.errors import UserError
 
 __all__ = ["main"]
@@ -39,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         from tsae.view.data import collect
         from tsae.view.page import write_page
 
-        with bar("Features", arguments.tokens) as advance:
+        total = None if arguments.tokens is None else math.ceil(arguments.tokens / LENGTH) * LENGTH  # whole rows
+        with bar("Features", total) as advance:
             data = collect(arguments.run, arguments.tokens, advance)
         size = write_page(data, out)
         console.print(f"Written: {out} ({size / 1e6:.1f} MB)", soft_wrap=True)
