@@ -52,6 +52,7 @@ NOT_RUN = {
     "docs/howto/own-text.md": 1,
     "docs/howto/multi-gpu.md": 2,
     "docs/formats.md": 2,
+    "docs/sharing.md": 1,
 }
 
 
