@@ -81,7 +81,13 @@ def made_up_activity(d_sae: int, sequences: int, T: int = 128, on: float = 0.005
 
 
 def made_up_page(
-    folder: Path, d_sae: int = 40, sequences: int = 24, *, hostile: bool = False, on: float = 0.005, activation: str = "schmitt"
+    folder: Path,
+    d_sae: int = 40,
+    sequences: int = 24,
+    *,
+    hostile: bool = False,
+    on: float = 0.005,
+    activation: str = "schmitt",
 ) -> dict[str, Any]:
     """The content of a page about a run in `folder`."""
     run = write_run(folder)
