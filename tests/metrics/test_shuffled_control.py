@@ -58,7 +58,7 @@ def test_persistence_on_shuffled_tokens(monkeypatch):
 def test_the_shuffled_control_equals_the_definition(monkeypatch):
     """Activations permuted inside their segment, encoded, and counted one pair and feature at a time."""
     slow = Latents(0.8, monkeypatch, B=6, T=64)
-    slow.batch.segments[:, 40:] = 1
+    slow.batch.segments[:] = torch.arange(64) // 9
     slow.batch.segments[2, 10:14] = -1
     found = slow.temporal(0.5, seed=3)["persistence_excess_shuffled"]
     mixed = shuffle_within_segments(slow.x[:, 1:], slow.batch.segments, torch.Generator().manual_seed(3)).double()

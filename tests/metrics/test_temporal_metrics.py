@@ -233,14 +233,17 @@ def test_differences_and_persistence_of_an_autoregressive_signal(rho):
 
 
 def test_smoothness_of_a_ramp_and_a_step():
-    """The input moves by 2 a token. One feature climbs by 0.5 a token, one steps by 3 once, one is off."""
+    """The input moves by 2 a token. One feature climbs by 0.5 a token, one steps by 3, one is on at the last token
+    alone; one is off, and one moves without ever being above 0."""
     t = torch.arange(1.0, 33.0)
     x = torch.zeros(2, 32, 3)
     x[..., 1] = 2 * t
-    h = torch.zeros(2, 32, 3)
+    h = torch.zeros(2, 32, 5)
     h[..., 0] = 0.5 * t
     h[:, 20:, 1] = 3.0
-    assert fast_metrics(x, h, one_document(h))["smoothness"] == pytest.approx((0.5 / 2 + 3 / 2) / 2)
+    h[:, 31, 2] = 4.0
+    h[..., 4] = -0.1 * t
+    assert fast_metrics(x, h, one_document(h))["smoothness"] == pytest.approx((0.5 / 2 + 3 / 2 + 4 / 2) / 3)
 
 
 def test_constant_and_alternating_signals():
@@ -260,9 +263,17 @@ def test_constant_and_alternating_signals():
     assert metrics["autocorrelation"]["2"] == pytest.approx(1)
 
 
-def test_constant_feature_far_from_zero_has_no_autocorrelation():
-    h = torch.full((4, 128, 1), 0.1) * 6000
-    assert fast_metrics(torch.randn(4, 128, 2), h, one_document(h))["autocorrelation"]["1"] == 0
+def test_constant_features_have_neither_autocorrelation_nor_excess():
+    # Of numbers that float32 sums cannot hold: what their rounding leaves is no variance.
+    h = (torch.rand(50, generator=torch.Generator().manual_seed(0)) * 6000).expand(3, 127, 50)
+    metrics = TemporalMetrics()
+    for part in (h[:1], h[1:]):
+        metrics.update(torch.randn(*part.shape[:2], 2), part, one_document(part))
+    result = metrics.compute()
+    for name in ("autocorrelation", "relative_difference", "relative_difference_per_feature"):
+        assert set(result[name].values()) == {0.0}
+    assert result["persistence"] == 1
+    assert result["persistence_excess"] == 0
 
 
 def test_square_wave():

@@ -110,6 +110,19 @@ def test_the_parts_of_a_section_are_of_different_documents_and_sequences(tokeniz
     assert not (problem.train & problem.test).any()
 
 
+def test_a_sequence_that_the_parts_of_a_section_share_trains_only(tokenizer):
+    """Documents that follow each other in the stream: the second begins where the first ends."""
+    texts = [sample_text(120, seed=seed) for seed in range(4)]
+    problems, _, owner, row, _ = posed(tokenizer, texts, {i: Section("ab"[i // 2], i) for i in range(4)})
+    problem = problems["section"]
+    for label, (first, second) in enumerate(((0, 1), (2, 3))):
+        train, test = (np.flatnonzero(part & (problem.y == label)) for part in (problem.train, problem.test))
+        assert set(owner[train]) == {first}
+        assert set(owner[test]) == {second}
+        assert not set(row[train]) & set(row[test])
+        assert set(row[train]) & set(row[owner == second])  # the case is there
+
+
 def test_a_text_without_sections_says_so(tokenizer):
     texts = [sample_text(120, seed=seed) for seed in range(4)]
     assert "knows no sections" in posed(tokenizer, texts)[1]["section"]
