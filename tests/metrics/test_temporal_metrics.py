@@ -264,14 +264,17 @@ def test_constant_and_alternating_signals():
 
 
 def test_constant_features_have_neither_autocorrelation_nor_excess():
-    # Of numbers that float32 sums cannot hold: what their rounding leaves is no variance.
-    h = (torch.rand(50, generator=torch.Generator().manual_seed(0)) * 6000).expand(3, 127, 50)
+    # Of numbers that float32 sums cannot hold, and of some that alternate between two neighbours in float32, as what
+    # comes out of a matrix product may: rounding is no variance.
+    h = (torch.rand(50, generator=torch.Generator().manual_seed(0)) * 6000 + 1).repeat(3, 127, 1)
+    h[:, ::2, 40:] = h[:, ::2, 40:].nextafter(torch.tensor(torch.inf))
     metrics = TemporalMetrics()
     for part in (h[:1], h[1:]):
         metrics.update(torch.randn(*part.shape[:2], 2), part, one_document(part))
     result = metrics.compute()
-    for name in ("autocorrelation", "relative_difference", "relative_difference_per_feature"):
-        assert set(result[name].values()) == {0.0}
+    assert set(result["autocorrelation"].values()) == {0.0}
+    for name in ("relative_difference", "relative_difference_per_feature"):
+        assert max(result[name].values()) < 1e-12
     assert result["persistence"] == 1
     assert result["persistence_excess"] == 0
 
