@@ -21,8 +21,8 @@ constexpr E kShrink = E(1) / 65536;
 // A tile's row is short and the next row a whole [k] away, which hardware prefetchers do not follow. While a row's page
 // is at hand the best to fetch is what the next tile will read of it (measured: 2 copies' worth of time down to 1.4);
 // with more rows than that the cache would lose it again, and rows to come are fetched instead.
-constexpr int kRowsKept = 512;
-constexpr int kRowsAhead = 8;
+constexpr int kRowsKept = 256;
+constexpr int kRowsAhead = 16;
 
 template <class T>
 struct Reader {  // one tile of `Features`
