@@ -25,7 +25,7 @@ struct Forward {
   const void* release;   // [k] compute type, >= 0, or null: no Schmitt trigger
   const int* bands;      // [S][2], reaches limited to T
   int64_t S;
-  int64_t ring;          // rows of the scratch ring, a power of two
+  int64_t ring;          // rows of the scratch ring
   bool stream;           // write h past the caches
   void* h;               // [B, T, k], or null: statistics alone
   void* differences;     // [B, S, k] compute type
@@ -44,7 +44,7 @@ struct Backward {
   const Share* shares;
   int64_t number_of_shares;
   int reach;                // of the widest
-  int64_t ring;             // rows of the scratch ring, a power of two
+  int64_t ring;             // rows of the scratch ring
   const void* grad_total;   // [B, k] compute type or null
   const void* grad_square;  // [B, k] compute type or null
   bool stream;              // write grad_pre past the caches
@@ -62,14 +62,20 @@ struct Steps {
   void* grad_h;         // backward: [B, T, k]
 };
 
-// Each function does one tile: `width` neighbouring features of sequence b. `scratch` has rows of
-// `row_bytes` bytes, aligned to 64: `ring` of them, and 2 for each band (forward) or 3 for each window (backward).
+// Up to so many rows a tile is walked from end to end alone. Of longer sequences a few neighbouring tiles go in step,
+// block by block: every row lies on pages of its own, which the processor then finds once for all of them.
+constexpr int kRowsKept = 512;
+constexpr int kTilesTogether = 6;
+
+// A tile is `width` neighbouring features of sequence b. `forward` and `backward` do `tiles` of them, at most
+// kTilesTogether, `scratch` having for each of them rows of `row_bytes` bytes, aligned to 64: `ring` of them, and 2 for
+// each band (forward) or 3 for each window (backward).
 struct Kernels {
   const char* name;
   int64_t row_bytes;
   int64_t (*width)(Dtype);
-  void (*forward)(Dtype, const Forward&, Runs, int64_t b, int64_t tile, void* scratch);
-  void (*backward)(Dtype, const Backward&, Runs, int64_t b, int64_t tile, void* scratch);
+  void (*forward)(Dtype, const Forward&, Runs, int64_t b, int64_t first, int64_t tiles, void* scratch);
+  void (*backward)(Dtype, const Backward&, Runs, int64_t b, int64_t first, int64_t tiles, void* scratch);
   void (*step_energy)(Dtype, const Steps&, int64_t b, int64_t tile);
   void (*step_energy_backward)(Dtype, const Steps&, int64_t b, int64_t tile);
   // On rows of float32, see sparse.h.

@@ -38,19 +38,18 @@ bool to_be_streamed(const Tensor& result) {
 }
 
 // Rows of the ring in which a walk in blocks keeps what its windows need: `rows` beside a block, or all T.
-int64_t ring_of(int64_t rows, int64_t T) {
-  int64_t size = 1;
-  while (size < std::min(rows + kBlock, T)) size *= 2;
-  return size;
-}
+int64_t ring_of(int64_t rows, int64_t T) { return std::min(rows + kBlock, T); }
 
-// Runs f(b, tile, scratch, runs of b) for all tiles of all sequences, on PyTorch's threads. What a tile computes does
-// not depend on the thread it runs on.
+// Runs f(b, tile, count, scratch, runs of b) for all tiles of all sequences, on PyTorch's threads; with `in_step` for a
+// few neighbouring ones at once where sequences are long. `rows` is the scratch of one tile. What a tile computes does
+// not depend on the thread it runs on, nor on those that it goes with.
 template <class F>
-void for_each_tile(const Tensor& x, const std::optional<Tensor>& segments, int64_t rows, const F& f) {
+void for_each_tile(const Tensor& x, const std::optional<Tensor>& segments, bool in_step, int64_t rows, const F& f) {
   const int64_t B = x.size(0), T = x.size(1), k = x.size(2);
   const int64_t width = kernels().width(dtype_of(x)), tiles = (k + width - 1) / width;
   const auto* ids = static_cast<const int64_t*>(data_of("segments", segments, x, ScalarType::Long, {B, T}));
+  const int64_t together = in_step && T > kRowsKept ? kTilesTogether : 1;
+  rows *= together;
   const int64_t worthwhile = std::max<int64_t>(1, 16384 / (T * width));  // tiles that a thread is woken for
   torch::stable::parallel_for(0, B * tiles, worthwhile, [&](int64_t begin, int64_t end) {
     constexpr size_t alignment = 64;
@@ -59,8 +58,9 @@ void for_each_tile(const Tensor& x, const std::optional<Tensor>& segments, int64
     size_t space = rows * kernels().row_bytes + alignment;
     std::align(alignment, rows * kernels().row_bytes, scratch, space);
     std::vector<Run> runs;
-    for (int64_t i = begin; i < end; ++i) {
+    for (int64_t i = begin, count; i < end; i += count) {
       const int64_t b = i / tiles;
+      count = std::min({together, end - i, (b + 1) * tiles - i});
       if (i == begin || i % tiles == 0) {
         runs.clear();
         const int64_t* row = ids ? ids + b * T : nullptr;
@@ -69,7 +69,7 @@ void for_each_tile(const Tensor& x, const std::optional<Tensor>& segments, int64
           else runs.push_back({int(t), int(t + 1), row && row[t] < 0});
         }
       }
-      f(b, i % tiles, scratch, Runs{runs.data(), int64_t(runs.size())});
+      f(b, i % tiles, count, scratch, Runs{runs.data(), int64_t(runs.size())});
     }
   });
 }
@@ -101,8 +101,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor pre, std::optional<Ten
   f.total = total.mutable_data_ptr();
   f.square = square.mutable_data_ptr();
   const Dtype stored = dtype_of(pre);
-  for_each_tile(pre, segments, f.ring + 2 * S, [&](int64_t b, int64_t tile, void* scratch, Runs runs) {
-    kernels().forward(stored, f, runs, b, tile, scratch);
+  const int64_t rows = f.ring + 2 * S;
+  for_each_tile(pre, segments, true, rows, [&](int64_t b, int64_t tile, int64_t tiles, void* scratch, Runs runs) {
+    kernels().forward(stored, f, runs, b, tile, tiles, scratch);
   });
   return {h, differences, total, square};
 }
@@ -140,8 +141,8 @@ std::tuple<Tensor, Tensor> backward(Tensor saved, std::optional<Tensor> bias, st
   f.grad_bias = grad_bias.mutable_data_ptr();
   const Dtype stored = dtype_of(saved);
   const int64_t rows = f.ring + 3 * f.number_of_shares;
-  for_each_tile(saved, segments, rows, [&](int64_t b, int64_t tile, void* scratch, Runs runs) {
-    kernels().backward(stored, f, runs, b, tile, scratch);
+  for_each_tile(saved, segments, true, rows, [&](int64_t b, int64_t tile, int64_t tiles, void* scratch, Runs runs) {
+    kernels().backward(stored, f, runs, b, tile, tiles, scratch);
   });
   return {grad_pre, grad_bias};
 }
@@ -158,7 +159,7 @@ Tensor step_energy(Tensor h, Tensor weights) {
   const int64_t width = kernels().width(stored);
   Tensor energy = empty(h, {B, (f.k + width - 1) / width}, ScalarType::Double);
   f.energy = static_cast<double*>(energy.mutable_data_ptr());
-  for_each_tile(h, std::nullopt, 0, [&](int64_t b, int64_t tile, void*, Runs) {
+  for_each_tile(h, std::nullopt, false, 0, [&](int64_t b, int64_t tile, int64_t, void*, Runs) {
     kernels().step_energy(stored, f, b, tile);
   });
   return energy;
@@ -176,7 +177,7 @@ Tensor step_energy_backward(Tensor h, Tensor weights, Tensor grad) {
   f.grad_h = grad_h.mutable_data_ptr();
   f.stream = to_be_streamed(grad_h);
   const Dtype stored = dtype_of(h);
-  for_each_tile(h, std::nullopt, 0, [&](int64_t b, int64_t tile, void*, Runs) {
+  for_each_tile(h, std::nullopt, false, 0, [&](int64_t b, int64_t tile, int64_t, void*, Runs) {
     kernels().step_energy_backward(stored, f, b, tile);
   });
   return grad_h;

@@ -53,6 +53,24 @@ def test_rings_of_every_size(reach):
         assert_as_reference(everything(pre, segments=ids, bands=bands, backend="cpp"), reference)
 
 
+def test_features_that_go_in_step_get_what_they_get_alone():
+    """Long sequences are walked a few tiles of features at a time, which share the scratch memory."""
+    generator = torch.Generator().manual_seed(0)
+    pre = torch.randn(2, 700, 450, generator=generator)
+    ids = (torch.rand(2, 700, generator=generator) < 0.01).long().cumsum(1)
+    ids[0, 100:300] = -1
+    h, stats = activate_with_stats(pre, threshold=0.1, release=0.05, segments=ids, backend="cpp")
+    for begin in range(0, 450, 50):
+        part = pre[..., begin : begin + 50].contiguous()
+        h_part, alone = activate_with_stats(part, threshold=0.1, release=0.05, segments=ids, backend="cpp")
+        assert torch.equal(h[..., begin : begin + 50], h_part)
+        for whole, one in zip(stats, alone, strict=True):
+            assert torch.equal(whole[..., begin : begin + 50], one)
+    everywhere = everything(pre, segments=ids, backend="cpp")
+    reference = everything(pre, segments=ids, backend="reference")
+    assert_as_reference(everywhere, reference)
+
+
 def test_windows_do_not_drift_over_a_long_walk():
     walk = torch.randn(1, 4096, 8, generator=torch.Generator().manual_seed(1)).cumsum(1)
     got = temporal_stats(walk, backend="cpp").differences
