@@ -30,7 +30,14 @@ COLUMNS = (
     ("lag 1 per feature", "temporal.relative_difference_per_feature.1", 3),
     ("smoothness", "temporal.smoothness", 4),
 )
-COLOURS = {"plain": "#20252B", "schmitt": "#009E73", "multiscale": "#0072B2", "window": "#E69F00"}
+COLOURS = {
+    "plain": "#20252B",
+    "schmitt": "#009E73",
+    "hysteresis": "#009E73",
+    "multiscale": "#0072B2",
+    "window": "#E69F00",
+    "default": "#D55E00",
+}
 OTHER = "#CC79A7"
 
 
@@ -119,7 +126,8 @@ def figure(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     for family, points in families.items():
         colour = COLOURS.get(family, OTHER)
         ordered = sorted(points, key=lambda point: float(point[2]) if point[2] else 0.0)
-        axes.plot(*zip(*[point[:2] for point in ordered], strict=True), "o-", color=colour, label=family)
+        style = {"marker": "*", "markersize": 13} if family == "default" else {"marker": "o"}
+        axes.plot(*zip(*[point[:2] for point in ordered], strict=True), color=colour, label=family, **style)
         for x, y, value in ordered:
             axes.annotate(value, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8, color=colour)
     axes.set_xlabel("persistence beyond chance (probability)")
