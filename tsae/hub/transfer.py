@@ -46,6 +46,7 @@ def push(
     revision:  a branch that exists; None is the main one
     create_pr: open a pull request instead of a commit
     token:     None takes the one of `hf auth login`
+    message:   of the commit
 
     Raises UserError if the run is none, the hub cannot be reached or it refuses.
     """
@@ -78,6 +79,9 @@ def prepare(
     license: str | None = None,
 ) -> None:
     """Write into `folder` what `push` uploads. Paths of local models and texts lose their folders.
+
+    sae, repo_id, run, license: as `push` takes them
+    folder: made if need be
 
     Raises UserError if ``run`` has no `config.json`.
     """
@@ -128,6 +132,7 @@ def load(
     token:            for a private repository; None takes the one of `hf auth login`
     cache_dir:        None is the hub client's own cache
     local_files_only: do not ask the network
+    device:           where its parameters go
 
     Raises UserError if there is no such autoencoder, it is damaged, or it is in pickles alone.
     """
