@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
-from peers_environment import ALONE, BELOW, CONSTRAINTS, below, versions
+from peers_environment import ALONE, BELOW, CONSTRAINTS, ROOT, below, versions
 
 PIN = re.compile(r"^(\S+)==(\S+)$", re.M)
 
@@ -29,3 +31,12 @@ def test_no_package_of_the_environment_below_is_there_in_another_version() -> No
     assert {name: (lower[name], upper[name]) for name in set(lower) & set(upper)} == {}
     pins = {name.lower().replace("_", "-"): version for name, version in PIN.findall(CONSTRAINTS.read_text())}
     assert upper.items() <= pins.items()
+
+
+@pytest.mark.parametrize("option", [(), ("--no-skips",)])
+def test_a_missing_peer_is_skipped_or_on_request_an_error(option: tuple[str, ...]) -> None:
+    arguments = ["tests/peers/test_peers_sparsify.py", "-p", "no:cacheprovider", "-rs", *option]
+    code = f"import sys, pytest; sys.modules['sparsify'] = None; sys.exit(pytest.main({arguments!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "eai-sparsify is not installed; make peers" in done.stdout
+    assert done.returncode == (pytest.ExitCode.INTERRUPTED if option else pytest.ExitCode.NO_TESTS_COLLECTED)
