@@ -4,9 +4,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := $(VENV)-peers
+PEERS_STAMP := $(PEERS)/.installed
 # A GPU machine brings its own torch: make VENV=/path/to/its/environment ... skips the installation.
 
-.PHONY: demo install peers test lint format docs bench bench-smoke asan cuda-compile triton-compile gpu-check clean
+.PHONY: demo install peers test test-peers lint format docs bench bench-smoke asan cuda-compile triton-compile gpu-check clean
 
 demo: install
 	$(BIN)/python -m tsae.train
@@ -19,13 +21,20 @@ $(STAMP): pyproject.toml setup.py constraints.txt MANIFEST.in $(wildcard csrc/*.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[demo,dev]"
 	touch $@
 
-# The libraries whose formats are read and written, for tests/peers, which are skipped without them.
-peers: install
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[demo,dev,peers]"
-	$(BIN)/python -m pip install --quiet --no-deps --requirement tests/peers/requirements.txt
+# The libraries whose formats are read and written, in an environment of their own on top of $(VENV): it uses what is
+# there, in the same versions, and adds nothing to it.
+peers: $(PEERS_STAMP)
+
+$(PEERS_STAMP): $(STAMP) tests/peers/requirements.txt tests/peers/peers_environment.py
+	$(BIN)/python tests/peers/peers_environment.py $(PEERS)
+	touch $@
 
 test: install
 	$(BIN)/python -m pytest tests
+
+# Against those libraries; one that is missing is an error here, while `make test` skips its tests.
+test-peers: peers
+	$(PEERS)/bin/python -m pytest tests/peers --no-skips
 
 lint: install
 	$(BIN)/ruff check .
@@ -39,8 +48,9 @@ format: install
 docs: install
 	$(BIN)/python docs/build_api.py
 
+# After `make peers` with SAELens's training step among what is timed.
 bench: install
-	$(BIN)/python -m pytest benchmarks
+	$(if $(wildcard $(PEERS_STAMP)),$(PEERS)/bin,$(BIN))/python -m pytest benchmarks
 
 bench-smoke: install
 	TSAE_BENCH_SMOKE=1 $(BIN)/python -m pytest benchmarks --benchmark-disable-gc --benchmark-warmup=off
@@ -63,4 +73,4 @@ gpu-check:
 	bash benchmarks/gpu_check.sh
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info runs

@@ -1,4 +1,4 @@
-"""SAELens's own trainer step, from the real package (the extra `peers`)."""
+"""SAELens's own trainer step, from the real package (`make peers`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABSENT = "sae-lens is not installed: pip install --constraint constraints.txt '.[peers]'"
+ABSENT = "sae-lens is not installed; make peers"
 
 
 def have_sae_lens() -> bool:

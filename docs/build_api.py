@@ -23,19 +23,40 @@ API = ROOT / "docs" / "api"
 MODULES = {
     "tsae_kernels": "the statistics op, the encoder with statistics, the papers' losses",
     "tsae.sae.model": "the autoencoder: encode, decode, save, load",
+    "tsae.sae.activations": "thresholds per token, per batch, and steered to an L0",
+    "tsae.sae.hysteresis": "hysteresis from both sides, and the threshold for an exact number of features",
+    "tsae.sae.release": "a trained autoencoder with another release ratio",
     "tsae.sae.objectives": "the training loss and its terms",
     "tsae.sae.temporal_objectives": "the contrastive, slowness and window terms",
+    "tsae.sae.temporal_buffer": "running statistics of the features: variance, lag-1 correlation, dead ones",
+    "tsae.sae.schedules": "what changes with the step",
     "tsae.sae.normalization": "centring and scaling of the input",
     "tsae.trainer": "one autoencoder in training, step by step",
-    "tsae.evaluate": "measuring an autoencoder on a language model",
+    "tsae.sweep": "many runs on one stream of activations",
+    "tsae.checkpoint": "checkpoints of a run",
+    "tsae.measure": "measuring an autoencoder on a language model",
     "tsae.metrics": "the metrics, as sums over batches",
+    "tsae.held_out": "the text that a run is measured on",
+    "tsae.report": "the figure of a run",
+    "tsae.probe.problems": "sparse probes: what is probed for",
+    "tsae.probe.probes": "sparse probes: fitted and scored",
+    "tsae.probe.token_classes": "a class for every token, from its characters",
+    "tsae.view.data": "the page of features: its content",
+    "tsae.view.page": "the page of features: one HTML file",
+    "tsae.formats": "autoencoders of any known format, from a directory or the hub",
+    "tsae.export": "autoencoders in another library's form",
+    "tsae.hub": "to the Hugging Face hub and back, with a model card",
     "tsae.lm.loading": "language models of transformers",
     "tsae.lm.hooks": "reading and replacing a block's output",
     "tsae.data.text": "text sources, and what is held out",
     "tsae.data.sequences": "documents packed into token sequences",
     "tsae.data.harvest": "tokens to activations",
+    "tsae.data.feed": "activations on demand, from the language model or a cache",
+    "tsae.data.cache": "activations on disk",
+    "tsae.data.buffer": "activations in memory, mixed",
     "tsae.config": "every option of a run",
     "tsae.presets": "named configurations",
+    "tsae.errors": "what a bad input raises",
 }
 """Module -> what the index says of it."""
 
@@ -75,7 +96,7 @@ def signature(name: str, value: Any) -> str:
         annotation = parameter.annotation
         text = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(kind, "") + parameter.name
         text += f": {annotation}" if annotation is not parameter.empty else ""
-        text += f" = {parameter.default!r}" if parameter.default is not parameter.empty else ""
+        text += f" = {written(parameter.default)}" if parameter.default is not parameter.empty else ""
         parameters.append(text)
     if own.return_annotation not in (own.empty, "None", None):
         result = f" -> {own.return_annotation}"
@@ -83,6 +104,11 @@ def signature(name: str, value: Any) -> str:
     if len(line) <= WIDTH:
         return line
     return f"{name}(\n" + "".join(f"    {parameter},\n" for parameter in parameters) + f"){result}"
+
+
+def written(default: Any) -> str:
+    """A default as Python writes it; of a function, whose repr is its address, the name."""
+    return default.__name__.replace("<lambda>", "...") if inspect.isfunction(default) else repr(default)
 
 
 def docstring(text: str | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from stand_in import StandIn
 from tiny import make_tokenizer, save_model
 from tiny_runs import lines, run_options, write_text
 
@@ -76,3 +78,44 @@ def uninterrupted(tiny_gemma2: Path, text_file: Path, tmp_path_factory: pytest.T
     for name in ("dead", "auxiliary", "temporal"):  # else a resumed run could lose their state unnoticed
         assert all(line[name] > 0 for line in later)
     return out
+
+
+@pytest.fixture
+def argv_of(tiny_gemma2: Path, text_file: Path) -> Callable[..., list[str]]:
+    """`argv_of(out, *more)`: the command line of such a run, with more options at its end."""
+    return lambda out, *more: [*run_options(tiny_gemma2, text_file, out), *map(str, more)]
+
+
+@pytest.fixture
+def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`at_step(number, act)`: calls `act()` in training before each step that follows on `number`; without, no more."""
+    from tsae.trainer import Trainer
+
+    real = Trainer.train_step
+
+    def at_step(number: int | None = None, act: Callable[[], None] = lambda: None) -> None:
+        def step(self: Trainer, *args: Any, **kwargs: Any) -> dict[str, float]:
+            if self.step == number:
+                act()
+            return real(self, *args, **kwargs)
+
+        monkeypatch.setattr(Trainer, "train_step", real if number is None else step)
+
+    return at_step
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandIn]:
+    """What the hub's client takes for the Hugging Face hub, without repositories, and with an empty cache."""
+    from huggingface_hub import constants
+
+    stand_in = StandIn()
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, stand_in.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", stand_in.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield stand_in
+    stand_in.close()

@@ -18,7 +18,8 @@ assert SPEC.loader is not None
 build_api = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(build_api)
 
-STRICT = ("tsae_kernels", "tsae.sae.model", "tsae.evaluate", "tsae.metrics")  # their parameters are described, too
+# Of these the parameters are described, too.
+STRICT = ("tsae_kernels", "tsae.sae.model", "tsae.measure", "tsae.metrics", "tsae.formats", "tsae.hub")
 OBVIOUS = {"progress", "mode", "other"}  # said by the function's own text, or by PyTorch
 
 

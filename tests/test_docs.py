@@ -132,12 +132,12 @@ def check_other_command(words: list[str], page: Path) -> None:
         case ["pytest", *paths] | ["python", "-m", "pytest", *paths]:
             for path in paths:
                 assert path.startswith("-") or (ROOT / path).exists(), f"there is no {path}"
-        case ["python", "-m", module, *_]:
+        case ["python" | "python3", "-m", module, *_]:
             assert importlib.util.find_spec(module) is not None, f"there is no module {module}"
         case ["pip", "install", *arguments]:
             for extra in re.findall(r"^\.\[(.*)\]$", "\n".join(arguments), re.M):
                 assert set(extra.split(",")) <= set(extras), f"no extra {extra}"
-        case ["git" | "cd" | "wait", *_]:
+        case ["git" | "cd" | "wait" | "source", *_]:
             pass
         case _:
             raise AssertionError(f"{name(page)}: nothing checks the command {words[0]!r}; teach it to this test")

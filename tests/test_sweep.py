@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny import sample_text
+from tiny_runs import Killed
 
 import tsae.run
 import tsae.trainer
@@ -177,9 +178,6 @@ def test_a_diverged_run_stops_alone_and_resuming_is_bitwise_equal(
     """One run diverges at step 7, all are killed before step `stop_at` + 1 and resumed."""
     out = tmp_path / "out"
     real = Trainer.train_step
-
-    class Killed(BaseException):
-        pass
 
     def killed(self: Trainer, *args: Any, **kwargs: Any) -> dict[str, float]:
         if self.step == stop_at and self.cfg.sae.activation == "batchtopk":

@@ -6,35 +6,23 @@ import importlib.machinery
 import json
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import lines, options
+from tiny_runs import Killed, die, lines, options
 
 from tsae import trackers
 from tsae.train import main
-from tsae.trainer import Trainer
 
-
-class Killed(BaseException):
-    pass
+Argv = Callable[..., list[str]]  # the fixture `argv`
 
 
 @pytest.fixture
-def killed_at(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes training die before a step that it names."""
-    real = Trainer.train_step
-
-    def set_step(number: int | None) -> None:
-        def step(self: Trainer, *args: Any, **kwargs: Any) -> dict[str, float]:
-            if self.step == number:
-                raise Killed
-            return real(self, *args, **kwargs)
-
-        monkeypatch.setattr(Trainer, "train_step", step)
-
-    return set_step
+def argv(tiny_gemma2: Path, text_file: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """`argv(name, ...)`: the command line of a short run into `tmp_path/run` with `--log name ...`."""
+    return lambda *log: options(tiny_gemma2, text_file, tmp_path / "run", "--log", *log)
 
 
 @pytest.fixture
@@ -81,10 +69,10 @@ def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_tensorboard_shows_what_the_log_says(tiny_gemma2: Path, text_file: Path, tmp_path: Path) -> None:
+def test_tensorboard_shows_what_the_log_says(argv: Argv, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     out = tmp_path / "run"
-    assert main(options(tiny_gemma2, text_file, out, "--log", "tensorboard")) == 0
+    assert main(argv("tensorboard")) == 0
     shown, written = scalars(out / "tensorboard"), lines(out / "metrics.jsonl")
     for name in written[0].keys() - {"step"}:
         assert [step for step, _ in shown[f"train/{name}"]] == [line["step"] for line in written]
@@ -96,17 +84,16 @@ def test_tensorboard_shows_what_the_log_says(tiny_gemma2: Path, text_file: Path,
 
 
 def test_a_resumed_run_goes_on_in_the_same_logs(
-    tiny_gemma2: Path, text_file: Path, tmp_path: Path, killed_at: Any, wandb: types.ModuleType
+    argv: Argv, tmp_path: Path, at_step: Callable[..., None], wandb: types.ModuleType
 ) -> None:
     pytest.importorskip("tensorboard")
     out = tmp_path / "run"
-    more = ("--log", "tensorboard", "wandb", "--log-every", "1", "--evaluation.no-final")
-    killed_at(7)  # three steps past the last checkpoint
+    at_step(7, die)  # three steps past the last checkpoint
     with pytest.raises(Killed):
-        main(options(tiny_gemma2, text_file, out, *more))
+        main(argv("tensorboard", "wandb", "--log-every", "1", "--evaluation.no-final"))
     first = [value for _, value in scalars(out / "tensorboard")["train/loss"]]
     assert len(first) == 7
-    killed_at(None)
+    at_step()
     assert main(["--resume", str(out)]) == 0
     loss = scalars(out / "tensorboard")["train/loss"]
     assert [step for step, _ in loss] == list(range(1, 13))  # each once
@@ -121,11 +108,11 @@ def test_a_resumed_run_goes_on_in_the_same_logs(
 
 
 def test_wandb_gets_the_configuration_the_steps_and_the_evaluation(
-    tiny_gemma2: Path, text_file: Path, tmp_path: Path, wandb: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+    argv: Argv, tmp_path: Path, wandb: types.ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     out = tmp_path / "run"
-    assert main(options(tiny_gemma2, text_file, out, "--log", "wandb")) == 0
+    assert main(argv("wandb")) == 0
     training, evaluation = wandb.runs
     assert training.asked["id"] == evaluation.asked["id"]
     assert training.asked["project"] == "mine"
@@ -140,7 +127,7 @@ def test_wandb_gets_the_configuration_the_steps_and_the_evaluation(
     assert evaluation.summary["evaluation/temporal/persistence"] == measured["temporal"]["persistence"]
     assert evaluation.finished
     # A run that replaces it is another one.
-    assert main(options(tiny_gemma2, text_file, out, "--log", "wandb", "--overwrite", "--evaluation.no-final")) == 0
+    assert main(argv("wandb", "--overwrite", "--evaluation.no-final")) == 0
     assert wandb.runs[-1].asked["id"] != training.asked["id"]
 
 
@@ -163,14 +150,12 @@ def test_the_runs_of_a_sweep_are_open_side_by_side(
     assert [step for step, _ in one.logged] == [step for step, _ in two.logged] == [1, 2]
 
 
-def test_the_real_wandb_offline(
-    tiny_gemma2: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_real_wandb_offline(argv: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     out = tmp_path / "run"
-    assert main(options(tiny_gemma2, text_file, out, "--log", "wandb")) == 0
+    assert main(argv("wandb")) == 0
     name = json.loads((out / "wandb.json").read_text())["id"]
     kept = list((out / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
     assert kept
@@ -180,26 +165,24 @@ def test_the_real_wandb_offline(
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_missing_package_is_one_sentence_before_anything_else(
     name: str,
-    tiny_gemma2: Path,
-    text_file: Path,
+    argv: Argv,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda wanted: None if wanted == name else object())
     monkeypatch.setattr("tsae.run.load_language_model", lambda *args, **kwargs: pytest.fail("it began"))
-    out = tmp_path / "run"
-    assert main(options(tiny_gemma2, text_file, out, "--log", name)) == 2
+    assert main(argv(name)) == 2
     said = capsys.readouterr().err
     assert said == f"error: --log {name} needs the package {name}, which is not installed; run pip install {name}.\n"
-    assert not out.exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_wandb_without_a_login_is_one_sentence_before_anything_else(
-    tiny_gemma2: Path, text_file: Path, tmp_path: Path, wandb: types.ModuleType, capsys: pytest.CaptureFixture[str]
+    argv: Argv, tmp_path: Path, wandb: types.ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wandb.key = False
-    assert main(options(tiny_gemma2, text_file, tmp_path / "run", "--log", "wandb")) == 2
+    assert main(argv("wandb")) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: --log wandb: No API key configured.")
     assert "WANDB_MODE=offline" in said

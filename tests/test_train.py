@@ -96,11 +96,12 @@ def test_both_evaluations_read_only_text_that_training_does_not(
 ) -> None:
     """What reaches the metrics, decoded: every segment is in the evaluation part, none is in the training part."""
     import tsae.evaluate
+    import tsae.measure
     import tsae.run
     from tsae.data.text import TextConfig, open_text
 
     seen: list[list[str]] = []
-    real = tsae.evaluate.evaluate_all
+    real = tsae.measure.evaluate_all
 
     def spy(saes: Any, lm: Any, batches: list[Any], **options: Any) -> Any:
         segments: list[str] = []
@@ -111,7 +112,7 @@ def test_both_evaluations_read_only_text_that_training_does_not(
         return real(saes, lm, batches, **options)
 
     monkeypatch.setattr(tsae.run, "evaluate_all", spy)
-    monkeypatch.setattr(tsae.evaluate, "evaluate_all", spy)
+    monkeypatch.setattr(tsae.measure, "evaluate_all", spy)
     out = tmp_path / "run"
     assert main(options(tiny_neox, text_file, out, "--steps", "2")) == 0
     assert tsae.evaluate.main([str(out)]) == 0

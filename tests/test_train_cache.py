@@ -16,13 +16,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import lines, options, run_options, same
+from tiny_runs import Killed, die, lines, options, run_options, same
 
 import tsae.data.cache
 import tsae.data.harvest
 from tsae.data.harvest import Harvester
 from tsae.train import main
-from tsae.trainer import Trainer
+
+Argv = Callable[..., list[str]]  # the fixture `argv_of`
 
 
 @pytest.fixture
@@ -53,10 +54,10 @@ def manifest(cache: Path) -> dict[str, Any]:
 
 
 def test_a_second_run_reads_it_all_and_is_the_same(
-    cache: Path, uninterrupted: Path, tiny_gemma2: Path, text_file: Path, tmp_path: Path, harvested: list[int]
+    cache: Path, argv_of: Argv, uninterrupted: Path, tmp_path: Path, harvested: list[int]
 ) -> None:
     before = {path: path.read_bytes() for path in cache.iterdir()}
-    assert main([*run_options(tiny_gemma2, text_file, tmp_path / "run"), "--cache", str(cache)]) == 0
+    assert main(argv_of(tmp_path / "run", "--cache", cache)) == 0
     same(uninterrupted, tmp_path / "run")
     assert sum(harvested) == 0
     assert before == {path: path.read_bytes() for path in cache.iterdir()}
@@ -64,76 +65,47 @@ def test_a_second_run_reads_it_all_and_is_the_same(
 
 
 def test_another_buffer_and_other_batches_see_the_same_bits(
-    cache: Path, tiny_gemma2: Path, text_file: Path, tmp_path: Path, harvested: list[int]
+    cache: Path, argv_of: Argv, tmp_path: Path, harvested: list[int]
 ) -> None:
-    other = [
-        "--buffer.sequences",
-        "19",
-        "--batch",
-        "5",
-        "--steps",
-        "9",
-        "--buffer.estimate-sequences",
-        "3",
-        "--layer",
-        "1",
-    ]
-    assert main([*run_options(tiny_gemma2, text_file, tmp_path / "with"), *other, "--cache", str(cache)]) == 0
+    other = ["--batch", 5, "--steps", 9, "--layer", 1]
+    other += ["--buffer.sequences", 19, "--buffer.estimate-sequences", 3]
+    assert main(argv_of(tmp_path / "with", *other, "--cache", cache)) == 0
     assert sum(harvested) == 0
-    assert main([*run_options(tiny_gemma2, text_file, tmp_path / "without"), *other]) == 0
+    assert main(argv_of(tmp_path / "without", *other)) == 0
     same(tmp_path / "with", tmp_path / "without")
 
 
-def test_a_shorter_cache_is_extended(
-    cache: Path, uninterrupted: Path, tiny_gemma2: Path, text_file: Path, tmp_path: Path, harvested: list[int]
-) -> None:
-    own, command = tmp_path / "cache", run_options(tiny_gemma2, text_file, tmp_path / "run")
-    short = [*run_options(tiny_gemma2, text_file, tmp_path / "short"), "--steps", "9", "--cache", str(own)]
-    assert main(short) == 0
+def test_a_shorter_cache_is_extended(argv_of: Argv, uninterrupted: Path, tmp_path: Path, harvested: list[int]) -> None:
+    own = tmp_path / "cache"
+    assert main(argv_of(tmp_path / "short", "--steps", 9, "--cache", own)) == 0
     assert sum(harvested) == 40  # 9 * 4, in groups of 8
-    assert main([*command, "--cache", str(own)]) == 0
+    assert main(argv_of(tmp_path / "run", "--cache", own)) == 0
     assert sum(harvested) == 24 * 4
     same(uninterrupted, tmp_path / "run")
     assert sum(shard["sequences"] for shard in manifest(own)["shards"]) == 96
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("stop_at", [1, 6, 13])
 def test_a_killed_run_goes_on_with_its_cache(
-    stop_at: int,
-    uninterrupted: Path,
-    tiny_gemma2: Path,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    stop_at: int, argv_of: Argv, at_step: Callable[..., None], uninterrupted: Path, tmp_path: Path
 ) -> None:
-    def killed(self: Trainer, *args: Any, **kwargs: Any) -> dict[str, float]:
-        if self.step == stop_at:
-            raise Killed
-        return real(self, *args, **kwargs)
-
-    real, out = Trainer.train_step, tmp_path / "run"
-    monkeypatch.setattr(Trainer, "train_step", killed)
+    at_step(stop_at, die)
     with pytest.raises(Killed):
-        main([*run_options(tiny_gemma2, text_file, out), "--cache", str(tmp_path / "cache")])
-    monkeypatch.setattr(Trainer, "train_step", real)
+        main(argv_of(tmp_path / "run", "--cache", tmp_path / "cache"))
+    at_step()
     if stop_at == 13:  # whoever removes the cache meanwhile pays with time alone
         for path in (tmp_path / "cache").iterdir():
             path.unlink()
-    assert main(["--resume", str(out)]) == 0
-    same(uninterrupted, out)
+    assert main(["--resume", str(tmp_path / "run")]) == 0
+    same(uninterrupted, tmp_path / "run")
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "last two"])
 def test_damaged_shards_are_harvested_again(
-    damage: str, uninterrupted: Path, tiny_gemma2: Path, text_file: Path, tmp_path: Path, harvested: list[int]
+    damage: str, argv_of: Argv, uninterrupted: Path, tmp_path: Path, harvested: list[int]
 ) -> None:
-    own, command = tmp_path / "cache", run_options(tiny_gemma2, text_file, tmp_path / "run")
-    short = [*run_options(tiny_gemma2, text_file, tmp_path / "short"), "--steps", "12", "--cache", str(own)]
-    assert main(short) == 0
+    own = tmp_path / "cache"
+    assert main(argv_of(tmp_path / "short", "--steps", 12, "--cache", own)) == 0
     whole = manifest(own)
     shards = sorted(own.glob("shard-*"))
     assert len(shards) > 2
@@ -148,7 +120,7 @@ def test_damaged_shards_are_harvested_again(
             data[len(data) // 2] ^= 4
             path.write_bytes(data)
     before = sum(harvested)
-    assert main([*command, "--cache", str(own)]) == 0
+    assert main(argv_of(tmp_path / "run", "--cache", own)) == 0
     same(uninterrupted, tmp_path / "run")
     lost = sum(whole["shards"][shards.index(path)]["sequences"] for path in hit)
     assert sum(harvested) - before == lost + 48
@@ -156,14 +128,9 @@ def test_damaged_shards_are_harvested_again(
 
 
 def test_one_that_does_not_match_is_refused_with_the_difference(
-    cache: Path,
-    tiny_gemma2: Path,
-    tiny_neox: Path,
-    text_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    cache: Path, argv_of: Argv, tiny_neox: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [*run_options(tiny_gemma2, text_file, tmp_path / "run"), "--cache", str(cache)]
+    command = argv_of(tmp_path / "run", "--cache", cache)
     for more, words in (
         (["--layer", "2"], "layer is 1 there and 2 here"),
         (["--data-seed", "5"], "data_seed is 0 there and 5 here"),
@@ -193,9 +160,7 @@ def test_text_that_changed_under_its_name_is_refused(
     assert "data_files is" in capsys.readouterr().err
 
 
-def test_a_sweep_and_a_run_share_one(
-    cache: Path, uninterrupted: Path, tiny_gemma2: Path, text_file: Path, tmp_path: Path, harvested: list[int]
-) -> None:
+def test_a_sweep_and_a_run_share_one(cache: Path, uninterrupted: Path, tmp_path: Path, harvested: list[int]) -> None:
     config = json.loads((uninterrupted / "config.json").read_text()) | {"cache": str(cache)}
     config["text"].pop("threshold")
     file = tmp_path / "two.yaml"
@@ -247,15 +212,14 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 def test_a_full_disk_stops_with_a_sentence_and_keeps_what_is_complete(
     small_disk: Path,
+    argv_of: Argv,
     uninterrupted: Path,
-    tiny_gemma2: Path,
-    text_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     own, out = small_disk / "cache", tmp_path / "run"
-    assert main([*run_options(tiny_gemma2, text_file, out), "--cache", str(own)]) == 2
+    assert main(argv_of(out, "--cache", own)) == 2
     message = capsys.readouterr().err
     assert f"The cache {own} cannot be written to (" in message
     assert "No space left on device" in message
@@ -268,13 +232,36 @@ def test_a_full_disk_stops_with_a_sentence_and_keeps_what_is_complete(
     ]
     shutil.copytree(own, tmp_path / "larger")  # where there is room, it goes on
     monkeypatch.undo()
-    command = [*run_options(tiny_gemma2, text_file, out), "--overwrite", "--cache", str(tmp_path / "larger")]
-    assert main(command) == 0
+    assert main(argv_of(out, "--overwrite", "--cache", tmp_path / "larger")) == 0
     same(uninterrupted, out)
     assert manifest(tmp_path / "larger")["shards"][: len(kept)] == kept
 
 
 # Signals, really sent.
+
+
+@pytest.fixture
+def in_pass(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """`in_pass(number, act)`: calls `act()` in that pass of the language model; the list grows with each of them."""
+    real = tsae.data.harvest.activations
+
+    def in_pass(number: int, act: Callable[[], None]) -> list[int]:
+        passes: list[int] = []
+
+        def counted(*args: Any) -> torch.Tensor:
+            passes.append(1)
+            if len(passes) == number:
+                act()
+            return real(*args)
+
+        monkeypatch.setattr(tsae.data.harvest, "activations", counted)
+        return passes
+
+    return in_pass
+
+
+def sending(number: signal.Signals) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -286,30 +273,23 @@ def test_a_signal_in_training_ends_it_after_the_step_in_hand(
     status: int,
     step: int,
     cached: bool,
+    argv_of: Argv,
+    at_step: Callable[..., None],
     uninterrupted: Path,
-    tiny_gemma2: Path,
-    text_file: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def signalled(self: Trainer, *args: Any, **kwargs: Any) -> dict[str, float]:
-        if self.step == step - 1:
-            os.kill(os.getpid(), number)
-        return real(self, *args, **kwargs)
-
-    real, out = Trainer.train_step, tmp_path / "run"
-    monkeypatch.setattr(Trainer, "train_step", signalled)
-    more = ["--cache", str(tmp_path / "cache")] if cached else []
+    out = tmp_path / "run"
+    at_step(step - 1, sending(number))
     before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    assert main([*run_options(tiny_gemma2, text_file, out), *more]) == status
+    assert main(argv_of(out, *(["--cache", tmp_path / "cache"] if cached else []))) == status
     message = capsys.readouterr().err.replace("\n", "")
     assert f"interrupted after step {step}, which is saved" in message
     assert f"python -m tsae.train --resume {out}" in message
     assert (out / "checkpoint" / f"step-{step:08d}" / "state.pt").exists()
     assert not list(tmp_path.rglob(".*tmp*"))
     assert before == {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(Trainer, "train_step", real)
+    at_step()
     assert main(["--resume", str(out)]) == 0
     same(uninterrupted, out)
 
@@ -319,25 +299,15 @@ def test_a_signal_in_training_ends_it_after_the_step_in_hand(
 def test_a_signal_in_the_harvest_ends_it_after_the_forward_pass_in_hand(
     after: int,
     cached: bool,
+    argv_of: Argv,
+    in_pass: Callable[..., list[int]],
     uninterrupted: Path,
-    tiny_gemma2: Path,
-    text_file: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    passes: list[int] = []
-
-    def signalled(*args: Any) -> torch.Tensor:
-        passes.append(1)
-        if len(passes) == after:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args)
-
-    real, out = tsae.data.harvest.activations, tmp_path / "run"
-    monkeypatch.setattr(tsae.data.harvest, "activations", signalled)
-    more = ["--cache", str(tmp_path / "cache")] if cached else []
-    assert main([*run_options(tiny_gemma2, text_file, out), *more]) == 143
+    out = tmp_path / "run"
+    passes = in_pass(after, sending(signal.SIGTERM))
+    assert main(argv_of(out, *(["--cache", tmp_path / "cache"] if cached else []))) == 143
     assert len(passes) == after
     message = capsys.readouterr().err.replace("\n", "")
     assert ("before the first step" if after == 1 else "which is saved") in message
@@ -349,21 +319,16 @@ def test_a_signal_in_the_harvest_ends_it_after_the_forward_pass_in_hand(
 
 
 def test_a_signal_before_the_first_step_leaves_the_run_that_was_to_be_replaced(
+    argv_of: Argv,
+    in_pass: Callable[..., list[int]],
     uninterrupted: Path,
-    tiny_gemma2: Path,
-    text_file: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def signalled(*args: Any) -> torch.Tensor:
-        os.kill(os.getpid(), signal.SIGINT)
-        return real(*args)
-
-    real, out = tsae.data.harvest.activations, tmp_path / "run"
+    out = tmp_path / "run"
     shutil.copytree(uninterrupted, out)
-    monkeypatch.setattr(tsae.data.harvest, "activations", signalled)
-    assert main([*run_options(tiny_gemma2, text_file, out), "--overwrite", "--seed", "4"]) == 130
+    in_pass(1, sending(signal.SIGINT))
+    assert main(argv_of(out, "--overwrite", "--seed", 4)) == 130
     assert "the run that is there was left as it was" in capsys.readouterr().err
     same(uninterrupted, out)
 
@@ -389,10 +354,10 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 @pytest.mark.slow
 def test_a_writer_killed_in_the_harvest_leaves_a_cache_that_goes_on(
-    uninterrupted: Path, tiny_gemma2: Path, text_file: Path, tmp_path: Path
+    argv_of: Argv, uninterrupted: Path, tmp_path: Path
 ) -> None:
     own, out = tmp_path / "cache", tmp_path / "run"
-    command = [*run_options(tiny_gemma2, text_file, out), "--cache", str(own)]
+    command = argv_of(out, "--cache", own)
     process = started(command)
     wait_for(lambda: len(list(own.glob("shard-*"))) > 1, process)
     process.send_signal(signal.SIGKILL)
@@ -405,11 +370,9 @@ def test_a_writer_killed_in_the_harvest_leaves_a_cache_that_goes_on(
 
 
 @pytest.mark.slow
-def test_sigterm_ends_a_process_within_ten_seconds(
-    uninterrupted: Path, tiny_gemma2: Path, text_file: Path, tmp_path: Path
-) -> None:
+def test_sigterm_ends_a_process_within_ten_seconds(argv_of: Argv, uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = started(run_options(tiny_gemma2, text_file, out))
+    process = started(argv_of(out))
     wait_for(lambda: (out / "metrics.jsonl").exists() and len(lines(out / "metrics.jsonl")) >= 3, process)
     before = time.monotonic()
     process.send_signal(signal.SIGTERM)

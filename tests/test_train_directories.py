@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import options, run_options
+from tiny_runs import Killed, options, run_options
 
 from tsae import directories
 from tsae.config import to_dict
@@ -49,9 +49,6 @@ def test_overwrite_replaces_a_run(tiny_neox: Path, text_file: Path, tmp_path: Pa
 def test_overwrite_killed_at_any_moment_can_be_started_again(
     uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(BaseException):
-        pass
-
     cfg, _ = command([])
     for changes in range(100):
         out = tmp_path / f"run-{changes}"

@@ -9,41 +9,29 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tiny_runs import options, run_options, same
+from tiny_runs import Killed, die, options, run_options, same
 
 from tsae.train import main
-from tsae.trainer import Trainer
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 6, 13, 23])
 def test_resume_is_bitwise_equal_wherever_it_stopped(
     stop_at: int,
+    argv_of: Callable[..., list[str]],
+    at_step: Callable[..., None],
     uninterrupted: Path,
-    tiny_gemma2: Path,
-    text_file: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "run"
-    real = Trainer.train_step
-
-    class Killed(BaseException):
-        pass
-
-    def killed(self: Trainer, *args: Any, **kwargs: Any) -> dict[str, float]:
-        if self.step == stop_at:
-            raise Killed
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "train_step", killed)
+    at_step(stop_at, die)
     with pytest.raises(Killed):
-        main(run_options(tiny_gemma2, text_file, out))
-    monkeypatch.setattr(Trainer, "train_step", real)
+        main(argv_of(out))
+    at_step()
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99')  # a line cut short
     assert main(["--resume", str(out)]) == 0

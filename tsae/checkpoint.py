@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tsae.errors import UserError
+from tsae.errors import UserError, reason
 
 __all__ = ["latest", "load", "save"]
 
@@ -111,10 +111,9 @@ def load(checkpoint: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         name = f"buffer-{state['refills']:04d}.safetensors"
         contents = load_file(checkpoint.parent / name) if state["refills"] else {}
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"The checkpoint {checkpoint} cannot be read ({reason}); remove that directory to resume from the one "
-            "before it."
+            f"The checkpoint {checkpoint} cannot be read ({reason(error)}); remove that directory to resume from the "
+            "one before it."
         ) from None
     if state.get("format") != FORMAT:
         raise UserError(f"The checkpoint {checkpoint} is of another version of tsae; train again, or resume it there.")

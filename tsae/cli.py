@@ -15,10 +15,10 @@ import tyro
 from tsae.errors import UserError
 from tsae.interrupts import Interrupted, at_once
 
-__all__ = ["Status", "only_options", "parse", "report_errors"]
+__all__ = ["RESUME", "Status", "only_options", "parse", "report_errors"]
 
 T = TypeVar("T")
-DEFAULT_ADVICE = "; continue with --resume and the run's directory"
+RESUME = "; continue with --resume and the run's directory"  # the advice of commands that can
 
 
 @dataclass
@@ -64,8 +64,11 @@ def only_options(argv: list[str], allowed: tuple[str, ...], why: str) -> None:
 
 
 @contextlib.contextmanager
-def report_errors() -> Iterator[Status]:
-    """Turns a `UserError` into its sentence on stderr and status 2, an interruption into status 130 or 143."""
+def report_errors(advice: str = "") -> Iterator[Status]:
+    """Turns a `UserError` into its sentence on stderr and status 2, an interruption into status 130 or 143.
+
+    advice: said after an interruption that brings none of its own
+    """
     status = Status()
     try:
         with at_once():
@@ -74,6 +77,6 @@ def report_errors() -> Iterator[Status]:
         sys.stderr.write(f"error: {error}\n")
         status.code = 2
     except KeyboardInterrupt as error:
-        advice = error.advice if isinstance(error, Interrupted) else ""
-        sys.stderr.write(f"interrupted{advice or DEFAULT_ADVICE}\n")
+        own = error.advice if isinstance(error, Interrupted) else ""
+        sys.stderr.write(f"interrupted{own or advice}\n")
         status.code = error.status if isinstance(error, Interrupted) else 130

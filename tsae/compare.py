@@ -20,12 +20,12 @@ from tsae.config import LENGTH, TrainConfig, from_dict, load_json
 from tsae.data.sequences import SequenceStream, TokenBatch, TooShortError
 from tsae.data.text import PYTHON_DOCS, TextConfig, absolute_source, open_text, split_threshold
 from tsae.errors import UserError
-from tsae.evaluate import EvaluationResult, check_width, evaluate_all, evaluation_progress
 from tsae.files import write_json
 from tsae.formats import load
 from tsae.held_out import held_out, source_of
 from tsae.lm.hooks import check_layer
 from tsae.lm.loading import LanguageModel, load_language_model
+from tsae.measure import EvaluationResult, check_width, evaluate_all, evaluation_options, evaluation_progress
 from tsae.sae.model import SparseAutoencoder
 from tsae.table import print_comparison, print_table
 
@@ -75,18 +75,11 @@ def compare(arguments: Arguments) -> dict[str, EvaluationResult]:
     seed = config.stream_seed if arguments.seed is None else arguments.seed
     sequences = config.evaluation.sequences if arguments.tokens is None else math.ceil(arguments.tokens / LENGTH)
     batch, data = _text(arguments, runs, config, lm, sequences, seed)
+    options = evaluation_options(config) | {"seed": seed}
+    if arguments.ce_sequences is not None:
+        options["ce_sequences"] = arguments.ce_sequences
     with evaluation_progress() as progress:
-        results = evaluate_all(
-            saes,
-            lm,
-            [batch],
-            layer=config.layer,
-            ce_sequences=arguments.ce_sequences or config.evaluation.ce_sequences,
-            lm_batch=config.evaluation.lm_batch,
-            harvest_batch=config.buffer.harvest_batch,
-            seed=seed,
-            progress=progress,
-        )
+        results = evaluate_all(saes, lm, [batch], **options, progress=progress)
     _print(results, data, lm, config.layer)
     write_results(arguments, results, saes=saes, config=replace(config, data=data))
     return results

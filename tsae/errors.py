@@ -1,8 +1,12 @@
-"""The one error type that reaches a user as a sentence."""
+"""The one error type that reaches a user as a sentence, and what it quotes of others."""
 
 from __future__ import annotations
 
-__all__ = ["UserError"]
+import re
+
+__all__ = ["UserError", "reason"]
+
+_STATUS = re.compile(r"\d+ \w+ Error\b.{0,99}$")
 
 
 class UserError(ValueError):
@@ -10,3 +14,13 @@ class UserError(ValueError):
 
     The command-line entry points print it without a traceback and exit with status 2.
     """
+
+
+def reason(error: BaseException) -> str:
+    """What another library's exception says, to be quoted in a sentence: its first line, without a full stop.
+
+    A bare HTTP status, with which the hub's client begins, is passed over; an exception without words gives its name.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = [line for line in lines if not _STATUS.match(line)] or lines
+    return (said[0] if said else type(error).__name__).rstrip(".")

@@ -102,8 +102,9 @@ def _copy_measured(run: Path, directory: Path) -> None:
 
 def _measured_without_hysteresis(sae: SparseAutoencoder, run: Path, directory: Path) -> tuple[SparseAutoencoder, float]:
     """``sae`` with a plain threshold, and the factor on its own; its metrics go into ``directory``."""
-    from tsae.evaluate import check_width, evaluate, evaluation_progress, training_sample, write_eval
+    from tsae.evaluate import training_sample
     from tsae.lm.loading import load_language_model
+    from tsae.measure import check_width, evaluate, evaluation_options, evaluation_progress, write_eval
 
     config = from_dict(TrainConfig, load_json(run / "config.json"))
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
@@ -117,17 +118,7 @@ def _measured_without_hysteresis(sae: SparseAutoencoder, run: Path, directory: P
     own = source_of(config, None, None)
     batch, _, source = held_out(config, own, lm, config.evaluation.sequences, config.stream_seed)
     with evaluation_progress() as progress:
-        result = evaluate(
-            plain.to(lm.device),
-            lm,
-            [batch],
-            layer=config.layer,
-            ce_sequences=config.evaluation.ce_sequences,
-            lm_batch=config.evaluation.lm_batch,
-            harvest_batch=config.buffer.harvest_batch,
-            seed=config.stream_seed,
-            progress=progress,
-        )
+        result = evaluate(plain.to(lm.device), lm, [batch], **evaluation_options(config), progress=progress)
     write_eval(result, directory, source)
     return plain.cpu(), factor
 

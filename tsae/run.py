@@ -27,11 +27,11 @@ from tsae.data.text import Document, Part, absolute_source, open_text, split_thr
 from tsae.directories import check_writable, link_latest, start_run
 from tsae.errors import UserError
 from tsae.estimate import BUFFER, memory_parts
-from tsae.evaluate import EvaluationResult, evaluate_all, evaluation_progress, write_eval
 from tsae.files import write_json
 from tsae.interrupts import AtSafePoint, Interrupted, deferred
 from tsae.lm.hooks import check_layer
 from tsae.lm.loading import LanguageModel, absolute_name, default_dtype, load_language_model
+from tsae.measure import EvaluationResult, evaluate_all, evaluation_progress, write_eval
 from tsae.metrics_log import MetricsLog
 from tsae.progress import bar, console
 from tsae.report import write_report

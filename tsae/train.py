@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from tsae.cli import only_options, parse, report_errors
+from tsae.cli import RESUME, only_options, parse, report_errors
 from tsae.config import TrainConfig, from_dict, load_json
 from tsae.errors import UserError
 from tsae.presets import preset
@@ -70,7 +70,7 @@ def _default(base: TrainConfig) -> Command:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status, 2 for bad input."""
     argv = sys.argv[1:] if argv is None else argv
-    with report_errors() as status:
+    with report_errors(RESUME) as status:
         cfg, asked = command(argv)
         if asked.sweep is not None or _is_sweep(asked.resume):
             _sweep(asked, argv)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 
 import tsae
 from tsae.config import SAEConfig
-from tsae.formats import hub
 from tsae.sae.model import SparseAutoencoder
 
 D_IN, D_SAE, K = 8, 24, 3
@@ -168,55 +167,35 @@ def test_our_own_directories(tmp_path) -> None:
         assert torch.equal(loaded.release, sae.release)
 
 
-# The hub, with a stand-in for the network.
+# The hub, played by a stand-in; what all readers of it share is in tests/hub.
 
 
-@pytest.fixture
-def fake_hub(monkeypatch, tmp_path) -> list[dict[str, Any]]:
-    """Repositories are folders of `tmp_path/hub`; what was asked for is noted."""
-    asked: list[dict[str, Any]] = []
-
-    def snapshot_download(repo_id: str, **options: Any) -> str:
-        asked.append({"repo_id": repo_id, **options})
-        place = tmp_path / "hub" / repo_id
-        if not place.is_dir():
-            raise OSError(f"404: no {repo_id}\nand a page more")
-        return str(place)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(hub, "hub_is_reachable", lambda: True)
-    return asked
-
-
-def test_a_repository_on_the_hub(weights, x, tmp_path, monkeypatch, fake_hub) -> None:
-    repository = tmp_path / "hub" / "someone" / "saes"
-    (repository / "layer_4").mkdir(parents=True)
-    saelens(repository / "layer_4" / "width_16k", weights)
+def test_a_repository_on_the_hub(weights, x, tmp_path, monkeypatch, hub) -> None:
+    saelens(tmp_path / "saelens", weights)
+    ae(tmp_path / "dictionary", linear(weights, "bias"), dict_class="AutoEncoder")
+    files = {}
+    for folder in ("saelens", "dictionary"):
+        files |= {str(p.relative_to(tmp_path)): p.read_bytes() for p in (tmp_path / folder).rglob("*") if p.is_file()}
+        shutil.rmtree(tmp_path / folder)
+    hub.repositories["someone/saes"] = {**files, "README.md": b"# many", "saelens/training.bin": b"large"}
     monkeypatch.chdir(tmp_path)
-    check(tsae.load("someone/saes/layer_4/width_16k@v1.0"), weights, x, pre(weights, x).relu())
-    (asked,) = fake_hub
-    assert (asked["repo_id"], asked["revision"], asked["local_files_only"]) == ("someone/saes", "v1.0", False)
-    assert "layer_4/width_16k/sae_weights.safetensors" in asked["allow_patterns"]
-    assert not any("*" in pattern for pattern in asked["allow_patterns"])  # never a whole repository
+    check(tsae.load("someone/saes/saelens@v1.0"), weights, x, pre(weights, x).relu())
+    assert any("/revision/v1.0" in request for request in hub.requests)
+    assert hub.fetched() == {name for name in files if name.startswith("saelens/")}  # never a whole repository
+    check(tsae.load("someone/saes/dictionary"), weights, x, pre(weights, x).relu())
+    assert hub.fetched() == set(files)
     with pytest.raises(tsae.UserError, match=r"someone/saes holds no autoencoder in a known format"):
         tsae.load("someone/saes")
-    assert fake_hub[-1]["revision"] is None
-    with pytest.raises(tsae.UserError, match=r"'someone/nothing' cannot .* hub: 404: no someone/nothing$"):
-        tsae.load("someone/nothing")
-    monkeypatch.setattr(hub, "hub_is_reachable", lambda: False)
-    with pytest.raises(tsae.UserError, match="cannot be reached"):
-        tsae.load("someone/nothing")
-    assert fake_hub[-1]["local_files_only"] is True
 
 
 # Bad input.
 
 
-def test_no_such_place_and_no_known_format(tmp_path, fake_hub) -> None:
+def test_no_such_place_and_no_known_format(tmp_path, hub) -> None:
     for missing in (str(tmp_path / "nothing"), "./nothing", "nothing", "../a/b"):
         with pytest.raises(tsae.UserError, match="There is no "):
             tsae.load(missing)
-    assert not fake_hub
+    assert not hub.requests
     (tmp_path / "cfg.json").write_text("{}")
     with pytest.raises(tsae.UserError) as caught:
         tsae.load(tmp_path)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard
 from stand_in import StandIn
 
+import tsae.hub
 from tsae import SAEConfig, SparseAutoencoder, UserError
 from tsae.config import TrainConfig, to_dict
 from tsae.hub.__main__ import main
@@ -23,20 +24,6 @@ EVALUATION = {
     "ce_loss_score": 0.98,
     "temporal": {"persistence_excess": 0.31, "autocorrelation": {"1": 0.4}},
 }
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandIn]:
-    stand_in = StandIn()
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, stand_in.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "ENDPOINT", stand_in.url)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    yield stand_in
-    stand_in.close()
 
 
 @pytest.fixture
@@ -82,8 +69,7 @@ def test_there_and_back(hub: StandIn, sae: SparseAutoencoder, run: Path, tmp_pat
     back = SparseAutoencoder.from_pretrained("me/river-sae")
     assert not back.training
     equal(sae, back)
-    fetched = [request.split("/resolve/")[1].split("/", 1)[1] for request in hub.requests if "/resolve/" in request]
-    assert set(fetched) == {"cfg.json", "sae_weights.safetensors"}
+    assert hub.fetched() == {"cfg.json", "config.json", "sae_weights.safetensors"}
     # Again, over what is there; and from the cache once the hub is gone.
     assert sae.push_to_hub("me/river-sae", token=hub.token)
     hub.close()
@@ -148,23 +134,63 @@ def test_a_repository_of_pickles_is_refused_and_none_is_read(hub: StandIn, tmp_p
         def __reduce__(self) -> tuple:
             return (Path.touch, (tmp_path / "trapped",))
 
-    hub.repositories["them/pickled"] = {"ae.pt": pickle.dumps(Trap()), "cfg.json": b"{}"}
-    with pytest.raises(UserError, match=r"has no sae_weights\.safetensors; .* never from a pickle"):
-        SparseAutoencoder.from_pretrained("them/pickled")
-    assert not any("ae.pt" in request for request in hub.requests)
+    pickled = {"ae.pt": pickle.dumps(Trap()), "trainer_0/ae.pt": pickle.dumps(Trap()), "cfg.json": b"{}"}
+    hub.repositories["them/pickled"] = pickled
+    for name, content in pickled.items():
+        (tmp_path / "local" / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / "local" / name).write_bytes(content)
+    for place in ("them/pickled", "them/pickled/trainer_0", tmp_path / "local", tmp_path / "local" / "ae.pt"):
+        with pytest.raises(UserError, match=r"looked for .*sae_weights\.safetensors.*Pickles are read by tsae\.load"):
+            SparseAutoencoder.from_pretrained(place)
+    assert hub.fetched() == {"cfg.json"}
     assert not (tmp_path / "trapped").exists()
 
 
 def test_local_directories_of_runs_and_autoencoders(sae: SparseAutoencoder, run: Path, tmp_path: Path) -> None:
     equal(sae, SparseAutoencoder.from_pretrained(run))
     equal(sae, SparseAutoencoder.from_pretrained(str(run / "sae")))
-    for missing in (tmp_path / "none", "./none", "a/b/c"):
-        with pytest.raises(UserError, match="There is no directory"):
+    for missing in (tmp_path / "none", "./none", "none"):
+        with pytest.raises(UserError, match="There is no "):
             SparseAutoencoder.from_pretrained(missing)
 
 
+READERS = [SparseAutoencoder.from_pretrained, tsae.hub.load, tsae.load]
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_every_reader_takes_what_the_hub_offers(
+    read: Callable[..., SparseAutoencoder], hub: StandIn, sae: SparseAutoencoder, tmp_path: Path
+) -> None:
+    """A folder, a revision, a private repository, a cache of one's own, a device; and says the same where it cannot."""
+    sae.save(tmp_path / "saved")
+    files = {f"layer_3/{path.name}": path.read_bytes() for path in (tmp_path / "saved").iterdir()}
+    hub.repositories["me/saes"] = files | {"layer_4/cfg.json": b"{}", "README.md": b"# many"}
+    hub.private.add("me/saes")
+    place = "me/saes/layer_3"
+    with pytest.raises(UserError, match=r"^me/saes/layer_3 cannot be read from the hub: .*[^.]\.$") as refused:
+        read(place)
+    assert "\n" not in str(refused.value)
+    cache = tmp_path / "own"
+    equal(sae, read(place, revision="v1.0", token=hub.token, cache_dir=cache))
+    equal(sae, read(f"{place}@v2.0", token=hub.token, cache_dir=cache))
+    assert [any(f"/revision/{name}" in request for request in hub.requests) for name in ("v1.0", "v2.0")] == [True] * 2
+    assert hub.fetched() == set(files)
+    assert list(cache.glob("models--me--saes/snapshots/*/layer_3/cfg.json"))
+    with pytest.raises(UserError, match=r"at the revision v1\.0, too; name one of the two"):
+        read(f"{place}@v2.0", revision="v1.0")
+    asked = len(hub.requests)
+    equal(sae, read(f"{place}@v2.0", cache_dir=cache, local_files_only=True))
+    with pytest.raises(UserError, match=r"neither a local directory nor in the cache, .* was not to be asked"):
+        read("me/other", local_files_only=True)
+    assert len(hub.requests) == asked
+    hub.close()
+    equal(sae, read(f"{place}@v2.0", cache_dir=cache, device="cpu"))
+    with pytest.raises(UserError, match=r"neither a local directory nor in the cache, .* cannot be reached"):
+        read("me/other")
+
+
 def test_what_the_hub_refuses_is_one_sentence(hub: StandIn, sae: SparseAutoencoder) -> None:
-    with pytest.raises(UserError, match="The hub gives no me/none: "):
+    with pytest.raises(UserError, match="me/none cannot be read from the hub: "):
         SparseAutoencoder.from_pretrained("me/none")
     with pytest.raises(UserError, match="The hub did not take me/x: ") as refused:
         sae.push_to_hub("me/x", token="hf_wrong")

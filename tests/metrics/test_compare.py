@@ -11,8 +11,8 @@ import torch
 from evaluated_run import D_SAE, LAYER, write_dictionary_learning, write_run, write_saelens
 from tiny import sample_text
 
-import tsae.evaluate
 import tsae.lm.hooks
+import tsae.measure
 from tsae.evaluate import main
 from tsae.metrics import LanguageModelMetrics
 
@@ -74,8 +74,8 @@ def test_a_run_scores_in_company_what_it_scores_alone(options, tmp_path, tiny_ge
 
 def test_the_language_model_runs_once_for_all(options, tmp_path, monkeypatch) -> None:
     calls = []
-    real = tsae.evaluate.activations
-    monkeypatch.setattr(tsae.evaluate, "activations", lambda *args: calls.append(1) or real(*args))
+    real = tsae.measure.activations
+    monkeypatch.setattr(tsae.measure, "activations", lambda *args: calls.append(1) or real(*args))
     sources = [write_saelens(tmp_path / "a"), write_saelens(tmp_path / "b", scale=0.5)]
     assert main([*map(str, sources), *options]) == 0
     assert len(calls) == 1  # 4 sequences, one batch

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tsae import evaluate as module
+from tsae import measure
 from tsae.config import EvaluationConfig, SAEConfig, TrainConfig, to_dict
 from tsae.data.passages import Split
 from tsae.data.sequences import TokenBatch
@@ -128,7 +129,7 @@ def test_autoencoders_that_are_the_ablations(lm, batch):
     assert zero.metrics["ce_loss_with_sae"] == pytest.approx(zero.metrics["ce_loss_with_ablation"], abs=1e-6)
     assert zero.metrics["ce_loss_score"] == pytest.approx(0, abs=1e-6)
     assert zero.metrics["kl_div_score"] == pytest.approx(0, abs=1e-6)
-    x = module.activations(lm, batch.tokens, LAYER)[:, 1:][batch.segments >= 0]
+    x = measure.activations(lm, batch.tokens, LAYER)[:, 1:][batch.segments >= 0]
     mean = evaluate(Fake(x.mean(0), 0.0), lm, [batch], layer=LAYER, ce_sequences=6).metrics
     assert mean["explained_variance"] == pytest.approx(0, abs=1e-5)
     assert mean["ce_loss_with_sae"] == pytest.approx(mean["ce_loss_with_mean_ablation"], abs=1e-5)
@@ -145,7 +146,7 @@ def test_bos_and_excluded_positions_keep_their_activation(lm, batch, monkeypatch
             seen.append((x, replace(x)))
         return torch.zeros(*tokens.shape, 5)
 
-    monkeypatch.setattr(module, "logits_with", spy)
+    monkeypatch.setattr(measure, "logits_with", spy)
     batch = batch._replace(tokens=batch.tokens.clamp(max=4))
     evaluate(Fake(torch.zeros(32), 0.0), lm, [batch], layer=LAYER, lm_batch=6, reference_mean=torch.ones(32))
     kept = torch.cat([torch.ones(6, 1, dtype=torch.bool), batch.segments < 0], dim=1)
@@ -160,7 +161,7 @@ def test_an_autoencoder_of_zeros(lm, batch):
     sae = SparseAutoencoder(SAEConfig(d_in=32, d_sae=48, activation="relu"))
     for parameter in sae.parameters():
         parameter.data.zero_()
-    x = module.activations(lm, batch.tokens, LAYER)[:, 1:][batch.segments >= 0].double()
+    x = measure.activations(lm, batch.tokens, LAYER)[:, 1:][batch.segments >= 0].double()
     metrics = evaluate(sae, lm, [batch], layer=LAYER).metrics
     expected = -x.mean(0).square().sum() / x.var(0, correction=0).sum()
     assert metrics["explained_variance"] == pytest.approx(float(expected))
@@ -182,7 +183,7 @@ def test_batching_changes_nothing(lm, batch):
     for metrics in (whole, split):
         metrics.pop("explained_variance_legacy")  # about each batch's own mean, by definition
         metrics["temporal"].pop("persistence_excess_shuffled")  # random
-    for (key, a), (_, b) in zip(module._leaves(whole), module._leaves(split), strict=True):
+    for (key, a), (_, b) in zip(measure._leaves(whole), measure._leaves(split), strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6), key
 
 

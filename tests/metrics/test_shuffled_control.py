@@ -1,11 +1,12 @@
 """`persistence_excess` and its control on shuffled tokens, of autoencoders whose features are slow signals."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tsae import evaluate as module
+from tsae import measure as module
 from tsae.config import SAEConfig
 from tsae.data.sequences import TokenBatch
 from tsae.evaluate import evaluate
@@ -24,6 +25,7 @@ class Latents:
         directions = torch.linalg.qr(torch.randn(32, k, generator=generator)).Q.T  # [k, 32]
         self.x = torch.cat([torch.zeros(B, 1, 32), latent @ directions + 100.0], dim=1)
         self.directions = directions
+        self.lm = SimpleNamespace(name="no model", d_model=32)
         self.batch = TokenBatch(torch.arange(B)[:, None].expand(B, 1 + T), torch.zeros(B, T, dtype=torch.int32))
         monkeypatch.setattr(module, "activations", lambda lm, tokens, layer: self.x[tokens[:, 0]])
 
@@ -36,7 +38,7 @@ class Latents:
         sae.b_dec.data.fill_(100.0)
         sae.threshold.fill_(1.5)
         sae.release.fill_(1.5 * release_ratio)
-        return evaluate(sae, None, [self.batch], layer=1, ce_sequences=0, seed=seed).metrics["temporal"]
+        return evaluate(sae, self.lm, [self.batch], layer=1, ce_sequences=0, seed=seed).metrics["temporal"]
 
 
 def test_persistence_on_shuffled_tokens(monkeypatch):

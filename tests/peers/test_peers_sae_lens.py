@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import tsae
 from tsae.errors import UserError
 
-sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed; pip install '.[peers]'")
+sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed; make peers")
 
 FORMS = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu"}
 

@@ -17,7 +17,7 @@ import tsae
 from tsae.sae.temporal_objectives import contrastive_loss, draw_pairs
 from tsae_kernels import temporal_loss, window_consistency
 
-sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed; pip install '.[peers]'")
+sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed; make peers")
 integration = pytest.importorskip("tsae.integrations.sae_lens")
 
 ROOT = Path(__file__).parents[2]

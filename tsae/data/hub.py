@@ -7,7 +7,7 @@ from typing import Any
 
 from tsae.data.files import choose_column
 from tsae.data.passages import Document
-from tsae.errors import UserError
+from tsae.errors import UserError, reason
 
 __all__ = ["hub_is_reachable", "read_hub"]
 
@@ -56,10 +56,8 @@ def read_hub(
         else:
             columns = {name: getattr(f, "dtype", "") in ("string", "large_string") for name, f in features.items()}
     except Exception as error:  # `datasets` raises whatever its readers and its HTTP client raise
-        reason = str(error).strip().splitlines()
         raise UserError(
-            f"cannot open the dataset {source!r} (subset {subset!r}, split {split!r}): "
-            f"{reason[0] if reason else type(error).__name__}"
+            f"cannot open the dataset {source!r} (subset {subset!r}, split {split!r}): {reason(error)}"
         ) from error
     name = choose_column(columns, column, f"the dataset {source!r}")
     rows = rows.select_columns([name]).shuffle(seed=seed, buffer_size=buffer)
@@ -72,7 +70,4 @@ def _documents(rows: Iterable[dict[str, Any]], column: str, source: str) -> Iter
         for i, row in enumerate(rows):
             yield Document(f"{source}#{i}", row[column] or "")
     except (OSError, EOFError) as error:  # the connection, or a compressed file cut short
-        reason = str(error).strip().splitlines()
-        raise UserError(
-            f"cannot read on in the dataset {source!r}: {reason[0] if reason else type(error).__name__}"
-        ) from error
+        raise UserError(f"cannot read on in the dataset {source!r}: {reason(error)}") from error

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from tsae.data.hub import hub_is_reachable
-from tsae.errors import UserError
+from tsae.errors import UserError, reason
 
 __all__ = ["download", "is_hub_id"]
 
@@ -18,36 +18,47 @@ def is_hub_id(source: str) -> bool:
     return _ID.fullmatch(source) is not None
 
 
-def download(source: str, files: tuple[str, ...]) -> Path:
+def download(
+    source: str,
+    files: tuple[str, ...],
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
     """The folder, in the hub's cache, with those of ``files`` that the repository has in that place.
 
     source: `OWNER/NAME[/FOLDER...][@REVISION]`
+    revision, token, cache_dir, local_files_only: as `tsae.load` has them
 
     Raises:
-        UserError: there is no such repository or folder, or the hub cannot be reached and has not cached it.
+        UserError: there is no such repository, or the hub cannot be asked and has not cached it.
     """
-    import huggingface_hub
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     match = _ID.fullmatch(source)
     if match is None:
         raise UserError(f"{source!r} is not the name of a repository on the hub; OWNER/NAME/FOLDER is wanted.")
-    repo, folder, revision = match["repo"], match["folder"].strip("/"), match["revision"]
-    offline = not hub_is_reachable()
+    repo, folder, named = match["repo"], match["folder"].strip("/"), match["revision"]
+    if None not in (named, revision) and named != revision:
+        raise UserError(f"{source} is to be read at the revision {revision}, too; name one of the two.")
+    offline = local_files_only or not hub_is_reachable()
     try:
-        root = huggingface_hub.snapshot_download(
+        root = snapshot_download(
             repo,
-            revision=revision,
+            revision=named or revision,
+            token=token,
+            cache_dir=cache_dir,
             allow_patterns=[f"{folder}/{name}" if folder else name for name in files],
             local_files_only=offline,
         )
-    except Exception as error:  # of the hub's client, of its HTTP library, of the file system
-        if offline:
-            raise UserError(
-                f"There is no {source!r} on this machine, and the Hugging Face hub cannot be reached; connect to the "
-                "network, or name a local directory."
-            ) from error
-        reason = str(error).strip().splitlines()
+    except LocalEntryNotFoundError as error:
         raise UserError(
-            f"{source!r} cannot be read from the hub: {reason[0] if reason else type(error).__name__}"
+            f"{source} is neither a local directory nor in the cache, and the Hugging Face hub "
+            f"{'was not to be asked' if local_files_only else 'cannot be reached'}; name a directory, or connect."
         ) from error
+    except Exception as error:  # of the client, of whichever HTTP library it is built on, of the file system
+        raise UserError(f"{source} cannot be read from the hub: {reason(error)}.") from error
     return Path(root) / folder

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tsae.config import Activation, SAEConfig
-from tsae.errors import UserError
+from tsae.errors import UserError, reason
 from tsae.sae.model import SparseAutoencoder
 
 __all__ = ["Tensors", "assemble", "expect", "matrix", "read_npz", "read_pickle", "read_safetensors", "whole_number"]
@@ -66,8 +66,7 @@ def read_npz(path: Path) -> Tensors:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(np.asarray(arrays[name])) for name in arrays.files}
     except (OSError, ValueError, TypeError, EOFError, AttributeError, KeyError, zipfile.BadZipFile) as error:
-        reason = str(error).strip().splitlines()
-        raise UserError(f"{path} cannot be read as arrays of numbers ({reason[0] if reason else 'damaged'}).") from None
+        raise UserError(f"{path} cannot be read as arrays of numbers ({reason(error)}).") from None
 
 
 def matrix(path: Path, tensors: Tensors, name: str) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,12 +11,13 @@ import torch
 
 from tsae.config import load_json
 from tsae.data.hub import hub_is_reachable
-from tsae.errors import UserError
+from tsae.errors import UserError, reason
 from tsae.files import write_json
+from tsae.formats import load as read
 from tsae.hub.card import model_card, without_folders
 from tsae.report import read_source
 from tsae.sae.model import SparseAutoencoder
-from tsae.sae.saving import CONFIG, WEIGHTS
+from tsae.sae.saving import CONFIG
 
 __all__ = ["load", "prepare", "push"]
 
@@ -46,6 +46,7 @@ def push(
     revision:  a branch that exists; None is the main one
     create_pr: open a pull request instead of a commit
     token:     None takes the one of `hf auth login`
+    message:   of the commit
 
     Raises UserError if the run is none, the hub cannot be reached or it refuses.
     """
@@ -65,7 +66,7 @@ def push(
                 repo_id=whole, folder_path=folder, commit_message=message, revision=revision, create_pr=create_pr
             )
         except Exception as error:  # of the client, of whichever HTTP library it is built on, or about the name
-            raise UserError(f"The hub did not take {repo_id}: {_reason(error)}") from error
+            raise UserError(f"The hub did not take {repo_id}: {reason(error)}.") from error
         return str(done.pr_url or done.commit_url)
 
 
@@ -78,6 +79,9 @@ def prepare(
     license: str | None = None,
 ) -> None:
     """Write into `folder` what `push` uploads. Paths of local models and texts lose their folders.
+
+    sae, repo_id, run, license: as `push` takes them
+    folder: made if need be
 
     Raises UserError if ``run`` has no `config.json`.
     """
@@ -121,54 +125,23 @@ def load(
     local_files_only: bool = False,
     device: str | torch.device = "cpu",
 ) -> SparseAutoencoder:
-    """An autoencoder from the hub, or from a local directory, in ``eval()`` mode.
+    """`tsae.load` of what has no pickle in it: an autoencoder from the hub, or from a local directory.
 
-    name:             a hub id, the directory of an autoencoder, or that of a run
+    name:             `OWNER/NAME[/FOLDER...][@REVISION]` on the hub, the directory of an autoencoder, or that of a run
     revision:         branch, tag or commit
     token:            for a private repository; None takes the one of `hf auth login`
     cache_dir:        None is the hub client's own cache
     local_files_only: do not ask the network
+    device:           where its parameters go
 
-    Nothing but `cfg.json` and `sae_weights.safetensors` is downloaded. Raises UserError if there is no such
-    autoencoder, or it is damaged.
+    Raises UserError if there is no such autoencoder, it is damaged, or it is in pickles alone.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        inner = path / "sae"
-        return SparseAutoencoder.load(inner if (inner / CONFIG).is_file() else path, device)
-    name = str(name)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise UserError(f"There is no directory {name}; name an autoencoder's or a run's, or an id of the hub.")
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    offline = local_files_only or not hub_is_reachable()
-    try:
-        folder = HfApi(token=token).snapshot_download(
-            name,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=offline,
-            allow_patterns=[CONFIG, WEIGHTS],
-        )
-    except LocalEntryNotFoundError:
-        raise UserError(
-            f"{name} is neither a local directory nor in the cache, and the Hugging Face hub "
-            f"{'was not to be asked' if local_files_only else 'cannot be reached'}; name a directory, or connect."
-        ) from None
-    except Exception as error:  # of the client, of whichever HTTP library it is built on, or about the name
-        raise UserError(f"The hub gives no {name}: {_reason(error)}") from error
-    missing = [file for file in (CONFIG, WEIGHTS) if not (Path(folder) / file).is_file()]
-    if missing:
-        raise UserError(
-            f"{name} has no {' and no '.join(missing)}; an autoencoder is read from these two files and never from a "
-            "pickle, so name another repository."
-        )
-    return SparseAutoencoder.load(folder, device)
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what an exception says, as a sentence; the client's own begin with a bare status."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    said = [line for line in lines if not re.match(r"\d+ \w+ Error\b.{0,99}$", line)] or lines
-    return (said[0] if said else type(error).__name__).rstrip(".") + "."
+    return read(
+        name,
+        device,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        pickles=False,
+    )

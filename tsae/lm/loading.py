@@ -15,7 +15,7 @@ from torch import nn
 
 from tsae.data.hub import hub_is_reachable
 from tsae.data.sequences import prefix_token
-from tsae.errors import UserError
+from tsae.errors import UserError, reason
 from tsae.lm import gemma_package
 
 if TYPE_CHECKING:
@@ -171,8 +171,7 @@ def _load(
                 f"cannot load the model {source!r}: the Hugging Face hub cannot be reached and the model is "
                 "not in its cache, so connect to the network or name a local folder"
             ) from error
-        reason = str(error).strip().splitlines()
-        raise UserError(f"cannot load the model {source!r}: {reason[0] if reason else type(error).__name__}") from error
+        raise UserError(f"cannot load the model {source!r}: {reason(error)}") from error
     _check_weights(found, source)
     return model, tokenizer
 
@@ -235,6 +234,6 @@ def _device(device: torch.device | str) -> torch.device:
         place = torch.device(device)
         torch.zeros(1, device=place).item()  # which "meta" cannot answer
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = re.split(r"\.\s|\n", str(error).strip())[0]  # the first of PyTorch's many sentences
-        raise UserError(f"the device {str(device)!r} cannot be used: {reason}") from error
+        first = re.split(r"\.\s|\n", str(error).strip())[0]  # of PyTorch's many sentences
+        raise UserError(f"the device {str(device)!r} cannot be used: {first}") from error
     return place

@@ -58,6 +58,7 @@ def probe_runs(arguments: Arguments) -> Results:
     from tsae.held_out import held_out, read_run, source_of
     from tsae.lm.hooks import activations
     from tsae.lm.loading import load_language_model
+    from tsae.measure import check_width
     from tsae.probe.probes import check_installed, dense_probes, sparse_probes
     from tsae.probe.problems import counted_tokens, document_of_tokens, pose_problems
     from tsae.probe.results import Results, as_json
@@ -81,6 +82,8 @@ def probe_runs(arguments: Arguments) -> Results:
     device = resolve_device(config.device if arguments.device is None else arguments.device)
     saes = {name: SparseAutoencoder.load(run / "sae", device=device) for name, run in runs.items()}
     lm = load_language_model(config.model, device=device, dtype=config.lm_dtype, revision=config.revision)
+    for name, sae in saes.items():
+        check_width(sae, lm, name)
     batch, documents, named = held_out(config, source, lm, sequences, seed)
 
     owner = document_of_tokens(batch, documents, lm.tokenizer)

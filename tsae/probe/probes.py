@@ -33,7 +33,7 @@ __all__ = [
     "wins_between",
 ]
 
-KS = (1, 5, 20)
+KS = (1, 5, 20)  # numbers of features that a sparse probe gets
 CHANCE = 0.5  # the AUC of a score that knows nothing
 DRAWS = 1000  # of the bootstrap
 STRENGTHS = (1e-4, 1e-3, 1e-2)  # C of the dense probe, which has enough weights to overfit

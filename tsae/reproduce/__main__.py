@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from tsae.cli import only_options, parse, report_errors
+from tsae.cli import RESUME, only_options, parse, report_errors
 from tsae.config import TrainConfig, from_dict, load_json
 from tsae.errors import UserError
 
@@ -52,7 +52,7 @@ PROG = "python -m tsae.reproduce"
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status, 2 for bad input."""
     argv = sys.argv[1:] if argv is None else argv
-    with report_errors() as status:
+    with report_errors(RESUME) as status:
         asked = parse(Arguments, argv, None, PROG)
         _reproduce(asked, argv)
     return status.code

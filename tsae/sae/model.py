@@ -350,9 +350,9 @@ class SparseAutoencoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options: Any) -> SparseAutoencoder:
-        """An autoencoder of the Hugging Face hub or of a local directory, in ``eval()`` mode.
+        """An autoencoder of the Hugging Face hub or of a local directory, in ``eval()`` mode; never from a pickle.
 
-        name: a hub id, the directory of an autoencoder, or that of a run
+        name: `OWNER/NAME[/FOLDER...][@REVISION]`, the directory of an autoencoder, or that of a run
         options: those of `tsae.hub.load`
         out: the autoencoder, which works on raw activations
         """

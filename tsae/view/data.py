@@ -21,6 +21,7 @@ from tsae.data.sequences import TokenBatch
 from tsae.errors import UserError
 from tsae.lm.hooks import activations
 from tsae.lm.loading import load_language_model
+from tsae.measure import check_width
 from tsae.metrics.temporal import CURVE_LAGS, MIN_ACTIVATIONS
 from tsae.report import read_history, read_source
 from tsae.run import evaluation_batches, resolve_device
@@ -56,6 +57,7 @@ def collect(run: Path, tokens: int | None = None, progress: Callable[[float], No
         raise UserError(f"--tokens is {tokens}; it must be at least 1.")
     device = resolve_device(cfg.device)
     lm = load_language_model(cfg.model, device=device, dtype=cfg.lm_dtype, revision=cfg.revision)
+    check_width(sae, lm, str(run))
     sae.to(device)
     sequences = cfg.evaluation.sequences if tokens is None else math.ceil(tokens / LENGTH)
     batches = evaluation_batches(cfg, lm, sequences)

@@ -115,6 +115,10 @@ class StandIn:
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self.thread.start()
 
+    def fetched(self) -> set[str]:
+        """The files that were asked for, by their paths in their repositories."""
+        return {request.split("/resolve/")[1].split("/", 1)[1] for request in self.requests if "/resolve/" in request}
+
     def commit(self, name: str) -> str:
         content = repr(sorted((k, hashlib.sha1(v).hexdigest()) for k, v in self.repositories[name].items()))
         return hashlib.sha1(content.encode()).hexdigest()

@@ -1,0 +1,62 @@
+"""Make an environment with the peers on top of this interpreter's: `python tests/peers/peers_environment.py DIR`.
+
+It sees every package of the environment below, in the version there, and holds the peers and what they need beside
+that. So the peers are tested beside the versions that everything else is tested with, and the environment below, in
+which everything else is tested, does not see them.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+from importlib.metadata import distributions
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+BELOW = "_below.pth"  # in the upper environment: names the packages' folder of the lower one
+CONSTRAINTS = ROOT / "constraints.txt"
+ALONE = ROOT / "tests" / "peers" / "requirements.txt"
+
+
+def packages_of(environment: Path) -> Path:
+    """The folder of an environment's packages."""
+    scheme = sysconfig.get_preferred_scheme("prefix")
+    return Path(sysconfig.get_path("purelib", scheme, {"base": str(environment), "platbase": str(environment)}))
+
+
+def below(packages: Path) -> Path:
+    """The packages' folder under the environment with this one.
+
+    Raises:
+        FileNotFoundError: it was not made by `make`.
+    """
+    return Path((packages / BELOW).read_text(encoding="utf-8").split('"')[1])
+
+
+def versions(packages: Path) -> dict[str, str]:
+    """Name -> version of what is installed in a folder."""
+    return {found.name.lower().replace("_", "-"): found.version for found in distributions(path=[str(packages)])}
+
+
+def make(environment: Path) -> None:
+    """Write the environment anew.
+
+    Raises:
+        subprocess.CalledProcessError: a package cannot be installed.
+    """
+    venv.create(environment, clear=True)
+    lower = sysconfig.get_path("purelib")
+    # addsitedir, so that the .pth files of the lower one, which make it editable, count as well.
+    line = f'import site; site.addsitedir("{lower}")\n'
+    (packages_of(environment) / BELOW).write_text(line, encoding="utf-8")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    pip = [sys.executable, "-m", "pip", "--python", str(environment / "bin" / "python"), "install", "--quiet"]
+    subprocess.run([*pip, "--constraint", str(CONSTRAINTS), *extras["peers"]], check=True)
+    subprocess.run([*pip, "--no-deps", "--requirement", str(ALONE)], check=True)
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]).absolute())
