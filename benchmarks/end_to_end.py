@@ -8,7 +8,7 @@ lines), run Gemma-3-270m to layer 9 in the same dtype (SAELens through its defau
 at the layer as ours does), and train 2,560 features, 36 of them active, on the same number of tokens in batches of
 1,024 under the same autocast. Ours has hysteresis and the demo's temporal objective, SAELens's TopK has neither.
 
-With --reuse R > 1 a quarter, a tenth, ... 1 / R of the tokens is harvested and each is trained on R times: ours from its
+With --reuse R > 1 one token in R is harvested and each is trained on R times: ours from its
 buffer, SAELens from the activations that its `CacheActivationsRunner` has written, which is how it can.
 
 Seconds count from the start of the run to the saved autoencoder, without the import of libraries and the loading of the
@@ -138,7 +138,8 @@ def sae_lens(text: Path, tokens: int, reuse: int, scratch: Path) -> dict[str, fl
     cached = None
     if reuse > 1:
         cached = str(scratch / "activations")
-        harvested = tokens // reuse // LENGTH * (LENGTH + 1)
+        passes = -(-tokens // (reuse * HARVEST_BATCH * LENGTH))
+        harvested = passes * HARVEST_BATCH * (LENGTH + 1)  # BOS counts
         runner = sae_lens.CacheActivationsRunner(
             sae_lens.CacheActivationsRunnerConfig(
                 **common,
@@ -147,6 +148,7 @@ def sae_lens(text: Path, tokens: int, reuse: int, scratch: Path) -> dict[str, fl
                 model_batch_size=HARVEST_BATCH,
                 new_cached_activations_path=cached,
                 dtype="float32",
+                buffer_size_gb=(harvested + 0.5) * WIDTH * 4 / 1e9,  # it harvests whole buffers
             ),
             override_dataset=documents,
         )
