@@ -30,6 +30,7 @@ __all__ = [
     "OptimizerConfig",
     "SAEConfig",
     "TrainConfig",
+    "check_unchanged",
     "from_dict",
     "load_json",
     "to_dict",
@@ -476,6 +477,33 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise UserError(f"The configuration's '{path}' is {value!r}; it must be of type {hint.__name__}.")
     return value
+
+
+# What may be edited in a run's config.json: where things lie, and what no result depends on.
+_MOVABLE = ("model", "revision", "data", "device", "cache", "log", "checkpoint")
+
+
+def check_unchanged(config: TrainConfig, trained: dict[str, Any], path: Path) -> None:
+    """Raise `UserError`, naming the difference, unless a run's config.json says what the run was trained with.
+
+    trained: the configuration of that time, from `to_dict`; path: of the file that ``config`` was read from
+    """
+    there, then = _flat(to_dict(config)), _flat(trained)
+    changed = ", ".join(
+        f"{name} is {value!r} there and was {then.get(name)!r}"
+        for name, value in there.items()
+        if name.split(".")[0] not in _MOVABLE and value != then.get(name)
+    )
+    if changed:
+        raise UserError(f"{path} is not what the run was trained with: {changed}; put that back, or train again.")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested dictionaries by dotted name."""
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def load_json(path: Path) -> dict[str, Any]:

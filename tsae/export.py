@@ -17,6 +17,7 @@ import tyro
 from tsae.cli import parse, report_errors
 from tsae.config import TrainConfig, from_dict, load_json
 from tsae.errors import UserError
+from tsae.files import WriteError
 from tsae.formats import dictionary_learning, load
 from tsae.formats.forms import plain_form, without_hysteresis
 from tsae.held_out import held_out, source_of
@@ -141,8 +142,9 @@ def _directory(out: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         os.replace(temporary, out.absolute())
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}); name another directory.") from None
+    except (OSError, WriteError) as error:
+        reason = error.reason if isinstance(error, WriteError) else error.strerror
+        raise UserError(f"{out} cannot be written ({reason}); name another directory.") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

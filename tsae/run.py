@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tsae import checkpoint
-from tsae.config import LENGTH, TrainConfig
+from tsae.config import LENGTH, TrainConfig, check_unchanged, to_dict
 from tsae.data.buffer import ActivationBuffer
 from tsae.data.cache import ActivationCache
 from tsae.data.cache_request import cache_request, made_with
@@ -297,10 +297,14 @@ def _fed(
             return Trainer(cfgs[name], normalizer, device, autocast=uses_autocast(cfgs[name], device))
 
     outcomes: dict[str, Outcome] = {}
-    saved = checkpoint.latest(directory / "checkpoint") if resume else None
+    saved = checkpoint.load_latest(directory / "checkpoint") if resume else None
     if saved is not None:
-        state, contents = checkpoint.load(saved)
-        buffer.load_state_dict(state["buffer"], contents)
+        state = saved.state
+        for name, values in state["configs"].items():
+            check_unchanged(cfgs[name], values, directory / name / "config.json")
+        for sentence in saved.damaged:
+            console.print(sentence, soft_wrap=True)
+        buffer.load_state_dict(state["buffer"], saved.buffer)
         feed.load_state_dict(state["feed"])
         trainers = {}
         for name, values in state["trainers"].items():
@@ -334,6 +338,7 @@ def _fed(
 
         def save_checkpoint(step: int) -> None:
             state = {
+                "configs": {name: to_dict(cfg) for name, cfg in cfgs.items()},
                 "trainers": {name: lane.trainer.state_dict() for name, lane in lanes.items()},
                 "metrics_bytes": {name: lane.metrics.bytes_written for name, lane in lanes.items()},
                 "diverged": {name: (outcome.steps, str(outcome.error)) for name, outcome in outcomes.items()},
