@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults import files_of_at_most
+from full_disk import files_of_at_most
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -18,6 +18,7 @@ import tyro
 
 from tsae.data.text import TextConfig
 from tsae.errors import UserError
+from tsae.files import checksum_of
 from tsae_kernels import MULTISCALE
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "SAEConfig",
     "TrainConfig",
     "check_unchanged",
+    "fingerprint",
     "from_dict",
     "load_json",
     "to_dict",
@@ -488,14 +490,23 @@ def check_unchanged(config: TrainConfig, trained: dict[str, Any], path: Path) ->
 
     trained: the configuration of that time, from `to_dict`; path: of the file that ``config`` was read from
     """
-    there, then = _flat(to_dict(config)), _flat(trained)
+    there, then = _fixed(to_dict(config)), _fixed(trained)
     changed = ", ".join(
         f"{name} is {value!r} there and was {then.get(name)!r}"
         for name, value in there.items()
-        if name.split(".")[0] not in _MOVABLE and value != then.get(name)
+        if value != then.get(name)
     )
     if changed:
         raise UserError(f"{path} is not what the run was trained with: {changed}; put that back, or train again.")
+
+
+def fingerprint(config: TrainConfig) -> str:
+    """Of what may not be edited in a run's config.json once it has trained."""
+    return checksum_of(_fixed(to_dict(config)))
+
+
+def _fixed(values: dict[str, Any]) -> dict[str, Any]:
+    return _flat({name: value for name, value in values.items() if name not in _MOVABLE})
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

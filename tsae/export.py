@@ -15,7 +15,8 @@ import torch
 import tyro
 
 from tsae.cli import parse, report_errors
-from tsae.config import TrainConfig, from_dict, load_json
+from tsae.config import load_json
+from tsae.directories import read_config
 from tsae.errors import UserError
 from tsae.files import WriteError
 from tsae.formats import dictionary_learning, load
@@ -106,7 +107,7 @@ def _measured_without_hysteresis(sae: SparseAutoencoder, run: Path, directory: P
     from tsae.evaluate import check_width, evaluate, evaluation_progress, training_sample, write_eval
     from tsae.lm.loading import load_language_model
 
-    config = from_dict(TrainConfig, load_json(run / "config.json"))
+    config = read_config(run)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     lm = load_language_model(config.model, device=device, dtype=config.lm_dtype, revision=config.revision)
     check_width(sae, lm, str(run))

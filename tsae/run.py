@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tsae import checkpoint
-from tsae.config import LENGTH, TrainConfig, check_unchanged, to_dict
+from tsae.config import LENGTH, TrainConfig, check_unchanged, fingerprint, to_dict
 from tsae.data.buffer import ActivationBuffer
 from tsae.data.cache import ActivationCache
 from tsae.data.cache_request import cache_request, made_with
@@ -106,6 +106,7 @@ def run_all(
             context_size=LENGTH + 1,
             prepend_bos=True,
             dataset_path=common.data,
+            trained_with=fingerprint(cfgs[name]),
         )
     if common.evaluation.final and saes:
         with evaluation_progress() as progress:

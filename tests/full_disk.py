@@ -1,4 +1,4 @@
-"""What the tests of faults share: disks that are full."""
+"""A disk that is full, for tests."""
 
 from __future__ import annotations
 
