@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # A GPU machine brings its own torch: make VENV=/path/to/its/environment ... skips the installation.
 
-.PHONY: demo install peers test lint format docs bench bench-smoke asan cuda-compile triton-compile gpu-check clean
+.PHONY: demo install peers test kills lint format docs bench bench-smoke asan cuda-compile triton-compile gpu-check clean
 
 demo: install
 	$(BIN)/python -m tsae.train
@@ -26,6 +26,10 @@ peers: install
 
 test: install
 	$(BIN)/python -m pytest tests
+
+# Random `kill -9`s of real runs; TSAE_KILL_SEED takes another seed.
+kills: install
+	$(BIN)/python -m pytest tests/test_kills.py -s
 
 lint: install
 	$(BIN)/ruff check .

