@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,6 +14,8 @@ from tsae.files import writing
 from tsae.trackers import Tracker
 
 __all__ = ["MetricsLog"]
+
+log = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -27,7 +30,12 @@ class MetricsLog:
     def __init__(self, path: Path, keep_bytes: int = 0, trackers: Sequence[Tracker] = ()) -> None:
         self._path, self._trackers = path, trackers
         self._file = path.open("a+b")
-        self._file.truncate(keep_bytes)
+        self._file.seek(0)
+        kept = self._file.read(keep_bytes)
+        if len(kept) < keep_bytes:  # lost, as by a crash of the machine; whole lines are kept
+            log.warning("%s is shorter than when the checkpoint was made: lines of it are lost", path)
+            kept = kept[: kept.rfind(b"\n") + 1]
+        self._file.truncate(len(kept))
         self._file.seek(0, 2)
 
     def write(self, values: dict[str, float]) -> None:

@@ -109,13 +109,14 @@ def load(directory: Path, device: str | torch.device = "cpu") -> SparseAutoencod
     if own is None:
         return saelens.read(directory).to(device)
     tensors = read_safetensors(directory / WEIGHTS)
-    _check_whole(directory, own, tensors)
     sae = SparseAutoencoder(from_dict(SAEConfig, own)).eval()
     shapes = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items() if name not in LOGARITHMS}
     for name, users in (("threshold", THRESHOLD), ("release", RELEASE)):
         if sae.cfg.activation not in users:
             del shapes[name]
-    sae.load_state_dict(expect(directory / WEIGHTS, tensors, shapes), strict=False)  # all but LOGARITHMS
+    wanted = expect(directory / WEIGHTS, tensors, shapes)
+    _check_whole(directory, own, tensors)
+    sae.load_state_dict(wanted, strict=False)  # all but LOGARITHMS
     sae.adopt_thresholds()
     return sae.to(device)
 
