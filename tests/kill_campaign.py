@@ -1,9 +1,10 @@
 """Random `kill -9`s of real runs: every restart must complete, with the weights of a run that nothing stopped.
 
-    python tests/kill_campaign.py --kills 50 --seed 0
+    python tests/kill_campaign.py --kills 50 --signals 8 --seed 0
 
 One process imports everything once; each attempt is a fork of it that runs `tsae.train.main` and is killed at a moment
-drawn from the seed: any moment of the run, or, where a part is aimed at, one soon after its files appear.
+drawn from the seed: any moment of the run, or, where a part is aimed at, one soon after its files appear. So many times
+it is sent SIGINT or SIGTERM instead, and must end by itself, with a sentence, in ten seconds.
 """
 
 from __future__ import annotations
@@ -89,9 +90,10 @@ class Campaign:
 
     def __init__(self, root: Path, seed: int) -> None:
         self.root, self.random = root, random.Random(seed)
+        self.last, self.slowest = 0, 0.0  # status of the last child; seconds that the slowest end by a signal took
         self.models = root / "models"
         self.models.mkdir()
-        self._wait(self._fork(self._warm_up, root))
+        self._wait(self._fork(self._warm_up, root), root)
         for name in (root / "modules.txt").read_text().split():
             if name not in sys.modules:
                 with suppress(Exception):  # some can be imported by the one that needs them alone
@@ -105,7 +107,7 @@ class Campaign:
             whole.mkdir()
             before = last = time.monotonic()
             seconds, sightings, there = 0.0, 0, False
-            for _ in self._polls(self._start(part.command(whole), whole)):
+            for _ in self._polls(self._start(part.command(whole), whole), whole):
                 now, was, there = time.monotonic(), there, any(whole.glob(part.pattern))
                 seconds += (now - last) * there
                 sightings += there and not was
@@ -119,44 +121,44 @@ class Campaign:
         prepare(self.models)
         part, directory = parts(self.models)[-1], self.root / "warm-up"
         directory.mkdir()
-        self._wait(self._start(part.command(directory), directory))
+        self._wait(self._start(part.command(directory), directory), directory)
 
-    def run(self, kills: int) -> Counter[str]:
-        """Kill so often in all; how many kills hit what was aimed at, by part."""
-        shares = sum(part.share for part in self.parts)
+    def run(self, kills: int, signals: int) -> Counter[str]:
+        """Strike so often in all; how many kills hit what was aimed at, by part."""
         hits: Counter[str] = Counter()
-        done = 0
-        for i, part in enumerate(self.parts):
-            share = kills - done if i == len(self.parts) - 1 else round(kills * part.share / shares)
-            done += share
-            chain = 0
-            while share > 0:
+        strikes = {part.name: [] for part in self.parts}
+        weighted = [part.name for part in self.parts for _ in range(part.share)]
+        for i in range(kills):
+            strikes[weighted[i % len(weighted)]].append(signal.SIGKILL)
+        for i in range(signals):
+            strikes[self.parts[i % len(self.parts)].name].append((signal.SIGTERM, signal.SIGINT)[i // 4 % 2])
+        for part in self.parts:
+            left, chain = strikes[part.name], 0
+            while left:
                 chain += 1
-                killed, hit = self._chain(part, self.root / f"{part.name}-{chain}", min(share, MOST_IN_A_ROW))
-                share -= killed
-                hits[part.name] += hit
+                hits[part.name] += self._chain(part, self.root / f"{part.name}-{chain}", left)
         return hits
 
-    def _chain(self, part: Part, directory: Path, most: int) -> tuple[int, int]:
-        """A run that is killed up to so often and then let go on to its end: kills, and how many of them hit."""
+    def _chain(self, part: Part, directory: Path, strikes: list[signal.Signals]) -> int:
+        """A run that is struck some times, by the first of ``strikes``, which are taken off, and then goes on to its
+        end; how many of them hit."""
         directory.mkdir()
-        killed = hit = 0
-        while True:
+        hit = 0
+        for number in range(MOST_IN_A_ROW + 1):
             resumable = (directory / "run" / "config.json").exists()
             argv = ["--resume", str(directory / "run")] if resumable else part.command(directory)
             child = self._start(argv, directory)
-            if killed == most:
+            if number == MOST_IN_A_ROW or not strikes:
                 self._wait(child, directory)
                 break
-            if not self._kill(child, part, directory):
+            if not self._comes_to(child, part, directory) or not self._strike(child, strikes[0], directory):
                 break
-            killed += 1
             found = sorted(path.name for path in directory.glob(part.pattern))
-            hit += bool(found)
-            print(f"{part.name}: kill {killed} of {directory.name}, at {found}", flush=True)
+            hit += bool(found) and strikes[0] is signal.SIGKILL
+            print(f"{part.name}: {strikes.pop(0).name} {number + 1} of {directory.name}, at {found}", flush=True)
         self._check(part, directory)
         shutil.rmtree(directory)
-        return killed, hit
+        return hit
 
     def _check(self, part: Part, directory: Path) -> None:
         whole = self.root / f"{part.name}-whole"
@@ -183,6 +185,8 @@ class Campaign:
             package = stand_in(self.models / "packed.gguf")
             sys.modules[package.__name__] = package
             Figure.savefig = lambda self, path, **kwargs: Path(path).write_bytes(b"")  # drawing is most of a short run
+            for number in (signal.SIGINT, signal.SIGTERM):  # until `main` takes them: as if not yet sent
+                signal.signal(number, signal.SIG_IGN)
             status = main(argv)
             if directory.name == "warm-up":
                 (self.root / "modules.txt").write_text("\n".join(sys.modules))
@@ -206,13 +210,13 @@ class Campaign:
             sys.stderr.flush()
             os._exit(status)
 
-    def _kill(self, child: int, part: Part, directory: Path) -> bool:
-        """Kill the child at a random moment; False if it had ended, as it should, before that."""
+    def _comes_to(self, child: int, part: Part, directory: Path) -> bool:
+        """Wait for a random moment of the child; False if it had ended, as it should, before that."""
         aimed = part.name != "training" and self.random.random() < 0.8
         if aimed:  # after its files have been seen, and gone again, some times
             sightings = self.random.randrange(1, 5) if part.name != "conversion" else 1
             delay, seen, there = self.random.uniform(0.0, 1.2) * self.sighting[part.name], 0, False
-            for _ in self._polls(child):
+            for _ in self._polls(child, directory):
                 before, there = there, any(directory.glob(part.pattern))
                 seen += there and not before
                 if seen == sightings:
@@ -222,55 +226,66 @@ class Campaign:
         else:
             delay = self.random.uniform(0.02, 1.0) * self.seconds[part.name]
         deadline = time.monotonic() + delay
-        for _ in self._polls(child):
+        for _ in self._polls(child, directory):
             if time.monotonic() >= deadline:
-                break
-        else:
-            self.seconds[part.name] *= 0.8  # other work on the machine has ended, or less of the run was left
-            return False
-        os.kill(child, signal.SIGKILL)
-        status = os.waitpid(child, 0)[1]
-        if os.WIFSIGNALED(status):
-            return True
-        self._expect_success(status, directory)
+                return True
+        self.seconds[part.name] *= 0.8  # other work on the machine has ended, or less of the run was left
         return False
 
-    def _polls(self, child: int) -> Iterator[None]:
-        """Short pauses until the child ends, which must be well."""
+    def _strike(self, child: int, number: signal.Signals, directory: Path) -> bool:
+        """Whether the signal ended the child; if not, it had just ended as it should."""
+        before, load = time.monotonic(), max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+        os.kill(child, number)
+        if number is signal.SIGKILL:
+            status = os.waitpid(child, 0)[1]
+            if os.WIFSIGNALED(status):
+                return True
+        else:
+            for _ in self._polls(child, directory, (0, 130, 143)):
+                pass
+            seconds, status = time.monotonic() - before, self.last
+            self.slowest = max(self.slowest, seconds / load)
+            assert seconds < 10 * load, f"{number.name} took {seconds:.0f} s, with {load:.1f} processes for a core"
+            if os.waitstatus_to_exitcode(status) == 128 + number:
+                said = (directory / "log.txt").read_text()
+                assert "interrupted" in said
+                assert "Traceback" not in said
+                return True
+        self._expect(status, directory)
+        return False
+
+    def _polls(self, child: int, directory: Path, right: tuple[int, ...] = (0,)) -> Iterator[None]:
+        """Short pauses until the child ends, which must be with a right status; it is kept as `last`."""
         deadline = time.monotonic() + LONGEST
         while time.monotonic() < deadline:
-            ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if ended is not None:
-                self._wait(child)
+            ended, self.last = os.waitpid(child, os.WNOHANG)
+            if ended:
+                self._expect(self.last, directory, right)
                 return
             yield
             time.sleep(0.0002)
         os.kill(child, signal.SIGKILL)
-        raise AssertionError("an attempt hung")
+        raise AssertionError(f"an attempt hung: {(directory / 'log.txt').read_text()[-3000:]}")
 
-    def _wait(self, child: int, directory: Path | None = None) -> None:
-        deadline = time.monotonic() + LONGEST
-        while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            if time.monotonic() > deadline:
-                os.kill(child, signal.SIGKILL)
+    def _wait(self, child: int, directory: Path) -> None:
+        for _ in self._polls(child, directory):
             time.sleep(0.005)
-        self._expect_success(os.waitpid(child, 0)[1], directory)
 
-    def _expect_success(self, status: int, directory: Path | None) -> None:
-        log = (directory or self.root) / "log.txt"
-        said = log.read_text()[-3000:] if log.exists() else ""
-        assert status == 0, f"an attempt ended with status {status}: {said}"
+    def _expect(self, status: int, directory: Path, right: tuple[int, ...] = (0,)) -> None:
+        code = os.waitstatus_to_exitcode(status)
+        assert code in right, f"an attempt ended with {code}: {(directory / 'log.txt').read_text()[-3000:]}"
 
 
-def campaign(kills: int, seed: int, directory: Path) -> None:
+def campaign(kills: int, signals: int, seed: int, directory: Path) -> None:
     before = time.monotonic()
     torch.set_num_threads(1)
     made = Campaign(directory, seed)
     ready = time.monotonic()
     print("uninterrupted, seconds:", {name: round(seconds, 1) for name, seconds in made.seconds.items()}, flush=True)
-    hits = made.run(kills)
+    hits = made.run(kills, signals)
     now, processor = time.monotonic(), os.times()
     print(f"{kills} kills, seed {seed}: every restart completed, with the same weights; {dict(hits)} while written;")
+    print(f"{signals} of SIGINT and SIGTERM: the slowest end took {made.slowest:.1f} s, by the load of the machine")
     seconds = sum(processor[:4])
     print(
         f"{ready - before:.0f} s of preparation, {now - ready:.0f} s of runs, {seconds:.0f} s of processor time in all"
@@ -280,8 +295,9 @@ def campaign(kills: int, seed: int, directory: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--signals", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--directory", type=Path, default=None, help="empty; a temporary one if left out")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        campaign(asked.kills, asked.seed, asked.directory or Path(temporary))
+        campaign(asked.kills, asked.signals, asked.seed, asked.directory or Path(temporary))
