@@ -244,7 +244,7 @@ class Campaign:
             for _ in self._polls(child, directory, (0, 130, 143)):
                 pass
             seconds, status = time.monotonic() - before, self.last
-            self.slowest = max(self.slowest, seconds / load)
+            self.slowest = max(self.slowest, seconds)
             assert seconds < 10 * load, f"{number.name} took {seconds:.0f} s, with {load:.1f} processes for a core"
             if os.waitstatus_to_exitcode(status) == 128 + number:
                 said = (directory / "log.txt").read_text()
@@ -285,7 +285,7 @@ def campaign(kills: int, signals: int, seed: int, directory: Path) -> None:
     hits = made.run(kills, signals)
     now, processor = time.monotonic(), os.times()
     print(f"{kills} kills, seed {seed}: every restart completed, with the same weights; {dict(hits)} while written;")
-    print(f"{signals} of SIGINT and SIGTERM: the slowest end took {made.slowest:.1f} s, by the load of the machine")
+    print(f"{signals} of SIGINT and SIGTERM: the slowest end took {made.slowest:.2f} s")
     seconds = sum(processor[:4])
     print(
         f"{ready - before:.0f} s of preparation, {now - ready:.0f} s of runs, {seconds:.0f} s of processor time in all"
