@@ -8,7 +8,7 @@ PEERS := $(VENV)-peers
 PEERS_STAMP := $(PEERS)/.installed
 # A GPU machine brings its own torch: make VENV=/path/to/its/environment ... skips the installation.
 
-.PHONY: demo install peers test test-peers lint format docs bench bench-smoke asan cuda-compile triton-compile gpu-check clean
+.PHONY: demo install peers test test-peers kills lint format docs bench bench-smoke asan cuda-compile triton-compile gpu-check clean
 
 demo: install
 	$(BIN)/python -m tsae.train
@@ -35,6 +35,10 @@ test: install
 # Against those libraries; one that is missing is an error here, while `make test` skips its tests.
 test-peers: peers
 	$(PEERS)/bin/python -m pytest tests/peers --no-skips
+
+# Random `kill -9`s of real runs; TSAE_KILL_SEED takes another seed.
+kills: install
+	$(BIN)/python -m pytest tests/test_kills.py -s
 
 lint: install
 	$(BIN)/ruff check .

@@ -225,7 +225,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.side:
         found = SIDES[arguments.side](arguments.text, arguments.tokens, arguments.reuse, arguments.scratch)
-        print(json.dumps(found))  # noqa: T201
+        print(json.dumps(found))
         return
     rounds: dict[str, list[dict[str, float]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
@@ -246,8 +246,8 @@ def main() -> None:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "sae-lens", "transformer-lens")}
     about = {"tokens": arguments.tokens, "reuse": arguments.reuse, "rounds": arguments.rounds, "versions": versions}
     about |= {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    print(json.dumps(about))  # noqa: T201
-    print(table(results, arguments.tokens))  # noqa: T201
+    print(json.dumps(about))
+    print(table(results, arguments.tokens))
     if arguments.json:
         arguments.json.write_text(json.dumps(about | {"results": results}, indent=2) + "\n")
 

@@ -21,7 +21,9 @@ from tiny_runs import Killed, die, lines, options, run_options, same
 import tsae.data.cache
 import tsae.data.harvest
 from tsae.data.harvest import Harvester
+from tsae.sae.model import SparseAutoencoder
 from tsae.train import main
+from tsae.trainer import Trainer
 
 Argv = Callable[..., list[str]]  # the fixture `argv_of`
 
@@ -331,6 +333,38 @@ def test_a_signal_before_the_first_step_leaves_the_run_that_was_to_be_replaced(
     assert main(argv_of(out, "--overwrite", "--seed", 4)) == 130
     assert "the run that is there was left as it was" in capsys.readouterr().err
     same(uninterrupted, out)
+
+
+@pytest.mark.parametrize(("owner", "method"), [(Trainer, "finished"), (SparseAutoencoder, "encode")])
+def test_a_signal_after_training_ends_it_at_once(
+    owner: type,
+    method: str,
+    tiny_neox: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Before the weights are written, and in the evaluation; a run that goes on makes up for what is missing."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert main(options(tiny_neox, text_file, whole)) == 0
+
+    def signalled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args, **kwargs)
+
+    real, before = getattr(owner, method), time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, method, signalled)
+        assert main(options(tiny_neox, text_file, out)) == 143
+    assert time.monotonic() - before < 30  # of the whole run; of what comes after the signal nothing is done
+    message = capsys.readouterr().err
+    assert "interrupted; continue with --resume" in message
+    assert "Traceback" not in message
+    assert not (out / "eval.json").exists()
+    assert main(["--resume", str(out)]) == 0
+    same(whole, out)
+    assert (out / "eval.json").read_bytes() == (whole / "eval.json").read_bytes()
 
 
 # Processes of their own.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import Killed, die, options, run_options, same
+from tiny_runs import Killed, die, lines, options, run_options, same
 
 from tsae.train import main
 
@@ -79,6 +79,79 @@ def test_resume_says_what_is_wrong(tmp_path: Path, uninterrupted: Path, capsys: 
     assert main(["tsae-gemma-2-2b", "--resume", str(uninterrupted)]) == 2
     assert "is a run of the preset 'demo', not 'tsae-gemma-2-2b'" in capsys.readouterr().err
     assert main(["demo", "--resume", str(uninterrupted)]) == 0
+
+
+def stopped_at(step: int, arguments: list[str], at_step: Callable[..., None]) -> None:
+    """A run that ends after so many steps as if it were killed."""
+    at_step(step, die)
+    with pytest.raises(Killed):
+        main(arguments)
+    at_step()
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["step-00000012/state.pt", "step-00000012/manifest.json", "buffer-0003.safetensors"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    file: str,
+    uninterrupted: Path,
+    tiny_gemma2: Path,
+    text_file: Path,
+    tmp_path: Path,
+    at_step: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    stopped_at(13, run_options(tiny_gemma2, text_file, out), at_step)
+    flip(out / "checkpoint" / file)
+    capsys.readouterr()
+    assert main(["--resume", str(out)]) == 0
+    said = capsys.readouterr().err
+    assert f"The checkpoint {out / 'checkpoint' / 'step-00000012'} is damaged: " in said
+    assert f"Resuming {out} after step 8." in said
+    same(uninterrupted, out)
+    assert not list((out / "checkpoint").glob("damaged-*"))
+
+
+def test_a_configuration_that_changed_since_is_refused_with_the_difference(
+    uninterrupted: Path,
+    tiny_gemma2: Path,
+    text_file: Path,
+    tmp_path: Path,
+    at_step: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    stopped_at(6, run_options(tiny_gemma2, text_file, out), at_step)
+    good = json.loads((out / "config.json").read_text())
+    changed = good | {"steps": 26, "sae": good["sae"] | {"k": 3}, "device": "auto"}
+    (out / "config.json").write_text(json.dumps(changed))
+    assert main(["--resume", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "is not what the run was trained with: steps is 26 there and was 24, sae.k is 3 there and was 1; put" in said
+    (out / "config.json").write_text(json.dumps(good))
+    assert main(["--resume", str(out)]) == 0
+    same(uninterrupted, out)
+
+
+def test_measurements_that_lost_their_end_do_not_get_another(
+    uninterrupted: Path, tiny_gemma2: Path, text_file: Path, tmp_path: Path, at_step: Callable[..., None]
+) -> None:
+    """As after a crash of the machine: a file shorter than the checkpoint says must not be filled with NULs."""
+    out = tmp_path / "run"
+    stopped_at(13, run_options(tiny_gemma2, text_file, out), at_step)
+    content = (out / "metrics.jsonl").read_bytes()
+    (out / "metrics.jsonl").write_bytes(content[: len(content) // 2])
+    assert main(["--resume", str(out)]) == 0
+    assert b"\0" not in (out / "metrics.jsonl").read_bytes()
+    steps = [line["step"] for line in lines(out / "metrics.jsonl")]
+    assert steps[0] == 1
+    assert steps[-1] == 24
+    assert steps == sorted(steps)
 
 
 def test_a_run_with_relative_paths_goes_on_from_another_directory(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import re
 import sys
@@ -18,6 +19,7 @@ from tsae.interrupts import Interrupted, at_once
 __all__ = ["RESUME", "Status", "only_options", "parse", "report_errors"]
 
 T = TypeVar("T")
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # of writing
 RESUME = "; continue with --resume and the run's directory"  # the advice of commands that can
 
 
@@ -65,7 +67,8 @@ def only_options(argv: list[str], allowed: tuple[str, ...], why: str) -> None:
 
 @contextlib.contextmanager
 def report_errors(advice: str = "") -> Iterator[Status]:
-    """Turns a `UserError` into its sentence on stderr and status 2, an interruption into status 130 or 143.
+    """Turns a `UserError`, and a disk that is full or fails, into a sentence on stderr and status 2, an interruption
+    into status 130 or 143.
 
     advice: said after an interruption that brings none of its own
     """
@@ -75,6 +78,17 @@ def report_errors(advice: str = "") -> Iterator[Status]:
             yield status
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
+        status.code = 2
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        sys.stderr.write(f"error: {error.strerror}{where}; what was complete is kept: start or resume again.\n")
+        status.code = 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        sys.stderr.write("error: There is not enough memory; lower sae.d_sae, batch or buffer.sequences.\n")
         status.code = 2
     except KeyboardInterrupt as error:
         own = error.advice if isinstance(error, Interrupted) else ""

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from tsae.config import LENGTH, TrainConfig, from_dict, load_json
+from tsae.config import LENGTH, TrainConfig
 from tsae.data.sequences import SequenceStream, TokenBatch, TooShortError
 from tsae.data.text import PYTHON_DOCS, TextConfig, absolute_source, open_text, split_threshold
+from tsae.directories import read_config
 from tsae.errors import UserError
 from tsae.files import write_json
 from tsae.formats import load
@@ -104,7 +105,7 @@ def write_results(
         if path is None and config is not None:
             raise UserError("--format saebench needs --out FILE for an autoencoder that is not a run.")
         if config is None:
-            config = from_dict(TrainConfig, load_json(arguments.run / "config.json"))
+            config = read_config(arguments.run)
         sae = load(arguments.saes[0]) if saes is None else saes[name]
         write_json(path or arguments.run / "saebench_core.json", core_output(name, sae, result, config))
     elif path is not None:
@@ -125,7 +126,7 @@ def _run_config(source: str) -> TrainConfig | None:
     place = Path(source).expanduser()
     for run in (place, place.parent):
         if (run / "config.json").is_file() and (run / "sae" / "cfg.json").is_file():
-            return from_dict(TrainConfig, load_json(run / "config.json"))
+            return read_config(run)
     return None
 
 

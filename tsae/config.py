@@ -18,6 +18,7 @@ import tyro
 
 from tsae.data.text import TextConfig
 from tsae.errors import UserError
+from tsae.files import checksum_of
 from tsae_kernels import MULTISCALE
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "OptimizerConfig",
     "SAEConfig",
     "TrainConfig",
+    "check_unchanged",
+    "fingerprint",
     "from_dict",
     "load_json",
     "to_dict",
@@ -472,10 +475,49 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         inner = [args[0]] * len(value) if args[-1] is Ellipsis else args
         return tuple(_convert(h, v, path) for h, v in zip(inner, value, strict=True))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"The configuration's '{path}' is too large a number.") from None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise UserError(f"The configuration's '{path}' is {value!r}; it must be of type {hint.__name__}.")
     return value
+
+
+# What may be edited in a run's config.json: where things lie, and what no result depends on.
+_MOVABLE = ("model", "revision", "data", "device", "cache", "log", "checkpoint")
+
+
+def check_unchanged(config: TrainConfig, trained: dict[str, Any], path: Path) -> None:
+    """Raise `UserError`, naming the difference, unless a run's config.json says what the run was trained with.
+
+    trained: the configuration of that time, from `to_dict`; path: of the file that ``config`` was read from
+    """
+    there, then = _fixed(to_dict(config)), _fixed(trained)
+    changed = ", ".join(
+        f"{name} is {value!r} there and was {then.get(name)!r}"
+        for name, value in there.items()
+        if value != then.get(name)
+    )
+    if changed:
+        raise UserError(f"{path} is not what the run was trained with: {changed}; put that back, or train again.")
+
+
+def fingerprint(config: TrainConfig) -> str:
+    """Of what may not be edited in a run's config.json once it has trained."""
+    return checksum_of(_fixed(to_dict(config)))
+
+
+def _fixed(values: dict[str, Any]) -> dict[str, Any]:
+    return _flat({name: value for name, value in values.items() if name not in _MOVABLE})
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested dictionaries by dotted name."""
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -484,7 +526,7 @@ def load_json(path: Path) -> dict[str, Any]:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"There is no file {path}; name an existing JSON file.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:  # a number may be too long, or what is nested too deep
         raise UserError(f"{path} cannot be read as JSON ({error}); name a valid JSON file.") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {type(values).__name__}, not a JSON object; name a configuration file.")

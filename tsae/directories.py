@@ -8,11 +8,11 @@ from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from tsae.config import TrainConfig, to_dict
+from tsae.config import TrainConfig, fingerprint, from_dict, load_json, to_dict
 from tsae.errors import UserError
 from tsae.files import write_json
 
-__all__ = ["check_writable", "link_latest", "new_directory", "remove_run", "start_run"]
+__all__ = ["check_writable", "link_latest", "new_directory", "read_config", "remove_run", "start_run"]
 
 RUN = "config.json"  # what makes a directory a run's
 
@@ -57,6 +57,24 @@ def start_run(directory: Path, cfg: TrainConfig) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     remove_run(directory)
     write_json(directory / RUN, to_dict(cfg))
+
+
+def read_config(directory: Path) -> TrainConfig:
+    """The configuration of the run in ``directory``.
+
+    Raises:
+        UserError: it cannot be read, or is not the one that the autoencoder there was trained with.
+    """
+    config = from_dict(TrainConfig, load_json(directory / RUN))
+    trained = directory / "sae" / "cfg.json"
+    metadata = load_json(trained).get("metadata") if trained.is_file() else None
+    known = metadata.get("trained_with") if isinstance(metadata, dict) else None
+    if known is not None and known != fingerprint(config):
+        raise UserError(
+            f"{directory / RUN} is not what the autoencoder beside it was trained with ({trained} has another "
+            "fingerprint); put it back as it was, or train again."
+        )
+    return config
 
 
 def remove_run(directory: Path) -> None:

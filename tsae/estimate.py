@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from tsae.config import LENGTH, SAEConfig, TrainConfig
 from tsae.data.buffer import ActivationBuffer
 from tsae.data.cache import SHARD_BYTES, sequence_bytes
+from tsae.errors import UserError
 from tsae.lm.loading import LanguageModel
 
 __all__ = [
@@ -15,6 +18,7 @@ __all__ = [
     "SAE",
     "STEP",
     "cache_bytes",
+    "check_memory",
     "checkpoint_bytes",
     "memory_parts",
     "sae_bytes",
@@ -58,6 +62,18 @@ def memory_parts(
     if cfg.cache is not None:  # the groups of a shard, and their copy in the file's order
         parts[CACHE] = 2 * min(SHARD_BYTES, cache_bytes(cfg, lm.d_model, storage))
     return parts
+
+
+def check_memory(parts: dict[str, int], device: torch.device) -> None:
+    """Raise `UserError` if what `memory_parts` counts, of it what lies in the machine's memory, exceeds that memory."""
+    here = parts if device.type == "cpu" else {name: parts.get(name, 0) for name in (BUFFER, CACHE)}
+    needed, there = sum(here.values()), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        largest = max(here, key=lambda name: here[name])
+        raise UserError(
+            f"The run needs about {needed / 2**20:,.0f} MiB of memory ({largest}: {here[largest] / 2**20:,.0f}), and "
+            f"this machine has {there / 2**20:,.0f}; lower sae.d_sae, batch or buffer.sequences."
+        )
 
 
 def sae_parameters(cfg: SAEConfig) -> int:

@@ -15,8 +15,10 @@ import torch
 import tyro
 
 from tsae.cli import parse, report_errors
-from tsae.config import TrainConfig, from_dict, load_json
+from tsae.config import load_json
+from tsae.directories import read_config
 from tsae.errors import UserError
+from tsae.files import WriteError
 from tsae.formats import dictionary_learning, load
 from tsae.formats.forms import plain_form, without_hysteresis
 from tsae.held_out import held_out, source_of
@@ -106,7 +108,7 @@ def _measured_without_hysteresis(sae: SparseAutoencoder, run: Path, directory: P
     from tsae.lm.loading import load_language_model
     from tsae.measure import check_width, evaluate, evaluation_options, evaluation_progress, write_eval
 
-    config = from_dict(TrainConfig, load_json(run / "config.json"))
+    config = read_config(run)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     lm = load_language_model(config.model, device=device, dtype=config.lm_dtype, revision=config.revision)
     check_width(sae, lm, str(run))
@@ -132,8 +134,9 @@ def _directory(out: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         os.replace(temporary, out.absolute())
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}); name another directory.") from None
+    except (OSError, WriteError) as error:
+        reason = error.reason if isinstance(error, WriteError) else error.strerror
+        raise UserError(f"{out} cannot be written ({reason}); name another directory.") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -16,10 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tsae.config import LENGTH, TrainConfig, from_dict, load_json
+from tsae.config import LENGTH, TrainConfig
 from tsae.data.passages import Document
 from tsae.data.sequences import SequenceStream, TokenBatch, TooShortError
 from tsae.data.text import TextConfig, absolute_source, is_same_source, open_text, open_unseen, split_threshold
+from tsae.directories import read_config
 from tsae.errors import UserError
 from tsae.lm.loading import LanguageModel
 
@@ -52,7 +53,7 @@ def read_run(run: Path) -> TrainConfig:
             f"{run} is not a run's directory (it has no config.json); of another autoencoder name the language model, "
             "with --model and --layer."
         )
-    config = from_dict(TrainConfig, load_json(run / "config.json"))
+    config = read_config(run)
     if not (run / "sae" / "cfg.json").is_file():
         raise UserError(f"{run} has no trained autoencoder in sae/; let training finish, or resume it.")
     return config

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from tsae.files import writing
 from tsae.trackers import Tracker
 
 __all__ = ["MetricsLog"]
+
+log = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -23,16 +28,22 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, keep_bytes: int = 0, trackers: Sequence[Tracker] = ()) -> None:
-        self._trackers = trackers
+        self._path, self._trackers = path, trackers
         self._file = path.open("a+b")
-        self._file.truncate(keep_bytes)
+        self._file.seek(0)
+        kept = self._file.read(keep_bytes)
+        if len(kept) < keep_bytes:  # lost, as by a crash of the machine; whole lines are kept
+            log.warning("%s is shorter than when the checkpoint was made: lines of it are lost", path)
+            kept = kept[: kept.rfind(b"\n") + 1]
+        self._file.truncate(len(kept))
         self._file.seek(0, 2)
 
     def write(self, values: dict[str, float]) -> None:
-        """One line, flushed."""
+        """One line, flushed; `WriteError` where it cannot be."""
         clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in values.items()}
-        self._file.write(json.dumps(clean).encode() + b"\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(clean).encode() + b"\n")
+            self._file.flush()
         for tracker in self._trackers:
             tracker.write(values)
 
@@ -47,6 +58,7 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with suppress(OSError):  # of a line that could not be written; every other has been flushed
+            self._file.close()
         for tracker in self._trackers:
             tracker.close()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tsae import checkpoint
-from tsae.config import LENGTH, TrainConfig
+from tsae.config import LENGTH, TrainConfig, check_unchanged, fingerprint, to_dict
 from tsae.data.buffer import ActivationBuffer
 from tsae.data.cache import ActivationCache
 from tsae.data.cache_request import cache_request, made_with
@@ -26,7 +26,7 @@ from tsae.data.sequences import SequenceStream, TokenBatch
 from tsae.data.text import Document, Part, absolute_source, open_text, split_threshold
 from tsae.directories import check_writable, link_latest, start_run
 from tsae.errors import UserError
-from tsae.estimate import BUFFER, memory_parts
+from tsae.estimate import BUFFER, check_memory, memory_parts
 from tsae.files import write_json
 from tsae.interrupts import AtSafePoint, Interrupted, deferred
 from tsae.lm.hooks import check_layer
@@ -106,6 +106,7 @@ def run_all(
             context_size=LENGTH + 1,
             prepend_bos=True,
             dataset_path=common.data,
+            trained_with=fingerprint(cfgs[name]),
         )
     if common.evaluation.final and saes:
         with evaluation_progress() as progress:
@@ -297,10 +298,14 @@ def _fed(
             return Trainer(cfgs[name], normalizer, device, autocast=uses_autocast(cfgs[name], device))
 
     outcomes: dict[str, Outcome] = {}
-    saved = checkpoint.latest(directory / "checkpoint") if resume else None
+    saved = checkpoint.load_latest(directory / "checkpoint") if resume else None
     if saved is not None:
-        state, contents = checkpoint.load(saved)
-        buffer.load_state_dict(state["buffer"], contents)
+        state = saved.state
+        for name, values in state["configs"].items():
+            check_unchanged(cfgs[name], values, directory / name / "config.json")
+        for sentence in saved.damaged:
+            console.print(sentence, soft_wrap=True)
+        buffer.load_state_dict(state["buffer"], saved.buffer)
         feed.load_state_dict(state["feed"])
         trainers = {}
         for name, values in state["trainers"].items():
@@ -334,6 +339,7 @@ def _fed(
 
         def save_checkpoint(step: int) -> None:
             state = {
+                "configs": {name: to_dict(cfg) for name, cfg in cfgs.items()},
                 "trainers": {name: lane.trainer.state_dict() for name, lane in lanes.items()},
                 "metrics_bytes": {name: lane.metrics.bytes_written for name, lane in lanes.items()},
                 "diverged": {name: (outcome.steps, str(outcome.error)) for name, outcome in outcomes.items()},
@@ -423,6 +429,7 @@ def _announce(cfgs: dict[str, TrainConfig], lm: LanguageModel, buffer: Activatio
     )
     sizes = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items())
     console.print(f"Memory, estimated, in MiB: {sizes}; in all {sum(parts.values()) / 2**20:,.0f}.")
+    check_memory(parts, device)
 
 
 @contextmanager

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from filelock import FileLock
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
 
 import tsae.data.cache
 from tsae.data.cache import ActivationCache, sequence_bytes
 from tsae.data.harvest import Harvest
 from tsae.data.sequences import TokenBatch
 from tsae.errors import UserError
+from tsae.files import checksum_of
 
 G, T, D = 2, 5, 3
 
@@ -98,23 +102,78 @@ def test_any_flipped_bit_of_a_shard_is_found(where: int, tmp_path: Path) -> None
     assert not opened(tmp_path / "cache").is_whole(1)
 
 
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_what_is_damaged_anywhere_is_refused_found_or_reads_bit_for_bit(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        made = filled(Path(folder), 4, 2)
+        opened(Path(folder)).close()
+        file = data.draw(st.sampled_from(sorted(Path(folder).iterdir())), label="file")
+        content = bytearray(file.read_bytes())
+        if data.draw(st.booleans(), label="cut") or not content:
+            file.write_bytes(content[: data.draw(st.integers(0, max(len(content) - 1, 0)), label="to")])
+        else:
+            for _ in range(data.draw(st.integers(1, 3), label="flips")):
+                content[data.draw(st.integers(0, len(content) - 1), label="byte")] ^= 1 << data.draw(st.integers(0, 7))
+            file.write_bytes(content)
+        try:
+            cache = opened(Path(folder))
+        except UserError:
+            event("refused")
+            assert file.name == "manifest.json"
+            return
+        whole = [number for number in range(4) if cache.is_whole(cache.shard_of(number))]
+        event(f"{len(whole)} groups are whole")
+        assert file.name != "manifest.json" or len(whole) == 4
+        for number in whole:
+            tokens, harvest = cache.read(number)
+            assert tokens.equals(made[number][0])
+            assert torch.equal(harvest.x, made[number][1].x)
+
+
+def test_a_number_of_sequences_that_changed_does_not_shift_what_follows(tmp_path: Path) -> None:
+    """Else the next shards would count as those of other sequences."""
+    filled(tmp_path, 6, 2)
+    path = tmp_path / "manifest.json"
+    path.write_text(path.read_text().replace('"sequences": 4', '"sequences": 6', 1))
+    with pytest.raises(UserError, match="it is damaged: its checksum is another"):
+        opened(tmp_path)
+
+
+def test_a_shard_that_is_removed_while_it_is_read_is_a_sentence(tmp_path: Path) -> None:
+    filled(tmp_path, 2, 1)
+    cache = opened(tmp_path)
+    assert cache.is_whole(1)
+    cache.path(1).unlink()
+    with pytest.raises(UserError, match=r"shard-000001\.safetensors cannot be read any more"):
+        cache.read(1)
+
+
 def test_a_damaged_manifest_is_a_sentence(tmp_path: Path) -> None:
     filled(tmp_path / "cache", 2, 1)
     path = tmp_path / "cache" / "manifest.json"
     good = path.read_text()
     values = json.loads(good)
     shard = values["shards"][0]
+
+    def signed(**change: Any) -> str:
+        rest = {key: value for key, value in (values | change).items() if key != "checksum"}
+        return json.dumps(rest | {"checksum": checksum_of(rest)})
+
+    path.write_text(signed())
+    assert opened(tmp_path / "cache").groups == 2
     for bad in (
         good[:-20],
         "[]",
         "7",
         "\0",
-        json.dumps(values | {"shards": 3}),
-        json.dumps(values | {"shards": [shard | {"bytes": "many"}]}),
-        json.dumps(values | {"shards": [{"sequences": 2}]}),
-        json.dumps(values | {"shards": [shard | {"sequences": -2}]}),
-        json.dumps({"format": 1}),
-        json.dumps(values | {"format": 2}),
+        signed(shards=3),
+        signed(shards=[shard | {"bytes": "many"}]),
+        signed(shards=[{"sequences": 2}]),
+        signed(shards=[shard | {"sequences": -2}]),
+        json.dumps({"format": 2}),
+        json.dumps({key: value for key, value in values.items() if key != "checksum"}),
+        json.dumps(values | {"format": 1}),
     ):
         path.write_text(bad)
         with pytest.raises(UserError, match="cannot be read"):

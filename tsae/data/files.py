@@ -131,7 +131,7 @@ def _read_parquet(path: Path, column: str | None) -> Iterator[Document]:
         return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:  # where it has any
             columns = {field.name: is_string(field.type) for field in file.schema_arrow}
             name = choose_column(columns, column, f"{str(path)!r}")
             number = 0

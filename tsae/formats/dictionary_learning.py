@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tsae.config import load_json
 from tsae.errors import UserError
-from tsae.files import replacing, write_json
+from tsae.files import replacing, save_pickle, write_json
 from tsae.formats.tensors import Tensors, assemble, expect, matrix, read_pickle, whole_number
 from tsae.sae.model import SparseAutoencoder
 
@@ -181,7 +181,7 @@ def write(sae: SparseAutoencoder, directory: Path, metadata: dict[str, Any]) -> 
     out = directory / TRAINER
     out.mkdir(parents=True, exist_ok=True)
     with replacing(out / WEIGHTS) as temporary:
-        torch.save(state, temporary)
+        save_pickle(state, temporary)
     write_json(
         out / CONFIG,
         {

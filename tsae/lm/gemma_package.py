@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tsae.errors import UserError
+from tsae.files import WriteError, sync, writing
 from tsae.lm.gguf_file import GGUFFile
 from tsae.progress import bar, console
 
@@ -71,10 +72,12 @@ def model_folder() -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_name(f"{NAME}.lock")):
             if not _is_complete(folder):
-                _build(folder)
-    except OSError as error:
+                with writing(folder):
+                    _build(folder)
+    except (OSError, WriteError) as error:
+        reason = error.reason if isinstance(error, WriteError) else error.strerror or error
         raise UserError(
-            f"cannot keep the demo model in {str(folder.parent)!r}: {error.strerror or error} "
+            f"cannot keep the demo model in {str(folder.parent)!r}: {reason} "
             "(set TSAE_CACHE to a folder with 1 GB of space)"
         ) from error
     return folder
@@ -106,19 +109,11 @@ def _build(folder: Path) -> None:
     try:
         _convert(partial)
         for path in (*partial.iterdir(), partial):
-            _flush(path)
+            sync(path)
         os.replace(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _convert(folder: Path) -> None:

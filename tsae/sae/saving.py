@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import xxhash
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tsae.config import SAEConfig, from_dict, load_json
 from tsae.errors import UserError
-from tsae.files import replacing, write_json
+from tsae.files import checksum_of, replacing, write_json
 
 if TYPE_CHECKING:
     from tsae.sae.model import SparseAutoencoder
@@ -30,6 +32,7 @@ CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 ARCHITECTURE = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu"}
 THRESHOLD = ("batchtopk", "jumprelu", "schmitt", "jumprelu_schmitt")  # have the tensor
 RELEASE = ("schmitt", "jumprelu_schmitt")
+CHECKSUM = "xxh3_128"  # in the header of the weights' file: of them and of `metadata.tsae`
 LOGARITHMS = {"log_threshold", "release_logit"}  # parameters that say the same as `threshold` and `release`
 SAELENS_VERSION = "6.54.0"  # the format written; a version below 6 is read through a legacy path there
 
@@ -81,8 +84,9 @@ def save(sae: SparseAutoencoder, directory: Path, metadata: dict[str, object]) -
     if cfg.activation not in RELEASE:
         del state["release"]
     weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
+    own = checksum_of_tensors(values["metadata"]["tsae"], weights)
     with replacing(directory / WEIGHTS) as temporary:
-        save_file(weights, temporary)
+        save_file(weights, temporary, metadata={CHECKSUM: own})
     write_json(directory / CONFIG, values)
 
 
@@ -90,7 +94,8 @@ def load(directory: Path, device: str | torch.device = "cpu") -> SparseAutoencod
     """Read an autoencoder written by `save`, or by SAELens (`tsae.formats.saelens`), in ``eval()`` mode.
 
     Raises:
-        UserError: a file is missing or broken, the architecture is not known, or a tensor has the wrong shape.
+        UserError: a file is missing, broken or not as it was written, the architecture is not known, or a tensor has
+            the wrong shape.
     """
     from tsae.formats import saelens
     from tsae.formats.tensors import expect, read_safetensors
@@ -99,15 +104,39 @@ def load(directory: Path, device: str | torch.device = "cpu") -> SparseAutoencod
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
             raise UserError(f"{directory} holds no autoencoder: it has no {name}; name a run's sae/ directory.")
-    own = (load_json(directory / CONFIG).get("metadata") or {}).get("tsae")
+    metadata = load_json(directory / CONFIG).get("metadata")
+    own = metadata.get("tsae") if isinstance(metadata, dict) else None
     if own is None:
         return saelens.read(directory).to(device)
-    sae = SparseAutoencoder(from_dict(SAEConfig, own)).eval()
     tensors = read_safetensors(directory / WEIGHTS)
+    sae = SparseAutoencoder(from_dict(SAEConfig, own)).eval()
     shapes = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items() if name not in LOGARITHMS}
     for name, users in (("threshold", THRESHOLD), ("release", RELEASE)):
         if sae.cfg.activation not in users:
             del shapes[name]
-    sae.load_state_dict(expect(directory / WEIGHTS, tensors, shapes), strict=False)  # all but LOGARITHMS
+    wanted = expect(directory / WEIGHTS, tensors, shapes)
+    _check_whole(directory, own, tensors)
+    sae.load_state_dict(wanted, strict=False)  # all but LOGARITHMS
     sae.adopt_thresholds()
     return sae.to(device)
+
+
+def checksum_of_tensors(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
+    """XXH3 (128 bits) of a configuration and the float32 tensors on the CPU that go with it."""
+    digest = xxhash.xxh3_128(checksum_of(config).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
+
+
+def _check_whole(directory: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Raise `UserError` unless weights and configuration are as `save` wrote them; others' files have no checksum."""
+    path = directory / WEIGHTS
+    with safe_open(path, framework="pt") as file:
+        wanted = (file.metadata() or {}).get(CHECKSUM)
+    if wanted is not None and wanted != checksum_of_tensors(config, tensors):
+        raise UserError(
+            f"{path} is damaged, or {CONFIG} beside it (metadata.tsae) has changed: their checksum is another than "
+            "when they were written; put both back as they were, or train again."
+        )

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsae.config import LENGTH, TrainConfig, from_dict, load_json
+from tsae.config import LENGTH, TrainConfig, load_json
 from tsae.data.sequences import TokenBatch
+from tsae.directories import read_config
 from tsae.errors import UserError
 from tsae.lm.hooks import activations
 from tsae.lm.loading import load_language_model
@@ -80,7 +81,7 @@ def open_run(run: Path) -> tuple[TrainConfig, SparseAutoencoder]:
         raise UserError(f"{run} is a sweep's directory; name one of the runs in it.")
     if not run.is_dir():
         raise UserError(f"There is no run directory {run}; name the directory that training wrote.")
-    cfg = from_dict(TrainConfig, load_json(run / "config.json"))
+    cfg = read_config(run)
     if not (run / "sae" / "cfg.json").is_file():
         raise UserError(f"{run} has no trained autoencoder in sae/; let training finish, or resume it.")
     return cfg, SparseAutoencoder.load(run / "sae")

@@ -12,7 +12,7 @@ from string import Template
 from typing import Any
 
 from tsae.errors import UserError
-from tsae.files import replacing
+from tsae.files import WriteError, replacing
 
 __all__ = ["SCRIPTS", "render", "write_page"]
 
@@ -48,8 +48,8 @@ def write_page(data: dict[str, Any], path: Path) -> int:
     try:
         with replacing(path) as temporary:
             temporary.write_bytes(text)
-    except OSError as error:
-        raise UserError(f"The page cannot be written to {path} ({error.strerror}); name another file.") from None
+    except WriteError as error:
+        raise UserError(f"The page cannot be written to {path} ({error.reason}); name another file.") from None
     return len(text)
 
 
