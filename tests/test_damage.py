@@ -16,11 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tsae import load
-from tsae.config import fingerprint, load_json
-from tsae.directories import read_config
+from tsae.config import fingerprint, load_json, to_dict
+from tsae.directories import check_resumable, read_config
 from tsae.errors import UserError
 from tsae.files import write_json
+from tsae.presets import preset
 from tsae.sae.model import SparseAutoencoder
+from tsae.sweep import resume_sweep
 
 flips = st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 7))
 
@@ -107,3 +109,21 @@ def test_a_cfg_of_another_form_is_a_sentence(values: object, run: Path, tmp_path
     (copy / "sae" / "cfg.json").write_text(json.dumps(values))
     with pytest.raises(UserError):
         load(copy)
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"runs": []}, {"runs": {"a": 3}}, {"runs": {"a": {}}}, {"runs": {"a": {"config": 1}}}]
+)
+def test_a_damaged_sweep_is_a_sentence(values: object, tmp_path: Path) -> None:
+    write_json(tmp_path / "sweep.json", values)
+    with pytest.raises(UserError, match=r"sweep\.json"):
+        resume_sweep(tmp_path)
+
+
+def test_runs_that_are_not_the_checkpoints_are_named(tmp_path: Path) -> None:
+    cfg = preset("demo")
+    with pytest.raises(UserError, match=r"sweep.json names the runs \['b'\], and the checkpoint there is of \['a'\]"):
+        check_resumable({"b": cfg}, {"a": to_dict(cfg)}, tmp_path)
+    with pytest.raises(UserError, match=r"sweep.json is not what the run was trained with: steps is"):
+        check_resumable({"a": cfg}, {"a": to_dict(cfg) | {"steps": 3}}, tmp_path)
+    check_resumable({"": cfg}, {"": to_dict(cfg) | {"model": "elsewhere"}}, tmp_path)

@@ -7,14 +7,25 @@ import shutil
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
-from tsae.config import TrainConfig, fingerprint, from_dict, load_json, to_dict
+from tsae.config import TrainConfig, check_unchanged, fingerprint, from_dict, load_json, to_dict
 from tsae.errors import UserError
 from tsae.files import write_json
 
-__all__ = ["check_writable", "link_latest", "new_directory", "read_config", "remove_run", "start_run"]
+__all__ = [
+    "SWEEP",
+    "check_resumable",
+    "check_writable",
+    "link_latest",
+    "new_directory",
+    "read_config",
+    "remove_run",
+    "start_run",
+]
 
 RUN = "config.json"  # what makes a directory a run's
+SWEEP = "sweep.json"  # what makes a directory a sweep's
 
 
 def new_directory(group: str, out: Path | None, *, overwrite: bool, marker: str = RUN, what: str = "run") -> Path:
@@ -75,6 +86,22 @@ def read_config(directory: Path) -> TrainConfig:
             "fingerprint); put it back as it was, or train again."
         )
     return config
+
+
+def check_resumable(cfgs: dict[str, TrainConfig], trained: dict[str, dict[str, Any]], directory: Path) -> None:
+    """Raise `UserError` unless a checkpoint is of these runs.
+
+    cfgs: by name, as read from ``directory``: a sweep's from its `sweep.json`, a single run's, without a name, from its
+        `config.json`
+    trained: what the checkpoint says they were, from `to_dict`
+    """
+    if cfgs.keys() != trained.keys():
+        raise UserError(
+            f"{directory / SWEEP} names the runs {sorted(cfgs)}, and the checkpoint there is of {sorted(trained)}; put "
+            "it back as it was, or train again."
+        )
+    for name, cfg in cfgs.items():
+        check_unchanged(cfg, trained[name], directory / (SWEEP if name else RUN))
 
 
 def remove_run(directory: Path) -> None:

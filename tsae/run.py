@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tsae import checkpoint
-from tsae.config import LENGTH, TrainConfig, check_unchanged, fingerprint, to_dict
+from tsae.config import LENGTH, TrainConfig, fingerprint, to_dict
 from tsae.data.buffer import ActivationBuffer
 from tsae.data.cache import ActivationCache
 from tsae.data.cache_request import cache_request, made_with
@@ -24,7 +24,7 @@ from tsae.data.feed import Feed
 from tsae.data.harvest import Harvest, Harvester
 from tsae.data.sequences import SequenceStream, TokenBatch
 from tsae.data.text import Document, Part, absolute_source, open_text, split_threshold
-from tsae.directories import check_writable, link_latest, start_run
+from tsae.directories import check_resumable, check_writable, link_latest, start_run
 from tsae.errors import UserError
 from tsae.estimate import BUFFER, check_memory, memory_parts
 from tsae.files import write_json
@@ -301,8 +301,7 @@ def _fed(
     saved = checkpoint.load_latest(directory / "checkpoint") if resume else None
     if saved is not None:
         state = saved.state
-        for name, values in state["configs"].items():
-            check_unchanged(cfgs[name], values, directory / name / "config.json")
+        check_resumable(cfgs, state["configs"], directory)
         for sentence in saved.damaged:
             console.print(sentence, soft_wrap=True)
         buffer.load_state_dict(state["buffer"], saved.buffer)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from tsae.config import TrainConfig, from_dict, load_json, to_dict
-from tsae.directories import link_latest, new_directory, remove_run, start_run
+from tsae.directories import SWEEP, link_latest, new_directory, remove_run, start_run
 from tsae.errors import UserError
 from tsae.files import write_json
 from tsae.presets import preset
@@ -40,7 +40,6 @@ __all__ = [
     "with_options",
 ]
 
-SWEEP = "sweep.json"  # what makes a directory a sweep's
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 RESERVED = ("checkpoint", SWEEP)  # a sweep's own, beside its runs
 # What decides the stream, its evaluation and its checkpoints, which all runs share.
@@ -248,9 +247,12 @@ def run_sweep(cfgs: dict[str, TrainConfig], directory: Path, *, resume: bool = F
 
 def resume_sweep(directory: Path) -> dict[str, Outcome]:
     """Go on with the sweep in ``directory`` from its last checkpoint, with its own configurations."""
-    runs = load_json(directory / SWEEP).get("runs", {})
-    if not runs:
+    runs = load_json(directory / SWEEP).get("runs")
+    if not isinstance(runs, dict) or not runs:
         raise UserError(f"{directory / SWEEP} names no runs; start the sweep again.")
+    for name, values in runs.items():
+        if not isinstance(values, dict) or not isinstance(values.get("config"), dict):
+            raise UserError(f"{directory / SWEEP} has no configuration for the run {name!r}; start the sweep again.")
     cfgs = {name: from_dict(TrainConfig, values["config"]) for name, values in runs.items()}
     return run_sweep(cfgs, directory, resume=True)
 
