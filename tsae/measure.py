@@ -160,7 +160,8 @@ def evaluate_all(
     Raises UserError if an autoencoder's width is not the model's, or there is no token to evaluate.
     """
     for name, sae in saes.items():
-        check_width(sae, lm, name)
+        if isinstance(sae, SparseAutoencoder):  # whatever else encodes and decodes has no configuration to ask
+            check_width(sae, lm, name)
     parts = [part for batch in batches for part in _split(batch, harvest_batch)]
     were_training = {name: sae.training for name, sae in saes.items()}
     for sae in saes.values():

@@ -47,7 +47,7 @@ def make(environment: Path) -> None:
     Raises:
         subprocess.CalledProcessError: a package cannot be installed.
     """
-    venv.create(environment, clear=True)
+    venv.create(environment, symlinks=True, clear=True)
     lower = sysconfig.get_path("purelib")
     # addsitedir, so that the .pth files of the lower one, which make it editable, count as well.
     line = f'import site; site.addsitedir("{lower}")\n'
