@@ -187,7 +187,7 @@ def test_a_missing_package_is_one_sentence_before_anything_else(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda wanted: None if wanted == name else object())
-    monkeypatch.setattr("tsae.run.load_language_model", lambda *args, **kwargs: pytest.fail("it began"))
+    monkeypatch.setattr("tsae.pipeline.load_language_model", lambda *args, **kwargs: pytest.fail("it began"))
     out = tmp_path / "run"
     assert main(options(tiny_gemma2, text_file, out, "--log", name)) == 2
     said = capsys.readouterr().err
