@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from tsae.errors import UserError
 
-__all__ = ["latest", "load", "save"]
+__all__ = ["has_buffer", "latest", "load", "save"]
 
 STATE = "state.pt"
 FORMAT = 2  # of what `tsae.run` saves; to be raised with every change of it
@@ -29,7 +29,7 @@ def save(
     directory: Path,
     step: int,
     state: dict[str, Any],
-    buffer: dict[str, torch.Tensor],
+    buffer: dict[str, torch.Tensor] | None,
     refills: int,
     keep: int,
 ) -> Path:
@@ -37,11 +37,11 @@ def save(
 
     directory: the run's `checkpoint/`
     state: tensors and plain Python values only, so that it loads without unpickling code
-    buffer: the activation buffer's contents as of refill number ``refills``
+    buffer: the activation buffer's contents as of refill number ``refills``; None where `has_buffer` has them
     """
     directory.mkdir(parents=True, exist_ok=True)
     if buffer:
-        target = directory / f"buffer-{refills:04d}.safetensors"
+        target = _buffer_file(directory, refills)
         if not target.exists():
             temporary = target.with_suffix(".tmp")
             save_file(buffer, temporary)
@@ -51,7 +51,7 @@ def save(
     temporary = directory / f".tmp-step-{step:08d}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    torch.save(state | {"format": FORMAT, "step": step, "refills": refills if buffer else 0}, temporary / STATE)
+    torch.save(state | {"format": FORMAT, "step": step, "refills": 0 if buffer == {} else refills}, temporary / STATE)
     _sync(temporary / STATE)
     if final.exists():  # the same step again, after a resume: what is there is as good
         shutil.rmtree(temporary)
@@ -60,6 +60,15 @@ def save(
         _sync(directory)
     _remove_old(directory, keep)
     return final
+
+
+def has_buffer(directory: Path, refills: int) -> bool:
+    """Whether the activation buffer's contents as of this refill are there."""
+    return _buffer_file(directory, refills).exists()
+
+
+def _buffer_file(directory: Path, refills: int) -> Path:
+    return directory / f"buffer-{refills:04d}.safetensors"
 
 
 def _sync(path: Path) -> None:

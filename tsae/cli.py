@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -65,15 +66,21 @@ def only_options(argv: list[str], allowed: tuple[str, ...], why: str) -> None:
 
 @contextlib.contextmanager
 def report_errors() -> Iterator[Status]:
-    """Turns a `UserError` into its sentence on stderr and status 2, an interruption into status 130 or 143."""
+    """Turns a `UserError` into its sentence on stderr and status 2, an interruption into status 130 or 143.
+
+    Of several processes, which torchrun starts, only the first says it.
+    """
     status = Status()
+    first = os.environ.get("RANK", "0") == "0"
     try:
         with at_once():
             yield status
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        if first:
+            sys.stderr.write(f"error: {error}\n")
         status.code = 2
     except KeyboardInterrupt as error:
         advice = error.advice if isinstance(error, Interrupted) else ""
-        sys.stderr.write(f"interrupted{advice or DEFAULT_ADVICE}\n")
+        if first:
+            sys.stderr.write(f"interrupted{advice or DEFAULT_ADVICE}\n")
         status.code = error.status if isinstance(error, Interrupted) else 130

@@ -10,3 +10,6 @@ class UserError(ValueError):
 
     The command-line entry points print it without a traceback and exit with status 2.
     """
+
+    agreed = False
+    """Of several processes, whether all raise it."""

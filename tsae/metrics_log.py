@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from tsae.trackers import Tracker
 
-__all__ = ["MetricsLog"]
+__all__ = ["MetricsLog", "NoLog"]
 
 
 class MetricsLog:
@@ -24,7 +26,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, keep_bytes: int = 0, trackers: Sequence[Tracker] = ()) -> None:
         self._trackers = trackers
-        self._file = path.open("a+b")
+        self._file: BinaryIO = path.open("a+b")
         self._file.truncate(keep_bytes)
         self._file.seek(0, 2)
 
@@ -50,3 +52,13 @@ class MetricsLog:
         self._file.close()
         for tracker in self._trackers:
             tracker.close()
+
+
+class NoLog(MetricsLog):
+    """Writes nothing: for all processes but the first."""
+
+    def __init__(self) -> None:
+        self._file, self._trackers = io.BytesIO(), ()
+
+    def write(self, values: dict[str, float]) -> None:
+        """Nothing."""

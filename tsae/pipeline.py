@@ -21,6 +21,9 @@ from tsae.data.text import Document, Part, absolute_source, open_text, split_thr
 from tsae.errors import UserError
 from tsae.lm.hooks import check_layer
 from tsae.lm.loading import LanguageModel, absolute_name, default_dtype, load_language_model
+from tsae.parallel.axis import ALONE, Ranks
+from tsae.parallel.buffer import SharedBuffer
+from tsae.parallel.processes import agreeing, check_mesh, local_rank, one_before_others, world_size
 from tsae.progress import bar
 
 __all__ = [
@@ -47,6 +50,7 @@ def prepare(cfgs: dict[str, TrainConfig]) -> tuple[dict[str, TrainConfig], Langu
     for name, cfg in cfgs.items():
         with naming(name):
             cfg.check()
+    check_mesh(cfgs.values())
     common = next(iter(cfgs.values()))
     device = resolve_device(common.device)
     # Absolute, so that the run can be gone on with and evaluated from anywhere.
@@ -81,7 +85,9 @@ def _open(cfg: TrainConfig, device: torch.device) -> tuple[LanguageModel, TrainC
     unusable is found here."""
     next(iter(_text(cfg, "train")(0)))  # unusable text is reported before the model is loaded
     cfg = replace(cfg, text=replace(cfg.text, threshold=split_threshold(cfg.data, cfg.text)))
-    lm = load_language_model(cfg.model, device=device, dtype=cfg.lm_dtype, revision=cfg.revision)
+    lm = one_before_others(
+        lambda: load_language_model(cfg.model, device=device, dtype=cfg.lm_dtype, revision=cfg.revision)
+    )
     check_layer(lm, cfg.layer)
     # Likewise text that is too short for a forward pass of the harvest.
     SequenceStream(_text(cfg, "train"), lm.tokenizer, LENGTH).next_batch(harvest_group(cfg))
@@ -91,9 +97,15 @@ def _open(cfg: TrainConfig, device: torch.device) -> tuple[LanguageModel, TrainC
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one; an unknown or absent device raises `UserError`."""
+    """`auto` is the GPU where there is one, of several processes each its own.
+
+    Raises:
+        UserError: there is no such device.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and world_size() > 1:
+        name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -155,11 +167,11 @@ def storage_dtype(cfg: TrainConfig, lm: LanguageModel) -> torch.dtype:
     return lm.dtype if cfg.buffer.dtype == "auto" else getattr(torch, cfg.buffer.dtype)
 
 
-def open_cache(cfg: TrainConfig, lm: LanguageModel, *, write: bool) -> ActivationCache | None:
+def open_cache(cfg: TrainConfig, lm: LanguageModel, *, write: bool, ranks: Ranks = ALONE) -> ActivationCache | None:
     """The run's cache, if it has one; with ``write``, locked if it has less than the run will ask for.
 
     Raises:
-        UserError: it does not match the run, or another process writes to it.
+        UserError: it does not match the run, or another process writes to it, or has too little for several processes.
     """
     if cfg.cache is None:
         return None
@@ -167,17 +179,36 @@ def open_cache(cfg: TrainConfig, lm: LanguageModel, *, write: bool) -> Activatio
     request = cache_request(cfg, lm, storage_dtype(cfg, lm), group)
     cache = ActivationCache(Path(cfg.cache), request, made_with(lm), group=group)
     if write and cache.groups * group * cfg.buffer.reuse < demand(cfg):
+        if ranks.everyone.size > 1:
+            raise UserError(
+                f"The cache {cfg.cache} has {cache.groups * group} sequences, and the run takes "
+                f"{-(-demand(cfg) // cfg.buffer.reuse)}; several processes only read a cache, so fill it with a run in "
+                "one process, or leave out --cache."
+            )
         cache.lock()
     return cache
 
 
 def make_feed(
-    cfg: TrainConfig, lm: LanguageModel, cache: ActivationCache | None = None, check: Callable[[], None] = lambda: None
+    cfg: TrainConfig,
+    lm: LanguageModel,
+    cache: ActivationCache | None = None,
+    check: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> Feed:
-    """The run's activations from their beginning; ``check`` is called between forward passes."""
+    """The run's activations from their beginning; ``check`` is called between forward passes.
+
+    With several processes each runs the language model on every so many-th group of sequences, and they ask each other
+    for signals once in so many groups.
+    """
     stream = SequenceStream(_text(cfg, "train"), lm.tokenizer, LENGTH)
     harvester = Harvester(lm, cfg.layer, stream, batch=harvest_group(cfg), dtype=storage_dtype(cfg, lm))
-    return Feed(harvester, cache, partial(_checking_bar, check))
+    everyone = ranks.everyone
+    check = agreeing(check, ranks, everyone.size)
+    if everyone.size == 1:
+        return Feed(harvester, cache, partial(_checking_bar, check))
+    has = lambda number: number % everyone.size == everyone.rank  # noqa: E731
+    return Feed(harvester, cache, partial(_checking_bar, check), has)
 
 
 @contextmanager
@@ -192,12 +223,10 @@ def _checking_bar(check: Callable[[], None], what: str, tokens: int) -> Iterator
         yield advance_and_check
 
 
-def make_buffer(cfg: TrainConfig, feed: Callable[[int], Iterator[Harvest]]) -> ActivationBuffer:
+def make_buffer(cfg: TrainConfig, feed: Callable[[int], Iterator[Harvest]], ranks: Ranks = ALONE) -> ActivationBuffer:
     """The run's buffer, empty, in front of ``feed``."""
-    return ActivationBuffer(
-        feed,
-        cfg.buffer.sequences,
-        cfg.buffer.reuse,
-        demand(cfg),
-        torch.Generator().manual_seed(cfg.stream_seed + 2),
-    )
+    order = torch.Generator().manual_seed(cfg.stream_seed + 2)
+    size = (cfg.buffer.sequences, cfg.buffer.reuse, demand(cfg))
+    if ranks.everyone.size > 1:
+        return SharedBuffer(feed, *size, order, ranks=ranks)
+    return ActivationBuffer(feed, *size, order)

@@ -26,7 +26,9 @@ from tsae.evaluate import EvaluationResult, evaluate_all, evaluation_progress, w
 from tsae.files import write_json
 from tsae.interrupts import AtSafePoint, Interrupted, deferred
 from tsae.lm.loading import LanguageModel
-from tsae.metrics_log import MetricsLog
+from tsae.metrics_log import MetricsLog, NoLog
+from tsae.parallel.axis import Ranks
+from tsae.parallel.processes import agree, agreeing, from_first, is_first, ranks_for
 from tsae.pipeline import (
     evaluation_batches,
     make_buffer,
@@ -64,11 +66,12 @@ def run(cfg: TrainConfig, directory: Path, *, resume: bool = False) -> Evaluatio
     """Train, evaluate and report one autoencoder; everything lands in ``directory``.
 
     cfg: checked here; bad values and unusable models or texts raise `UserError` before anything is written
+    Within `tsae.parallel.processes.processes` all processes train, and the first writes, evaluates and raises.
     directory: from `tsae.directories.new_directory`, or an existing run's with ``resume``
     out: the evaluation, or None with ``cfg.evaluation.final`` off
     """
     outcome = run_all({"": cfg}, directory, resume=resume)[""]
-    if outcome.error is not None:
+    if outcome.error is not None and is_first():
         raise outcome.error
     return outcome.evaluation
 
@@ -83,11 +86,14 @@ def run_all(
     start: makes the directories once training is about to begin, from the completed ``cfgs`` and ``directory``
     """
     check_trackers(name for cfg in cfgs.values() for name in cfg.log)
-    check_writable(directory)
-    cfgs, lm, device = prepare(cfgs)
+    from_first(lambda: check_writable(directory))
+    cfgs, lm, device = agree(lambda: prepare(cfgs))
     common = next(iter(cfgs.values()))
-    outcomes, trainers = _trained(cfgs, lm, device, directory, resume=resume, start=start or _start_all)
+    ranks = ranks_for(common)
+    outcomes, trainers = _trained(cfgs, lm, device, directory, ranks, resume=resume, start=start or _start_all)
     saes = {name: trainer.finished() for name, trainer in trainers.items()}
+    if not ranks.first:
+        return outcomes
     for name, sae in saes.items():
         sae.save(
             directory / name / "sae",
@@ -99,6 +105,7 @@ def run_all(
             dataset_path=common.data,
         )
     if common.evaluation.final and saes:
+        saes = {name: sae.to(device) for name, sae in saes.items()}
         with evaluation_progress() as progress:
             results = evaluate_all(
                 saes,
@@ -136,6 +143,7 @@ def _trained(
     lm: LanguageModel,
     device: torch.device,
     directory: Path,
+    ranks: Ranks,
     *,
     resume: bool,
     start: Start,
@@ -152,10 +160,10 @@ def _trained(
     with ExitStack() as stack:
         check = stack.enter_context(deferred())
         cfg = next(iter(cfgs.values()))  # of what they have in common
-        cache = open_cache(cfg, lm, write=True)
+        cache = agree(lambda: open_cache(cfg, lm, write=True, ranks=ranks))
         if cache is not None:
             stack.enter_context(cache)
-        return _fed(cfgs, lm, device, directory, cache, resume=resume, start=start, check=check)
+        return _fed(cfgs, lm, device, directory, cache, ranks, resume=resume, start=start, check=check)
 
 
 def _fed(
@@ -164,6 +172,7 @@ def _fed(
     device: torch.device,
     directory: Path,
     cache: ActivationCache | None,
+    ranks: Ranks,
     *,
     resume: bool,
     start: Start,
@@ -171,18 +180,19 @@ def _fed(
 ) -> tuple[dict[str, Outcome], dict[str, Trainer]]:
     """`_trained`, with the cache that is open, and ``check``, which raises `AtSafePoint` after a signal."""
     cfg = next(iter(cfgs.values()))
-    feed = make_feed(cfg, lm, cache, check)
-    buffer = make_buffer(cfg, feed)
-    _announce(cfgs, lm, buffer, device)
+    feed = agree(lambda: make_feed(cfg, lm, cache, check, ranks))
+    buffer = make_buffer(cfg, feed, ranks)
+    check = agreeing(check, ranks)
+    _announce(cfgs, lm, buffer, device, ranks)
 
     def trainer(name: str, normalizer: InputNormalizer) -> Trainer:
         with naming(name):
-            return Trainer(cfgs[name], normalizer, device, autocast=uses_autocast(cfgs[name], device))
+            return Trainer(cfgs[name], normalizer, device, autocast=uses_autocast(cfgs[name], device), ranks=ranks)
 
     outcomes: dict[str, Outcome] = {}
-    saved = checkpoint.latest(directory / "checkpoint") if resume else None
+    saved = from_first(lambda: checkpoint.latest(directory / "checkpoint")) if resume else None
     if saved is not None:
-        state, contents = checkpoint.load(saved)
+        state, contents = agree(lambda: checkpoint.load(saved))
         buffer.load_state_dict(state["buffer"], contents)
         feed.load_state_dict(state["feed"])
         trainers = {}
@@ -198,39 +208,44 @@ def _fed(
             first = buffer.first(cfg.buffer.estimate_sequences)
         except AtSafePoint as stop:
             empty = not directory.exists() or not any(directory.iterdir())
-            if empty:
+            if empty and ranks.first:
                 start(cfgs, directory)  # so that there is something to resume
             raise Interrupted(stop.number, _advice(0, directory if resume or empty else None)) from None
-        estimated, raw = InputNormalizer.estimate(*first), InputNormalizer.identity(lm.d_model)
+        estimated, raw = from_first(lambda: InputNormalizer.estimate(*first)), InputNormalizer.identity(lm.d_model)
         trainers = {name: trainer(name, estimated if cfgs[name].normalize else raw) for name in cfgs}
         keep_bytes = dict.fromkeys(cfgs, 0)
-    if not resume:
+    if not resume and ranks.first:
         start(cfgs, directory)  # what can fail has been done: an old run goes only for one that trains
 
     with ExitStack() as files:
         lanes = {}
         for name, each in trainers.items():
-            (directory / name / "diverged.json").unlink(missing_ok=True)  # of later steps than the checkpoint's
-            trackers = open_trackers(directory / name, cfgs[name], each.step)
-            log = files.enter_context(MetricsLog(directory / name / "metrics.jsonl", keep_bytes[name], trackers))
+            log = files.enter_context(_open_log(cfgs[name], directory / name, each, keep_bytes[name], ranks))
             lanes[name] = _Lane(cfgs[name], directory / name, each, log)
 
         def save_checkpoint(step: int) -> None:
+            there = ranks.everyone.size > 1 and from_first(
+                lambda: checkpoint.has_buffer(directory / "checkpoint", buffer.refills)
+            )
+            contents = None if there else buffer.contents()
+            # The others have the same, or a part that goes to the first.
+            trained = {name: lane.trainer.state_dict() for name, lane in lanes.items() if ranks.data.rank == 0}
+            if not ranks.first:
+                return
             state = {
-                "trainers": {name: lane.trainer.state_dict() for name, lane in lanes.items()},
+                "trainers": trained,
                 "metrics_bytes": {name: lane.metrics.bytes_written for name, lane in lanes.items()},
                 "diverged": {name: (outcome.steps, str(outcome.error)) for name, outcome in outcomes.items()},
                 "buffer": buffer.state_dict(),
                 "feed": feed.state_dict(),
             }
-            checkpoint.save(
-                directory / "checkpoint", step, state, buffer.contents(), buffer.refills, cfg.checkpoint.keep
-            )
+            checkpoint.save(directory / "checkpoint", step, state, contents, buffer.refills, cfg.checkpoint.keep)
 
         def stopped(name: str, error: DivergedError) -> None:
             error = _with_checkpoint(error, directory)
             outcomes[name] = Outcome(lanes.pop(name).trainer.step, error=error)
-            write_json(directory / name / "diverged.json", {"steps": outcomes[name].steps, "message": str(error)})
+            if ranks.first:
+                write_json(directory / name / "diverged.json", {"steps": outcomes[name].steps, "message": str(error)})
 
         try:
             _train(cfg, lanes, buffer, save_checkpoint, stopped, check)
@@ -242,7 +257,16 @@ def _fed(
     return {name: outcomes[name] for name in cfgs}, {name: lane.trainer for name, lane in lanes.items()}
 
 
-def _announce(cfgs: dict[str, TrainConfig], lm: LanguageModel, buffer: ActivationBuffer, device: torch.device) -> None:
+def _open_log(cfg: TrainConfig, directory: Path, trainer: Trainer, keep_bytes: int, ranks: Ranks) -> MetricsLog:
+    if not ranks.first:
+        return NoLog()
+    (directory / "diverged.json").unlink(missing_ok=True)  # of later steps than the checkpoint's
+    return MetricsLog(directory / "metrics.jsonl", keep_bytes, open_trackers(directory, cfg, trainer.step))
+
+
+def _announce(
+    cfgs: dict[str, TrainConfig], lm: LanguageModel, buffer: ActivationBuffer, device: torch.device, ranks: Ranks
+) -> None:
     cfg = next(iter(cfgs.values()))
     storage = storage_dtype(cfg, lm)
     parts = memory_parts(cfgs, lm, buffer, storage, autocast=uses_autocast(cfg, device))
@@ -260,7 +284,13 @@ def _announce(cfgs: dict[str, TrainConfig], lm: LanguageModel, buffer: Activatio
         f"({str(storage).removeprefix('torch.')}); each is trained on {cfg.buffer.reuse} times."
     )
     sizes = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items())
-    console.print(f"Memory, estimated, in MiB: {sizes}; in all {sum(parts.values()) / 2**20:,.0f}.")
+    where = "" if ranks.everyone.size == 1 else ", were it one process"
+    console.print(f"Memory, estimated{where}, in MiB: {sizes}; in all {sum(parts.values()) / 2**20:,.0f}.")
+    if ranks.everyone.size > 1:
+        console.print(
+            f"{ranks.everyone.size} processes: {ranks.data.size} shares of the batch, the dictionary in "
+            f"{ranks.features.size}."
+        )
 
 
 def _advice(steps: int, directory: Path | None) -> str:
