@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import tyro
 
 from tsae.errors import UserError
 from tsae.interrupts import Interrupted, at_once
+from tsae.parallel.environment import is_first
 
 __all__ = ["Status", "only_options", "parse", "report_errors"]
 
@@ -71,16 +71,15 @@ def report_errors() -> Iterator[Status]:
     Of several processes, which torchrun starts, only the first says it.
     """
     status = Status()
-    first = os.environ.get("RANK", "0") == "0"
     try:
         with at_once():
             yield status
     except UserError as error:
-        if first:
+        if is_first():
             sys.stderr.write(f"error: {error}\n")
         status.code = 2
     except KeyboardInterrupt as error:
         advice = error.advice if isinstance(error, Interrupted) else ""
-        if first:
+        if is_first():
             sys.stderr.write(f"interrupted{advice or DEFAULT_ADVICE}\n")
         status.code = error.status if isinstance(error, Interrupted) else 130

@@ -23,7 +23,8 @@ from tsae.lm.hooks import check_layer
 from tsae.lm.loading import LanguageModel, absolute_name, default_dtype, load_language_model
 from tsae.parallel.axis import ALONE, Ranks
 from tsae.parallel.buffer import SharedBuffer
-from tsae.parallel.processes import agreeing, check_mesh, local_rank, one_before_others, world_size
+from tsae.parallel.environment import local_rank, world_size
+from tsae.parallel.processes import agreeing, check_mesh, one_before_others
 from tsae.progress import bar
 
 __all__ = [

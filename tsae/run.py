@@ -28,7 +28,8 @@ from tsae.interrupts import AtSafePoint, Interrupted, deferred
 from tsae.lm.loading import LanguageModel
 from tsae.metrics_log import MetricsLog, NoLog
 from tsae.parallel.axis import Ranks
-from tsae.parallel.processes import agree, agreeing, from_first, is_first, ranks_for
+from tsae.parallel.environment import is_first
+from tsae.parallel.processes import agree, agreeing, from_first, ranks_for
 from tsae.pipeline import (
     evaluation_batches,
     make_buffer,

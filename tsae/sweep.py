@@ -226,7 +226,7 @@ def run_sweep(cfgs: dict[str, TrainConfig], directory: Path, *, resume: bool = F
     cfgs: from `read_sweep`, or agreeing by `check_agreement`
     directory: from `sweep_directory`, or an existing sweep's with ``resume``
     """
-    from tsae.parallel.processes import is_first
+    from tsae.parallel.environment import is_first
     from tsae.run import run_all
 
     if resume:

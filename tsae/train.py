@@ -116,7 +116,7 @@ def _on_other_processes(cfg: TrainConfig, asked: Command, argv: list[str]) -> Tr
 
     A dictionary that was split is whole again in one process.
     """
-    from tsae.parallel.processes import world_size
+    from tsae.parallel.environment import world_size
 
     given = {name.split("=")[0] for name in argv}
     parallel = cfg.parallel
@@ -131,7 +131,7 @@ def _on_other_processes(cfg: TrainConfig, asked: Command, argv: list[str]) -> Tr
 
 def _dry_run(cfgs: dict[str, TrainConfig], directory: Path) -> None:
     from tsae.dry_run import dry_run, print_estimate
-    from tsae.parallel.processes import world_size
+    from tsae.parallel.environment import world_size
 
     if world_size() > 1:
         raise UserError("--dry-run reckons for one process; start it without torchrun.")
@@ -144,7 +144,8 @@ def _is_sweep(directory: Path | None) -> bool:
 
 
 def _sweep(asked: Command, argv: list[str]) -> None:
-    from tsae.parallel.processes import from_first, is_first, processes
+    from tsae.parallel.environment import is_first
+    from tsae.parallel.processes import from_first, processes
     from tsae.progress import console
     from tsae.sweep import print_sweep, read_runs, read_sweep, run_sweep, sweep_directory
 

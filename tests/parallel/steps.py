@@ -61,7 +61,10 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "jumprelu, slow": {"sae": {"activation": "jumprelu"}, "objective": {"temporal": "slow", "slow_weight": 0.1}},
     "jumprelu_schmitt, L0": {"sae": {"activation": "jumprelu_schmitt"}, "objective": {"l0": 0.01}},
-    "schmitt, exact, window": {"sae": {"steering": "exact"}, "objective": {"temporal": "window"}},
+    "schmitt, exact, window": {
+        "sae": {"steering": "exact"},
+        "objective": {"temporal": "window+contrastive", "group": 20},
+    },
 }
 
 

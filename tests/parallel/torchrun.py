@@ -17,7 +17,7 @@ def torchrun(count: int, script: str, *arguments: object, timeout: float = 280) 
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone"]
     return subprocess.run(
         [*command, str(HERE / script), *map(str, arguments)],
         env=environment,

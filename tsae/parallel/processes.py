@@ -19,6 +19,7 @@ from tsae.config import TrainConfig
 from tsae.errors import UserError
 from tsae.interrupts import AtSafePoint, Interrupted
 from tsae.parallel.axis import ALONE, Axis, Ranks
+from tsae.parallel.environment import is_first, local_rank, process_name, world_size
 from tsae.progress import console
 
 __all__ = [
@@ -26,31 +27,13 @@ __all__ = [
     "agreeing",
     "check_mesh",
     "from_first",
-    "is_first",
-    "local_rank",
     "make_ranks",
     "one_before_others",
     "processes",
     "ranks_for",
-    "world_size",
 ]
 
 T = TypeVar("T")
-
-
-def world_size() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_first() -> bool:
-    """Whether this is the process that speaks."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def local_rank() -> int:
-    """The number of this process on its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def one_before_others(work: Callable[[], T]) -> T:
@@ -111,7 +94,7 @@ def processes(timeout: int) -> Iterator[None]:
         yield
     except UserError as error:
         if not error.agreed and not is_first():
-            sys.stderr.write(f"error, {_name()}: {error}\n")
+            sys.stderr.write(f"error, {process_name()}: {error}\n")
         dist.destroy_process_group()
         raise
     except Interrupted as stop:
@@ -213,7 +196,7 @@ def _report_failure(error: Exception) -> None:
 
     A process whose peer is gone says so in a line: the peer has the traceback.
     """
-    who = _name()
+    who = process_name()
     if _is_about_others(error):
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         sys.stderr.write(f"{who} stopped, as another one is gone: {reason}\n")
@@ -225,10 +208,6 @@ def _report_failure(error: Exception) -> None:
         handler.initialize()
         handler.record_exception(error)
     sys.stderr.flush()
-
-
-def _name() -> str:
-    return f"process {os.environ.get('RANK', '0')} of {world_size()}"
 
 
 def _is_about_others(error: Exception) -> bool:
