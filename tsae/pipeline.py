@@ -208,7 +208,10 @@ def make_feed(
     check = agreeing(check, ranks, everyone.size)
     if everyone.size == 1:
         return Feed(harvester, cache, partial(_checking_bar, check))
-    has = lambda number: number % everyone.size == everyone.rank  # noqa: E731
+
+    def has(group: int) -> bool:
+        return group % everyone.size == everyone.rank
+
     return Feed(harvester, cache, partial(_checking_bar, check), has)
 
 
@@ -229,5 +232,5 @@ def make_buffer(cfg: TrainConfig, feed: Callable[[int], Iterator[Harvest]], rank
     order = torch.Generator().manual_seed(cfg.stream_seed + 2)
     size = (cfg.buffer.sequences, cfg.buffer.reuse, demand(cfg))
     if ranks.everyone.size > 1:
-        return SharedBuffer(feed, *size, order, ranks=ranks)
+        return SharedBuffer(feed, *size, order, ranks)
     return ActivationBuffer(feed, *size, order)

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 from tiny_runs import lines, options
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from torchrun import torchrun
 
 from tsae.train import main
@@ -32,11 +28,14 @@ def arguments(model: Path, text: Path, out: Path, *more: str) -> list[str]:
 def runs(tiny_gemma2: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """By name: of one process, of two in both modes, and bad input, which leaves nothing."""
     folder = tmp_path_factory.mktemp("runs")
-    found = {name: folder / name for name in ("one", "shares", "parts", "none")}
+    found = {name: folder / name for name in ("one", "shares", "parts", "none", "sweep", "sweep-of-one")}
     assert main(arguments(tiny_gemma2, text_file, found["one"])) == 0
+    sweep = write_sweep(folder / "sweep.json", tiny_gemma2, text_file)
+    assert main(["--sweep", str(sweep), "--out", str(found["sweep-of-one"])]) == 0
     jobs = [
         (0, arguments(tiny_gemma2, text_file, found["shares"])),
         (0, arguments(tiny_gemma2, text_file, found["parts"], "--parallel.features", "2", "--evaluation.no-final")),
+        (0, ["--sweep", str(sweep), "--out", str(found["sweep"])]),
         (2, arguments(tiny_gemma2, text_file, found["none"], "--layer", "99")),
         (2, arguments(tiny_gemma2, text_file, found["none"], "--cache", str(folder / "cache"))),
         (2, arguments(tiny_gemma2, text_file, found["none"], "--sae.d-sae", "49", "--parallel.features", "2")),
@@ -49,6 +48,16 @@ def runs(tiny_gemma2: Path, text_file: Path, tmp_path_factory: pytest.TempPathFa
     assert result.returncode == 0, result.stderr
     (folder / "stderr").write_text(result.stderr)
     return found | {"stderr": folder / "stderr"}
+
+
+def write_sweep(path: Path, model: Path, text: Path) -> Path:
+    """Two runs of 4 steps; JSON is YAML, too."""
+    base = {"model": str(model), "data": str(text), "layer": 1, "steps": 4, "batch": 4, "log_every": 1, "device": "cpu"}
+    base |= {"lm_dtype": "float32", "autocast": "none", "sae": {"d_sae": 48, "k": 6}}
+    base |= {"buffer": {"sequences": 16, "harvest_batch": 8, "reuse": 1, "estimate_sequences": 8}}
+    base |= {"evaluation": {"sequences": 4, "ce_sequences": 2}, "text": {"column": None, "evaluation_share": 0.2}}
+    path.write_text(json.dumps({"base": base, "runs": {"a": {}, "b": {"sae.activation": "topk"}}}))
+    return path
 
 
 def check_same(one: Path, other: Path, evaluated: bool = True) -> None:
@@ -67,6 +76,14 @@ def check_same(one: Path, other: Path, evaluated: bool = True) -> None:
 def test_two_processes_make_the_run_of_one(runs: Runs) -> None:
     check_same(runs["one"], runs["shares"])
     check_same(runs["one"], runs["parts"], evaluated=False)
+
+
+def test_two_processes_make_the_sweep_of_one(runs: Runs) -> None:
+    for name in ("a", "b"):
+        one, two = (lines(runs[sweep] / name / "metrics.jsonl") for sweep in ("sweep-of-one", "sweep"))
+        assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-5)
+        assert (runs["sweep"] / name / "eval.json").exists()
+    assert set(json.loads((runs["sweep"] / "sweep.json").read_text())["runs"]) == {"a", "b"}
 
 
 def test_bad_input_is_said_once_and_leaves_nothing(runs: Runs) -> None:
@@ -89,7 +106,7 @@ def test_bad_input_is_said_once_and_leaves_nothing(runs: Runs) -> None:
 
 
 def test_the_first_process_alone_writes_to_the_terminal(runs: Runs) -> None:
-    assert runs["stderr"].read_text().count("Written: ") == 2
+    assert runs["stderr"].read_text().count("Written: ") == 3
 
 
 def cut_back(run: Path, copy: Path, step: int) -> Path:

@@ -6,6 +6,7 @@ the segments of everything. Only the activations lie with one process each, and 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -40,13 +41,23 @@ class SharedBuffer(ActivationBuffer):
     `next_batch` and `first` must be called on all processes alike, and so `contents`.
 
     Args:
+        harvest: as for `ActivationBuffer`, on all processes alike; activations that are on another process are on the
+            meta device here.
+        capacity, reuse, demand: as for `ActivationBuffer`, of all processes together.
+        generator: source of the order (CPU), in the same state everywhere.
         ranks: of the run.
-        others: as for `ActivationBuffer`. What ``harvest`` gives has activations on this process, or is on the meta
-            device here and has them on one of the others.
     """
 
-    def __init__(self, *others: Any, ranks: Ranks) -> None:
-        super().__init__(*others)
+    def __init__(
+        self,
+        harvest: Callable[[int], Iterable[Harvest]],
+        capacity: int,
+        reuse: int,
+        demand: int,
+        generator: torch.Generator,
+        ranks: Ranks,
+    ) -> None:
+        super().__init__(harvest, capacity, reuse, demand, generator)
         self.ranks = ranks
         self.rows: dict[int, Tensor] = {}  # slot -> [T, d], of those that are here
         self.row = torch.empty(0, device="meta")  # [T, d], what one looks like

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from tsae.config import TrainConfig
 from tsae.errors import UserError
@@ -114,6 +113,8 @@ def make_ranks(features: int, device: str) -> Ranks:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return ALONE
+    from torch.distributed.device_mesh import init_device_mesh
+
     size = dist.get_world_size()
     mesh = init_device_mesh(device, (size // features, features), mesh_dim_names=("data", "features"))
     data, parts = mesh.get_group("data"), mesh.get_group("features")
