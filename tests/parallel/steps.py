@@ -54,17 +54,14 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
             "dead_after_tokens": 600,
         },
     },
-    "relu, L1, multiscale, AdamW": {
+    "relu, L1, terms of few features, AdamW": {
         "sae": {"activation": "relu"},
-        "objective": {"temporal": "multiscale", "adaptive": False, "l1": 0.04},
+        "objective": {"temporal": "multiscale+window+contrastive", "adaptive": False, "group": 20, "l1": 0.04},
         "optimizer": {"name": "adamw", "clip_norm": 0.5},
     },
     "jumprelu, slow": {"sae": {"activation": "jumprelu"}, "objective": {"temporal": "slow", "slow_weight": 0.1}},
     "jumprelu_schmitt, L0": {"sae": {"activation": "jumprelu_schmitt"}, "objective": {"l0": 0.01}},
-    "schmitt, exact, window": {
-        "sae": {"steering": "exact"},
-        "objective": {"temporal": "window+contrastive", "group": 20},
-    },
+    "schmitt, exact, window": {"sae": {"steering": "exact"}, "objective": {"temporal": "window"}},
 }
 
 
