@@ -30,6 +30,9 @@ class Axis:
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
 
+    def __repr__(self) -> str:
+        return f"Axis({self.rank} of {self.size})"
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over the processes, on each of them; the gradient reaches this one's ``tensor`` as it comes.
 
@@ -80,7 +83,7 @@ class Axis:
         return self.rank * n // self.size, (self.rank + 1) * n // self.size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ranks:
     """Where this process stands in the mesh of a run.
 
@@ -94,6 +97,9 @@ class Ranks:
     features: Axis = field(default_factory=Axis)
     everyone: Axis = field(default_factory=Axis)
     mesh: Any = None
+
+    def __repr__(self) -> str:
+        return "ALONE" if self.everyone.size == 1 else f"Ranks({self.data!r}, {self.features!r})"
 
     @property
     def first(self) -> bool:

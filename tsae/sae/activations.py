@@ -22,16 +22,17 @@ __all__ = [
 ]
 
 
-def topk_threshold(pre: Tensor, bias: Tensor | None, k: int, features: Axis = ALONE.features) -> Tensor:
+def topk_threshold(pre: Tensor, bias: Tensor | None, k: int, features: Axis | None = None) -> Tensor:
     """The per-token threshold that ``pre + bias > threshold`` passes for exactly k features, ties apart.
 
     pre: (B, T, d_sae); bias: (d_sae) or None; of a dictionary that is split over ``features``, this process's part
     out: (B, T, 1), no gradient: the (k + 1)-th largest value (Gao et al. 2024, equation 4)
     """
     values = pre.detach() if bias is None else pre.detach() + bias.detach().to(pre.dtype)
-    if k >= values.shape[-1] * features.size:
+    parts = 1 if features is None else features.size
+    if k >= values.shape[-1] * parts:
         return torch.full_like(values[..., :1], torch.finfo(values.dtype).min)
-    if features.size > 1:
+    if features is not None and parts > 1:
         return kth_largest_per_row(values, k + 1, features)
     return values.topk(k + 1, dim=-1, sorted=True).values[..., k:]
 
