@@ -41,7 +41,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Measured, dict[str, d
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> tuple[Measured, dict[str, dict[str, torch.Tensor]]]:
-    return launched(4, [1, 2], tmp_path_factory.mktemp("four"))
+    return launched(4, [1, 2, 4], tmp_path_factory.mktemp("four"))
 
 
 @pytest.mark.parametrize("features", [1, 2], ids=["2 shares", "2 parts"])
@@ -51,7 +51,7 @@ def test_two_processes_make_the_steps_of_one(name: str, features: int, two: tupl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("features", [1, 2], ids=["4 shares", "2 x 2"])
+@pytest.mark.parametrize("features", [1, 2, 4], ids=["4 shares", "2 x 2", "4 parts"])
 @pytest.mark.parametrize("name", RUNS)
 def test_four_processes_make_the_steps_of_one(name: str, features: int, four: tuple, alone: Callable) -> None:
     check_same(four, f"{features}: {name}", *alone(name))
