@@ -86,7 +86,9 @@ def commands(code: str) -> list[list[str]]:
 
 
 def module_call(words: list[str]) -> tuple[str, list[str]] | None:
-    """The module and the arguments of `python -m tsae...`; None for other commands."""
+    """The module and the arguments of `python -m tsae...` or `torchrun ... -m tsae...`; None for other commands."""
+    if words[:1] == ["torchrun"] and "-m" in words:
+        words = ["python", *words[words.index("-m") :]]
     if words[:2] == ["python", "-m"] and len(words) > 2 and re.match(r"tsae\b|tsae_", words[2]):
         return words[2], words[3:]
     return None

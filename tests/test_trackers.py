@@ -171,7 +171,7 @@ def test_a_missing_package_is_one_sentence_before_anything_else(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda wanted: None if wanted == name else object())
-    monkeypatch.setattr("tsae.run.load_language_model", lambda *args, **kwargs: pytest.fail("it began"))
+    monkeypatch.setattr("tsae.pipeline.load_language_model", lambda *args, **kwargs: pytest.fail("it began"))
     assert main(argv(name)) == 2
     said = capsys.readouterr().err
     assert said == f"error: --log {name} needs the package {name}, which is not installed; run pip install {name}.\n"

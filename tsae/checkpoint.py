@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tsae.errors import UserError, reason
 from tsae.files import WriteError, checksum, checksum_of, save_pickle, sync, write_json, writing
 
-__all__ = ["Resumed", "latest", "load", "load_latest", "save"]
+__all__ = ["Resumed", "has_buffer", "latest", "load", "load_latest", "save"]
 
 STATE, MANIFEST = "state.pt", "manifest.json"
 FORMAT = 3  # of what `tsae.run` saves; to be raised with every change of it
@@ -33,7 +33,7 @@ def save(
     directory: Path,
     step: int,
     state: dict[str, Any],
-    buffer: dict[str, torch.Tensor],
+    buffer: dict[str, torch.Tensor] | None,
     refills: int,
     keep: int,
 ) -> Path:
@@ -41,7 +41,7 @@ def save(
 
     directory: the run's `checkpoint/`
     state: tensors and plain Python values only, so that it loads without unpickling code
-    buffer: the activation buffer's contents as of refill number ``refills``
+    buffer: the activation buffer's contents as of refill number ``refills``; None where `has_buffer` has them
 
     Raises:
         WriteError: the disk is full, or cannot be written to; the checkpoints before stay.
@@ -51,10 +51,10 @@ def save(
     try:
         with writing(final):
             directory.mkdir(parents=True, exist_ok=True)
-            files = _save_buffer(directory, buffer, refills) if buffer else {}
+            files = {} if buffer == {} else _save_buffer(directory, buffer, refills)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            save_pickle(state | {"step": step, "refills": refills if buffer else 0}, temporary / STATE)
+            save_pickle(state | {"step": step, "refills": 0 if buffer == {} else refills}, temporary / STATE)
             sync(temporary / STATE)
             write_json(temporary / MANIFEST, _manifest({STATE: checksum(temporary / STATE)} | files))
             if final.exists():  # the same step again, after a resume from an older one
@@ -74,13 +74,30 @@ def save(
     return final
 
 
-def _save_buffer(directory: Path, buffer: dict[str, torch.Tensor], refills: int) -> dict[str, str]:
+def has_buffer(directory: Path, refills: int) -> bool:
+    """Whether a checkpoint has the activation buffer's contents as of this refill."""
+    return bool(_known_buffer(_buffer_file(directory, refills)))
+
+
+def _buffer_file(directory: Path, refills: int) -> Path:
+    return directory / f"buffer-{refills:04d}.safetensors"
+
+
+def _known_buffer(file: Path) -> dict[str, str]:
+    """The file and its checksum, if a checkpoint has it."""
+    for path in reversed(_checkpoints(file.parent)):
+        known = _files(path).get(file.name)
+        if known is not None and file.exists():
+            return {file.name: known}
+    return {}
+
+
+def _save_buffer(directory: Path, buffer: dict[str, torch.Tensor] | None, refills: int) -> dict[str, str]:
     """The buffer's file and its checksum; it is written unless a checkpoint has it."""
-    target = directory / f"buffer-{refills:04d}.safetensors"
-    for path in reversed(_checkpoints(directory)):
-        known = _files(path).get(target.name)
-        if known is not None and target.exists():
-            return {target.name: known}
+    target = _buffer_file(directory, refills)
+    known = _known_buffer(target)
+    if known or buffer is None:
+        return known
     temporary = target.with_suffix(".tmp")
     try:
         save_file(buffer, temporary)
@@ -152,9 +169,11 @@ def latest(directory: Path) -> Path | None:
 class Resumed(NamedTuple):
     """What a run goes on from.
 
-    state, buffer: as they were given to `save`; damaged: a sentence for each newer checkpoint that cannot be read
+    path: of the checkpoint; state, buffer: as they were given to `save`
+    damaged: a sentence for each newer checkpoint that cannot be read
     """
 
+    path: Path
     state: dict[str, Any]
     buffer: dict[str, torch.Tensor]
     damaged: list[str]
@@ -178,7 +197,7 @@ def load_latest(directory: Path) -> Resumed | None:
         for bad in damaged:
             shutil.rmtree(bad.with_name(SET_ASIDE + bad.name), ignore_errors=True)
             os.replace(bad, bad.with_name(SET_ASIDE + bad.name))
-        return Resumed(state, buffer, list(damaged.values()))
+        return Resumed(path, state, buffer, list(damaged.values()))
     if damaged:
         first = next(iter(damaged.values()))
         others = "No other can be read" if len(damaged) > 1 else "There is no other"
@@ -199,7 +218,7 @@ def load(checkpoint: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             if checksum(path) != files[name]:
                 raise UserError(f"The checkpoint {checkpoint} is damaged: {path} is not as it was written.")
         state = torch.load(checkpoint / STATE, weights_only=True, map_location="cpu")
-        name = f"buffer-{state['refills']:04d}.safetensors"
+        name = _buffer_file(checkpoint.parent, state["refills"]).name
         contents = load_file(paths[name]) if state["refills"] else {}
     except UserError:
         raise

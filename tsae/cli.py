@@ -15,6 +15,7 @@ import tyro
 
 from tsae.errors import UserError
 from tsae.interrupts import Interrupted, at_once
+from tsae.parallel.environment import is_first
 
 __all__ = ["RESUME", "Status", "only_options", "parse", "report_errors"]
 
@@ -68,7 +69,7 @@ def only_options(argv: list[str], allowed: tuple[str, ...], why: str) -> None:
 @contextlib.contextmanager
 def report_errors(advice: str = "") -> Iterator[Status]:
     """Turns a `UserError`, and a disk that is full or fails, into a sentence on stderr and status 2, an interruption
-    into status 130 or 143.
+    into status 130 or 143. Of several processes, which torchrun starts, only the first says a `UserError`.
 
     advice: said after an interruption that brings none of its own
     """
@@ -77,7 +78,8 @@ def report_errors(advice: str = "") -> Iterator[Status]:
         with at_once():
             yield status
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        if is_first():
+            sys.stderr.write(f"error: {error}\n")
         status.code = 2
     except OSError as error:
         if error.errno not in NO_ROOM:
@@ -92,5 +94,6 @@ def report_errors(advice: str = "") -> Iterator[Status]:
         status.code = 2
     except KeyboardInterrupt as error:
         own = error.advice if isinstance(error, Interrupted) else ""
-        sys.stderr.write(f"interrupted{own or advice}\n")
+        if is_first():
+            sys.stderr.write(f"interrupted{own or advice}\n")
         status.code = error.status if isinstance(error, Interrupted) else 130

@@ -29,6 +29,7 @@ __all__ = [
     "EvaluationConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "ParallelConfig",
     "SAEConfig",
     "TrainConfig",
     "check_unchanged",
@@ -342,6 +343,29 @@ class CheckpointConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """Several processes, as torchrun starts them; a run on any number of them is the run of one."""
+
+    features: int = 1
+    """Processes that each dictionary is split over; the processes divided by it are so many shares of the batch."""
+    timeout: int = 600
+    """Seconds that a process waits for the others before it gives up."""
+
+    def check(self, sae: SAEConfig) -> None:
+        """Raise `UserError` for a value that makes no sense."""
+        for name in ("features", "timeout"):
+            if getattr(self, name) < 1:
+                raise UserError(f"parallel.{name} is {getattr(self, name)}; it must be at least 1.")
+        if sae.d_sae % self.features:
+            raise UserError(f"parallel.features is {self.features}; it must divide sae.d_sae, which is {sae.d_sae}.")
+        if self.features > 1 and sae.layer_norm != "none":
+            raise UserError(
+                f"parallel.features is {self.features} with sae.layer_norm {sae.layer_norm!r}, which looks at all "
+                "features of a token at once; use 1, or sae.layer_norm 'none'."
+            )
+
+
+@dataclass
 class TrainConfig:
     """Train a temporal sparse autoencoder on a language model's activations."""
 
@@ -387,6 +411,7 @@ class TrainConfig:
     text: TextConfig = field(default_factory=TextConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @property
     def stream_seed(self) -> int:
@@ -417,6 +442,7 @@ class TrainConfig:
         self.buffer.check(self.batch)
         self.evaluation.check()
         self.checkpoint.check()
+        self.parallel.check(self.sae)
 
 
 def _check_finite(value: Any, where: str = "") -> None:
@@ -485,7 +511,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 
 
 # What may be edited in a run's config.json: where things lie, and what no result depends on.
-_MOVABLE = ("model", "revision", "data", "device", "cache", "log", "checkpoint")
+_MOVABLE = ("model", "revision", "data", "device", "cache", "log", "checkpoint", "parallel")
 
 
 def check_unchanged(config: TrainConfig, trained: dict[str, Any], path: Path) -> None:

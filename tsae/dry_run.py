@@ -18,7 +18,16 @@ from tsae.data.cache import ActivationCache
 from tsae.data.harvest import Harvest
 from tsae.estimate import cache_bytes, checkpoint_bytes, memory_parts
 from tsae.lm.loading import LanguageModel
-from tsae.run import demand, harvest_group, make_buffer, make_feed, open_cache, prepare, storage_dtype, uses_autocast
+from tsae.pipeline import (
+    demand,
+    harvest_group,
+    make_buffer,
+    make_feed,
+    open_cache,
+    prepare,
+    storage_dtype,
+    uses_autocast,
+)
 from tsae.sae.normalization import InputNormalizer
 from tsae.trainer import Trainer
 

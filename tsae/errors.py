@@ -15,6 +15,9 @@ class UserError(ValueError):
     The command-line entry points print it without a traceback and exit with status 2.
     """
 
+    agreed = False
+    """Of several processes, whether all raise it."""
+
 
 def reason(error: BaseException) -> str:
     """What another library's exception says, to be quoted in a sentence: its first line, without a full stop.

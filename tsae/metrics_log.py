@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -9,11 +10,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from tsae.files import writing
 from tsae.trackers import Tracker
 
-__all__ = ["MetricsLog"]
+__all__ = ["MetricsLog", "NoLog"]
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, keep_bytes: int = 0, trackers: Sequence[Tracker] = ()) -> None:
         self._path, self._trackers = path, trackers
-        self._file = path.open("a+b")
+        self._file: BinaryIO = path.open("a+b")
         self._file.seek(0)
         kept = self._file.read(keep_bytes)
         if len(kept) < keep_bytes:  # lost, as by a crash of the machine; whole lines are kept
@@ -62,3 +64,13 @@ class MetricsLog:
             self._file.close()
         for tracker in self._trackers:
             tracker.close()
+
+
+class NoLog(MetricsLog):
+    """Writes nothing: for all processes but the first."""
+
+    def __init__(self) -> None:
+        self._file, self._trackers = io.BytesIO(), ()
+
+    def write(self, values: dict[str, float]) -> None:
+        """Nothing."""

@@ -6,10 +6,9 @@ Any number of autoencoders train on one stream of activations, each in its own d
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,40 +18,35 @@ from tsae import checkpoint
 from tsae.config import LENGTH, TrainConfig, fingerprint, to_dict
 from tsae.data.buffer import ActivationBuffer
 from tsae.data.cache import ActivationCache
-from tsae.data.cache_request import cache_request, made_with
-from tsae.data.feed import Feed
-from tsae.data.harvest import Harvest, Harvester
-from tsae.data.sequences import SequenceStream, TokenBatch
-from tsae.data.text import Document, Part, absolute_source, open_text, split_threshold
+from tsae.data.harvest import Harvest
 from tsae.directories import check_resumable, check_writable, link_latest, start_run
 from tsae.errors import UserError
 from tsae.estimate import BUFFER, check_memory, memory_parts
 from tsae.files import write_json
 from tsae.interrupts import AtSafePoint, Interrupted, deferred
-from tsae.lm.hooks import check_layer
-from tsae.lm.loading import LanguageModel, absolute_name, default_dtype, load_language_model
+from tsae.lm.loading import LanguageModel
 from tsae.measure import EvaluationResult, evaluate_all, evaluation_progress, write_eval
-from tsae.metrics_log import MetricsLog
+from tsae.metrics_log import MetricsLog, NoLog
+from tsae.parallel.axis import Ranks
+from tsae.parallel.environment import is_first
+from tsae.parallel.processes import agree, agreeing, from_first, ranks_for
+from tsae.pipeline import (
+    evaluation_batches,
+    make_buffer,
+    make_feed,
+    naming,
+    open_cache,
+    prepare,
+    storage_dtype,
+    uses_autocast,
+)
 from tsae.progress import bar, console
 from tsae.report import write_report
 from tsae.sae.normalization import InputNormalizer
 from tsae.trackers import check_trackers, open_trackers, track_evaluation
 from tsae.trainer import DivergedError, Trainer
 
-__all__ = [
-    "Outcome",
-    "demand",
-    "evaluation_batches",
-    "harvest_group",
-    "make_buffer",
-    "make_feed",
-    "open_cache",
-    "prepare",
-    "run",
-    "run_all",
-    "storage_dtype",
-    "uses_autocast",
-]
+__all__ = ["Outcome", "run", "run_all"]
 
 Start = Callable[[dict[str, TrainConfig], Path], None]
 
@@ -73,11 +67,12 @@ def run(cfg: TrainConfig, directory: Path, *, resume: bool = False) -> Evaluatio
     """Train, evaluate and report one autoencoder; everything lands in ``directory``.
 
     cfg: checked here; bad values and unusable models or texts raise `UserError` before anything is written
+    Within `tsae.parallel.processes.processes` all processes train, and the first writes, evaluates and raises.
     directory: from `tsae.directories.new_directory`, or an existing run's with ``resume``
     out: the evaluation, or None with ``cfg.evaluation.final`` off
     """
     outcome = run_all({"": cfg}, directory, resume=resume)[""]
-    if outcome.error is not None:
+    if outcome.error is not None and is_first():
         raise outcome.error
     return outcome.evaluation
 
@@ -92,11 +87,14 @@ def run_all(
     start: makes the directories once training is about to begin, from the completed ``cfgs`` and ``directory``
     """
     check_trackers(name for cfg in cfgs.values() for name in cfg.log)
-    check_writable(directory)
-    cfgs, lm, device = prepare(cfgs)
+    from_first(lambda: check_writable(directory))
+    cfgs, lm, device = agree(lambda: prepare(cfgs))
     common = next(iter(cfgs.values()))
-    outcomes, trainers = _trained(cfgs, lm, device, directory, resume=resume, start=start or _start_all)
+    ranks = ranks_for(common)
+    outcomes, trainers = _trained(cfgs, lm, device, directory, ranks, resume=resume, start=start or _start_all)
     saes = {name: trainer.finished() for name, trainer in trainers.items()}
+    if not ranks.first:
+        return outcomes
     for name, sae in saes.items():
         sae.save(
             directory / name / "sae",
@@ -109,6 +107,7 @@ def run_all(
             trained_with=fingerprint(cfgs[name]),
         )
     if common.evaluation.final and saes:
+        saes = {name: sae.to(device) for name, sae in saes.items()}
         with evaluation_progress() as progress:
             results = evaluate_all(
                 saes,
@@ -135,94 +134,6 @@ def run_all(
     return outcomes
 
 
-def prepare(cfgs: dict[str, TrainConfig]) -> tuple[dict[str, TrainConfig], LanguageModel, torch.device]:
-    """What `run_all` begins with: ``cfgs`` checked and completed, the language model, and the device. Writes nothing.
-
-    Raises:
-        UserError: a value makes no sense, or the model or the text cannot be used.
-    """
-    for name, cfg in cfgs.items():
-        with _naming(name):
-            cfg.check()
-    common = next(iter(cfgs.values()))
-    device = resolve_device(common.device)
-    # Absolute, so that the run can be gone on with and evaluated from anywhere.
-    common = replace(
-        common,
-        data=absolute_source(common.data),
-        model=absolute_name(common.model),
-        cache=None if common.cache is None else str(Path(common.cache).expanduser().absolute()),
-    )
-    lm, common = _open(common, device)
-    for name, cfg in cfgs.items():
-        with _naming(name):
-            sae = replace(cfg.sae, d_in=matching_width(cfg, lm))
-            cfg = replace(cfg, data=common.data, model=common.model, text=common.text, cache=common.cache, sae=sae)
-            cfgs = cfgs | {name: cfg}
-    return cfgs, lm, device
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Put the run's name before the sentence of a `UserError`."""
-    try:
-        yield
-    except UserError as error:
-        if not name:
-            raise
-        raise type(error)(f"Run {name!r}: {error}") from None
-
-
-def _open(cfg: TrainConfig, device: torch.device) -> tuple[LanguageModel, TrainConfig]:
-    """The language model, and ``cfg`` with the text's split; whatever of the model, of the layer and of the text is
-    unusable is found here."""
-    next(iter(_text(cfg, "train")(0)))  # unusable text is reported before the model is loaded
-    cfg = replace(cfg, text=replace(cfg.text, threshold=split_threshold(cfg.data, cfg.text)))
-    lm = load_language_model(cfg.model, device=device, dtype=cfg.lm_dtype, revision=cfg.revision)
-    check_layer(lm, cfg.layer)
-    # Likewise text that is too short for a forward pass of the harvest.
-    SequenceStream(_text(cfg, "train"), lm.tokenizer, LENGTH).next_batch(harvest_group(cfg))
-    if cfg.evaluation.final:
-        evaluation_batches(cfg, lm, 1)
-    return lm, cfg
-
-
-def _text(cfg: TrainConfig, part: Part) -> Callable[[int], Iterator[Document]]:
-    """The run's text, one part of it, by epoch."""
-    return lambda epoch: open_text(cfg.data, part=part, seed=cfg.stream_seed, config=cfg.text, epoch=epoch)
-
-
-def demand(cfg: TrainConfig) -> int:
-    """Sequences that are drawn in all."""
-    return cfg.steps * cfg.batch
-
-
-def harvest_group(cfg: TrainConfig) -> int:
-    """Sequences per forward pass of the harvest."""
-    return min(cfg.buffer.harvest_batch, -(-demand(cfg) // cfg.buffer.reuse))
-
-
-def storage_dtype(cfg: TrainConfig, lm: LanguageModel) -> torch.dtype:
-    """Type that activations are kept in."""
-    return lm.dtype if cfg.buffer.dtype == "auto" else getattr(torch, cfg.buffer.dtype)
-
-
-def open_cache(cfg: TrainConfig, lm: LanguageModel, *, write: bool) -> ActivationCache | None:
-    """The run's cache, if it has one; with ``write``, locked if it has less than the run will ask for.
-
-    Raises:
-        UserError: it does not match the run, or another process writes to it.
-    """
-    if cfg.cache is None:
-        return None
-    group = harvest_group(cfg)
-    request = cache_request(cfg, lm, storage_dtype(cfg, lm), group)
-    cache = ActivationCache(Path(cfg.cache), request, made_with(lm), group=group)
-    if write and cache.groups * group * cfg.buffer.reuse < demand(cfg):
-        cache.lock()
-    return cache
-
-
 def _start_all(cfgs: dict[str, TrainConfig], directory: Path) -> None:
     for name, cfg in cfgs.items():
         start_run(directory / name, cfg)
@@ -234,6 +145,7 @@ def _trained(
     lm: LanguageModel,
     device: torch.device,
     directory: Path,
+    ranks: Ranks,
     *,
     resume: bool,
     start: Start,
@@ -250,30 +162,10 @@ def _trained(
     with ExitStack() as stack:
         check = stack.enter_context(deferred())
         cfg = next(iter(cfgs.values()))  # of what they have in common
-        cache = open_cache(cfg, lm, write=True)
+        cache = agree(lambda: open_cache(cfg, lm, write=True, ranks=ranks))
         if cache is not None:
             stack.enter_context(cache)
-        return _fed(cfgs, lm, device, directory, cache, resume=resume, start=start, check=check)
-
-
-def make_feed(
-    cfg: TrainConfig, lm: LanguageModel, cache: ActivationCache | None = None, check: Callable[[], None] = lambda: None
-) -> Feed:
-    """The run's activations from their beginning; ``check`` is called between forward passes."""
-    stream = SequenceStream(_text(cfg, "train"), lm.tokenizer, LENGTH)
-    harvester = Harvester(lm, cfg.layer, stream, batch=harvest_group(cfg), dtype=storage_dtype(cfg, lm))
-    return Feed(harvester, cache, partial(_checking_bar, check))
-
-
-def make_buffer(cfg: TrainConfig, feed: Callable[[int], Iterator[Harvest]]) -> ActivationBuffer:
-    """The run's buffer, empty, in front of ``feed``."""
-    return ActivationBuffer(
-        feed,
-        cfg.buffer.sequences,
-        cfg.buffer.reuse,
-        demand(cfg),
-        torch.Generator().manual_seed(cfg.stream_seed + 2),
-    )
+        return _fed(cfgs, lm, device, directory, cache, ranks, resume=resume, start=start, check=check)
 
 
 def _fed(
@@ -282,6 +174,7 @@ def _fed(
     device: torch.device,
     directory: Path,
     cache: ActivationCache | None,
+    ranks: Ranks,
     *,
     resume: bool,
     start: Start,
@@ -289,19 +182,20 @@ def _fed(
 ) -> tuple[dict[str, Outcome], dict[str, Trainer]]:
     """`_trained`, with the cache that is open, and ``check``, which raises `AtSafePoint` after a signal."""
     cfg = next(iter(cfgs.values()))
-    feed = make_feed(cfg, lm, cache, check)
-    buffer = make_buffer(cfg, feed)
-    _announce(cfgs, lm, buffer, device)
+    feed = agree(lambda: make_feed(cfg, lm, cache, check, ranks))
+    buffer = make_buffer(cfg, feed, ranks)
+    check = agreeing(check, ranks)
+    _announce(cfgs, lm, buffer, device, ranks)
 
     def trainer(name: str, normalizer: InputNormalizer) -> Trainer:
-        with _naming(name):
-            return Trainer(cfgs[name], normalizer, device, autocast=uses_autocast(cfgs[name], device))
+        with naming(name):
+            return Trainer(cfgs[name], normalizer, device, autocast=uses_autocast(cfgs[name], device), ranks=ranks)
 
     outcomes: dict[str, Outcome] = {}
-    saved = checkpoint.load_latest(directory / "checkpoint") if resume else None
+    saved = _saved(directory / "checkpoint", ranks) if resume else None
     if saved is not None:
         state = saved.state
-        check_resumable(cfgs, state["configs"], directory)
+        agree(lambda: check_resumable(cfgs, state["configs"], directory))
         for sentence in saved.damaged:
             console.print(sentence, soft_wrap=True)
         buffer.load_state_dict(state["buffer"], saved.buffer)
@@ -319,40 +213,45 @@ def _fed(
             first = buffer.first(cfg.buffer.estimate_sequences)
         except AtSafePoint as stop:
             empty = not directory.exists() or not any(directory.iterdir())
-            if empty:
+            if empty and ranks.first:
                 start(cfgs, directory)  # so that there is something to resume
             raise Interrupted(stop.number, _advice(0, directory if resume or empty else None)) from None
-        estimated, raw = InputNormalizer.estimate(*first), InputNormalizer.identity(lm.d_model)
+        estimated, raw = from_first(lambda: InputNormalizer.estimate(*first)), InputNormalizer.identity(lm.d_model)
         trainers = {name: trainer(name, estimated if cfgs[name].normalize else raw) for name in cfgs}
         keep_bytes = dict.fromkeys(cfgs, 0)
-    if not resume:
+    if not resume and ranks.first:
         start(cfgs, directory)  # what can fail has been done: an old run goes only for one that trains
 
     with ExitStack() as files:
         lanes = {}
         for name, each in trainers.items():
-            (directory / name / "diverged.json").unlink(missing_ok=True)  # of later steps than the checkpoint's
-            trackers = open_trackers(directory / name, cfgs[name], each.step)
-            log = files.enter_context(MetricsLog(directory / name / "metrics.jsonl", keep_bytes[name], trackers))
+            log = files.enter_context(_open_log(cfgs[name], directory / name, each, keep_bytes[name], ranks))
             lanes[name] = _Lane(cfgs[name], directory / name, each, log)
 
         def save_checkpoint(step: int) -> None:
+            there = ranks.everyone.size > 1 and from_first(
+                lambda: checkpoint.has_buffer(directory / "checkpoint", buffer.refills)
+            )
+            contents = None if there else buffer.contents()
+            # The others have the same, or a part that goes to the first.
+            trained = {name: lane.trainer.state_dict() for name, lane in lanes.items() if ranks.data.rank == 0}
+            if not ranks.first:
+                return
             state = {
                 "configs": {name: to_dict(cfg) for name, cfg in cfgs.items()},
-                "trainers": {name: lane.trainer.state_dict() for name, lane in lanes.items()},
+                "trainers": trained,
                 "metrics_bytes": {name: lane.metrics.bytes_written for name, lane in lanes.items()},
                 "diverged": {name: (outcome.steps, str(outcome.error)) for name, outcome in outcomes.items()},
                 "buffer": buffer.state_dict(),
                 "feed": feed.state_dict(),
             }
-            checkpoint.save(
-                directory / "checkpoint", step, state, buffer.contents(), buffer.refills, cfg.checkpoint.keep
-            )
+            checkpoint.save(directory / "checkpoint", step, state, contents, buffer.refills, cfg.checkpoint.keep)
 
         def stopped(name: str, error: DivergedError) -> None:
             error = _with_checkpoint(error, directory)
             outcomes[name] = Outcome(lanes.pop(name).trainer.step, error=error)
-            write_json(directory / name / "diverged.json", {"steps": outcomes[name].steps, "message": str(error)})
+            if ranks.first:
+                write_json(directory / name / "diverged.json", {"steps": outcomes[name].steps, "message": str(error)})
 
         try:
             _train(cfg, lanes, buffer, save_checkpoint, stopped, check)
@@ -364,52 +263,33 @@ def _fed(
     return {name: outcomes[name] for name in cfgs}, {name: lane.trainer for name, lane in lanes.items()}
 
 
-def uses_autocast(cfg: TrainConfig, device: torch.device) -> bool:
-    return default_dtype(device) == torch.bfloat16 if cfg.autocast == "auto" else cfg.autocast == "bfloat16"
+def _saved(directory: Path, ranks: Ranks) -> checkpoint.Resumed | None:
+    """What to go on from; the first process finds it, and all read it."""
+    if ranks.everyone.size == 1:
+        return checkpoint.load_latest(directory)
+    here: list[checkpoint.Resumed | None] = []
+
+    def find() -> tuple[Path, list[str]] | None:
+        here.append(checkpoint.load_latest(directory))
+        return None if here[0] is None else (here[0].path, here[0].damaged)
+
+    found = from_first(find)
+    if found is None:
+        return None
+    path, damaged = found
+    return agree(lambda: here[0] if here else checkpoint.Resumed(path, *checkpoint.load(path), damaged))
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one; an unknown or absent device raises `UserError`."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"There is no device {name!r}; use auto, cpu, cuda or cuda:N.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"Device {name!r} was asked for, but PyTorch sees no GPU here; use --device cpu.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"Device {name!r} was asked for, but there are {torch.cuda.device_count()} GPUs.")
-    return device
+def _open_log(cfg: TrainConfig, directory: Path, trainer: Trainer, keep_bytes: int, ranks: Ranks) -> MetricsLog:
+    if not ranks.first:
+        return NoLog()
+    (directory / "diverged.json").unlink(missing_ok=True)  # of later steps than the checkpoint's
+    return MetricsLog(directory / "metrics.jsonl", keep_bytes, open_trackers(directory, cfg, trainer.step))
 
 
-def matching_width(cfg: TrainConfig, lm: LanguageModel) -> int:
-    """The model's width, which a configured ``sae.d_in`` must equal."""
-    if cfg.sae.d_in not in (0, lm.d_model):
-        raise UserError(f"sae.d_in is {cfg.sae.d_in}, but {lm.name} has width {lm.d_model}; leave sae.d_in out.")
-    return lm.d_model
-
-
-def evaluation_batches(cfg: TrainConfig, lm: LanguageModel, sequences: int) -> list[TokenBatch]:
-    """Token batches of at most ``sequences`` sequences of the evaluation part of the run's text.
-
-    Raises:
-        UserError: the evaluation text is too short for one sequence.
-    """
-    stream = SequenceStream(_text(cfg, "evaluation"), lm.tokenizer, LENGTH, repeat=False)
-    batches, left = [], sequences
-    while left > 0:
-        batch = stream.next_batch(min(left, cfg.buffer.harvest_batch))
-        if batch.tokens.shape[0] == 0:
-            break
-        batches.append(batch)
-        left -= batch.tokens.shape[0]
-    if not batches:
-        raise UserError(f"The evaluation part of {cfg.data} is too short for one sequence of {LENGTH} tokens.")
-    return batches
-
-
-def _announce(cfgs: dict[str, TrainConfig], lm: LanguageModel, buffer: ActivationBuffer, device: torch.device) -> None:
+def _announce(
+    cfgs: dict[str, TrainConfig], lm: LanguageModel, buffer: ActivationBuffer, device: torch.device, ranks: Ranks
+) -> None:
     cfg = next(iter(cfgs.values()))
     storage = storage_dtype(cfg, lm)
     parts = memory_parts(cfgs, lm, buffer, storage, autocast=uses_autocast(cfg, device))
@@ -427,20 +307,15 @@ def _announce(cfgs: dict[str, TrainConfig], lm: LanguageModel, buffer: Activatio
         f"({str(storage).removeprefix('torch.')}); each is trained on {cfg.buffer.reuse} times."
     )
     sizes = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items())
-    console.print(f"Memory, estimated, in MiB: {sizes}; in all {sum(parts.values()) / 2**20:,.0f}.")
-    check_memory(parts, device)
-
-
-@contextmanager
-def _checking_bar(check: Callable[[], None], what: str, tokens: int) -> Iterator[Callable[[int], None]]:
-    """A bar whose progress calls ``check``."""
-    with bar(what, tokens) as advance:
-
-        def advance_and_check(done: int) -> None:
-            advance(done)
-            check()
-
-        yield advance_and_check
+    where = "" if ranks.everyone.size == 1 else ", were it one process"
+    console.print(f"Memory, estimated{where}, in MiB: {sizes}; in all {sum(parts.values()) / 2**20:,.0f}.")
+    if ranks.everyone.size > 1:
+        console.print(
+            f"{ranks.everyone.size} processes: {ranks.data.size} shares of the batch, the dictionary in "
+            f"{ranks.features.size}."
+        )
+    else:
+        check_memory(parts, device)
 
 
 def _advice(steps: int, directory: Path | None) -> str:

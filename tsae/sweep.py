@@ -32,6 +32,7 @@ __all__ = [
     "SWEEP",
     "check_agreement",
     "print_sweep",
+    "read_runs",
     "read_sweep",
     "resume_sweep",
     "run_sweep",
@@ -45,7 +46,7 @@ RESERVED = ("checkpoint", SWEEP)  # a sweep's own, beside its runs
 # What decides the stream, its evaluation and its checkpoints, which all runs share.
 COMMON = (
     *("model", "revision", "layer", "data", "text", "steps", "batch", "data_seed", "device", "lm_dtype"),
-    *("buffer", "evaluation", "checkpoint", "cache"),
+    *("buffer", "evaluation", "checkpoint", "cache", "parallel"),
 )
 
 
@@ -224,13 +225,16 @@ def run_sweep(cfgs: dict[str, TrainConfig], directory: Path, *, resume: bool = F
     cfgs: from `read_sweep`, or agreeing by `check_agreement`
     directory: from `sweep_directory`, or an existing sweep's with ``resume``
     """
+    from tsae.parallel.environment import is_first
     from tsae.run import run_all
 
     if resume:
         for name, cfg in cfgs.items():  # a start that was killed may not have come to all
-            if not (directory / name / "config.json").exists():
+            if is_first() and not (directory / name / "config.json").exists():
                 start_run(directory / name, cfg)
     outcomes = run_all(cfgs, directory, resume=resume, start=start_sweep)
+    if not is_first():
+        return outcomes
     old = load_json(directory / SWEEP)["runs"]
     rows = {
         name: {
@@ -245,16 +249,20 @@ def run_sweep(cfgs: dict[str, TrainConfig], directory: Path, *, resume: bool = F
     return outcomes
 
 
-def resume_sweep(directory: Path) -> dict[str, Outcome]:
-    """Go on with the sweep in ``directory`` from its last checkpoint, with its own configurations."""
+def read_runs(directory: Path) -> dict[str, TrainConfig]:
+    """The configurations of the sweep in ``directory``, by name."""
     runs = load_json(directory / SWEEP).get("runs")
     if not isinstance(runs, dict) or not runs:
         raise UserError(f"{directory / SWEEP} names no runs; start the sweep again.")
     for name, values in runs.items():
         if not isinstance(values, dict) or not isinstance(values.get("config"), dict):
             raise UserError(f"{directory / SWEEP} has no configuration for the run {name!r}; start the sweep again.")
-    cfgs = {name: from_dict(TrainConfig, values["config"]) for name, values in runs.items()}
-    return run_sweep(cfgs, directory, resume=True)
+    return {name: from_dict(TrainConfig, values["config"]) for name, values in runs.items()}
+
+
+def resume_sweep(directory: Path) -> dict[str, Outcome]:
+    """Go on with the sweep in ``directory`` from its last checkpoint, with its own configurations."""
+    return run_sweep(read_runs(directory), directory, resume=True)
 
 
 def print_sweep(directory: Path) -> None:

@@ -42,6 +42,7 @@ class Command(TrainConfig):
 
 
 PROG = "python -m tsae.train"
+PARALLEL = ("--parallel.features", "--parallel.timeout")  # what a run can be gone on with otherwise
 
 
 def command(argv: list[str]) -> tuple[TrainConfig, Command]:
@@ -77,27 +78,29 @@ def main(argv: list[str] | None = None) -> int:
             return status.code
         # Imported here, so that --help and a misspelt option answer at once.
         from tsae.directories import new_directory
+        from tsae.parallel.processes import from_first, processes
         from tsae.progress import console
         from tsae.run import run
         from tsae.table import print_table
 
         if asked.resume is not None:
             cfg, directory = _resumed(asked, argv)
-        else:
-            directory = new_directory(cfg.preset, asked.out, overwrite=asked.overwrite)
-        if asked.dry_run:
-            _dry_run({"": cfg}, directory)
-            return status.code
-        result = run(cfg, directory, resume=asked.resume is not None)
-        if result is not None:
-            print_table(result.metrics)
-        console.print(f"Written: {directory}", soft_wrap=True)
+        with processes(cfg.parallel.timeout):
+            if asked.resume is None:
+                directory = from_first(lambda: new_directory(cfg.preset, asked.out, overwrite=asked.overwrite))
+            if asked.dry_run:
+                _dry_run({"": cfg}, directory)
+                return status.code
+            result = run(cfg, directory, resume=asked.resume is not None)
+            if result is not None:
+                print_table(result.metrics)
+            console.print(f"Written: {directory}", soft_wrap=True)
     return status.code
 
 
 def _resumed(asked: Command, argv: list[str]) -> tuple[TrainConfig, Path]:
     directory: Any = asked.resume
-    only_options(argv, ("--resume",), "--resume takes the run's own configuration")
+    only_options(argv, ("--resume", *PARALLEL), "--resume takes the run's own configuration")
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} holds no run to resume; it has no config.json.")
     if _is_sweep(directory.resolve().parent):
@@ -105,11 +108,33 @@ def _resumed(asked: Command, argv: list[str]) -> tuple[TrainConfig, Path]:
     cfg = from_dict(TrainConfig, load_json(directory / "config.json"))
     if asked.preset not in ("", cfg.preset):
         raise UserError(f"{directory} is a run of the preset {cfg.preset!r}, not {asked.preset!r}; leave the name out.")
-    return cfg, directory
+    return _on_other_processes(cfg, asked, argv), directory
+
+
+def _on_other_processes(cfg: TrainConfig, asked: Command, argv: list[str]) -> TrainConfig:
+    """The configuration of a run that is gone on with, with the options of ``argv`` in ``PARALLEL``.
+
+    A dictionary that was split is whole again in one process.
+    """
+    from tsae.parallel.environment import world_size
+
+    given = {name.split("=")[0] for name in argv}
+    parallel = cfg.parallel
+    for name in PARALLEL:
+        if name in given:
+            field = name.split(".")[1]
+            parallel = replace(parallel, **{field: getattr(asked.parallel, field)})
+    if PARALLEL[0] not in given and world_size() == 1:
+        parallel = replace(parallel, features=1)
+    return replace(cfg, parallel=parallel)
 
 
 def _dry_run(cfgs: dict[str, TrainConfig], directory: Path) -> None:
     from tsae.dry_run import dry_run, print_estimate
+    from tsae.parallel.environment import world_size
+
+    if world_size() > 1:
+        raise UserError("--dry-run reckons for one process; start it without torchrun.")
 
     print_estimate(dry_run(cfgs, directory), next(iter(cfgs.values())))
 
@@ -119,24 +144,32 @@ def _is_sweep(directory: Path | None) -> bool:
 
 
 def _sweep(asked: Command, argv: list[str]) -> None:
+    from tsae.parallel.environment import is_first
+    from tsae.parallel.processes import from_first, processes
     from tsae.progress import console
-    from tsae.sweep import print_sweep, read_sweep, resume_sweep, run_sweep, sweep_directory
+    from tsae.sweep import print_sweep, read_runs, read_sweep, run_sweep, sweep_directory
 
+    sweep, out = asked.sweep, asked.out
     if asked.resume is not None:
-        only_options(argv, ("--resume",), "--resume takes the sweep's own configuration")
-        directory = asked.resume
-        resume_sweep(directory)
+        only_options(argv, ("--resume", *PARALLEL), "--resume takes the sweep's own configuration")
+        cfgs = {name: _on_other_processes(cfg, asked, argv) for name, cfg in read_runs(asked.resume).items()}
     else:
-        assert asked.sweep is not None
+        assert sweep is not None
         only_options(argv, ("--sweep", "--out", "--overwrite", "--dry-run"), "The options of a sweep stand in its file")
-        cfgs = read_sweep(asked.sweep)
-        directory = sweep_directory(asked.sweep.stem, asked.out, overwrite=asked.overwrite)
+        cfgs = read_sweep(sweep)
+    with processes(next(iter(cfgs.values())).parallel.timeout):
+        if asked.resume is not None:
+            directory = asked.resume
+        else:
+            assert sweep is not None
+            directory = from_first(lambda: sweep_directory(sweep.stem, out, overwrite=asked.overwrite))
         if asked.dry_run:
             _dry_run(cfgs, directory)
             return
-        run_sweep(cfgs, directory)
-    print_sweep(directory)
-    console.print(f"Written: {directory}", soft_wrap=True)
+        run_sweep(cfgs, directory, resume=asked.resume is not None)
+        if is_first():
+            print_sweep(directory)
+        console.print(f"Written: {directory}", soft_wrap=True)
 
 
 if __name__ == "__main__":

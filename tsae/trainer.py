@@ -15,6 +15,16 @@ from torch import Tensor
 from tsae.config import TrainConfig
 from tsae.data.harvest import Harvest
 from tsae.errors import UserError
+from tsae.parallel.axis import ALONE, Ranks
+from tsae.parallel.buffer import Share
+from tsae.parallel.sharding import (
+    ShardedAutoencoder,
+    load_whole_optimizer_state,
+    local,
+    split,
+    whole,
+    whole_optimizer_state,
+)
 from tsae.sae.activations import ThresholdController, initial_threshold
 from tsae.sae.model import SparseAutoencoder
 from tsae.sae.normalization import InputNormalizer
@@ -23,8 +33,10 @@ from tsae.sae.optimization import (
     add_gradient_noise,
     build_optimizer,
     charge_for_activity,
+    clip_gradients,
     project_decoder_gradient,
     renormalize_decoder,
+    sum_gradients,
     threshold_parameters,
 )
 from tsae.sae.schedules import buffer_mixing, learning_rate, noise_std
@@ -47,34 +59,50 @@ class Trainer:
         normalizer: input centring and scaling.
         device: where the autoencoder lives.
         autocast: whether matrix products run in bfloat16.
+        ranks: with several processes, where this one stands; it then trains on its `Share` of every batch, and on its
+            part of the dictionary, and all end a step with the weights that one process would have.
     """
 
-    def __init__(self, cfg: TrainConfig, normalizer: InputNormalizer, device: torch.device, *, autocast: bool) -> None:
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        normalizer: InputNormalizer,
+        device: torch.device,
+        *,
+        autocast: bool,
+        ranks: Ranks = ALONE,
+    ) -> None:
         generator = torch.Generator().manual_seed(cfg.seed)
-        self.cfg, self.device, self.autocast = cfg, device, autocast
-        self.sae = SparseAutoencoder(cfg.sae, generator=generator).to(device).train()
+        self.cfg, self.device, self.autocast, self.ranks = cfg, device, autocast, ranks
+        sae = SparseAutoencoder(cfg.sae, generator=generator)
+        if ranks.features.size > 1:
+            self.sae: SparseAutoencoder = ShardedAutoencoder(sae, ranks, device).train()
+        else:
+            self.sae = sae.to(device).train()
+            self.sae.ranks = ranks
         self.normalizer = InputNormalizer(normalizer.mean.to(device), normalizer.scale)
         self.optimizer = build_optimizer(self.sae, cfg.optimizer)
         self.controller = ThresholdController(cfg.sae.k)
         self.temporal_buffer = TemporalBuffer(cfg.sae.d_sae, cfg.objective.buffer_std, generator=generator)
-        self.temporal_buffer.variance = self.temporal_buffer.variance.to(device)
-        self.dead = DeadFeatures(cfg.sae.d_sae)
+        self.temporal_buffer.variance = split(self.temporal_buffer.variance, 0, ranks.features).to(device)
+        self.dead = DeadFeatures(cfg.sae.d_sae // ranks.features.size)
         self.dead.silent = self.dead.silent.to(device)
         self.noise_generator = torch.Generator().manual_seed(cfg.seed + 1)
-        self.correlation = torch.zeros(cfg.sae.d_sae, device=device)  # of the last logged batch, lag 1
+        self.correlation = torch.zeros_like(self.temporal_buffer.variance)  # of the last logged batch, lag 1
         self.step = 0
         self.tokens = 0
 
-    def train_step(self, batch: Harvest, *, log: bool = False) -> dict[str, float]:
+    def train_step(self, batch: Harvest | Share, *, log: bool = False) -> dict[str, float]:
         """One optimizer step on raw activations; with ``log``, the measurements of `metrics.jsonl`, else nothing.
 
-        batch: x (B, T, d_in) and segments (B, T), on any device
+        batch: x (B, T, d_in) and segments (B, T), on any device; with several processes this one's share
 
         Raises:
             DivergedError: a term of the loss or the gradient is NaN or infinite; the weights are as before the step.
                 (On a GPU this is looked at on steps with ``log`` only.)
         """
-        cfg, sae, step = self.cfg, self.sae, self.step
+        cfg, sae, step, ranks = self.cfg, self.sae, self.step, self.ranks
+        batch_segments, first = (batch.batch_segments, batch.first) if isinstance(batch, Share) else (batch.segments, 0)
         segments = batch.segments.to(self.device, non_blocking=True)
         x = self.normalizer(batch.x.to(self.device, non_blocking=True))
         dead = self.dead.indices(cfg.objective.dead_after_tokens) if cfg.objective.aux_weight > 0 else None
@@ -96,9 +124,11 @@ class Trainer:
             variance=variance,
             auxiliary=auxiliary,
             prefixes=prefixes,
-            pairs=self._pairs(batch.segments),
-            edges=self._window_edges(batch.segments),
+            pairs=self._pairs(batch_segments),
+            edges=self._window_edges(batch_segments, first, len(x)),
             l0=l0,
+            ranks=ranks,
+            first=first,
         )
         look = log or self.device.type == "cpu"
         if look:
@@ -107,6 +137,9 @@ class Trainer:
         priced = sae.thresholds_learned and self._steered
         l0_gradients = torch.autograd.grad(l0, threshold_parameters(sae), retain_graph=True) if priced else ()
         terms.total.backward()
+        if ranks.data.size > 1:
+            sum_gradients(sae, ranks.data)
+            l0_gradients = tuple(ranks.data.total(local(gradient)) for gradient in l0_gradients)
         if priced:
             charge_for_activity(sae, l0_gradients)
         norm = self._prepare_gradients(step)
@@ -118,8 +151,8 @@ class Trainer:
         l0 = l0.detach()
         if self._steered:
             self._steer(l0)
-        tokens = int((batch.segments >= 0).sum())
-        self.dead.update(stats, tokens)
+        tokens = int((batch_segments >= 0).sum())
+        self.dead.update(stats, tokens, ranks)
         self.step, self.tokens = step + 1, self.tokens + tokens
         return self._measurements(terms, x, h.detach(), segments, l0, norm) if log else {}
 
@@ -135,7 +168,7 @@ class Trainer:
         if not self._steered and not self.sae.thresholds_learned:
             return
         if self.step == 0 and not self.controller.started:
-            self.controller.start(initial_threshold(pre, self.sae.b_enc, self.cfg.sae.k, segments))
+            self.controller.start(initial_threshold(pre, self.sae.b_enc, self.cfg.sae.k, segments, self.ranks))
             if self.sae.log_threshold is not None:
                 self.sae.log_threshold.fill_(self.controller.theta.log())
         if self.cfg.sae.activation == "schmitt":
@@ -148,7 +181,7 @@ class Trainer:
         before = self.controller.theta
         after = self.controller.update(l0)
         if self.sae.log_threshold is not None:
-            self.sae.log_threshold += (after / before).log()
+            self.sae.log_threshold.add_((after / before).log())
 
     def _pairs(self, segments: Tensor) -> Pairs | None:
         """The contrastive objective's, drawn anew each step from the seed and the step alone."""
@@ -159,24 +192,35 @@ class Trainer:
         pairs = draw_pairs(segments.cpu(), cfg.offset, cfg.pairs, generator)
         return Pairs(*(index.to(self.device, non_blocking=True) for index in pairs))
 
-    def _window_edges(self, segments: Tensor) -> WindowEdges | None:
+    def _window_edges(self, segments: Tensor, first: int, count: int) -> WindowEdges | None:
+        """Of ``count`` sequences of the batch, from ``first`` on."""
         if "window" not in self.cfg.objective.terms:
             return None
         edges = find_window_edges(segments, self.cfg.objective.window)
+        if count < len(segments):
+            start, end = first * segments.shape[1], (first + count) * segments.shape[1]
+            here = (edges.firsts >= start) & (edges.firsts < end)
+            edges = WindowEdges(edges.full, edges.firsts[here] - start, edges.missing[here])
         return WindowEdges(*(part.to(self.device, non_blocking=True) for part in edges))
 
     def _auxiliary(self, residual: Tensor, pre: Tensor, dead: Tensor | None, segments: Tensor) -> Tensor | None:
-        if dead is None or dead.numel() == 0:
+        if dead is None or int(self.ranks.features.total(torch.tensor(dead.numel()))) == 0:
             return None
         dead_pre = pre[..., dead] + self.sae.b_enc[dead]
         k = self.cfg.objective.aux_k or max(1, self.cfg.sae.d_in // 2)
         through_zero = self.cfg.sae.activation == "relu" or self.sae.thresholds_learned
-        return auxk_loss(residual, dead_pre, self.sae.W_dec[dead], k, segments, through_zero=through_zero)
+        W_dec = self.sae.W_dec[dead]
+        return auxk_loss(residual, dead_pre, W_dec, k, segments, through_zero=through_zero, ranks=self.ranks)
 
     def _variance(self, stats: Any, segments: Tensor, step: int) -> Tensor:
         """The temporal buffer after this batch."""
         if "multiscale" in self.cfg.objective.terms and self.cfg.objective.adaptive:
-            batch_variance = within_sequence_variance(stats, count_positions(segments))
+            positions = count_positions(segments)
+            batch_variance = within_sequence_variance(stats, positions)
+            if self.ranks.data.size > 1:  # the mean over the rows of all shares
+                rows = (positions > 0).sum()
+                every = self.ranks.data.total(rows).clamp(min=1)
+                batch_variance = self.ranks.data.total(batch_variance * rows) / every
             self.temporal_buffer.update(batch_variance, buffer_mixing(step, self.cfg.objective))
         return self.temporal_buffer.variance
 
@@ -189,13 +233,12 @@ class Trainer:
     def _prepare_gradients(self, step: int) -> Tensor:
         """Noise, projection, clipping, learning rate; returns the gradient's norm before clipping."""
         cfg = self.cfg.optimizer
-        parameters = list(self.sae.parameters())
         std = noise_std(step, cfg)
         if std > 0:
-            add_gradient_noise(parameters, std, self.noise_generator)
+            add_gradient_noise(self.sae, std, self.noise_generator)
         if self.cfg.sae.unit_norm_decoder:
             project_decoder_gradient(self.sae)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip_norm if cfg.clip_norm > 0 else float("inf"))
+        norm = clip_gradients(self.sae, cfg.clip_norm if cfg.clip_norm > 0 else float("inf"))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.cfg.steps, cfg)
         return norm
@@ -204,17 +247,23 @@ class Trainer:
     def _measurements(
         self, terms: LossTerms, x: Tensor, h: Tensor, segments: Tensor, l0: Tensor, norm: Tensor
     ) -> dict[str, float]:
+        data, features = self.ranks.data, self.ranks.features
         kept = x[segments >= 0]  # [n, d_in]
-        spread = (kept - kept.mean(0)).square().sum(-1).mean()
-        self.correlation = lag1_correlation(h, segments)
-        alive = self.correlation[(h[segments >= 0] > 0).any(0)]
+        if data.size == 1:
+            spread = (kept - kept.mean(0)).square().sum(-1).mean()
+        else:
+            n = data.total(torch.tensor(float(len(kept)), device=x.device)).clamp(min=1.0)
+            spread = data.total((kept - data.total(kept.sum(0)) / n).square().sum()) / n
+        self.correlation = lag1_correlation(h, segments, self.ranks)
+        fired = data.any((h[segments >= 0] > 0).any(0))
+        alive = features.gather(self.correlation)[features.gather(fired.to(torch.uint8)).bool()]
         quantiles = alive.quantile(torch.tensor([0.1, 0.5, 0.9], device=h.device)) if alive.numel() else torch.zeros(3)
         out = {"step": self.step, "tokens": self.tokens, "loss": terms.total.item()}
         out |= {name: getattr(terms, name).item() for name in LossTerms._fields[1:]}
         out |= {
             "explained_variance": 1.0 - terms.reconstruction.item() / max(spread.item(), 1e-12),
             "l0": l0.item(),
-            "dead": int(self.dead.indices(self.cfg.objective.dead_after_tokens).numel()),
+            "dead": int(features.total(torch.tensor(self.dead.indices(self.cfg.objective.dead_after_tokens).numel()))),
             "gradient_norm": norm.item(),
             "lr": self.optimizer.param_groups[0]["lr"],
             "lag1_correlation": alive.mean().item() if alive.numel() else 0.0,
@@ -223,12 +272,23 @@ class Trainer:
         if self.cfg.sae.activation in ("schmitt", "batchtopk"):
             out["threshold"] = self.sae.threshold[0].item()
         elif self.sae.thresholds_learned:
-            out["threshold"] = self.sae.threshold.mean().item()
+            out["threshold"] = (features.total(self.sae.threshold.mean()) / features.size).item()
         return out
 
     @torch.no_grad()
     def finished(self) -> SparseAutoencoder:
-        """The autoencoder for inference on raw activations: threshold frozen, normalization folded in."""
+        """The autoencoder for inference on raw activations: threshold frozen, normalization folded in.
+
+        Of a dictionary that is split it is on the CPU, and on the first process only; the others, which must call this
+        too, get a part that is of no use.
+        """
+        if self.ranks.features.size > 1:
+            state = self.state_dict()
+            if not self.ranks.first:
+                return self.sae
+            alone = Trainer(self.cfg, self.normalizer, torch.device("cpu"), autocast=False)
+            alone.load_state_dict(state)
+            return alone.finished()
         sae, controller = self.sae, self.controller
         frozen = self._steered and controller.started
         if frozen and not sae.thresholds_learned:
@@ -242,14 +302,19 @@ class Trainer:
         return out
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values that `load_state_dict` goes on from, bit for bit."""
+        """Tensors and plain values that `load_state_dict` goes on from, bit for bit.
+
+        They are those of one process, whatever the ranks are; to be called on all, and of use on the first.
+        """
+        sae, features = self.sae, self.ranks.features
+        split_up = isinstance(sae, ShardedAutoencoder)
         return {
-            "sae": self.sae.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "sae": sae.whole_state() if split_up else sae.state_dict(),
+            "optimizer": whole_optimizer_state(self.optimizer, sae) if split_up else self.optimizer.state_dict(),
             "controller": self.controller.state_dict(),
-            "temporal_buffer": self.temporal_buffer.variance,
-            "silent": self.dead.silent,
-            "correlation": self.correlation,
+            "temporal_buffer": whole(self.temporal_buffer.variance, 0, features),
+            "silent": whole(self.dead.silent, 0, features),
+            "correlation": whole(self.correlation, 0, features),
             "noise_generator": self.noise_generator.get_state(),
             "normalizer": {"mean": self.normalizer.mean, "scale": self.normalizer.scale},
             "steps": self.step,
@@ -258,18 +323,40 @@ class Trainer:
 
     def check_finite(self) -> None:
         """Raise `DivergedError`, naming the tensor, unless all of the state is finite. Synchronises with the device."""
-        for name, tensor in _tensors(self.state_dict()):
-            if not torch.isfinite(tensor).all():
-                raise DivergedError(f"step {self.step}: {name} is not finite")
+        names, bad = [], []
+        for name, tensor in _tensors(self._own_state()):
+            names.append(name)
+            bad.append(not torch.isfinite(tensor).all())
+        found = self.ranks.everyone.any(torch.tensor(bad)).nonzero()  # on whichever process
+        if len(found):
+            raise DivergedError(f"step {self.step}: {names[int(found[0])]} is not finite")
+
+    def _own_state(self) -> dict[str, Any]:
+        """What `state_dict` holds that can become infinite, of this process."""
+        slots = self.optimizer.state_dict()["state"]
+        return {
+            "sae": {name: local(tensor) for name, tensor in self.sae.trained().items()}
+            | dict(self.sae.named_buffers(recurse=False)),
+            "optimizer": {"state": {i: {k: local(v) for k, v in slot.items()} for i, slot in slots.items()}},
+            "controller": self.controller.state_dict(),
+            "temporal_buffer": self.temporal_buffer.variance,
+            "correlation": self.correlation,
+            "normalizer": {"mean": self.normalizer.mean},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
-        self.sae.load_state_dict(state["sae"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Go on where `state_dict` was taken, by whatever processes."""
+        features = self.ranks.features
+        if isinstance(self.sae, ShardedAutoencoder):
+            self.sae.load_whole_state(state["sae"])
+            load_whole_optimizer_state(self.optimizer, self.sae, state["optimizer"])
+        else:
+            self.sae.load_state_dict(state["sae"])
+            self.optimizer.load_state_dict(state["optimizer"])
         self.controller.load_state_dict({k: v.to(self.device) for k, v in state["controller"].items()})
-        self.temporal_buffer.variance = state["temporal_buffer"].to(self.device)
-        self.dead.silent = state["silent"].to(self.device)
-        self.correlation = state["correlation"].to(self.device)
+        self.temporal_buffer.variance = split(state["temporal_buffer"], 0, features).to(self.device)
+        self.dead.silent = split(state["silent"], 0, features).to(self.device)
+        self.correlation = split(state["correlation"], 0, features).to(self.device)
         self.noise_generator.set_state(state["noise_generator"])
         normalizer = state["normalizer"]
         self.normalizer = InputNormalizer(normalizer["mean"].to(self.device), normalizer["scale"])

@@ -127,9 +127,9 @@ def test_renormalization_gives_unit_rows() -> None:
 
 
 def test_gradient_noise_has_the_wanted_size_relative_to_the_gradient() -> None:
-    parameter = torch.zeros(200, 200, requires_grad=True)
-    parameter.grad = torch.full((200, 200), 5.0)
-    add_gradient_noise([parameter], 0.3, torch.Generator().manual_seed(0))
-    noise = parameter.grad - 5.0
+    sae = SparseAutoencoder(SAEConfig(d_in=200, d_sae=200, k=4))
+    sae.W_dec.grad = torch.full((200, 200), 5.0)
+    add_gradient_noise(sae, 0.3, torch.Generator().manual_seed(0))
+    noise = sae.W_dec.grad - 5.0
     assert float(noise.std()) == pytest.approx(0.3 * 5.0, rel=0.02)
     assert abs(float(noise.mean())) < 0.03

@@ -46,15 +46,20 @@ class ActivationBuffer:
         self.segments: Tensor | None = None  # [capacity, T]
         self.refills = 0
 
+    @property
+    def filled(self) -> bool:
+        """Whether it holds anything yet."""
+        return self.refills > 0
+
     def first(self, n: int) -> Harvest:
         """The first ``n`` sequences (or all, where fewer are held), without using them up; fills the buffer."""
-        if self.x is None or self.segments is None:
+        if not self.filled:
             self._refill()
         assert self.x is not None
         assert self.segments is not None
         return Harvest(self.x[:n], self.segments[:n])
 
-    def next_batch(self, n: int) -> Harvest:
+    def next_batch(self, n: int) -> Any:
         """``n`` distinct sequences where the buffer holds as many; x in the storage dtype, on the CPU."""
         live = int((self.uses > 0).sum())
         if self.unharvested > 0 and (live < n or live < self.capacity / 2):
@@ -67,6 +72,9 @@ class ActivationBuffer:
         if chosen.numel() < n:
             chosen = chosen.repeat(-(-n // chosen.numel()))[:n]
         self.uses[chosen] = (self.uses[chosen] - 1).clamp(min=0)
+        return self._batch(chosen)
+
+    def _batch(self, chosen: Tensor) -> Any:
         assert self.x is not None
         assert self.segments is not None
         return Harvest(self.x[chosen], self.segments[chosen])
@@ -75,16 +83,22 @@ class ActivationBuffer:
         spent = (self.uses == 0).nonzero().squeeze(1)[: self.unharvested]
         done = 0
         for part in self.harvest(spent.numel()):
-            if self.x is None or self.segments is None:
-                self.x = part.x.new_empty(self.capacity, *part.x.shape[1:])
-                self.segments = part.segments.new_empty(self.capacity, *part.segments.shape[1:])
-            slots = spent[done : done + len(part.x)]
-            self.x[slots], self.segments[slots] = part.x, part.segments
+            self._store(spent[done : done + len(part.x)], part)
             done += len(part.x)
         assert done == spent.numel()
+        self._stored(spent)
         self.uses[spent] = self.reuse
         self.unharvested -= spent.numel()
         self.refills += 1
+
+    def _store(self, slots: Tensor, part: Harvest) -> None:
+        if self.x is None or self.segments is None:
+            self.x = part.x.new_empty(self.capacity, *part.x.shape[1:])
+            self.segments = part.segments.new_empty(self.capacity, *part.segments.shape[1:])
+        self.x[slots], self.segments[slots] = part.x, part.segments
+
+    def _stored(self, slots: Tensor) -> None:
+        """All of a refill came."""
 
     def memory(self, length: int, d_model: int, dtype: torch.dtype) -> int:
         """Bytes the buffer takes, also while it refills; a part of the harvest comes on top."""

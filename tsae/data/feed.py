@@ -36,10 +36,20 @@ class Feed:
         cache: where groups are looked up first, and written to. Its group size is the harvester's.
         bar: ``bar(what, tokens)`` shows the progress of a part; the function it yields takes the tokens done, and
             may raise `AtSafePoint`.
+        has: of several processes with the same stream, whether this one gives the activations of a group, by its
+            number; those of other groups are on the meta device, without values. The cache is then only read. None: all
+            of them.
     """
 
-    def __init__(self, harvester: Harvester, cache: ActivationCache | None = None, bar: Bar = _no_bar) -> None:
+    def __init__(
+        self,
+        harvester: Harvester,
+        cache: ActivationCache | None = None,
+        bar: Bar = _no_bar,
+        has: Callable[[int], bool] | None = None,
+    ) -> None:
         self.harvester, self.cache, self.bar = harvester, cache, bar
+        self.shared, self.has = has is not None, has or (lambda number: True)
         self.size = harvester.batch
         self.position = 0  # sequences given
         self._rest: tuple[int, Harvest] | None = None  # the group that a request ended within, and its number
@@ -80,7 +90,8 @@ class Feed:
         if first < cached:
             with self.bar("Cache", (cached - first) * self.size * self.harvester.stream.length) as advance:
                 for number in range(first, cached):
-                    yield number, self._read(number)[1]
+                    group = self._read(number)[1]
+                    yield number, group if self.has(number) else Harvest(group.x.to("meta"), group.segments)
                     advance(self.size * self.harvester.stream.length)
             first = cached
         if first >= last:
@@ -108,9 +119,10 @@ class Feed:
             self._seek(first)
             tokens = [self._tokenize(advance) for _ in range(first, last)]
         with self.bar("Harvest", total) as advance:
-            groups = self.harvester.batches(TokenBatch.joined(tokens), advance)
-            for i, group in enumerate(groups):
-                yield first + i, tokens[i], group
+            for number, part in enumerate(tokens, first):
+                run = self.harvester.batches if self.has(number) else self.harvester.absent
+                for group in run(part, advance):
+                    yield number, part, group
 
     def _seek(self, number: int) -> None:
         """Bring the stream before group ``number``, from the last place known before it."""
@@ -138,6 +150,11 @@ class Feed:
 
     def _repair(self, shard: int) -> None:
         assert self.cache is not None
+        if self.shared:
+            raise UserError(
+                f"{self.cache.path(shard)} is damaged, and several processes only read a cache; a run in one process "
+                "mends it."
+            )
         first, last = self.cache.span(shard)
         log.warning("%s is damaged: harvesting its sequences again", self.cache.path(shard))
         self.cache.lock()

@@ -69,6 +69,13 @@ class Harvester:
             if progress is not None:
                 progress(segments.numel())
 
+    def absent(self, tokens: TokenBatch, progress: Callable[[int], None] | None = None) -> Iterator[Harvest]:
+        """`batches` without running the model: x is on the meta device, of the right shape and dtype."""
+        for segments in tokens.segments.split(self.batch):
+            yield Harvest(torch.empty(*segments.shape, self.lm.d_model, dtype=self.dtype, device="meta"), segments)
+            if progress is not None:
+                progress(segments.numel())
+
     def take(self, n: int) -> Harvest:
         """Activations of the next ``n`` sequences."""
         parts = list(self.batches(self.tokenize(n)))

@@ -59,12 +59,12 @@ def probe_runs(arguments: Arguments) -> Results:
     from tsae.lm.hooks import activations
     from tsae.lm.loading import load_language_model
     from tsae.measure import check_width
+    from tsae.pipeline import resolve_device
     from tsae.probe.probes import check_installed, dense_probes, sparse_probes
     from tsae.probe.problems import counted_tokens, document_of_tokens, pose_problems
     from tsae.probe.results import Results, as_json
     from tsae.probe.token_classes import token_classes
     from tsae.progress import bar
-    from tsae.run import resolve_device
     from tsae.sae.model import SparseAutoencoder
 
     check_installed()

@@ -63,11 +63,11 @@ def _reproduce(asked: Arguments, argv: list[str]) -> None:
     # Imported here, so that --help and a misspelt option answer at once.
     from tsae.files import replacing, write_json
     from tsae.lm.loading import load_language_model
+    from tsae.pipeline import evaluation_batches, resolve_device
     from tsae.progress import console
     from tsae.reproduce.figure import write_figure
     from tsae.reproduce.papers import PAPERS, configurations
     from tsae.reproduce.results import collect, explained_variance, markdown, print_results
-    from tsae.run import evaluation_batches, resolve_device
     from tsae.sae.model import SparseAutoencoder
     from tsae.sweep import SWEEP, resume_sweep, run_sweep, sweep_directory
 

@@ -9,51 +9,84 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["ThresholdController", "batch_topk_threshold", "initial_threshold", "mean_l0", "topk_threshold"]
+from tsae.parallel.axis import ALONE, Axis, Ranks
+from tsae.parallel.selection import kth_largest, kth_largest_per_row
+
+__all__ = [
+    "ThresholdController",
+    "batch_topk_threshold",
+    "initial_threshold",
+    "mean_l0",
+    "threshold_for",
+    "topk_threshold",
+]
 
 
-def topk_threshold(pre: Tensor, bias: Tensor | None, k: int) -> Tensor:
+def topk_threshold(pre: Tensor, bias: Tensor | None, k: int, features: Axis | None = None) -> Tensor:
     """The per-token threshold that ``pre + bias > threshold`` passes for exactly k features, ties apart.
 
-    pre: (B, T, d_sae); bias: (d_sae) or None
+    pre: (B, T, d_sae); bias: (d_sae) or None; of a dictionary that is split over ``features``, this process's part
     out: (B, T, 1), no gradient: the (k + 1)-th largest value (Gao et al. 2024, equation 4)
     """
     values = pre.detach() if bias is None else pre.detach() + bias.detach().to(pre.dtype)
-    if k >= values.shape[-1]:
+    parts = 1 if features is None else features.size
+    if k >= values.shape[-1] * parts:
         return torch.full_like(values[..., :1], torch.finfo(values.dtype).min)
+    if features is not None and parts > 1:
+        return kth_largest_per_row(values, k + 1, features)
     return values.topk(k + 1, dim=-1, sorted=True).values[..., k:]
 
 
-def batch_topk_threshold(pre: Tensor, bias: Tensor | None, k: int, segments: Tensor | None) -> Tensor:
+def batch_topk_threshold(
+    pre: Tensor, bias: Tensor | None, k: int, segments: Tensor | None, ranks: Ranks = ALONE
+) -> Tensor:
     """The one threshold that passes k features a token on average over the batch (Bussmann et al. 2024).
 
     pre: (B, T, d_sae); bias: (d_sae) or None; positions of negative segment id do not count
+    ranks: with several, ``pre`` is a share of the batch and the dictionary, and the threshold that of the whole
     out: scalar, no gradient
     """
     values = pre.detach() if bias is None else pre.detach() + bias.detach().to(pre.dtype)
     values = values.flatten(0, 1) if segments is None else values[segments >= 0]
+    return threshold_for(values, k, ranks, torch.finfo(values.dtype).min)
+
+
+def threshold_for(values: Tensor, k: int, ranks: Ranks, everything: float) -> Tensor:
+    """The threshold that passes k of every row's values on average: the (k rows + 1)-th largest of all.
+
+    values: (rows, d_sae), this process's share; everything: what stands for it where all pass
+    out: scalar
+    """
     tokens, d_sae = values.shape
+    if ranks.everyone.size > 1:
+        tokens = int(ranks.data.total(torch.tensor(tokens)))
+        d_sae *= ranks.features.size
     if tokens == 0 or k >= d_sae:
-        return values.new_full((), torch.finfo(values.dtype).min)
+        return values.new_full((), everything)
+    if ranks.everyone.size > 1:
+        return kth_largest(values, tokens * k + 1, ranks.everyone)
     return values.flatten().kthvalue(tokens * (d_sae - k)).values
 
 
-def mean_l0(h: Tensor, segments: Tensor | None = None) -> Tensor:
+def mean_l0(h: Tensor, segments: Tensor | None = None, ranks: Ranks = ALONE) -> Tensor:
     """Mean number of features above 0 per position that is not excluded.
 
     h: (B, T, d_sae); segments: (B, T) or None
+    ranks: with several, ``h`` is a share and the mean that of the whole batch and dictionary
     out: scalar float32
     """
     active = (h > 0).sum(-1, dtype=torch.float32)  # [B, T]
-    if segments is None:
+    if segments is None and ranks.everyone.size == 1:
         return active.mean()
-    kept = segments >= 0
-    return (active * kept).sum() / kept.sum().clamp(min=1)
+    kept = torch.ones_like(active, dtype=torch.bool) if segments is None else segments >= 0
+    return ranks.everyone.total((active * kept).sum()) / ranks.data.total(kept.sum()).clamp(min=1)
 
 
-def initial_threshold(pre: Tensor, bias: Tensor | None, k: int, segments: Tensor | None = None) -> Tensor:
+def initial_threshold(
+    pre: Tensor, bias: Tensor | None, k: int, segments: Tensor | None = None, ranks: Ranks = ALONE
+) -> Tensor:
     """Where a steered threshold starts: k features a token on average without hysteresis, and at least 0."""
-    return batch_topk_threshold(pre, bias, k, segments).float().clamp(min=0.0)
+    return batch_topk_threshold(pre, bias, k, segments, ranks).float().clamp(min=0.0)
 
 
 class ThresholdController:

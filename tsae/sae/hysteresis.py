@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tsae.parallel.axis import ALONE, Ranks
+from tsae.sae.activations import threshold_for
 from tsae_kernels import activate_with_stats
 
 __all__ = ["exact_threshold", "keep_two_sided", "switch_on_levels"]
@@ -74,7 +76,14 @@ def switch_on_levels(z: Tensor, ratio: float, segments: Tensor | None = None, *,
 
 @torch.no_grad()
 def exact_threshold(
-    pre: Tensor, bias: Tensor | None, k: int, ratio: float, segments: Tensor | None = None, *, two_sided: bool = False
+    pre: Tensor,
+    bias: Tensor | None,
+    k: int,
+    ratio: float,
+    segments: Tensor | None = None,
+    *,
+    two_sided: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """The threshold at which k features a token are active on average over the batch, hysteresis included.
 
@@ -83,13 +92,11 @@ def exact_threshold(
     less than k a token, or for the rounding of a product more, by one such stretch.
 
     pre: (B, T, d_sae); bias: (d_sae) or None; positions of negative segment id do not count
+    ranks: with several, ``pre`` is a share of the batch and the dictionary, and the threshold that of the whole
     out: scalar in the dtype of the comparison, float32 (float64 for float64), no gradient
     """
     dtype = torch.promote_types(pre.dtype, torch.float32)
     z = pre.to(dtype) if bias is None else pre.to(dtype) + bias
     levels = switch_on_levels(z, ratio, segments, two_sided=two_sided)
     levels = levels.flatten(0, 1) if segments is None else levels[segments >= 0]
-    tokens, d_sae = levels.shape
-    if tokens == 0 or k >= d_sae:
-        return levels.new_zeros(())
-    return levels.flatten().kthvalue(tokens * (d_sae - k)).values.clamp(min=0.0)
+    return threshold_for(levels, k, ranks, 0.0).clamp(min=0.0)

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from tsae.config import SAEConfig
 from tsae.errors import UserError
+from tsae.parallel.axis import ALONE, Ranks
 from tsae.sae.activations import batch_topk_threshold, mean_l0, topk_threshold
 from tsae.sae.hysteresis import exact_threshold, keep_two_sided
 from tsae.sae.sparse_linear import decode_sparse, encode_linear, worthwhile
@@ -57,6 +58,7 @@ class SparseAutoencoder(nn.Module):
         if cfg.d_in < 1:
             raise UserError(f"sae.d_in is {cfg.d_in}; a model needs the width of its input.")
         self.cfg = dataclasses.replace(cfg)
+        self.ranks: Ranks = ALONE
         shape = (cfg.d_sae, cfg.d_in)
         if cfg.init == "xavier":
             W_dec = nn.init.xavier_uniform_(torch.empty(shape), generator=generator)
@@ -83,6 +85,10 @@ class SparseAutoencoder(nn.Module):
             start = torch.full((cfg.d_sae,), cfg.release_ratio).logit(1e-3)
             self.release_logit = nn.Parameter(start)
         self.refresh_thresholds()
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters by the names that this class documents."""
+        return dict(self.named_parameters())
 
     @property
     def thresholds_learned(self) -> bool:
@@ -124,7 +130,7 @@ class SparseAutoencoder(nn.Module):
         out: (..., d_sae), in the autocast dtype where autocast is on
         """
         if self.cfg.apply_b_dec_to_input:
-            x = x - self.b_dec
+            x = x - self.ranks.features.spread(self.b_dec)
         if self.cfg.input_scale != 1.0:
             x = x / self.cfg.input_scale
         if self._k_sparse and torch.is_grad_enabled() and worthwhile(x):
@@ -161,7 +167,13 @@ class SparseAutoencoder(nn.Module):
         pre, bands, segments: as in `activate`
         """
         h, stats, l0 = self._activate(pre, bands, segments, None)
-        return h, stats, mean_l0(h.detach(), segments) if l0 is None else l0
+        if l0 is None:
+            return h, stats, mean_l0(h.detach(), segments, self.ranks)
+        if self.ranks.everyone.size > 1:
+            kept = torch.ones(h.shape[:2], device=h.device) if segments is None else (segments >= 0).float()
+            own = kept.sum()
+            l0 = self.ranks.everyone.sum(l0 * (own / self.ranks.data.total(own).clamp(min=1.0)))
+        return h, stats, l0
 
     def _activate(
         self, pre: Tensor, bands: tuple[tuple[int, int], ...], segments: Tensor | None, backend: str | None
@@ -176,13 +188,15 @@ class SparseAutoencoder(nn.Module):
         threshold: Tensor | None = None
         release: Tensor | None = None
         if cfg.activation == "topk":
-            threshold = topk_threshold(pre, bias, cfg.k)  # [B, T, 1]
+            threshold = topk_threshold(pre, bias, cfg.k, self.ranks.features)  # [B, T, 1]
         elif cfg.activation == "batchtopk" and self.training:
-            threshold = batch_topk_threshold(pre, bias, cfg.k, segments)
+            threshold = batch_topk_threshold(pre, bias, cfg.k, segments, self.ranks)
             self._track(threshold)
         elif cfg.steering == "exact" and self.training:
             two_sided = cfg.hysteresis == "two-sided"
-            threshold = exact_threshold(pre, bias, cfg.k, cfg.release_ratio, segments, two_sided=two_sided)
+            threshold = exact_threshold(
+                pre, bias, cfg.k, cfg.release_ratio, segments, two_sided=two_sided, ranks=self.ranks
+            )
             release = threshold * cfg.release_ratio
             self._track(threshold)
         elif cfg.activation in THRESHOLDED:
@@ -239,7 +253,7 @@ class SparseAutoencoder(nn.Module):
         h: (..., d_sae), as `encode` gives them
         out: (..., d_in), in the units of the input
         """
-        return self._shifted(self._product(h, self.W_dec))
+        return self._shifted(self._summed(self._product(h, self.W_dec)))
 
     def decode_prefixes(self, h: Tensor) -> list[Tensor]:
         """Reconstructions from the first ``cfg.groups[0]``, ``cfg.groups[1]``, ... features; the last is `decode`'s.
@@ -252,18 +266,26 @@ class SparseAutoencoder(nn.Module):
         """
         if len(self.cfg.groups) < 2:
             return [self.decode(h)]
-        starts = (0, *self.cfg.groups[:-1])
-        sizes = [end - start for start, end in zip(starts, self.cfg.groups, strict=True)]
+        first = self.ranks.features.rank * h.shape[-1]  # of the features that are here
+        ends = [min(max(end - first, 0), h.shape[-1]) for end in self.cfg.groups]
+        sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
         out: list[Tensor] = []
         for features, W_dec in zip(h.split(sizes, -1), self.W_dec.split(sizes), strict=True):
             part = self._product(features, W_dec)
             out.append(part if not out else out[-1] + part)
+        if self.ranks.features.size > 1:
+            out = list(self._summed(torch.stack([product.float() for product in out])))
         return [self._shifted(product) for product in out]
+
+    def _summed(self, product: Tensor) -> Tensor:
+        """Over the parts of the dictionary, in float32."""
+        return product if self.ranks.features.size == 1 else self.ranks.features.sum(product.float())
 
     def _product(self, h: Tensor, W_dec: Tensor) -> Tensor:
         # A learned threshold needs the gradient of features that are 0, which the sparse product leaves out.
         whole = self.thresholds_learned and self.training and torch.is_grad_enabled()
-        return decode_sparse(h, W_dec) if self._k_sparse and not whole and worthwhile(h) else h @ W_dec
+        sparse = self._k_sparse and not whole and len(W_dec) > 0 and worthwhile(h)
+        return decode_sparse(h, W_dec) if sparse else h @ W_dec
 
     def _shifted(self, product: Tensor) -> Tensor:
         if self.cfg.input_scale != 1.0:

@@ -9,21 +9,26 @@ import torch
 from torch import Tensor
 
 from tsae.config import OptimizerConfig
+from tsae.parallel.axis import Axis
+from tsae.parallel.sharding import FEATURE_DIM, local, split
 from tsae.sae.model import SparseAutoencoder
 
 __all__ = [
     "add_gradient_noise",
     "build_optimizer",
     "charge_for_activity",
+    "clip_gradients",
     "project_decoder_gradient",
     "renormalize_decoder",
+    "sum_gradients",
     "threshold_parameters",
 ]
 
 
 def threshold_parameters(sae: SparseAutoencoder) -> list[torch.nn.Parameter]:
     """The learned thresholds: none, ``log_threshold``, or it and ``release_logit``."""
-    return [p for p in (sae.log_threshold, sae.release_logit) if p is not None]
+    trained = sae.trained()
+    return [trained[name] for name in ("log_threshold", "release_logit") if name in trained]
 
 
 def build_optimizer(sae: SparseAutoencoder, cfg: OptimizerConfig) -> torch.optim.Optimizer:
@@ -53,34 +58,66 @@ def charge_for_activity(sae: SparseAutoencoder, l0_gradients: Sequence[Tensor]) 
 
     l0_gradients: dL0 / dp for each of `threshold_parameters`, whose ``grad`` holds dL / dp
     """
-    parameters = threshold_parameters(sae)
-    loss, count = parameters[0].grad, l0_gradients[0].sum()
+    parameters, features = threshold_parameters(sae), sae.ranks.features
+    loss, count = parameters[0].grad, features.total(local(l0_gradients[0]).sum())
     if loss is None:
         return
-    price = torch.where(count < 0, -loss.sum() / count.clamp(max=-1e-30), 0.0).clamp(min=0.0)
+    price = torch.where(count < 0, -features.total(local(loss).sum()) / count.clamp(max=-1e-30), 0.0).clamp(min=0.0)
     for parameter, gradient in zip(parameters, l0_gradients, strict=True):
         if parameter.grad is not None:
-            parameter.grad.add_(price * gradient)
+            local(parameter.grad).add_(price * local(gradient))
 
 
 @torch.no_grad()
-def add_gradient_noise(parameters: list[Tensor], std: float, generator: torch.Generator) -> None:
+def add_gradient_noise(sae: SparseAutoencoder, std: float, generator: torch.Generator) -> None:
     """Add N(0, (std * RMS of that parameter's gradient)^2) to every gradient (Neelakantan et al. 2015).
 
-    ``std`` is relative: `tsae.sae.schedules.noise_std`.
+    ``std`` is relative: `tsae.sae.schedules.noise_std`. Of a dictionary that is split, every process draws the whole
+    and takes its part.
     """
-    for parameter in parameters:
+    features = sae.ranks.features
+    for name, parameter in sae.trained().items():
         if parameter.grad is None:
             continue
-        noise = torch.randn(parameter.grad.shape, generator=generator).to(parameter.grad)
-        parameter.grad.add_(noise * parameter.grad.square().mean().sqrt(), alpha=std)
+        grad = local(parameter.grad)
+        noise = torch.randn(parameter.grad.shape, generator=generator)
+        mean_square = grad.square().mean()
+        if features.size > 1 and name in FEATURE_DIM:
+            noise = split(noise, FEATURE_DIM[name], features)
+            mean_square = features.total(mean_square) / features.size
+        grad.add_(noise.to(grad) * mean_square.sqrt(), alpha=std)
+
+
+@torch.no_grad()
+def sum_gradients(sae: SparseAutoencoder, data: Axis) -> None:
+    """Make every gradient that of the whole batch, from those of its shares."""
+    for parameter in sae.trained().values():
+        if parameter.grad is not None:
+            data.add_up(local(parameter.grad))
+
+
+@torch.no_grad()
+def clip_gradients(sae: SparseAutoencoder, limit: float) -> Tensor:
+    """Scale all gradients so that their common norm is at most ``limit``; returns the norm before, a scalar."""
+    if sae.ranks.features.size == 1:
+        return torch.nn.utils.clip_grad_norm_(list(sae.parameters()), limit)
+    gradients = {name: local(p.grad) for name, p in sae.trained().items() if p.grad is not None}
+    squares = {name: gradient.square().sum() for name, gradient in gradients.items()}
+    parts = torch.stack([square for name, square in squares.items() if name in FEATURE_DIM])
+    common = [square for name, square in squares.items() if name not in FEATURE_DIM]
+    norm = (sae.ranks.features.total(parts.sum()) + sum(common)).sqrt()
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients.values():
+        gradient.mul_(factor)
+    return norm
 
 
 @torch.no_grad()
 def project_decoder_gradient(sae: SparseAutoencoder) -> None:
     """Take the component along each decoder row out of its gradient (TC-SAE section 4, unit-norm constraint)."""
-    grad = sae.W_dec.grad
+    grad = sae.trained()["W_dec"].grad
     if grad is not None:
+        grad = local(grad)
         direction = torch.nn.functional.normalize(sae.W_dec, dim=1)
         grad.sub_((grad * direction).sum(1, keepdim=True) * direction)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tsae.parallel.axis import ALONE, Ranks
 from tsae_kernels import TemporalStats, temporal_stats
 
 __all__ = ["DeadFeatures", "TemporalBuffer", "lag1_correlation"]
@@ -36,9 +37,12 @@ class DeadFeatures:
     def __init__(self, d_sae: int) -> None:
         self.silent = torch.zeros(d_sae, dtype=torch.int64)
 
-    def update(self, stats: TemporalStats, tokens: int | Tensor) -> None:
-        """A feature fired if its squares do not sum to 0 in the batch of ``tokens`` positions."""
-        fired = (stats.square.detach() > 0).any(0)
+    def update(self, stats: TemporalStats, tokens: int | Tensor, ranks: Ranks = ALONE) -> None:
+        """A feature fired if its squares do not sum to 0 in the batch of ``tokens`` positions.
+
+        stats: of a share of the batch, where ``ranks`` are several; tokens: of the whole
+        """
+        fired = ranks.data.any((stats.square.detach() > 0).any(0))
         self.silent = torch.where(fired, 0, self.silent.to(fired.device) + tokens)
 
     def indices(self, after_tokens: int) -> Tensor:
@@ -47,14 +51,14 @@ class DeadFeatures:
 
 
 @torch.no_grad()
-def lag1_correlation(h: Tensor, segments: Tensor | None = None) -> Tensor:
+def lag1_correlation(h: Tensor, segments: Tensor | None = None, ranks: Ranks = ALONE) -> Tensor:
     """Correlation of each feature with itself one token later (TC-SAE section 4, "feature correlation tracking").
 
     From the statistics of band (1, 1): ``2 sum f_t f_{t+1} = sum (f_t^2 + f_{t+1}^2) - D_1`` over pairs inside a
     segment, centred by the mean and divided by the variance over all positions that count.
 
-    h: (B, T, d_sae); segments: (B, T) or None
-    out: (d_sae), float32; 0 where a feature does not vary or there is no pair
+    h: (B, T, d_sae); segments: (B, T) or None; a share of the batch, where ``ranks`` are several
+    out: (d_sae), float32, over the whole batch; 0 where a feature does not vary or there is no pair
     """
     D1, total, square = (s.double().sum(0) for s in temporal_stats(h.detach(), ((1, 1),), segments))
     batch, tokens, _ = h.shape
@@ -62,7 +66,7 @@ def lag1_correlation(h: Tensor, segments: Tensor | None = None) -> Tensor:
         segments = h.new_zeros(batch, tokens, dtype=torch.int32)
     kept = segments >= 0
     joined = (segments[:, 1:] == segments[:, :-1]) & kept[:, 1:]  # [B, T-1]
-    pairs, n = int(joined.sum()), int(kept.sum())
+    pairs, n = int(ranks.data.total(joined.sum())), int(ranks.data.total(kept.sum()))
     if pairs == 0:
         return h.new_zeros(h.shape[-1], dtype=torch.float32)
     # Every position counts twice in sum (f_t^2 + f_{t+1}^2), but those at an end of a segment lack a neighbour.
@@ -74,6 +78,8 @@ def lag1_correlation(h: Tensor, segments: Tensor | None = None) -> Tensor:
     ends, weight = h.detach()[rows].double(), edge[rows].double()[:, None]  # [edges, d_sae]
     products = 0.5 * (2.0 * square - (weight * ends.square()).sum(0) - D1[0])
     sums = 2.0 * total - (weight * ends).sum(0)  # of f_t + f_{t+1} over pairs
+    if ranks.data.size > 1:
+        products, sums, total, square = ranks.data.total(torch.stack([products, sums, total, square]))
     mean = total / n
     variance = square / n - mean.square()
     covariance = (products - mean * sums) / pairs + mean.square()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tsae.parallel.axis import ALONE, Ranks
 from tsae_kernels import TemporalStats
 from tsae_kernels.losses import window_weights
 from tsae_kernels.segments import find_runs
@@ -55,7 +56,14 @@ def draw_pairs(segments: Tensor, offset: int, count: int, generator: torch.Gener
 
 
 def contrastive_loss(
-    h: Tensor, pairs: Pairs, temperature: float = 0.1, *, group: int = 0, other_sequences: bool = False
+    h: Tensor,
+    pairs: Pairs,
+    temperature: float = 0.1,
+    *,
+    group: int | None = 0,
+    other_sequences: bool = False,
+    ranks: Ranks = ALONE,
+    first: int = 0,
 ) -> Tensor:
     """Symmetric InfoNCE between tokens and their neighbours: the contrastive term of T-SAE (Bhalla et al. 2025, arXiv
     2511.05541), on its high-level features, with cosine similarity.
@@ -69,11 +77,17 @@ def contrastive_loss(
 
     h: (B, T, d_sae); only the rows of ``pairs`` are read
     pairs: from `draw_pairs`
-    group: the first so many features; 0 takes all
+    group: the first so many features; 0 takes all, None has none
+    ranks: with several, ``h`` is a share of the batch and the dictionary, and ``pairs`` are those of the whole batch,
+        whose rows are put together on every process
+    first: the sequence of the batch that ``h`` begins with
     out: scalar, float32 (float64 for float64 h), at least 0; 0 without pairs. A token without an active feature in the
         group has similarity 0 to all, and no gradient.
     """
     tokens, count = h.shape[1], len(pairs.anchors)
+    if ranks.everyone.size > 1:
+        rows = _rows_of_all(h, torch.cat(pairs) - first * tokens, group, ranks)
+        return _cross_entropy(_cosines(rows, ranks) / temperature, pairs, tokens, other_sequences=other_sequences)
     # Rows before columns: the gradient is then spread once, over few rows.
     rows = h.flatten(0, 1).index_select(0, torch.cat(pairs))[:, : group or None]  # [2P, group]
     dtype = torch.promote_types(rows.dtype, torch.float32)
@@ -82,19 +96,50 @@ def contrastive_loss(
     if count == 0:
         return z.sum().to(dtype)
     scores = (z @ y.T).to(dtype) / temperature  # [P, P]
+    return _cross_entropy(scores, pairs, tokens, other_sequences=other_sequences)
+
+
+def _cross_entropy(scores: Tensor, pairs: Pairs, tokens: int, *, other_sequences: bool) -> Tensor:
+    if len(scores) == 0:
+        return scores.sum()
     if other_sequences:
         sequence = pairs.anchors // tokens
         same = sequence[:, None] == sequence
         scores = scores.masked_fill(same.fill_diagonal_(False), -torch.inf)
-    target = torch.arange(count, device=h.device)
+    target = torch.arange(len(scores), device=scores.device)
     return 0.5 * (functional.cross_entropy(scores, target) + functional.cross_entropy(scores.T, target))
+
+
+def _rows_of_all(h: Tensor, indices: Tensor, group: int | None, ranks: Ranks) -> Tensor:
+    """The rows of ``h`` [N, features here] that ``indices`` name, of all shares of the batch; float32, or float64."""
+    tokens = h.flatten(0, 1)
+    own = (indices >= 0) & (indices < len(tokens))
+    rows = tokens.index_select(0, indices[own])
+    rows = rows[:, : group or None] if group is not None else rows[:, :0]
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return ranks.data.sum(rows.new_zeros(len(indices), rows.shape[1]).index_copy(0, own.nonzero().squeeze(1), rows))
+
+
+def _cosines(rows: Tensor, ranks: Ranks) -> Tensor:
+    """[P, P]: similarity of each of the first half of rows to each of the second, over all parts of the dictionary.
+
+    Products and lengths are each whole before they meet, so that all that follows is the same on every process.
+    """
+    z, y = rows.chunk(2)
+    lengths = _inverse_length(ranks.features.sum(rows.square().sum(-1)))
+    before, after = lengths.chunk(2)
+    return ranks.features.sum(z @ y.T) * before[:, None] * after
 
 
 def _unit(rows: Tensor) -> Tensor:
     """Rows of length 1; a row of zeros stays, and gets no gradient."""
-    square = rows.square().sum(-1, keepdim=True)
+    return rows * _inverse_length(rows.square().sum(-1, keepdim=True))
+
+
+def _inverse_length(square: Tensor) -> Tensor:
+    """1 / sqrt(square), and 0 without gradient for 0."""
     some = square > 0
-    return rows * torch.where(some, torch.where(some, square, 1.0).rsqrt(), 0.0)
+    return torch.where(some, torch.where(some, square, 1.0).rsqrt(), 0.0)
 
 
 def count_pairs(segments: Tensor, offset: int) -> Tensor:
@@ -104,7 +149,7 @@ def count_pairs(segments: Tensor, offset: int) -> Tensor:
     return later.clamp(min=0, max=offset).sum()
 
 
-def slow_loss(stats: TemporalStats, positions: int | Tensor, pairs: int | Tensor) -> Tensor:
+def slow_loss(stats: TemporalStats, positions: int | Tensor, pairs: int | Tensor, ranks: Ranks = ALONE) -> Tensor:
     """Slowness: each feature's squared differences over its own variance, which is 1 - autocorrelation.
 
         L = mean_j  D_j / (2 pairs var_j),    var_j = Q_j / positions - (A_j / positions)^2
@@ -117,15 +162,19 @@ def slow_loss(stats: TemporalStats, positions: int | Tensor, pairs: int | Tensor
     stats: of one band, (1, offset): its gradient is what the activation's own backward expects, so that there is no
         second pass over the features
     positions, pairs: in the whole batch: positions that count, and `count_pairs`
+    ranks: with several, ``stats`` are of a share of the batch and the dictionary
     out: scalar in the statistics' dtype; 0 with zero gradient if no feature varies
     """
     D, A, Q = (s.sum(0).double() for s in (stats.differences[:, 0], stats.total, stats.square))  # [d_sae]
+    if ranks.data.size > 1:
+        D, A, Q = ranks.data.sum(torch.stack([D, A, Q]))
     n = torch.as_tensor(positions, device=A.device).clamp(min=1)
     p = torch.as_tensor(pairs, device=A.device).clamp(min=1)
     variance = Q / n - (A / n) ** 2
     varies = variance > 1e-6 * Q / n  # float32 sums do not know less
     ratio = torch.where(varies, D, 0.0) / (2.0 * p * torch.where(varies, variance, 1.0))
-    return (ratio.sum() / varies.sum().clamp(min=1)).to(stats.total.dtype)
+    features = ranks.features
+    return (features.sum(ratio.sum()) / features.total(varies.sum()).clamp(min=1)).to(stats.total.dtype)
 
 
 class WindowEdges(NamedTuple):

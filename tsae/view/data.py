@@ -24,8 +24,8 @@ from tsae.lm.hooks import activations
 from tsae.lm.loading import load_language_model
 from tsae.measure import check_width
 from tsae.metrics.temporal import CURVE_LAGS, MIN_ACTIVATIONS
+from tsae.pipeline import evaluation_batches, resolve_device
 from tsae.report import read_history, read_source
-from tsae.run import evaluation_batches, resolve_device
 from tsae.sae.model import SCHMITT, THRESHOLDED, SparseAutoencoder
 from tsae.view.features import NEIGHBOUR_LAGS, Activity, neighbours
 from tsae.view.packing import pack, rounded

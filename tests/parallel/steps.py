@@ -1,0 +1,124 @@
+"""Steps of `Trainer` on made-up activations, in one process or in those of one torchrun:
+
+    python -m torch.distributed.run --nproc-per-node N tests/parallel/steps.py OUT FEATURES ...
+
+writes to OUT, for each number of parts of the dictionary and each of `RUNS`, what was measured at every step.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tsae.config import TrainConfig, from_dict, to_dict
+from tsae.data.harvest import Harvest
+from tsae.parallel.axis import ALONE, Ranks
+from tsae.parallel.buffer import Share
+from tsae.parallel.processes import make_ranks
+from tsae.sae.normalization import InputNormalizer
+from tsae.trainer import Trainer
+
+STEPS, BATCH, LENGTH, WIDTH = 50, 7, 24, 16  # 7: shares differ in size
+
+# What a run differs in from `BASE`; together they pass through every reduction there is.
+BASE: dict[str, Any] = {
+    "sae": {"d_in": WIDTH, "d_sae": 48, "k": 6},
+    "objective": {"temporal": "none", "hold_steps": 5, "ramp_steps": 5, "l1": 0.0, "aux_weight": 0.0},
+    "optimizer": {"lr": 1e-3},
+    "steps": STEPS,
+}
+RUNS: dict[str, dict[str, dict[str, Any]]] = {
+    "schmitt, multiscale+contrastive+window": {
+        "objective": {"temporal": "multiscale+contrastive+window", "pairs": 40, "weight": 0.1, "group": 30}
+    },
+    "batchtopk, slow, noise": {
+        "sae": {"activation": "batchtopk"},
+        "objective": {"temporal": "slow", "slow_weight": 0.1, "offset": 2},
+        "optimizer": {"noise_eta": 0.01},
+    },
+    "topk, matryoshka, AuxK, contrastive": {
+        "sae": {"activation": "topk", "groups": [10, 30, 48], "k": 1},
+        "objective": {
+            "temporal": "contrastive",
+            "pairs": 0,
+            "negatives": "other-sequences",
+            "aux_weight": 0.1,
+            "aux_k": 4,
+            "dead_after_tokens": 600,
+        },
+    },
+    "relu, L1, terms of few features, AdamW": {
+        "sae": {"activation": "relu"},
+        "objective": {"temporal": "multiscale+window+contrastive", "adaptive": False, "group": 20, "l1": 0.04},
+        "optimizer": {"name": "adamw", "clip_norm": 0.5},
+    },
+    "jumprelu, slow": {"sae": {"activation": "jumprelu"}, "objective": {"temporal": "slow", "slow_weight": 0.1}},
+    "jumprelu_schmitt, L0": {"sae": {"activation": "jumprelu_schmitt"}, "objective": {"l0": 0.01}},
+    "schmitt, exact, window": {"sae": {"steering": "exact"}, "objective": {"temporal": "window"}},
+}
+
+
+def config(name: str) -> TrainConfig:
+    values = to_dict(TrainConfig())
+    for changes in (BASE, RUNS[name]):
+        for key, value in changes.items():
+            values[key] = values[key] | value if isinstance(value, dict) else value
+    return from_dict(TrainConfig, values)
+
+
+def batches(count: int) -> list[Harvest]:
+    """Slowly changing activations with a large mean; documents of random lengths, some positions excluded."""
+    generator = torch.Generator().manual_seed(5)
+    directions = torch.randn(40, WIDTH, generator=generator)
+    out = []
+    for _ in range(count):
+        on = (torch.rand(BATCH, LENGTH // 4, 40, generator=generator) < 0.1).float().repeat_interleave(4, 1)
+        x = (on * torch.rand(on.shape, generator=generator)) @ directions + 20.0
+        segments = (torch.rand(BATCH, LENGTH, generator=generator) < 0.1).int().cumsum(1).int()
+        segments[torch.rand(BATCH, LENGTH, generator=generator) < 0.05] = -1
+        out.append(Harvest(x, segments))
+    return out
+
+
+def share(batch: Harvest, ranks: Ranks) -> Harvest | Share:
+    if ranks.everyone.size == 1:
+        return batch
+    first, last = ranks.data.span(len(batch.x))
+    return Share(batch.x[first:last], batch.segments[first:last], batch.segments, first)
+
+
+def trained(name: str, ranks: Ranks = ALONE, features: int = 1) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """What was measured at every step, and at the first process the finished weights."""
+    cfg = config(name)
+    cfg = replace(cfg, parallel=replace(cfg.parallel, features=features))
+    cfg.check()
+    data = batches(STEPS)
+    trainer = Trainer(cfg, InputNormalizer.estimate(*data[0]), torch.device("cpu"), autocast=False, ranks=ranks)
+    measured = [trainer.train_step(share(batch, ranks), log=True) for batch in data]
+    trainer.check_finite()
+    return measured, trainer.finished().state_dict()
+
+
+def main(out: Path, features: list[int]) -> None:
+    dist.init_process_group("gloo")
+    results = {}
+    for parts in features:
+        ranks = make_ranks(parts, "cpu")
+        for name in RUNS:
+            measured, weights = trained(name, ranks, parts)
+            results[f"{parts}: {name}"] = (measured, weights)
+    if dist.get_rank() == 0:
+        torch.save({name: weights for name, (_, weights) in results.items()}, out.with_suffix(".pt"))
+        out.write_text(json.dumps({name: measured for name, (measured, _) in results.items()}))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), [int(argument) for argument in sys.argv[2:]])

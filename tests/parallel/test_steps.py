@@ -1,0 +1,79 @@
+"""Steps of shares of the batch and parts of the dictionary, against those of one process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from steps import RUNS, trained
+from torchrun import torchrun
+
+Measured = dict[str, list[dict[str, float]]]
+CLOSE = 1e-5  # relative, of every loss of 50 steps
+
+
+@pytest.fixture(scope="module")
+def alone() -> Callable[[str], tuple[list[dict[str, float]], dict[str, torch.Tensor]]]:
+    done = {}
+
+    def run(name: str) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+        if name not in done:
+            done[name] = trained(name)
+        return done[name]
+
+    return run
+
+
+def launched(count: int, features: list[int], folder: Path) -> tuple[Measured, dict[str, dict[str, torch.Tensor]]]:
+    out = folder / "measured.json"
+    result = torchrun(count, "steps.py", out, *features)
+    assert result.returncode == 0, result.stderr
+    return json.loads(out.read_text()), torch.load(out.with_suffix(".pt"), weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Measured, dict[str, dict[str, torch.Tensor]]]:
+    return launched(2, [1, 2], tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> tuple[Measured, dict[str, dict[str, torch.Tensor]]]:
+    return launched(4, [1, 2, 4], tmp_path_factory.mktemp("four"))
+
+
+@pytest.mark.parametrize("features", [1, 2], ids=["2 shares", "2 parts"])
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_make_the_steps_of_one(name: str, features: int, two: tuple, alone: Callable) -> None:
+    check_same(two, f"{features}: {name}", *alone(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("features", [1, 2, 4], ids=["4 shares", "2 x 2", "4 parts"])
+@pytest.mark.parametrize("name", RUNS)
+def test_four_processes_make_the_steps_of_one(name: str, features: int, four: tuple, alone: Callable) -> None:
+    check_same(four, f"{features}: {name}", *alone(name))
+
+
+def check_same(found: tuple, key: str, wanted: list[dict[str, float]], weights: dict[str, torch.Tensor]) -> None:
+    measured, found_weights = found
+    assert len(measured[key]) == len(wanted) == 50
+    for step, (one, several) in enumerate(zip(wanted, measured[key], strict=True), start=1):
+        assert several["tokens"] == one["tokens"]
+        assert several["dead"] == one["dead"]
+        for name in ("loss", "reconstruction", "sparsity", "temporal", "auxiliary", "l0"):
+            assert several[name] == pytest.approx(one[name], rel=CLOSE, abs=1e-7), (step, name)
+        for name in ("gradient_norm", "lag1_correlation", "lag1_correlation_p50"):
+            assert several[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4), (step, name)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(found_weights[key][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_the_runs_pass_through_what_they_are_to_test(alone: Callable) -> None:
+    assert max(line["dead"] for line in alone("topk, matryoshka, AuxK, contrastive")[0]) > 0
+    assert all(line["auxiliary"] > 0 for line in alone("topk, matryoshka, AuxK, contrastive")[0] if line["dead"] > 4)
+    for name in RUNS:
+        if "L0" not in name:
+            assert alone(name)[0][-1]["temporal"] > 0, name

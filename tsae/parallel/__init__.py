@@ -1,0 +1,1 @@
+"""Several processes on one run: shares of the batch, and shares of the dictionary."""

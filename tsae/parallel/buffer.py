@@ -1,0 +1,139 @@
+"""The activation buffer over several processes: every process holds what it harvested, and batches are exchanged.
+
+The order of draws is that of one process: all processes draw the same batch from generators in the same state, and know
+the segments of everything. Only the activations lie with one process each, and go to those that train on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tsae.data.buffer import ActivationBuffer
+from tsae.data.harvest import Harvest
+from tsae.parallel.axis import Axis, Ranks
+
+__all__ = ["Share", "SharedBuffer"]
+
+_AT_ONCE = 64  # sequences that are collected at a time for a checkpoint
+
+
+class Share(NamedTuple):
+    """This process's share of a batch.
+
+    x: (b, T, d_model); segments: (b, T)
+    batch_segments: (B, T), of the whole batch; first: the sequence of it that the share begins with
+    """
+
+    x: Tensor
+    segments: Tensor
+    batch_segments: Tensor
+    first: int
+
+
+class SharedBuffer(ActivationBuffer):
+    """An `ActivationBuffer` whose sequences lie on the processes of a run.
+
+    `next_batch` and `first` must be called on all processes alike, and so `contents`.
+
+    Args:
+        harvest: as for `ActivationBuffer`, on all processes alike; activations that are on another process are on the
+            meta device here.
+        capacity, reuse, demand: as for `ActivationBuffer`, of all processes together.
+        generator: source of the order (CPU), in the same state everywhere.
+        ranks: of the run.
+    """
+
+    def __init__(
+        self,
+        harvest: Callable[[int], Iterable[Harvest]],
+        capacity: int,
+        reuse: int,
+        demand: int,
+        generator: torch.Generator,
+        ranks: Ranks,
+    ) -> None:
+        super().__init__(harvest, capacity, reuse, demand, generator)
+        self.ranks = ranks
+        self.rows: dict[int, Tensor] = {}  # slot -> [T, d], of those that are here
+        self.row = torch.empty(0, device="meta")  # [T, d], what one looks like
+        self.owner = torch.full((self.capacity,), -1, dtype=torch.int64)  # process that holds a slot's sequence
+
+    def first(self, n: int) -> Harvest:
+        """As of one process, and on every process."""
+        if not self.filled:
+            self._refill()
+        assert self.segments is not None
+        slots = torch.arange(min(n, self.capacity))
+        return Harvest(self._exchange([slots] * self.ranks.everyone.size), self.segments[: len(slots)])
+
+    def _batch(self, chosen: Tensor) -> Share:
+        assert self.segments is not None
+        data, features = self.ranks.data, self.ranks.features.size
+        shares = [chosen[r * len(chosen) // data.size : (r + 1) * len(chosen) // data.size] for r in range(data.size)]
+        x = self._exchange([shares[rank // features] for rank in range(self.ranks.everyone.size)])
+        first, last = data.span(len(chosen))
+        return Share(x, self.segments[chosen[first:last]], self.segments[chosen], first)
+
+    def _store(self, slots: Tensor, part: Harvest) -> None:
+        if self.segments is None:
+            self.segments = part.segments.new_empty(self.capacity, *part.segments.shape[1:])
+            self.row = torch.empty(part.x.shape[1:], dtype=part.x.dtype, device="meta")
+        self.segments[slots] = part.segments
+        for slot, row in zip(slots.tolist(), part.x, strict=True):
+            self.rows.pop(slot, None)
+            if not row.is_meta:
+                self.rows[slot] = row.clone()
+
+    def _stored(self, slots: Tensor) -> None:
+        here = torch.zeros(self.capacity, dtype=torch.int64)
+        here[list(self.rows)] = self.ranks.everyone.rank + 1
+        self.owner[slots] = self.ranks.everyone.total(here)[slots] - 1
+
+    def _exchange(self, wanted: list[Tensor]) -> Tensor:
+        """Activations [n, T, d] of this process's slots of ``wanted``, which has those of every process."""
+        axis = self.ranks.everyone
+        owners = self.owner[wanted[axis.rank]]
+        sent = [slots[self.owner[slots] == axis.rank].tolist() for slots in wanted]
+        rows = [self.rows[slot] for slots in sent for slot in slots]
+        counts = torch.bincount(owners, minlength=axis.size).tolist()
+        received = _all_to_all(rows, [len(slots) for slots in sent], counts, self.row, axis)
+        out = torch.empty_like(received)
+        out[torch.argsort(owners, stable=True)] = received  # from process to process, each in the order of the slots
+        return out
+
+    def contents(self) -> dict[str, Tensor]:
+        """As of one process, on the first process, in its memory; empty on the others."""
+        if not self.filled or self.segments is None:
+            return {}
+        none = torch.empty(0, dtype=torch.int64)
+        x = self.row.new_empty(self.capacity, *self.row.shape, device="cpu") if self.ranks.first else None
+        for start in range(0, self.capacity, _AT_ONCE):
+            slots = torch.arange(start, min(start + _AT_ONCE, self.capacity))
+            part = self._exchange([slots, *[none] * (self.ranks.everyone.size - 1)])
+            if x is not None:
+                x[slots] = part
+        return {} if x is None else {"x": x, "segments": self.segments}
+
+    def load_state_dict(self, state: dict[str, Any], contents: dict[str, Tensor]) -> None:
+        """Go on where `state_dict` and `contents` were taken, by any number of processes; each has all ``contents``."""
+        super().load_state_dict(state, contents)
+        x, self.x, self.rows = self.x, None, {}
+        if x is None:
+            return
+        axis = self.ranks.everyone
+        self.row = torch.empty(x.shape[1:], dtype=x.dtype, device="meta")
+        self.owner = torch.arange(self.capacity) % axis.size
+        self.rows = {slot: x[slot].clone() for slot in range(axis.rank, self.capacity, axis.size)}
+
+
+def _all_to_all(rows: list[Tensor], sent: list[int], received: list[int], like: Tensor, axis: Axis) -> Tensor:
+    """Send ``rows``, so many to each process, and receive so many from each; as bytes, which every backend can send."""
+    outgoing = torch.stack(rows) if rows else like.new_empty(0, *like.shape, device="cpu")
+    incoming = like.new_empty(sum(received), *like.shape, device="cpu")
+    dist.all_to_all_single(incoming.view(torch.uint8), outgoing.view(torch.uint8), received, sent, group=axis.group)
+    return incoming

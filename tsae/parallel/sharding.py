@@ -1,0 +1,152 @@
+"""A dictionary split over processes: each holds a run of features, the encoder's columns and the decoder's rows.
+
+The parameters are DTensors over the mesh's `features` dimension, so that the optimizer's state is split as they are.
+What is computed with them works on the local parts, and `Axis` says where sums over the parts are due.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tsae.parallel.axis import Axis, Ranks
+from tsae.sae.model import SparseAutoencoder
+
+__all__ = [
+    "ShardedAutoencoder",
+    "load_whole_optimizer_state",
+    "local",
+    "split",
+    "whole",
+    "whole_optimizer_state",
+]
+
+FEATURE_DIM = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "log_threshold": 0, "release_logit": 0, "threshold": 0, "release": 0}
+"""The dimension of each parameter and buffer that counts features; the others every process has."""
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a DTensor, in the same memory; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def split(tensor: Tensor, dim: int, axis: Axis) -> Tensor:
+    """This process's share of ``tensor`` along ``dim``, a copy that keeps the order in memory."""
+    first, last = axis.span(tensor.shape[dim])
+    return tensor.narrow(dim, first, last - first).clone()
+
+
+def whole(part: Tensor, dim: int, axis: Axis) -> Tensor | None:
+    """The reverse of `split`: on the axis's first process the whole, on the CPU; None on the others.
+
+    Through the CPU, so that no device has to hold it.
+    """
+    if axis.size == 1:
+        return part
+    source = part.detach().movedim(dim, 0).to("cpu").contiguous()
+    parts = [torch.empty_like(source) for _ in range(axis.size)] if axis.rank == 0 else None
+    dist.gather(source, parts, group=axis.group, group_dst=0)
+    return None if parts is None else torch.cat(parts).movedim(0, dim)
+
+
+class ShardedAutoencoder(SparseAutoencoder):
+    """This process's features of an autoencoder in training.
+
+    `SparseAutoencoder`'s attributes give the local parts, (d_in, d_sae / size) for ``W_enc``; `trained` the parameters,
+    DTensors of the whole shape. Only what training needs works: encoding and decoding return what `Axis` makes of it.
+
+    Args:
+        autoencoder: the whole, on the CPU; left as it is.
+        ranks: of the run; ``ranks.features.size`` divides ``d_sae``.
+        device: where the parts go.
+    """
+
+    def __init__(self, autoencoder: SparseAutoencoder, ranks: Ranks, device: torch.device) -> None:
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        nn.Module.__init__(self)
+        self.cfg, self.ranks = autoencoder.cfg, ranks
+        mesh = ranks.mesh["features"]
+        self.shards = nn.ParameterDict()
+        for name, tensor in autoencoder.named_parameters():
+            dim = FEATURE_DIM.get(name)
+            part = tensor.detach() if dim is None else split(tensor.detach(), dim, ranks.features)
+            placement = Replicate() if dim is None else Shard(dim)
+            self.shards[name] = nn.Parameter(DTensor.from_local(part.to(device), mesh, [placement], run_check=False))
+        for name, tensor in autoencoder.named_buffers():
+            self.register_buffer(name, split(tensor, FEATURE_DIM[name], ranks.features).to(device))
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters, DTensors of the whole shape, by the names of `SparseAutoencoder`."""
+        return dict(self.shards.items())
+
+    def _part(self, name: str) -> Any:
+        return self.shards[name].to_local() if name in self.shards else None
+
+    W_enc = property(lambda self: self._part("W_enc"))
+    b_enc = property(lambda self: self._part("b_enc"))
+    W_dec = property(lambda self: self._part("W_dec"))
+    b_dec = property(lambda self: self._part("b_dec"))
+    log_threshold = property(lambda self: self._part("log_threshold"))
+    release_logit = property(lambda self: self._part("release_logit"))
+
+    def whole_state(self) -> dict[str, Tensor | None]:
+        """`SparseAutoencoder.state_dict` of the whole; on others than the first process of the parts, None for it."""
+        parts = {name: local(p) for name, p in self.trained().items()} | dict(self.named_buffers(recurse=False))
+        features = self.ranks.features
+        return {
+            name: whole(part, FEATURE_DIM[name], features) if name in FEATURE_DIM else part.detach()
+            for name, part in parts.items()
+        }
+
+    @torch.no_grad()
+    def load_whole_state(self, state: dict[str, Tensor]) -> None:
+        """Take this process's part of `whole_state`."""
+        parts = {name: local(p) for name, p in self.trained().items()} | dict(self.named_buffers(recurse=False))
+        for name, part in parts.items():
+            value = state[name]
+            part.copy_(split(value, FEATURE_DIM[name], self.ranks.features) if name in FEATURE_DIM else value)
+
+
+def whole_optimizer_state(optimizer: torch.optim.Optimizer, sae: ShardedAutoencoder) -> dict[str, Any]:
+    """``optimizer.state_dict()`` with whole tensors, as `whole` gives them."""
+    out = optimizer.state_dict()
+    names = _names(optimizer, sae)
+    out["state"] = {
+        index: {
+            key: whole(local(value), FEATURE_DIM[names[index]], sae.ranks.features)
+            if hasattr(value, "to_local") and names[index] in FEATURE_DIM
+            else local(value)
+            for key, value in values.items()
+        }
+        for index, values in out["state"].items()
+    }
+    return out
+
+
+def load_whole_optimizer_state(optimizer: torch.optim.Optimizer, sae: ShardedAutoencoder, state: Any) -> None:
+    """Take this process's part of `whole_optimizer_state`, or of an optimizer's that was never split."""
+    from torch.distributed.tensor import DTensor
+
+    names, parameters = _names(optimizer, sae), sae.trained()
+
+    def part(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.shape != parameters[name].shape:
+            return value
+        own = split(value, FEATURE_DIM[name], sae.ranks.features) if name in FEATURE_DIM else value
+        p: Any = parameters[name]
+        return DTensor.from_local(own.to(local(p).device), p.device_mesh, p.placements, run_check=False)
+
+    values = {
+        index: {key: part(names[index], value) for key, value in each.items()} for index, each in state["state"].items()
+    }
+    optimizer.load_state_dict(state | {"state": values})
+
+
+def _names(optimizer: torch.optim.Optimizer, sae: ShardedAutoencoder) -> list[str]:
+    """The names of the optimizer's parameters, in its order."""
+    known = {id(parameter): name for name, parameter in sae.trained().items()}
+    return [known[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
