@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from allocated import allocated
 from safetensors import safe_open
 from tiny_runs import run_options
 
@@ -16,21 +16,10 @@ from tsae.config import SAEConfig, TrainConfig
 from tsae.data.harvest import Harvest
 from tsae.dry_run import dry_run
 from tsae.estimate import BUFFER, MODEL, SAE, STEP, sae_bytes, step_bytes
+from tsae.lm.loading import default_dtype
 from tsae.sae.normalization import InputNormalizer
 from tsae.train import command, main
 from tsae.trainer import Trainer
-
-
-def allocated(work: Callable[[], object]) -> int:
-    """Most bytes of tensors that were live at once in ``work``, beyond those before, as torch's allocator tells it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -74,7 +63,8 @@ def test_a_dry_run_writes_nothing_and_is_right(
     _, contents = checkpoint.load(newest)
     assert estimate.memory[BUFFER] == sum(tensor.nbytes for tensor in contents.values())
     with safe_open(tiny_gemma2 / "model.safetensors", framework="pt") as file:
-        weights = sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+        size = default_dtype("cpu").itemsize
+        weights = sum(file.get_tensor(name).numel() * size for name in file.keys())  # noqa: SIM118
     assert weights <= estimate.memory[MODEL] < 1.01 * weights  # and a few buffers
     sae = SAEConfig(**json.loads((out / "config.json").read_text())["sae"])
     assert (estimate.memory[SAE], estimate.memory[STEP] > 0) == (sae_bytes(sae), True)
