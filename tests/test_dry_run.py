@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from allocated import allocated
 from safetensors import safe_open
 from tiny_runs import run_options
 
@@ -20,18 +20,6 @@ from tsae.lm.loading import default_dtype
 from tsae.sae.normalization import InputNormalizer
 from tsae.train import command, main
 from tsae.trainer import Trainer
-
-
-def allocated(work: Callable[[], object]) -> int:
-    """Most bytes of tensors that were live at once in ``work``, beyond those before, as torch's allocator tells it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 def without_header(file: Path) -> int:

@@ -383,6 +383,11 @@ class TrainConfig:
     """Optimizer steps."""
     batch: int = 16
     """Sequences of 128 tokens per step."""
+    chunk: int = 0
+    """Sequences worked on at once, for dictionaries whose features of a whole batch do not fit in memory; 0: all. The
+    gradients of a step's pieces are added up. What depends on the batch as a whole is then each piece's own: the
+    thresholds of batchtopk and of exact steering, the contrastive objective's negatives, the variance of slow, the
+    scale of AuxK; the temporal buffer moves after the step."""
     seed: int = 0
     """Seed of everything random: text order, weights, batches, noise."""
     data_seed: int | None = None
@@ -439,6 +444,8 @@ class TrainConfig:
                 "for it to move."
             )
         self.optimizer.check()
+        if self.chunk < 0:
+            raise UserError(f"chunk is {self.chunk}; it must be a number of sequences, or 0 for the whole batch.")
         self.buffer.check(self.batch)
         self.evaluation.check()
         self.checkpoint.check()

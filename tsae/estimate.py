@@ -95,7 +95,7 @@ def step_bytes(cfg: TrainConfig, *, autocast: bool) -> int:
     makes of them. With autocast, the weights again in bfloat16. AuxK, Matryoshka prefixes and temporal terms other
     than the statistics come on top.
     """
-    tokens, width = cfg.batch * LENGTH, 2 if autocast else 4
+    tokens, width = min(cfg.chunk or cfg.batch, cfg.batch) * LENGTH, 2 if autocast else 4
     features = _FEATURE_TENSORS.get(cfg.sae.activation, (4, 5))[autocast]
     activations = tokens * (features * width * cfg.sae.d_sae + 6 * 4 * cfg.sae.d_in)
     return activations + (2 * 2 * cfg.sae.d_in * cfg.sae.d_sae if autocast else 0)

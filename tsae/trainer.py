@@ -6,8 +6,9 @@ in `tsae.sae.activations`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,13 +43,27 @@ from tsae.sae.optimization import (
 from tsae.sae.schedules import buffer_mixing, learning_rate, noise_std
 from tsae.sae.temporal_buffer import DeadFeatures, TemporalBuffer, lag1_correlation
 from tsae.sae.temporal_objectives import Pairs, WindowEdges, draw_pairs, find_window_edges
-from tsae_kernels import count_positions, within_sequence_variance
+from tsae_kernels import TemporalStats, count_positions, within_sequence_variance
 
 __all__ = ["DivergedError", "Trainer"]
 
 
 class DivergedError(UserError):
     """A loss term, the gradient or the state is not finite."""
+
+
+class _Part(NamedTuple):
+    """What a step keeps of a piece of its batch; all without gradient."""
+
+    weight: float
+    x: Tensor
+    h: Tensor | None
+    segments: Tensor
+    stats: TemporalStats
+    variance: Tensor
+    terms: LossTerms
+    l0: Tensor
+    l0_gradients: tuple[Tensor, ...]
 
 
 class Trainer:
@@ -102,41 +117,21 @@ class Trainer:
                 (On a GPU this is looked at on steps with ``log`` only.)
         """
         cfg, sae, step, ranks = self.cfg, self.sae, self.step, self.ranks
-        batch_segments, first = (batch.batch_segments, batch.first) if isinstance(batch, Share) else (batch.segments, 0)
-        segments = batch.segments.to(self.device, non_blocking=True)
-        x = self.normalizer(batch.x.to(self.device, non_blocking=True))
+        whole = batch.batch_segments if isinstance(batch, Share) else batch.segments
         dead = self.dead.indices(cfg.objective.dead_after_tokens) if cfg.objective.aux_weight > 0 else None
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            pre = sae.pre_activation(x)
-            self._set_threshold(pre, segments)
-            h, stats, l0 = sae.activate_counted(pre, bands_for(cfg.objective), segments)
-            *prefixes, xhat = sae.decode_prefixes(h)
-            auxiliary = self._auxiliary(x - xhat, pre, dead, segments)
-        variance = self._variance(stats, segments, step)
-        terms = objective(
-            x,
-            xhat,
-            h,
-            stats,
-            step,
-            cfg.objective,
-            segments=segments,
-            variance=variance,
-            auxiliary=auxiliary,
-            prefixes=prefixes,
-            pairs=self._pairs(batch_segments),
-            edges=self._window_edges(batch_segments, first, len(x)),
-            l0=l0,
-            ranks=ranks,
-            first=first,
-        )
         look = log or self.device.type == "cpu"
-        if look:
-            self._check_finite(terms)
-        self.optimizer.zero_grad(set_to_none=True)
         priced = sae.thresholds_learned and self._steered
-        l0_gradients = torch.autograd.grad(l0, threshold_parameters(sae), retain_graph=True) if priced else ()
-        terms.total.backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        parts: list[_Part] = []
+        for chunk, weight in self._chunks(batch):
+            if parts:
+                parts[-1] = parts[-1]._replace(h=None)  # so that one piece's features are held at a time
+            parts.append(self._backward(chunk, weight, dead, look=look, priced=priced))
+        terms = LossTerms(*(_total(part.weight * getattr(part.terms, n) for part in parts) for n in LossTerms._fields))
+        l0 = _total(part.weight * part.l0 for part in parts)
+        if weight is not None:  # the buffer moves when all pieces are known
+            self._move_variance(_total(part.weight * part.variance for part in parts), step)
+        l0_gradients = tuple(_total(each) for each in zip(*(part.l0_gradients for part in parts), strict=True))
         if ranks.data.size > 1:
             sum_gradients(sae, ranks.data)
             l0_gradients = tuple(ranks.data.total(local(gradient)) for gradient in l0_gradients)
@@ -148,13 +143,74 @@ class Trainer:
         self.optimizer.step()
         if cfg.sae.unit_norm_decoder:
             renormalize_decoder(sae)
-        l0 = l0.detach()
         if self._steered:
             self._steer(l0)
-        tokens = int((batch_segments >= 0).sum())
-        self.dead.update(stats, tokens, ranks)
+        tokens = int((whole >= 0).sum())
+        self.dead.update(torch.cat([part.stats.square for part in parts]), tokens, ranks)
         self.step, self.tokens = step + 1, self.tokens + tokens
-        return self._measurements(terms, x, h.detach(), segments, l0, norm) if log else {}
+        return self._measurements(terms, parts, l0, norm) if log else {}
+
+    def _chunks(self, batch: Harvest | Share) -> Iterator[tuple[Harvest | Share, float | None]]:
+        """The pieces of the batch that are worked on at once, and the share of its positions that each has; the batch
+        itself and None where it is not cut."""
+        size = self.cfg.chunk or len(batch.x)
+        if size >= len(batch.x):
+            yield batch, None
+            return
+        positions = (batch.segments >= 0).sum().clamp(min=1)
+        for x, segments in zip(batch.x.split(size), batch.segments.split(size), strict=True):
+            yield Harvest(x, segments), float((segments >= 0).sum() / positions)
+
+    def _backward(
+        self, batch: Harvest | Share, weight: float | None, dead: Tensor | None, *, look: bool, priced: bool
+    ) -> _Part:
+        """Add ``weight`` (None: 1) times the gradient of the loss on ``batch`` to the parameters' gradients."""
+        cfg, sae, step, ranks = self.cfg, self.sae, self.step, self.ranks
+        whole, first = (batch.batch_segments, batch.first) if isinstance(batch, Share) else (batch.segments, 0)
+        segments = batch.segments.to(self.device, non_blocking=True)
+        x = self.normalizer(batch.x.to(self.device, non_blocking=True))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            pre = sae.pre_activation(x)
+            self._set_threshold(pre, segments)
+            h, stats, l0 = sae.activate_counted(pre, bands_for(cfg.objective), segments)
+            *prefixes, xhat = sae.decode_prefixes(h)
+            auxiliary = self._auxiliary(x - xhat, pre, dead, segments)
+        variance = self._variance(stats, segments)
+        if weight is None:  # the temporal buffer after this batch
+            self._move_variance(variance, step)
+        terms = objective(
+            x,
+            xhat,
+            h,
+            stats,
+            step,
+            cfg.objective,
+            segments=segments,
+            variance=self.temporal_buffer.variance,
+            auxiliary=auxiliary,
+            prefixes=prefixes,
+            pairs=self._pairs(whole),
+            edges=self._window_edges(whole, first, len(x)),
+            l0=l0,
+            ranks=ranks,
+            first=first,
+        )
+        if look:
+            self._check_finite(terms)
+        l0_gradients = torch.autograd.grad(l0, threshold_parameters(sae), retain_graph=True) if priced else ()
+        weight = 1.0 if weight is None else weight
+        (weight * terms.total).backward()
+        return _Part(
+            weight,
+            x,
+            h.detach(),
+            segments,
+            TemporalStats(*(each.detach() for each in stats)),
+            variance,
+            LossTerms(*(term.detach() for term in terms)),
+            l0.detach(),
+            tuple(weight * gradient for gradient in l0_gradients),
+        )
 
     @property
     def _steered(self) -> bool:
@@ -212,17 +268,25 @@ class Trainer:
         W_dec = self.sae.W_dec[dead]
         return auxk_loss(residual, dead_pre, W_dec, k, segments, through_zero=through_zero, ranks=self.ranks)
 
-    def _variance(self, stats: Any, segments: Tensor, step: int) -> Tensor:
-        """The temporal buffer after this batch."""
-        if "multiscale" in self.cfg.objective.terms and self.cfg.objective.adaptive:
-            positions = count_positions(segments)
-            batch_variance = within_sequence_variance(stats, positions)
-            if self.ranks.data.size > 1:  # the mean over the rows of all shares
-                rows = (positions > 0).sum()
-                every = self.ranks.data.total(rows).clamp(min=1)
-                batch_variance = self.ranks.data.total(batch_variance * rows) / every
-            self.temporal_buffer.update(batch_variance, buffer_mixing(step, self.cfg.objective))
-        return self.temporal_buffer.variance
+    @property
+    def _adaptive(self) -> bool:
+        return "multiscale" in self.cfg.objective.terms and self.cfg.objective.adaptive
+
+    def _variance(self, stats: TemporalStats, segments: Tensor) -> Tensor:
+        """Of each feature within the batch's sequences, 0 where nothing asks for it."""
+        if not self._adaptive:
+            return self.temporal_buffer.variance.new_zeros(())
+        positions = count_positions(segments)
+        variance = within_sequence_variance(stats, positions)
+        if self.ranks.data.size > 1:  # the mean over the rows of all shares
+            rows = (positions > 0).sum()
+            every = self.ranks.data.total(rows).clamp(min=1)
+            variance = self.ranks.data.total(variance * rows) / every
+        return variance.detach()
+
+    def _move_variance(self, variance: Tensor, step: int) -> None:
+        if self._adaptive:
+            self.temporal_buffer.update(variance, buffer_mixing(step, self.cfg.objective))
 
     def _check_finite(self, terms: LossTerms) -> None:
         # The parts before their sum, so that the message names the one that broke.
@@ -244,15 +308,16 @@ class Trainer:
         return norm
 
     @torch.no_grad()
-    def _measurements(
-        self, terms: LossTerms, x: Tensor, h: Tensor, segments: Tensor, l0: Tensor, norm: Tensor
-    ) -> dict[str, float]:
+    def _measurements(self, terms: LossTerms, parts: list[_Part], l0: Tensor, norm: Tensor) -> dict[str, float]:
+        """Of the batch; correlations over time of its last piece."""
         data, features = self.ranks.data, self.ranks.features
-        kept = x[segments >= 0]  # [n, d_in]
+        h, segments = parts[-1].h, parts[-1].segments
+        assert h is not None
+        kept = torch.cat([part.x[part.segments >= 0] for part in parts])  # [n, d_in]
         if data.size == 1:
             spread = (kept - kept.mean(0)).square().sum(-1).mean()
         else:
-            n = data.total(torch.tensor(float(len(kept)), device=x.device)).clamp(min=1.0)
+            n = data.total(torch.tensor(float(len(kept)), device=h.device)).clamp(min=1.0)
             spread = data.total((kept - data.total(kept.sum(0)) / n).square().sum()) / n
         self.correlation = lag1_correlation(h, segments, self.ranks)
         fired = data.any((h[segments >= 0] > 0).any(0))
@@ -361,6 +426,10 @@ class Trainer:
         normalizer = state["normalizer"]
         self.normalizer = InputNormalizer(normalizer["mean"].to(self.device), normalizer["scale"])
         self.step, self.tokens = state["steps"], state["tokens"]
+
+
+def _total(values: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, values)
 
 
 def _tensors(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

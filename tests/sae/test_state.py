@@ -69,7 +69,7 @@ def test_dead_features_are_those_silent_for_long() -> None:
     h = torch.zeros(1, 4, 3)
     h[0, 2, 1] = 0.5
     for _ in range(5):
-        dead.update(temporal_stats(h, ((1, 1),)), 4)
+        dead.update(temporal_stats(h, ((1, 1),)).square, 4)
     assert dead.silent.tolist() == [20, 0, 20]
     assert dead.indices(19).tolist() == [0, 2]
     assert dead.indices(20).tolist() == []

@@ -59,6 +59,11 @@ def check_mesh(cfgs: Iterable[TrainConfig]) -> None:
             )
         if size % features:
             raise UserError(f"parallel.features is {features}; it must divide the number of processes, {size}.")
+        if cfg.chunk and size > features:
+            raise UserError(
+                f"chunk is {cfg.chunk} with {size // features} shares of the batch; start fewer processes, or leave "
+                "chunk out: every share is smaller than the batch already."
+            )
         if cfg.batch < size // features:
             raise UserError(
                 f"batch is {cfg.batch}, which {size // features} processes cannot share; give every one a sequence."

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tsae.parallel.axis import ALONE, Ranks
-from tsae_kernels import TemporalStats, temporal_stats
+from tsae_kernels import temporal_stats
 
 __all__ = ["DeadFeatures", "TemporalBuffer", "lag1_correlation"]
 
@@ -37,12 +37,13 @@ class DeadFeatures:
     def __init__(self, d_sae: int) -> None:
         self.silent = torch.zeros(d_sae, dtype=torch.int64)
 
-    def update(self, stats: TemporalStats, tokens: int | Tensor, ranks: Ranks = ALONE) -> None:
+    def update(self, square: Tensor, tokens: int | Tensor, ranks: Ranks = ALONE) -> None:
         """A feature fired if its squares do not sum to 0 in the batch of ``tokens`` positions.
 
-        stats: of a share of the batch, where ``ranks`` are several; tokens: of the whole
+        square: [B, d_sae], of `TemporalStats`; of a share of the batch, where ``ranks`` are several; tokens: of the
+            whole
         """
-        fired = ranks.data.any((stats.square.detach() > 0).any(0))
+        fired = ranks.data.any((square > 0).any(0))
         self.silent = torch.where(fired, 0, self.silent.to(fired.device) + tokens)
 
     def indices(self, after_tokens: int) -> Tensor:

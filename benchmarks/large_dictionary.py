@@ -1,0 +1,134 @@
+"""Memory and time of training steps with large dictionaries, ours in pieces and SAELens's trainer on the same job.
+
+    make peers
+    python -m benchmarks.large_dictionary [--sizes 16384 65536] [--chunk 2] [--json FILE]
+
+Width 2,304, 16 sequences of 128 tokens a step, 32 active features, bfloat16 autocast, random activations. Ours with
+TopK or BatchTopK and the temporal statistics of TSAE's three bands in its loss, SAELens's TopK with its defaults and no
+temporal term. Every measurement is a process of its own: its peak resident memory less what it had before the
+autoencoder was made, and the median time of the steps after the first. Beside them stands what `tsae.estimate` expects.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+WIDTH, BATCH, LENGTH, K = 2304, 16, 128, 32
+STEPS = 3
+OURS = ("topk", "batchtopk")
+PEER = "SAELens TopK"
+
+
+def status(field: str) -> int:
+    """Bytes of ``VmRSS`` (resident now) or ``VmHWM`` (at most so far) of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def config(activation: str, d_sae: int, chunk: int) -> Any:
+    """Of a run of ours."""
+    from tsae.config import ObjectiveConfig, OptimizerConfig, SAEConfig, TrainConfig
+
+    sae = SAEConfig(d_in=WIDTH, d_sae=d_sae, k=K, activation=activation)  # type: ignore[arg-type]
+    objective = ObjectiveConfig(temporal="multiscale", l1=0.0, hold_steps=0, ramp_steps=0, aux_weight=0.0)
+    return TrainConfig(batch=BATCH, chunk=chunk, steps=100, sae=sae, objective=objective, optimizer=OptimizerConfig())
+
+
+def ours(activation: str, d_sae: int, chunk: int) -> dict[str, float]:
+    """Steps of `tsae.trainer.Trainer`."""
+    import torch
+
+    from tsae.data.harvest import Harvest
+    from tsae.estimate import sae_bytes, step_bytes
+    from tsae.sae.normalization import InputNormalizer
+    from tsae.trainer import Trainer
+
+    cfg = config(activation, d_sae, chunk)
+    x = torch.randn(BATCH, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0))
+    batch = Harvest(x, torch.zeros(BATCH, LENGTH, dtype=torch.int32))
+    before = status("VmRSS")
+    trainer = Trainer(cfg, InputNormalizer.identity(WIDTH), torch.device("cpu"), autocast=True)
+    found = measured(lambda: trainer.train_step(batch), before)
+    return found | {"expected": float(sae_bytes(cfg.sae) + step_bytes(cfg, autocast=True))}
+
+
+def sae_lens(d_sae: int) -> dict[str, float]:
+    """Steps of SAELens's `SAETrainer`."""
+    import torch
+
+    from benchmarks.peers import sae_lens_topk_step
+
+    x = torch.randn(BATCH * LENGTH, WIDTH, generator=torch.Generator().manual_seed(0))
+    before = status("VmRSS")
+    step = sae_lens_topk_step(WIDTH, d_sae, K, BATCH * LENGTH, 3e-4, torch.device("cpu"), autocast=True, sparse=False)
+    return measured(lambda: step(x), before)
+
+
+def measured(step: Any, before: int) -> dict[str, float]:
+    """Peak bytes beyond ``before``, and the median seconds of the steps after the first."""
+    seconds = []
+    for _ in range(STEPS):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return {"peak": float(status("VmHWM") - before), "seconds": median(seconds[1:])}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The measurements as Markdown."""
+    lines = ["| features | trainer | sequences at once | peak, GiB | expected | s a step |", "| --- " * 6 + "|"]
+    for row in rows:
+        cells = [f"{row['d_sae']:,}", row["trainer"], str(row["chunk"] or "all")]
+        if "error" in row:
+            cells += [row["error"], "", ""]
+        else:
+            expected = f"{row['expected'] / 2**30:.2f}" if "expected" in row else ""
+            cells += [f"{row['peak'] / 2**30:.2f}", expected, f"{row['seconds']:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run every measurement in a process of its own and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[16_384, 65_536], help="features")
+    parser.add_argument("--chunk", type=int, default=2, help="sequences at once, beside all")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--trainers", nargs="+", default=[*OURS, PEER])
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        trainer, d_sae, chunk = arguments.one
+        found = sae_lens(int(d_sae)) if trainer == PEER else ours(trainer, int(d_sae), int(chunk))
+        print(json.dumps(found))
+        return
+    rows: list[dict[str, Any]] = []
+    for d_sae in arguments.sizes:
+        for trainer in arguments.trainers:
+            for chunk in (0,) if trainer == PEER else (0, arguments.chunk):
+                command = [sys.executable, "-m", "benchmarks.large_dictionary"]
+                command += ["--one", trainer, str(d_sae), str(chunk)]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+                row = {"d_sae": d_sae, "trainer": trainer, "chunk": chunk}
+                if done.returncode:
+                    row["error"] = f"ended with {done.returncode}"
+                else:
+                    row |= json.loads(done.stdout.splitlines()[-1])
+                rows.append(row)
+                print(row, file=sys.stderr)
+    print(table(rows))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
