@@ -17,10 +17,11 @@ import torch
 
 from tsae import checkpoint
 from tsae.config import LENGTH, TrainConfig
+from tsae.data.ahead import Ahead
 from tsae.data.buffer import ActivationBuffer
 from tsae.data.cache import ActivationCache
 from tsae.data.cache_request import cache_request, made_with
-from tsae.data.feed import Feed
+from tsae.data.feed import Feed, no_bar
 from tsae.data.harvest import Harvest, Harvester
 from tsae.data.sequences import SequenceStream, TokenBatch
 from tsae.data.text import Document, Part, absolute_source, open_text, split_threshold
@@ -252,7 +253,12 @@ def _trained(
         cache = open_cache(cfg, lm, write=True)
         if cache is not None:
             stack.enter_context(cache)
-        return _fed(cfgs, lm, device, directory, cache, resume=resume, start=start, check=check)
+        feed: Feed | Ahead = make_feed(cfg, lm, cache, check)
+        wanted = -(-demand(cfg) // cfg.buffer.reuse)
+        if sequences := cfg.buffer.looked_ahead(wanted, gpu=lm.device.type == "cuda"):
+            bar, feed.bar = feed.bar, no_bar  # one bar at a time, in this thread
+            feed = stack.enter_context(Ahead(feed, sequences, wanted, bar, lm.device))
+        return _fed(cfgs, lm, device, directory, feed, resume=resume, start=start, check=check)
 
 
 def make_feed(
@@ -280,15 +286,14 @@ def _fed(
     lm: LanguageModel,
     device: torch.device,
     directory: Path,
-    cache: ActivationCache | None,
+    feed: Feed | Ahead,
     *,
     resume: bool,
     start: Start,
     check: Callable[[], None],
 ) -> tuple[dict[str, Outcome], dict[str, Trainer]]:
-    """`_trained`, with the cache that is open, and ``check``, which raises `AtSafePoint` after a signal."""
+    """`_trained`, with the activations at their beginning, and ``check``, which raises `AtSafePoint` after a signal."""
     cfg = next(iter(cfgs.values()))
-    feed = make_feed(cfg, lm, cache, check)
     buffer = make_buffer(cfg, feed)
     _announce(cfgs, lm, buffer, device)
 
@@ -484,6 +489,7 @@ def _train(
     saved_at = done
     try:
         buffer.first(1)  # the harvest's bar before the training's
+        before, start, buffer.waited = buffer.waited, time.perf_counter(), 0.0
         for lane in lanes.values():
             lane.since = time.perf_counter()
         with bar("Training", (cfg.steps - done) * cfg.batch * LENGTH * len(lanes)) as advance:
@@ -504,6 +510,7 @@ def _train(
                     save_checkpoint(number)
                     saved_at = number
                 check()
+        _print_waiting(before, buffer.waited, time.perf_counter() - start)
     except AtSafePoint:
         for name, lane in list(lanes.items()):
             try:
@@ -513,6 +520,13 @@ def _train(
         if lanes and done > saved_at:
             save_checkpoint(done)
         raise
+
+
+def _print_waiting(before: float, waited: float, seconds: float) -> None:
+    console.print(
+        f"Waited for activations: {before:.1f} s before the first step, {waited:.1f} s of the training's "
+        f"{seconds:.1f} s ({waited / max(seconds, 1e-9):.0%})."
+    )
 
 
 def _with_checkpoint(error: DivergedError, directory: Path) -> DivergedError:

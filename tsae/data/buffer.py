@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -45,6 +46,7 @@ class ActivationBuffer:
         self.x: Tensor | None = None  # [capacity, T, d]
         self.segments: Tensor | None = None  # [capacity, T]
         self.refills = 0
+        self.waited = 0.0  # seconds in refills
 
     def first(self, n: int) -> Harvest:
         """The first ``n`` sequences (or all, where fewer are held), without using them up; fills the buffer."""
@@ -72,6 +74,7 @@ class ActivationBuffer:
         return Harvest(self.x[chosen], self.segments[chosen])
 
     def _refill(self) -> None:
+        start = time.perf_counter()
         spent = (self.uses == 0).nonzero().squeeze(1)[: self.unharvested]
         done = 0
         for part in self.harvest(spent.numel()):
@@ -85,6 +88,7 @@ class ActivationBuffer:
         self.uses[spent] = self.reuse
         self.unharvested -= spent.numel()
         self.refills += 1
+        self.waited += time.perf_counter() - start
 
     def memory(self, length: int, d_model: int, dtype: torch.dtype) -> int:
         """Bytes the buffer takes, also while it refills; a part of the harvest comes on top."""
