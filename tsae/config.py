@@ -293,9 +293,23 @@ class BufferConfig:
     """Sequences, the first of the run, from which the input's mean and scale are estimated."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Storage type of activations; `auto` is the language model's."""
+    ahead: int = -1
+    """Sequences that a thread harvests ahead while the autoencoder trains, at most; 0: none; -1: half the buffer where
+    the language model is on a GPU, else none."""
+
+    def looked_ahead(self, wanted: int, *, gpu: bool) -> int:
+        """Sequences that are harvested ahead, of ``wanted`` in all; ``gpu``: that is where the language model is."""
+        half = max(self.sequences // 2, self.harvest_batch)
+        asked = self.ahead if self.ahead >= 0 else (half if gpu else 0)
+        return min(asked, wanted)
 
     def check(self, batch: int) -> None:
         """Raise `UserError` for a value that makes no sense."""
+        if self.ahead != -1 and 0 != self.ahead < self.harvest_batch:
+            raise UserError(
+                f"buffer.ahead is {self.ahead}; it must be -1, 0, or hold at least one forward pass of "
+                f"{self.harvest_batch} sequences (buffer.harvest_batch)."
+            )
         for name in ("sequences", "reuse", "harvest_batch", "estimate_sequences"):
             if getattr(self, name) < 1:
                 raise UserError(f"buffer.{name} is {getattr(self, name)}; it must be at least 1.")

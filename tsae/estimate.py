@@ -26,9 +26,10 @@ __all__ = [
     "step_bytes",
 ]
 
-MODEL, BUFFER, SAE, STEP, CACHE = (
+MODEL, BUFFER, AHEAD, SAE, STEP, CACHE = (
     "language model",
     "activation buffer",
+    "activations harvested ahead",
     "autoencoder with gradients and Adam",
     "activations of a step",
     "cache shard in hand",
@@ -59,6 +60,9 @@ def memory_parts(
         SAE: sum(sae_bytes(each.sae) for each in cfgs.values()),
         STEP: max(step_bytes(each, autocast=autocast) for each in cfgs.values()),
     }
+    wanted = -(-cfg.steps * cfg.batch // cfg.buffer.reuse)
+    if ahead := cfg.buffer.looked_ahead(wanted, gpu=lm.device.type == "cuda"):
+        parts[AHEAD] = ahead * sequence_bytes(LENGTH, lm.d_model, storage)
     if cfg.cache is not None:  # the groups of a shard, and their copy in the file's order
         parts[CACHE] = 2 * min(SHARD_BYTES, cache_bytes(cfg, lm.d_model, storage))
     return parts

@@ -16,8 +16,9 @@ import torch
 
 from tsae import checkpoint
 from tsae.config import LENGTH, TrainConfig, fingerprint, to_dict
+from tsae.data.ahead import Ahead
 from tsae.data.buffer import ActivationBuffer
-from tsae.data.cache import ActivationCache
+from tsae.data.feed import Feed, no_bar
 from tsae.data.harvest import Harvest
 from tsae.directories import check_resumable, check_writable, link_latest, start_run
 from tsae.errors import UserError
@@ -31,6 +32,7 @@ from tsae.parallel.axis import Ranks
 from tsae.parallel.environment import is_first
 from tsae.parallel.processes import agree, agreeing, from_first, ranks_for
 from tsae.pipeline import (
+    demand,
     evaluation_batches,
     make_buffer,
     make_feed,
@@ -165,7 +167,13 @@ def _trained(
         cache = agree(lambda: open_cache(cfg, lm, write=True, ranks=ranks))
         if cache is not None:
             stack.enter_context(cache)
-        return _fed(cfgs, lm, device, directory, cache, ranks, resume=resume, start=start, check=check)
+        feed: Feed | Ahead = agree(lambda: make_feed(cfg, lm, cache, check, ranks))
+        wanted = -(-demand(cfg) // cfg.buffer.reuse)
+        sequences = cfg.buffer.looked_ahead(wanted, gpu=lm.device.type == "cuda")
+        if sequences and ranks.everyone.size == 1:
+            bar, feed.bar = feed.bar, no_bar  # one bar at a time, in this thread
+            feed = stack.enter_context(Ahead(feed, sequences, wanted, bar, lm.device))
+        return _fed(cfgs, lm, device, directory, feed, ranks, resume=resume, start=start, check=check)
 
 
 def _fed(
@@ -173,16 +181,15 @@ def _fed(
     lm: LanguageModel,
     device: torch.device,
     directory: Path,
-    cache: ActivationCache | None,
+    feed: Feed | Ahead,
     ranks: Ranks,
     *,
     resume: bool,
     start: Start,
     check: Callable[[], None],
 ) -> tuple[dict[str, Outcome], dict[str, Trainer]]:
-    """`_trained`, with the cache that is open, and ``check``, which raises `AtSafePoint` after a signal."""
+    """`_trained`, with the activations at their beginning, and ``check``, which raises `AtSafePoint` after a signal."""
     cfg = next(iter(cfgs.values()))
-    feed = agree(lambda: make_feed(cfg, lm, cache, check, ranks))
     buffer = make_buffer(cfg, feed, ranks)
     check = agreeing(check, ranks)
     _announce(cfgs, lm, buffer, device, ranks)
@@ -365,6 +372,7 @@ def _train(
     saved_at = done
     try:
         buffer.first(1)  # the harvest's bar before the training's
+        before, start, buffer.waited = buffer.waited, time.perf_counter(), 0.0
         for lane in lanes.values():
             lane.since = time.perf_counter()
         with bar("Training", (cfg.steps - done) * cfg.batch * LENGTH * len(lanes)) as advance:
@@ -385,6 +393,7 @@ def _train(
                     save_checkpoint(number)
                     saved_at = number
                 check()
+        _print_waiting(before, buffer.waited, time.perf_counter() - start)
     except AtSafePoint:
         for name, lane in list(lanes.items()):
             try:
@@ -394,6 +403,13 @@ def _train(
         if lanes and done > saved_at:
             save_checkpoint(done)
         raise
+
+
+def _print_waiting(before: float, waited: float, seconds: float) -> None:
+    console.print(
+        f"Waited for activations: {before:.1f} s before the first step, {waited:.1f} s of the training's "
+        f"{seconds:.1f} s ({waited / max(seconds, 1e-9):.0%})."
+    )
 
 
 def _with_checkpoint(error: DivergedError, directory: Path) -> DivergedError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -45,6 +46,7 @@ class ActivationBuffer:
         self.x: Tensor | None = None  # [capacity, T, d]
         self.segments: Tensor | None = None  # [capacity, T]
         self.refills = 0
+        self.waited = 0.0  # seconds in refills
 
     @property
     def filled(self) -> bool:
@@ -80,6 +82,7 @@ class ActivationBuffer:
         return Harvest(self.x[chosen], self.segments[chosen])
 
     def _refill(self) -> None:
+        start = time.perf_counter()
         spent = (self.uses == 0).nonzero().squeeze(1)[: self.unharvested]
         done = 0
         for part in self.harvest(spent.numel()):
@@ -90,6 +93,7 @@ class ActivationBuffer:
         self.uses[spent] = self.reuse
         self.unharvested -= spent.numel()
         self.refills += 1
+        self.waited += time.perf_counter() - start
 
     def _store(self, slots: Tensor, part: Harvest) -> None:
         if self.x is None or self.segments is None:

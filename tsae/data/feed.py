@@ -17,14 +17,15 @@ from tsae.data.sequences import TokenBatch
 from tsae.errors import UserError
 from tsae.interrupts import AtSafePoint
 
-__all__ = ["Feed"]
+__all__ = ["Bar", "Feed", "no_bar"]
 
 log = logging.getLogger(__name__)
 
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
-def _no_bar(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+def no_bar(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """Shows nothing."""
     return nullcontext(lambda done: None)
 
 
@@ -45,7 +46,7 @@ class Feed:
         self,
         harvester: Harvester,
         cache: ActivationCache | None = None,
-        bar: Bar = _no_bar,
+        bar: Bar = no_bar,
         has: Callable[[int], bool] | None = None,
     ) -> None:
         self.harvester, self.cache, self.bar = harvester, cache, bar
@@ -107,7 +108,7 @@ class Feed:
                 self.cache.append(tokens, group, self._marks[number + 1])
                 if number >= first:
                     yield number, group
-        except AtSafePoint:
+        except (AtSafePoint, GeneratorExit):
             self.cache.flush()
             raise
         self.cache.flush()

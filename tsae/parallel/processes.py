@@ -59,6 +59,11 @@ def check_mesh(cfgs: Iterable[TrainConfig]) -> None:
             )
         if size % features:
             raise UserError(f"parallel.features is {features}; it must divide the number of processes, {size}.")
+        if size > 1 and cfg.buffer.ahead > 0:
+            raise UserError(
+                f"buffer.ahead is {cfg.buffer.ahead} with {size} processes, which harvest in turn with training; leave "
+                "it out."
+            )
         if cfg.chunk and size > features:
             raise UserError(
                 f"chunk is {cfg.chunk} with {size // features} shares of the batch; start fewer processes, or leave "
