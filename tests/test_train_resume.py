@@ -42,28 +42,18 @@ def test_resume_is_bitwise_equal_wherever_it_stopped(
 @pytest.mark.parametrize("cached", [False, True])
 def test_harvesting_ahead_changes_no_bit_and_resumes(
     cached: bool,
+    argv_of: Callable[..., list[str]],
+    at_step: Callable[..., None],
     uninterrupted: Path,
-    tiny_gemma2: Path,
-    text_file: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "run"
-    arguments = [*run_options(tiny_gemma2, text_file, out), "--buffer.ahead", "24"]
-    if cached:
-        arguments += ["--cache", str(tmp_path / "cache")]
-    real = Trainer.train_step
-
-    def stopped(self: Trainer, *args: Any, **kwargs: Any) -> dict[str, float]:
-        if self.step == 13:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "train_step", stopped)
+    arguments = argv_of(out, "--buffer.ahead", 24, *(["--cache", tmp_path / "cache"] if cached else []))
+    at_step(13, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert main(arguments) == 143
     assert not any(thread.name == "harvest ahead" for thread in threading.enumerate())
-    monkeypatch.setattr(Trainer, "train_step", real)
+    at_step()
     assert main(["--resume", str(out)]) == 0
     same(uninterrupted, out)
     assert "Waited for activations" in capfd.readouterr().err
