@@ -46,7 +46,7 @@ def test_a_dry_run_writes_nothing_and_is_right(
     tiny_gemma2: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, cache = tmp_path / "run", tmp_path / "cache"
-    argv = [*run_options(tiny_gemma2, text_file, out), "--cache", str(cache)]
+    argv = [*run_options(tiny_gemma2, text_file, out), "--cache", str(cache), "--lm-dtype", "float32"]
     watched = (tmp_path, tiny_gemma2, text_file.parent)
     before = [sorted(folder.rglob("*")) for folder in watched]
     assert main([*argv, "--dry-run"]) == 0
