@@ -16,7 +16,6 @@ from tsae.config import SAEConfig, TrainConfig
 from tsae.data.harvest import Harvest
 from tsae.dry_run import dry_run
 from tsae.estimate import BUFFER, MODEL, SAE, STEP, sae_bytes, step_bytes
-from tsae.lm.loading import default_dtype
 from tsae.sae.normalization import InputNormalizer
 from tsae.train import command, main
 from tsae.trainer import Trainer
@@ -68,8 +67,7 @@ def test_a_dry_run_writes_nothing_and_is_right(
     _, contents = checkpoint.load(newest)
     assert estimate.memory[BUFFER] == sum(tensor.nbytes for tensor in contents.values())
     with safe_open(tiny_gemma2 / "model.safetensors", framework="pt") as file:
-        size = default_dtype("cpu").itemsize
-        weights = sum(file.get_tensor(name).numel() * size for name in file.keys())  # noqa: SIM118
+        weights = sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
     assert weights <= estimate.memory[MODEL] < 1.01 * weights  # and a few buffers
     sae = SAEConfig(**json.loads((out / "config.json").read_text())["sae"])
     assert (estimate.memory[SAE], estimate.memory[STEP] > 0) == (sae_bytes(sae), True)
