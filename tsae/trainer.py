@@ -174,7 +174,7 @@ class Trainer:
             self._set_threshold(pre, segments)
             h, stats, l0 = sae.activate_counted(pre, bands_for(cfg.objective), segments)
             *prefixes, xhat = sae.decode_prefixes(h)
-            auxiliary = self._auxiliary(x - xhat, pre, dead, segments)
+            auxiliary = self._auxiliary(x, x - xhat, dead, segments)
         variance = self._variance(stats, segments)
         if weight is None:  # the temporal buffer after this batch
             self._move_variance(variance, step)
@@ -259,13 +259,14 @@ class Trainer:
             edges = WindowEdges(edges.full, edges.firsts[here] - start, edges.missing[here])
         return WindowEdges(*(part.to(self.device, non_blocking=True) for part in edges))
 
-    def _auxiliary(self, residual: Tensor, pre: Tensor, dead: Tensor | None, segments: Tensor) -> Tensor | None:
+    def _auxiliary(self, x: Tensor, residual: Tensor, dead: Tensor | None, segments: Tensor) -> Tensor | None:
         if dead is None or int(self.ranks.features.total(torch.tensor(dead.numel()))) == 0:
             return None
-        dead_pre = pre[..., dead] + self.sae.b_enc[dead]
+        # A product of its own: dead features get a gradient at every token, and that of all others stays sparse.
+        dead_pre = self.sae.pre_activation(x, dead) + self.sae.b_enc[dead]
         k = self.cfg.objective.aux_k or max(1, self.cfg.sae.d_in // 2)
         through_zero = self.cfg.sae.activation == "relu" or self.sae.thresholds_learned
-        W_dec = self.sae.W_dec[dead]
+        W_dec = self.sae.W_dec.index_select(0, dead)
         return auxk_loss(residual, dead_pre, W_dec, k, segments, through_zero=through_zero, ranks=self.ranks)
 
     @property

@@ -263,3 +263,14 @@ def test_bands_are_the_pieces_that_the_terms_cut_each_other_into(
     temporal: str, bands: tuple[tuple[int, int], ...], offset: int, expected: tuple[tuple[int, int], ...]
 ) -> None:
     assert bands_for(ObjectiveConfig(temporal=temporal, bands=bands, offset=offset)) == expected
+
+
+@pytest.mark.parametrize("window", [2, 3, 5])
+def test_only_pairs_at_a_segment_s_ends_are_edges(window: int) -> None:
+    """Whatever the number of windows is: its reciprocal in float32 once made every pair one."""
+    for end in range(30, 60):
+        segments = torch.zeros(8, 128, dtype=torch.int32)
+        segments[0, end:] = 1
+        segments[1, :9] = -1
+        edges = find_window_edges(segments, window)
+        assert len(edges.firsts) == 9 * 2 * (window - 2)

@@ -123,16 +123,19 @@ class SparseAutoencoder(nn.Module):
         """Whether few features are active, and those come out of a thresholded relu."""
         return self.cfg.activation not in ("relu", "gelu") and self.cfg.layer_norm != "post"
 
-    def pre_activation(self, x: Tensor) -> Tensor:
+    def pre_activation(self, x: Tensor, features: Tensor | None = None) -> Tensor:
         """``(x - b_dec) / s W_enc``, without ``b_enc``.
 
         x: (..., d_in) floating point, in the units the autoencoder was made for: a saved one takes raw activations
-        out: (..., d_sae), in the autocast dtype where autocast is on
+        features: (n) int64, the columns that are wanted; None: all
+        out: (..., d_sae) or (..., n), in the autocast dtype where autocast is on
         """
         if self.cfg.apply_b_dec_to_input:
             x = x - self.ranks.features.spread(self.b_dec)
         if self.cfg.input_scale != 1.0:
             x = x / self.cfg.input_scale
+        if features is not None:
+            return x @ self.W_enc.T.index_select(0, features).T
         if self._k_sparse and torch.is_grad_enabled() and worthwhile(x):
             return encode_linear(x, self.W_enc)
         return x @ self.W_enc

@@ -117,12 +117,14 @@ def project_decoder_gradient(sae: SparseAutoencoder) -> None:
     """Take the component along each decoder row out of its gradient (TC-SAE section 4, unit-norm constraint)."""
     grad = sae.trained()["W_dec"].grad
     if grad is not None:
-        grad = local(grad)
-        direction = torch.nn.functional.normalize(sae.W_dec, dim=1)
-        grad.sub_((grad * direction).sum(1, keepdim=True) * direction)
+        grad, W_dec = local(grad), sae.W_dec
+        square = torch.linalg.vecdot(W_dec, W_dec).clamp_(min=1e-24)
+        share = torch.linalg.vecdot(grad, W_dec) / square  # in rows' lengths
+        grad.addcmul_(W_dec, share[:, None], value=-1)
 
 
 @torch.no_grad()
 def renormalize_decoder(sae: SparseAutoencoder) -> None:
     """Scale each decoder row to norm 1."""
-    sae.W_dec.copy_(torch.nn.functional.normalize(sae.W_dec, dim=1))
+    W_dec = sae.W_dec
+    W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_(min=1e-12))

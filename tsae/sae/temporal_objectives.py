@@ -195,7 +195,7 @@ def find_window_edges(segments: Tensor, window: int) -> WindowEdges:
     runs = find_runs(segments.cpu())
     t = torch.arange(segments.shape[1])
     windows = torch.where(runs.start == t, (runs.end - t - window + 1).clamp(min=0), 0).sum()
-    full = torch.where(windows > 0, 1.0 / windows.clamp(min=1), 0.0).double()
+    full = torch.where(windows > 0, 1.0 / windows.clamp(min=1).double(), 0.0)
     missing = torch.where(runs.valid & (t + 1 < runs.end), full - weights, 0.0).flatten()
     firsts = (missing > 1e-9 * full).nonzero().squeeze(1)  # `weights` has rounding of its own
     return WindowEdges(full, firsts, missing[firsts])
