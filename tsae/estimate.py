@@ -96,13 +96,15 @@ def step_bytes(cfg: TrainConfig, *, autocast: bool) -> int:
 
     Of every token: the pre-activation, the features, the gradient of each and what `_FEATURE_TENSORS` counts further,
     and of the width of the language model the input, the reconstruction, their difference and what the normalization
-    makes of them. With autocast, the weights again in bfloat16. AuxK, Matryoshka prefixes and temporal terms other
-    than the statistics come on top.
+    makes of them. With autocast, the weights again in bfloat16; in pieces (``cfg.chunk``), a gradient that is added to
+    those before it. AuxK, Matryoshka prefixes and temporal terms other than the statistics come on top.
     """
     tokens, width = min(cfg.chunk or cfg.batch, cfg.batch) * LENGTH, 2 if autocast else 4
     features = _FEATURE_TENSORS.get(cfg.sae.activation, (4, 5))[autocast]
     activations = tokens * (features * width * cfg.sae.d_sae + 6 * 4 * cfg.sae.d_in)
-    return activations + (2 * 2 * cfg.sae.d_in * cfg.sae.d_sae if autocast else 0)
+    weights = cfg.sae.d_in * cfg.sae.d_sae
+    piece = 4 * weights if 0 < cfg.chunk < cfg.batch else 0
+    return activations + piece + (2 * 2 * weights if autocast else 0)
 
 
 def cache_bytes(cfg: TrainConfig, d_model: int, storage: torch.dtype) -> int:
