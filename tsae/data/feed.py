@@ -17,7 +17,7 @@ from tsae.data.sequences import TokenBatch
 from tsae.errors import UserError
 from tsae.interrupts import AtSafePoint
 
-__all__ = ["Bar", "Feed", "no_bar"]
+__all__ = ["Feed", "no_bar"]
 
 log = logging.getLogger(__name__)
 
