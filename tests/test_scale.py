@@ -23,7 +23,7 @@ def expected(row: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize("row", MEASURED, ids=lambda row: f"{row['d_sae']}-{row['trainer']}-{row['chunk']}")
 def test_the_estimate_is_what_was_measured(row: dict[str, Any]) -> None:
-    """Resident memory has libraries and allocator in it, some 0.2 GiB, which count less the larger the dictionary is."""
+    """Resident memory has libraries and the allocator in it, some 0.2 GiB."""
     assert 0.85 < (row["peak"] - 0.2 * 2**30) / expected(row) < 1.1
 
 
