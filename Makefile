@@ -8,7 +8,7 @@ PEERS := $(VENV)-peers
 PEERS_STAMP := $(PEERS)/.installed
 # A GPU machine brings its own torch: make VENV=/path/to/its/environment ... skips the installation.
 
-.PHONY: demo install peers test test-peers kills lint format docs bench bench-smoke asan cuda-compile triton-compile gpu-check clean
+.PHONY: demo install peers test test-slow test-peers kills lint format docs bench bench-smoke asan cuda-compile triton-compile gpu-check clean
 
 demo: install
 	$(BIN)/python -m tsae.train
@@ -29,8 +29,12 @@ $(PEERS_STAMP): $(STAMP) tests/peers/requirements.txt tests/peers/peers_environm
 	$(BIN)/python tests/peers/peers_environment.py $(PEERS)
 	touch $@
 
+# All but what takes long: many processes, many kills. CI runs both.
 test: install
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -m "not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest tests -m slow
 
 # Against those libraries; one that is missing is an error here, while `make test` skips its tests.
 test-peers: peers
