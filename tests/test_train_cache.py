@@ -320,6 +320,28 @@ def test_a_signal_in_the_harvest_ends_it_after_the_forward_pass_in_hand(
     assert (len(passes) == 24 * 4 / 8) == cached
 
 
+@pytest.mark.parametrize("after", [2, 5, 6, 8])
+def test_a_signal_in_a_harvest_ahead_of_training(
+    after: int,
+    argv_of: Argv,
+    in_pass: Callable[..., list[int]],
+    uninterrupted: Path,
+    tmp_path: Path,
+) -> None:
+    """Training sees it while it waits for that pass, amid a refill of which it has had a part already."""
+
+    def signalled() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.8)
+
+    out = tmp_path / "run"
+    in_pass(after, signalled)
+    arguments = ("--buffer.ahead", 8, "--checkpoint.every", 5)  # 5: so that what is saved is of a moment amid a refill
+    assert main(argv_of(out, *arguments)) == 143
+    assert main(["--resume", str(out)]) == 0
+    same(uninterrupted, out)
+
+
 def test_a_signal_before_the_first_step_leaves_the_run_that_was_to_be_replaced(
     argv_of: Argv,
     in_pass: Callable[..., list[int]],

@@ -129,7 +129,7 @@ class Trainer:
             parts.append(self._backward(chunk, weight, dead, look=look, priced=priced))
         terms = LossTerms(*(_total(part.weight * getattr(part.terms, n) for part in parts) for n in LossTerms._fields))
         l0 = _total(part.weight * part.l0 for part in parts)
-        if weight is not None:  # the buffer moves when all pieces are known
+        if len(parts) > 1:  # the temporal buffer moves when all pieces are known
             self._move_variance(_total(part.weight * part.variance for part in parts), step)
         l0_gradients = tuple(_total(each) for each in zip(*(part.l0_gradients for part in parts), strict=True))
         if ranks.data.size > 1:

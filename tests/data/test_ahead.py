@@ -87,6 +87,22 @@ def test_a_state_goes_on_with_or_without_looking_ahead(lm: LanguageModel, given:
         assert again.state_dict()["position"] == given + 5
 
 
+@pytest.mark.parametrize("taken", [0, 3, 7])
+def test_a_request_that_was_broken_off_does_not_count(lm: LanguageModel, taken: int) -> None:
+    """As a `Feed`'s: the buffer asks for all of it again. Requests to the feed end within the one broken off."""
+    whole = joined(make_feed(lm)(TOTAL))
+    with Ahead(make_feed(lm), 8, TOTAL) as ahead:
+        list(ahead(6))
+        request = ahead(30)
+        for _ in range(taken):
+            next(request)
+        state = ahead.state_dict()
+    assert state["position"] == 6
+    feed = make_feed(lm)
+    feed.load_state_dict(state)
+    assert equal(joined(feed(30)), Harvest(whole.x[6:36], whole.segments[6:36]))
+
+
 def test_an_error_of_the_thread_reaches_the_caller(lm: LanguageModel) -> None:
     feed = make_feed(lm)
 
@@ -96,6 +112,11 @@ def test_an_error_of_the_thread_reaches_the_caller(lm: LanguageModel) -> None:
     feed.harvester.batches = fail  # type: ignore[method-assign]
     with Ahead(feed, 8, TOTAL) as ahead, pytest.raises(RuntimeError, match="out of memory"):
         list(ahead(4))
+
+
+def test_to_ask_for_more_than_was_said_is_an_error_and_no_wait(lm: LanguageModel) -> None:
+    with Ahead(make_feed(lm), 8, TOTAL) as ahead, pytest.raises(ValueError, match="there are 40 sequences"):
+        list(ahead(TOTAL + 1))
 
 
 def test_leaving_ends_the_thread_and_a_wait_sees_signals(lm: LanguageModel) -> None:

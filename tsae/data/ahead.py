@@ -40,7 +40,7 @@ class Ahead:
     ) -> None:
         self.feed, self.ahead, self.total, self.bar, self.device = feed, ahead, total, bar, device
         self.given = feed.position
-        self._before = feed.state_dict()  # as it was before the request that the last part came from
+        self._before = feed.state_dict()  # as it was before the request to it that the last part given came from
         self._rest: Harvest | None = None  # what a request left of a part
         self._room = threading.Semaphore(ahead)
         self._parts: queue.Queue[tuple[Harvest, dict[str, Any]] | _Failed] = queue.Queue()
@@ -56,22 +56,25 @@ class Ahead:
             self._thread.join()
 
     def __call__(self, n: int) -> Iterator[Harvest]:
-        """The next ``n`` sequences, in parts."""
+        """The next ``n`` sequences, in parts; they count as given once the last was taken."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, args=(self.given,), name="harvest ahead", daemon=True)
             self._thread.start()
+        end, before = self.given + n, self._before
         with self.bar("Harvest", n * self.feed.harvester.stream.length) as advance:
             while n > 0:
-                part = self._rest if self._rest is not None else self._take(advance)
-                taken = min(n, len(part.x))
+                if self._rest is None:
+                    self._rest, before = self._take(advance)
+                part, taken = self._rest, min(n, len(self._rest.x))
                 self._rest = Harvest(part.x[taken:], part.segments[taken:]) if taken < len(part.x) else None
                 n -= taken
-                self.given += taken
                 self._room.release(taken)
                 yield Harvest(part.x[:taken], part.segments[:taken])
                 advance(part.segments[:taken].numel())
+        self.given, self._before = end, before
 
-    def _take(self, advance: Callable[[int], None]) -> Harvest:
+    def _take(self, advance: Callable[[int], None]) -> tuple[Harvest, dict[str, Any]]:
+        """The next part, and the feed's state before the request that it came from."""
         while True:
             try:
                 found = self._parts.get(timeout=_LOOK)
@@ -80,8 +83,7 @@ class Ahead:
                 advance(0)  # so that a signal is seen
         if isinstance(found, _Failed):
             raise found.error
-        part, self._before = found
-        return part
+        return found
 
     def _work(self, position: int) -> None:
         try:
@@ -96,6 +98,8 @@ class Ahead:
                             return
                         self._parts.put((part, before))
                         position += len(part.x)
+            if position >= self.total:  # whoever asks on would wait for ever
+                self._parts.put(_Failed(ValueError(f"there are {self.total} sequences, and more were asked for")))
         except BaseException as error:  # the thread that asks raises it
             self._parts.put(_Failed(error))
 
