@@ -55,6 +55,7 @@ MODULES = {
     "tsae.data.cache": "activations on disk",
     "tsae.data.buffer": "activations in memory, mixed",
     "tsae.config": "every option of a run",
+    "tsae.config_json": "configurations from and to JSON",
     "tsae.presets": "named configurations",
     "tsae.errors": "what a bad input raises",
 }

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from tiny import sample_text
 
-from tsae.config import EvaluationConfig, SAEConfig, TrainConfig, to_dict
+from tsae.config import EvaluationConfig, SAEConfig, TrainConfig
+from tsae.config_json import to_dict
 from tsae.sae.model import SparseAutoencoder
 
 LAYER, D_IN, D_SAE = 1, 32, 48

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tsae.config import SAEConfig, TrainConfig, from_dict, to_dict
+from tsae.config import SAEConfig, TrainConfig
+from tsae.config_json import from_dict, to_dict
 from tsae.errors import UserError
 from tsae.presets import PRESETS, preset
 from tsae.train import command

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_runs import options
 
-from tsae.config import TrainConfig, from_dict, load_json, to_dict
+from tsae.config import TrainConfig
+from tsae.config_json import from_dict, load_json, to_dict
 from tsae.errors import UserError
 from tsae.presets import PRESETS, preset
 from tsae.run import run

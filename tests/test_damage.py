@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tsae import load
-from tsae.config import fingerprint, load_json, to_dict
+from tsae.config_json import fingerprint, load_json, to_dict
 from tsae.directories import check_resumable, read_config
 from tsae.errors import UserError
 from tsae.files import write_json

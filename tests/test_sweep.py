@@ -15,7 +15,8 @@ from tiny_runs import Killed
 
 import tsae.run
 import tsae.trainer
-from tsae.config import TrainConfig, to_dict
+from tsae.config import TrainConfig
+from tsae.config_json import to_dict
 from tsae.data.harvest import Harvester
 from tsae.errors import UserError
 from tsae.sweep import read_sweep

@@ -12,7 +12,7 @@ import pytest
 from tiny_runs import Killed, options, run_options
 
 from tsae import directories
-from tsae.config import to_dict
+from tsae.config_json import to_dict
 from tsae.train import command, main
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from tsae.config import TrainConfig, check_unchanged, fingerprint, from_dict, load_json, to_dict
+from tsae.config import TrainConfig
+from tsae.config_json import check_unchanged, fingerprint, from_dict, load_json, to_dict
 from tsae.errors import UserError
 from tsae.files import write_json
 

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from tsae import compare
 from tsae.cli import parse, report_errors
-from tsae.config import LENGTH, TrainConfig, load_json
+from tsae.config import LENGTH, TrainConfig
+from tsae.config_json import load_json
 from tsae.data.harvest import Harvester
 from tsae.data.passages import Document
 from tsae.data.sequences import SequenceStream

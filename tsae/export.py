@@ -15,7 +15,7 @@ import torch
 import tyro
 
 from tsae.cli import parse, report_errors
-from tsae.config import load_json
+from tsae.config_json import load_json
 from tsae.directories import read_config
 from tsae.errors import UserError
 from tsae.files import WriteError

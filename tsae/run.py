@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from tsae import checkpoint
-from tsae.config import LENGTH, TrainConfig, fingerprint, to_dict
+from tsae.config import LENGTH, TrainConfig
+from tsae.config_json import fingerprint, to_dict
 from tsae.data.ahead import Ahead
 from tsae.data.buffer import ActivationBuffer
 from tsae.data.feed import Feed, no_bar
@@ -26,7 +27,7 @@ from tsae.estimate import BUFFER, check_memory, memory_parts
 from tsae.files import write_json
 from tsae.interrupts import AtSafePoint, Interrupted, deferred
 from tsae.lm.loading import LanguageModel
-from tsae.measure import EvaluationResult, evaluate_all, evaluation_progress, write_eval
+from tsae.measure import EvaluationResult, evaluate_all, evaluation_options, evaluation_progress, write_eval
 from tsae.metrics_log import MetricsLog, NoLog
 from tsae.parallel.axis import Ranks
 from tsae.parallel.environment import is_first
@@ -115,11 +116,7 @@ def run_all(
                 saes,
                 lm,
                 evaluation_batches(common, lm, common.evaluation.sequences),
-                layer=common.layer,
-                ce_sequences=common.evaluation.ce_sequences,
-                lm_batch=common.evaluation.lm_batch,
-                harvest_batch=common.buffer.harvest_batch,
-                seed=common.stream_seed,
+                **evaluation_options(common),
                 progress=progress,
             )
         for name, result in results.items():

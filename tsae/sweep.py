@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from tsae.config import TrainConfig, from_dict, load_json, to_dict
+from tsae.config import TrainConfig
+from tsae.config_json import from_dict, load_json, to_dict
 from tsae.directories import SWEEP, link_latest, new_directory, remove_run, start_run
 from tsae.errors import UserError
 from tsae.files import write_json

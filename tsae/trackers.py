@@ -13,7 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from tsae.config import TrainConfig, load_json, to_dict
+from tsae.config import TrainConfig
+from tsae.config_json import load_json, to_dict
 from tsae.errors import UserError
 from tsae.files import write_json
 

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import tyro
 
 from tsae.cli import RESUME, only_options, parse, report_errors
-from tsae.config import TrainConfig, from_dict, load_json
+from tsae.config import TrainConfig
+from tsae.config_json import from_dict, load_json
 from tsae.errors import UserError
 from tsae.presets import preset
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from tsae import evaluate as module
 from tsae import measure
-from tsae.config import EvaluationConfig, SAEConfig, TrainConfig, to_dict
+from tsae.config import EvaluationConfig, SAEConfig, TrainConfig
+from tsae.config_json import to_dict
 from tsae.data.passages import Split
 from tsae.data.sequences import TokenBatch
 from tsae.data.text import open_text

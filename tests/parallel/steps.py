@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tsae.config import TrainConfig, from_dict, to_dict
+from tsae.config import TrainConfig
+from tsae.config_json import from_dict, to_dict
 from tsae.data.harvest import Harvest
 from tsae.parallel.axis import ALONE, Ranks
 from tsae.parallel.buffer import Share

@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 from tiny import sample_text
 
-from tsae.config import EvaluationConfig, SAEConfig, TrainConfig, to_dict
+from tsae.config import EvaluationConfig, SAEConfig, TrainConfig
+from tsae.config_json import to_dict
 from tsae.data.text import TextConfig
 from tsae.lm import hooks
 from tsae.probe.__main__ import Arguments, main, probe_runs

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from tsae.config import from_dict
+from tsae.config_json import from_dict
 from tsae.data.harvest import Harvest
 from tsae.data.sequences import TokenBatch
 from tsae.errors import UserError

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsae.config import load_json
+from tsae.config_json import load_json
 from tsae.errors import UserError
 from tsae.files import replacing, save_pickle, write_json
 from tsae.formats.tensors import Tensors, assemble, expect, matrix, read_pickle, whole_number

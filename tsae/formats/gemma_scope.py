@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tsae.config import load_json
+from tsae.config_json import load_json
 from tsae.errors import UserError
 from tsae.formats.tensors import assemble, expect, matrix, read_npz, read_safetensors
 from tsae.sae.model import SparseAutoencoder

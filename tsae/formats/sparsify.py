@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tsae.config import load_json
+from tsae.config_json import load_json
 from tsae.errors import UserError
 from tsae.formats.tensors import assemble, expect, matrix, read_safetensors, whole_number
 from tsae.sae.model import SparseAutoencoder

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tsae.config import load_json
+from tsae.config_json import load_json
 from tsae.data.hub import hub_is_reachable
 from tsae.errors import UserError, reason
 from tsae.files import write_json

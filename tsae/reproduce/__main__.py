@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 import tyro
 
 from tsae.cli import RESUME, only_options, parse, report_errors
-from tsae.config import TrainConfig, from_dict, load_json
+from tsae.config import TrainConfig
+from tsae.config_json import from_dict, load_json
 from tsae.errors import UserError
 
 __all__ = ["main"]

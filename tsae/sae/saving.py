@@ -19,7 +19,8 @@ import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tsae.config import SAEConfig, from_dict, load_json
+from tsae.config import SAEConfig
+from tsae.config_json import from_dict, load_json
 from tsae.errors import UserError
 from tsae.files import checksum_of, replacing, write_json
 

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsae.config import LENGTH, TrainConfig, load_json
+from tsae.config import LENGTH, TrainConfig
+from tsae.config_json import load_json
 from tsae.data.sequences import TokenBatch
 from tsae.directories import read_config
 from tsae.errors import UserError
