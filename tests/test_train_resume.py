@@ -17,6 +17,7 @@ import pytest
 import torch
 from tiny_runs import Killed, die, lines, options, run_options, same
 
+import tsae.run
 from tsae.train import main
 
 
@@ -57,6 +58,33 @@ def test_harvesting_ahead_changes_no_bit_and_resumes(
     assert main(["--resume", str(out)]) == 0
     same(uninterrupted, out)
     assert "Waited for activations" in capfd.readouterr().err
+
+
+def test_interrupted_before_there_is_anything_to_resume(
+    argv_of: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """While the model is loaded, or converted: no directory has been made."""
+    monkeypatch.setattr(tsae.run, "prepare", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    out = tmp_path / "run"
+    assert main(argv_of(out)) == 130
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said == "interrupted before anything began; start again"
+    assert not out.exists()
+
+
+def test_interrupted_while_a_run_that_is_resumed_loads_its_model(
+    argv_of: Callable[..., list[str]],
+    at_step: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    at_step(13, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(argv_of(out)) == 143
+    monkeypatch.setattr(tsae.run, "prepare", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    assert main(["--resume", str(out)]) == 130
+    assert "--resume" in capfd.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow

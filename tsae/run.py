@@ -91,7 +91,10 @@ def run_all(
     """
     check_trackers(name for cfg in cfgs.values() for name in cfg.log)
     from_first(lambda: check_writable(directory))
-    cfgs, lm, device = agree(lambda: prepare(cfgs))
+    try:
+        cfgs, lm, device = agree(lambda: prepare(cfgs))
+    except Interrupted as stop:  # a new run has no directory yet that --resume could be given
+        raise Interrupted(stop.number, stop.advice if resume else " before anything began; start again") from None
     common = next(iter(cfgs.values()))
     ranks = ranks_for(common)
     outcomes, trainers = _trained(cfgs, lm, device, directory, ranks, resume=resume, start=start or _start_all)
