@@ -1,12 +1,13 @@
 """Memory and time of training steps with large dictionaries, ours in pieces and SAELens's trainer on the same job.
 
     make peers
-    python -m benchmarks.large_dictionary [--sizes 16384 65536] [--chunk 2] [--json FILE]
+    python -m benchmarks.large_dictionary [--sizes 16384 65536] [--batch 16] [--chunk 2 0] [--json FILE]
 
 Width 2,304, 16 sequences of 128 tokens a step, 32 active features, bfloat16 autocast, random activations. Ours with
 TopK or BatchTopK and the temporal statistics of TSAE's three bands in its loss, SAELens's TopK with its defaults and no
 temporal term. Every measurement is a process of its own: its peak resident memory less what it had before the
 autoencoder was made, and the median time of the steps after the first. Beside them stands what `tsae.estimate` expects.
+`StepTime` is the formula of docs/scale.md for the time; `--fit FILE` prints it for what `--json` wrote.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
-WIDTH, BATCH, LENGTH, K = 2304, 16, 128, 32
+WIDTH, LENGTH, K = 2304, 128, 32
 STEPS = 3
 OURS = ("topk", "batchtopk")
 PEER = "SAELens TopK"
@@ -34,16 +35,52 @@ def status(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def config(activation: str, d_sae: int, chunk: int) -> Any:
+class StepTime(NamedTuple):
+    """Seconds of a step: ``tokens d_sae feature + weights (weight + piece (pieces - 1))``.
+
+    feature: of a token and feature, the encoder's product (2 d_in operations) and all passes over the features
+    weight: of a weight, its gradient, clipping, Adam and the norms
+    piece: of a weight, its gradient written and added once more
+    """
+
+    feature: float
+    weight: float
+    piece: float
+
+    @staticmethod
+    def terms(row: dict[str, Any]) -> tuple[float, float, float]:
+        """What the three are multiplied by in a measured row."""
+        tokens, weights = row["batch"] * LENGTH, 2.0 * WIDTH * row["d_sae"]
+        pieces = -(-row["batch"] // row["chunk"]) if row["chunk"] else 1
+        return float(tokens * row["d_sae"]), weights, weights * (pieces - 1)
+
+    @classmethod
+    def fitted(cls, rows: list[dict[str, Any]]) -> StepTime:
+        """The least squares of relative errors over measured rows."""
+        import torch
+
+        terms = torch.tensor([cls.terms(row) for row in rows], dtype=torch.float64)
+        seconds = torch.tensor([row["seconds"] for row in rows], dtype=torch.float64)
+        scale = terms.amax(0)
+        relative = terms / scale / seconds[:, None]
+        found = torch.linalg.lstsq(relative, torch.ones(len(rows), 1, dtype=torch.float64)).solution[:, 0]
+        return cls(*(found / scale).tolist())
+
+    def seconds(self, row: dict[str, Any]) -> float:
+        """Of a step like the row's."""
+        return sum(a * b for a, b in zip(self, self.terms(row), strict=True))
+
+
+def config(activation: str, d_sae: int, batch: int, chunk: int) -> Any:
     """Of a run of ours."""
     from tsae.config import ObjectiveConfig, OptimizerConfig, SAEConfig, TrainConfig
 
     sae = SAEConfig(d_in=WIDTH, d_sae=d_sae, k=K, activation=activation)  # type: ignore[arg-type]
     objective = ObjectiveConfig(temporal="multiscale", l1=0.0, hold_steps=0, ramp_steps=0, aux_weight=0.0)
-    return TrainConfig(batch=BATCH, chunk=chunk, steps=100, sae=sae, objective=objective, optimizer=OptimizerConfig())
+    return TrainConfig(batch=batch, chunk=chunk, steps=100, sae=sae, objective=objective, optimizer=OptimizerConfig())
 
 
-def ours(activation: str, d_sae: int, chunk: int) -> dict[str, float]:
+def ours(activation: str, d_sae: int, batch: int, chunk: int) -> dict[str, float]:
     """Steps of `tsae.trainer.Trainer`."""
     import torch
 
@@ -52,24 +89,24 @@ def ours(activation: str, d_sae: int, chunk: int) -> dict[str, float]:
     from tsae.sae.normalization import InputNormalizer
     from tsae.trainer import Trainer
 
-    cfg = config(activation, d_sae, chunk)
-    x = torch.randn(BATCH, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0))
-    batch = Harvest(x, torch.zeros(BATCH, LENGTH, dtype=torch.int32))
+    cfg = config(activation, d_sae, batch, chunk)
+    x = torch.randn(batch, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0))
+    batch = Harvest(x, torch.zeros(batch, LENGTH, dtype=torch.int32))
     before = status("VmRSS")
     trainer = Trainer(cfg, InputNormalizer.identity(WIDTH), torch.device("cpu"), autocast=True)
     found = measured(lambda: trainer.train_step(batch), before)
     return found | {"expected": float(sae_bytes(cfg.sae) + step_bytes(cfg, autocast=True))}
 
 
-def sae_lens(d_sae: int) -> dict[str, float]:
+def sae_lens(d_sae: int, batch: int) -> dict[str, float]:
     """Steps of SAELens's `SAETrainer`."""
     import torch
 
     from benchmarks.peers import sae_lens_topk_step
 
-    x = torch.randn(BATCH * LENGTH, WIDTH, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(batch * LENGTH, WIDTH, generator=torch.Generator().manual_seed(0))
     before = status("VmRSS")
-    step = sae_lens_topk_step(WIDTH, d_sae, K, BATCH * LENGTH, 3e-4, torch.device("cpu"), autocast=True, sparse=False)
+    step = sae_lens_topk_step(WIDTH, d_sae, K, batch * LENGTH, 3e-4, torch.device("cpu"), autocast=True, sparse=False)
     return measured(lambda: step(x), before)
 
 
@@ -85,9 +122,9 @@ def measured(step: Any, before: int) -> dict[str, float]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The measurements as Markdown."""
-    lines = ["| features | trainer | sequences at once | peak, GiB | expected | s a step |", "| --- " * 6 + "|"]
+    lines = ["| features | trainer | sequences | at once | peak, GiB | expected | s a step |", "| --- " * 7 + "|"]
     for row in rows:
-        cells = [f"{row['d_sae']:,}", row["trainer"], str(row["chunk"] or "all")]
+        cells = [f"{row['d_sae']:,}", row["trainer"], str(row["batch"]), str(row["chunk"] or "all")]
         if "error" in row:
             cells += [row["error"], "", ""]
         else:
@@ -97,28 +134,48 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def fit(rows: list[dict[str, Any]]) -> str:
+    """`StepTime` of each of our trainers, and what it makes of every row, as text."""
+    lines = []
+    for trainer in OURS:
+        measured_rows = [row for row in rows if row["trainer"] == trainer and "seconds" in row]
+        if len(measured_rows) < len(StepTime._fields):
+            continue
+        found = StepTime.fitted(measured_rows)
+        lines.append(f"{trainer}: " + ", ".join(f"{name} {1e12 * x:.1f} ps" for name, x in found._asdict().items()))
+        for row in measured_rows:
+            size = f"{row['d_sae']:>9,} features, {row['batch']:2} sequences, {row['chunk'] or 'all':>3} at once"
+            lines.append(f"  {size}: {row['seconds']:5.1f} s, by the formula {found.seconds(row):5.1f}")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Run every measurement in a process of its own and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[16_384, 65_536], help="features")
-    parser.add_argument("--chunk", type=int, default=2, help="sequences at once, beside all")
+    parser.add_argument("--batch", type=int, default=16, help="sequences a step")
+    parser.add_argument("--chunk", type=int, nargs="+", default=[0, 2], help="sequences at once; 0: all")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--trainers", nargs="+", default=[*OURS, PEER])
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--fit", type=Path, metavar="FILE", help="the formula of time for what --json wrote")
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.fit:
+        print(fit(json.loads(arguments.fit.read_text())))
+        return
     if arguments.one:
-        trainer, d_sae, chunk = arguments.one
-        found = sae_lens(int(d_sae)) if trainer == PEER else ours(trainer, int(d_sae), int(chunk))
+        trainer, (d_sae, batch, chunk) = arguments.one[0], map(int, arguments.one[1:])
+        found = sae_lens(d_sae, batch) if trainer == PEER else ours(trainer, d_sae, batch, chunk)
         print(json.dumps(found))
         return
     rows: list[dict[str, Any]] = []
     for d_sae in arguments.sizes:
         for trainer in arguments.trainers:
-            for chunk in (0,) if trainer == PEER else (0, arguments.chunk):
+            for chunk in (0,) if trainer == PEER else arguments.chunk:
                 command = [sys.executable, "-m", "benchmarks.large_dictionary"]
-                command += ["--one", trainer, str(d_sae), str(chunk)]
+                command += ["--one", trainer, *map(str, (d_sae, arguments.batch, chunk))]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-                row = {"d_sae": d_sae, "trainer": trainer, "chunk": chunk}
+                row = {"d_sae": d_sae, "trainer": trainer, "batch": arguments.batch, "chunk": chunk}
                 if done.returncode:
                     row["error"] = f"ended with {done.returncode}"
                 else:

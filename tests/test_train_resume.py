@@ -61,7 +61,10 @@ def test_harvesting_ahead_changes_no_bit_and_resumes(
 
 
 def test_interrupted_before_there_is_anything_to_resume(
-    argv_of: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    argv_of: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """While the model is loaded, or converted: no directory has been made."""
     monkeypatch.setattr(tsae.run, "prepare", lambda _: os.kill(os.getpid(), signal.SIGINT))

@@ -39,6 +39,8 @@ MODEL, BUFFER, AHEAD, SAE, STEP, CACHE = (
 # Tensors [B, T, d_sae] at the peak of a step, without and with autocast, counted with torch's memory profiler on a CPU
 # (tests/test_dry_run.py); (4, 5) for the activations that are not here.
 _FEATURE_TENSORS = {"batchtopk": (5, 7), "jumprelu": (5, 7), "jumprelu_schmitt": (8, 13)}
+_SPARSE = ("topk", "batchtopk", "schmitt")  # whose backward pass holds few of them at its end
+_LEARNED = {"jumprelu": 1, "jumprelu_schmitt": 2}  # thresholds that are learned, per feature
 
 
 def memory_parts(
@@ -58,7 +60,7 @@ def memory_parts(
         MODEL: sum(tensor.nbytes for tensor in (*lm.model.parameters(), *lm.model.buffers())),
         BUFFER: buffer.memory(LENGTH, lm.d_model, storage),
         SAE: sum(sae_bytes(each.sae) for each in cfgs.values()),
-        STEP: max(step_bytes(each, autocast=autocast) for each in cfgs.values()),
+        STEP: max(step_bytes(each, autocast=autocast, dense=lm.device.type != "cpu") for each in cfgs.values()),
     }
     wanted = -(-cfg.steps * cfg.batch // cfg.buffer.reuse)
     if ahead := cfg.buffer.looked_ahead(wanted, gpu=lm.device.type == "cuda"):
@@ -82,7 +84,7 @@ def check_memory(parts: dict[str, int], device: torch.device) -> None:
 
 def sae_parameters(cfg: SAEConfig) -> int:
     """Numbers that are trained."""
-    learned = {"jumprelu": 1, "jumprelu_schmitt": 2}.get(cfg.activation, 0)
+    learned = _LEARNED.get(cfg.activation, 0)
     return 2 * cfg.d_in * cfg.d_sae + cfg.d_in + (1 + learned) * cfg.d_sae
 
 
@@ -91,20 +93,28 @@ def sae_bytes(cfg: SAEConfig) -> int:
     return 4 * (4 * sae_parameters(cfg) + 2 * cfg.d_sae)
 
 
-def step_bytes(cfg: TrainConfig, *, autocast: bool) -> int:
+def step_bytes(cfg: TrainConfig, *, autocast: bool, dense: bool = False) -> int:
     """About what a training step has at its peak beyond `sae_bytes`.
+
+    dense: whether the decoder's products are dense, as on a GPU; the bfloat16 weights then live until the backward pass
 
     Of every token: the pre-activation, the features, the gradient of each and what `_FEATURE_TENSORS` counts further,
     and of the width of the language model the input, the reconstruction, their difference and what the normalization
-    makes of them. With autocast, the weights again in bfloat16; in pieces (``cfg.chunk``), a gradient that is added to
-    those before it. AuxK, Matryoshka prefixes and temporal terms other than the statistics come on top.
+    makes of them. That is the forward pass, which has weights in bfloat16, too, but before the first piece
+    (``cfg.chunk``) no gradients of them. The backward pass ends with those, one more that is not yet added or cast, and
+    the features and their gradient. AuxK, Matryoshka prefixes and temporal terms other than the statistics come on top.
     """
     tokens, width = min(cfg.chunk or cfg.batch, cfg.batch) * LENGTH, 2 if autocast else 4
-    features = _FEATURE_TENSORS.get(cfg.sae.activation, (4, 5))[autocast]
-    activations = tokens * (features * width * cfg.sae.d_sae + 6 * 4 * cfg.sae.d_in)
-    weights = cfg.sae.d_in * cfg.sae.d_sae
-    piece = 4 * weights if 0 < cfg.chunk < cfg.batch else 0
-    return activations + piece + (2 * 2 * weights if autocast else 0)
+    features, weights = tokens * width * cfg.sae.d_sae, cfg.sae.d_in * cfg.sae.d_sae
+    forward = backward = _FEATURE_TENSORS.get(cfg.sae.activation, (4, 5))[autocast]
+    if cfg.sae.activation in _SPARSE:
+        backward = 2
+    gradients = 0 if 0 < cfg.chunk < cfg.batch else 8 * weights  # that the forward pass does not have
+    peaks = (
+        forward * features + 2 * autocast * (1 + dense) * weights - gradients,
+        backward * features + 4 * (1 + autocast * dense) * weights,
+    )
+    return tokens * 6 * 4 * cfg.sae.d_in + max(peaks)
 
 
 def cache_bytes(cfg: TrainConfig, d_model: int, storage: torch.dtype) -> int:
