@@ -1,7 +1,7 @@
 """Memory and time of training steps with large dictionaries, ours in pieces and SAELens's trainer on the same job.
 
     make peers
-    python -m benchmarks.large_dictionary [--sizes 16384 65536] [--batch 16] [--chunk 2 0] [--json FILE]
+    python -m benchmarks.large_dictionary [--sizes 16384 65536] [--batch 16] [--chunk 0 2] [--json FILE]
 
 Width 2,304, 16 sequences of 128 tokens a step, 32 active features, bfloat16 autocast, random activations. Ours with
 TopK or BatchTopK and the temporal statistics of TSAE's three bands in its loss, SAELens's TopK with its defaults and no

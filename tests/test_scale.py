@@ -33,6 +33,13 @@ def test_the_estimate_is_what_was_measured(row: dict[str, Any]) -> None:
     assert 0.85 < (row["peak"] - 0.2 * 2**30) / expected(row) < 1.1
 
 
+def test_dense_products_are_reckoned_with_all_features_and_weights_twice() -> None:
+    """On a GPU, where it was not measured: nothing is taken to be gone before the end of the backward pass."""
+    cfg, tokens = config("topk", 65_536, 16, 0), 16 * 128
+    more = step_bytes(cfg, autocast=True, dense=True) - step_bytes(cfg, autocast=True)
+    assert more == 3 * 2 * tokens * 65_536 + 4 * cfg.sae.d_in * 65_536
+
+
 @pytest.mark.parametrize("chunk", sorted({row["chunk"] for row in MEASURED}))
 @pytest.mark.parametrize("trainer", OURS)
 def test_a_feature_takes_what_the_estimate_says(trainer: str, chunk: int) -> None:

@@ -11,6 +11,7 @@ from tsae.data.buffer import ActivationBuffer
 from tsae.data.cache import SHARD_BYTES, sequence_bytes
 from tsae.errors import UserError
 from tsae.lm.loading import LanguageModel
+from tsae_kernels.sparse import sparse_products_available
 
 __all__ = [
     "BUFFER",
@@ -39,7 +40,7 @@ MODEL, BUFFER, AHEAD, SAE, STEP, CACHE = (
 # Tensors [B, T, d_sae] at the peak of a step, without and with autocast, counted with torch's memory profiler on a CPU
 # (tests/test_dry_run.py); (4, 5) for the activations that are not here.
 _FEATURE_TENSORS = {"batchtopk": (5, 7), "jumprelu": (5, 7), "jumprelu_schmitt": (8, 13)}
-_SPARSE = ("topk", "batchtopk", "schmitt")  # whose backward pass holds few of them at its end
+_SPARSE = ("topk", "batchtopk", "schmitt")  # whose backward pass, where it skips zeros, holds few of them at its end
 _LEARNED = {"jumprelu": 1, "jumprelu_schmitt": 2}  # thresholds that are learned, per feature
 
 
@@ -56,11 +57,12 @@ def memory_parts(
     What the libraries themselves and one forward pass of the language model take is not counted.
     """
     cfg = next(iter(cfgs.values()))
+    dense = lm.device.type != "cpu" or not sparse_products_available()
     parts = {
         MODEL: sum(tensor.nbytes for tensor in (*lm.model.parameters(), *lm.model.buffers())),
         BUFFER: buffer.memory(LENGTH, lm.d_model, storage),
         SAE: sum(sae_bytes(each.sae) for each in cfgs.values()),
-        STEP: max(step_bytes(each, autocast=autocast, dense=lm.device.type != "cpu") for each in cfgs.values()),
+        STEP: max(step_bytes(each, autocast=autocast, dense=dense) for each in cfgs.values()),
     }
     wanted = -(-cfg.steps * cfg.batch // cfg.buffer.reuse)
     if ahead := cfg.buffer.looked_ahead(wanted, gpu=lm.device.type == "cuda"):
@@ -96,7 +98,8 @@ def sae_bytes(cfg: SAEConfig) -> int:
 def step_bytes(cfg: TrainConfig, *, autocast: bool, dense: bool = False) -> int:
     """About what a training step has at its peak beyond `sae_bytes`.
 
-    dense: whether the decoder's products are dense, as on a GPU; the bfloat16 weights then live until the backward pass
+    dense: whether products are dense, as on a GPU (not measured there): all features and the bfloat16 weights are then
+        taken to last to the end of the backward pass
 
     Of every token: the pre-activation, the features, the gradient of each and what `_FEATURE_TENSORS` counts further,
     and of the width of the language model the input, the reconstruction, their difference and what the normalization
@@ -107,7 +110,7 @@ def step_bytes(cfg: TrainConfig, *, autocast: bool, dense: bool = False) -> int:
     tokens, width = min(cfg.chunk or cfg.batch, cfg.batch) * LENGTH, 2 if autocast else 4
     features, weights = tokens * width * cfg.sae.d_sae, cfg.sae.d_in * cfg.sae.d_sae
     forward = backward = _FEATURE_TENSORS.get(cfg.sae.activation, (4, 5))[autocast]
-    if cfg.sae.activation in _SPARSE:
+    if cfg.sae.activation in _SPARSE and not dense:
         backward = 2
     gradients = 0 if 0 < cfg.chunk < cfg.batch else 8 * weights  # that the forward pass does not have
     peaks = (
