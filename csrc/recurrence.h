@@ -15,6 +15,7 @@
 #else
 #define TSAE_INLINE inline __attribute__((always_inline))
 #endif
+#define TSAE_INLINE_LAMBDA __attribute__((always_inline))
 
 #ifndef TSAE_TARGET
 #define TSAE_TARGET device
@@ -33,10 +34,6 @@ using element_of = typename ElementOf<V>::type;
 // A window that slides is summed afresh after this many steps, before rounding has made it drift.
 constexpr int kRefresh = 4 * kBlock;
 
-// Up to this many offsets a band is summed pair by pair: as fast as the window, and exact to rounding even where a
-// feature changes so slowly that the differences are far smaller than the feature (mathematics, section 4).
-constexpr int kNarrow = 4;
-
 TSAE_INLINE int smaller(int a, int b) { return a < b ? a : b; }
 TSAE_INLINE int larger(int a, int b) { return a > b ? a : b; }
 
@@ -50,34 +47,90 @@ TSAE_INLINE Mask stays_off(const V& z, const V& level, const V& release, const M
   return less_equal(z, level) & (less_equal(z, release) | off_before);
 }
 
+// What a walk along T reads, row after row. A kind of rows may have a quicker way, by an overload of `in_turn` or of
+// `half_degrees`: the host's are in cpu/ring.h.
+template <class Rows>
+struct InTurn {
+  const Rows* y;
+  int t;
+  TSAE_INLINE auto operator()() const { return (*y)(t); }
+  TSAE_INLINE void next() { ++t; }
+};
+template <class Rows>
+TSAE_INLINE InTurn<Rows> in_turn(const Rows& y, int t) {
+  return {&y, t};
+}
+
+// Half of how many positions the band (first, last) compares t with, for t in [begin, end).
+template <class E>
+struct HalfDegrees {
+  int n, first, last;
+  TSAE_INLINE E operator()(int t) const {
+    return E(0.5) * E(window_count(t, n, last) - window_count(t, n, first - 1));
+  }
+};
+template <class E, class Rows>
+TSAE_INLINE HalfDegrees<E> half_degrees(const Rows&, int, int, int n, int first, int last) {
+  return {n, first, last};
+}
+
+// Sum of (y_t - y_{t - offset})^2 over offsets first to first + count - 1 and t in [begin, end).
+template <int count, class V, class Rows>
+TSAE_INLINE V pairs_block(const Rows& y, int begin, int end, int first) {
+  V energy{};
+  int t = begin;
+  const auto step_squared = [](const V& now, const V& before) {
+    const V step = now - before;
+    return step * step;
+  };
+  for (; t < smaller(end, first + count - 1); ++t) {
+    for (int offset = first; offset <= smaller(first + count - 1, t); ++offset)
+      energy = energy + step_squared(y(t), y(t - offset));
+  }
+  if (t >= end) return energy;
+  auto now = in_turn(y, t);
+  decltype(now) before[count];
+  for (int i = 0; i < count; ++i) before[i] = in_turn(y, t - first - i);
+  for (; t < end; ++t) {
+    const V y_t = now();
+    V squares{};
+    for (int i = 0; i < count; ++i) squares = squares + step_squared(y_t, before[i]());
+    energy = energy + squares;
+    now.next();
+    for (int i = 0; i < count; ++i) before[i].next();
+  }
+  return energy;
+}
+
 // The part of one block, t in [begin, end), of D of the band (first, last) over a segment of n positions. A segment's
 // blocks are to be asked for in turn, the first with `past` 0; all but the last have kBlock positions.
 template <class V, class Rows>
 TSAE_INLINE V band_block(const Rows& y, int begin, int end, int n, int first, int last, V& past) {
   using E = element_of<V>;
-  V energy{};
-  if (last - first < kNarrow) {
-    for (int offset = first; offset <= last; ++offset) {
-      V part{};
-      for (int t = larger(begin, offset); t < end; ++t) {
-        const V step = y(t) - y(t - offset);
-        part = part + step * step;
-      }
-      energy = energy + part;
-    }
-    return energy;
+  // Up to four offsets are summed pair by pair: as fast as the window, and exact to rounding even where a feature changes
+  // so slowly that the differences are far smaller than the feature (mathematics, section 4).
+  switch (last - first) {
+    case 0: return pairs_block<1, V>(y, begin, end, first);
+    case 1: return pairs_block<2, V>(y, begin, end, first);
+    case 2: return pairs_block<3, V>(y, begin, end, first);
+    case 3: return pairs_block<4, V>(y, begin, end, first);
   }
   // `past` is F_t, the sum of y over [t - last, t - first].
   if (begin > 0 && begin % kRefresh == 0) {
     past = V{};
     for (int u = larger(begin - 1 - last, 0); u <= begin - 1 - first; ++u) past = past + y(u);
   }
+  const auto half_degree = half_degrees<E>(y, begin, end, n, first, last);
+  auto now = in_turn(y, begin), enters = in_turn(y, begin - first), leaves = in_turn(y, begin - last - 1);
+  V sum = past, energy{};
   for (int t = begin; t < end; ++t) {
-    if (t >= first) past = past + y(t - first);
-    if (t > last) past = past - y(t - last - 1);
-    const int degree = window_count(t, n, last) - window_count(t, n, first - 1);
-    energy = energy + y(t) * (past - y(t) * (E(0.5) * E(degree)));
+    if (t >= first) sum = sum + enters();
+    if (t > last) sum = sum - leaves();
+    const V y_t = now();
+    energy = energy + y_t * (sum - y_t * half_degree(t));
+    now.next(), enters.next(), leaves.next();
   }
+  past = sum;
   return energy * E(-2);
 }
 
@@ -105,23 +158,21 @@ TSAE_INLINE void open_window(const Rows& y, int n, Window<V>& window) {
   for (int t = 0; t < smaller(window.reach, n); ++t) window.sum = window.sum + y(t);
 }
 
-// One window's part of the pull at t, where the features are y_t. To be called for t = 0, 1, ...
+// One window's part of the pull at t, where the features are y_t, `entering` is row t + reach, `leaving` row
+// t - reach - 1 and `count` how many positions the window has. To be called for t = 0, 1, ...
+template <class V, class InTurn>
+TSAE_INLINE V slide_window(const V& y_t, int t, int n, const InTurn& entering, const InTurn& leaving,
+                           element_of<V> count, Window<V>& window) {
+  V sum = window.sum;
+  if (t + window.reach < n) sum = sum + entering();
+  if (t - window.reach - 1 >= 0) sum = sum - leaving();
+  window.sum = sum;
+  return window.share * (y_t * count - sum);
+}
 template <class V, class Rows>
 TSAE_INLINE V slide_window(const Rows& y, const V& y_t, int t, int n, Window<V>& window) {
-  using E = element_of<V>;
-  V sum = window.sum;
-  if (t + window.reach < n) sum = sum + y(t + window.reach);
-  if (t - window.reach - 1 >= 0) sum = sum - y(t - window.reach - 1);
-  window.sum = sum;
-  return window.share * (y_t * E(window_count(t, n, window.reach)) - sum);
-}
-
-// sum_s g_s (deg_t y_t - N_t): half the gradient of the loss with respect to y_t. To be called for t = 0, 1, ...
-template <class V, class Rows>
-TSAE_INLINE V window_pull(const Rows& y, int t, int n, Window<V>* windows, int number_of_windows) {
-  V pull{};
-  for (int r = 0; r < number_of_windows; ++r) pull = pull + slide_window(y, y(t), t, n, windows[r]);
-  return pull;
+  return slide_window(y_t, t, n, in_turn(y, t + window.reach), in_turn(y, t - window.reach - 1),
+                      element_of<V>(window_count(t, n, window.reach)), window);
 }
 
 }  // namespace TSAE_TARGET

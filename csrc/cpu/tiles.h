@@ -8,6 +8,7 @@
 #include "../normal.h"
 #include "kernels.h"
 #include "pack.h"
+#include "ring.h"
 #include "sparse.h"
 
 namespace tsae {
@@ -90,21 +91,6 @@ TSAE_INLINE void block_by_block(const Features& x, int64_t T, int64_t k, Runs ru
   }
 }
 
-template <class E>
-struct Ring {  // Rows of the recurrence: the last of a run
-  Pack<E>* rows;
-  int64_t size, base;
-
-  // `first`: no row before it is asked for, and none from first + size on.
-  TSAE_INLINE Ring(void* rows, int64_t size, int64_t first)
-      : rows(static_cast<Pack<E>*>(rows)), size(size), base(first > 0 ? first - first % size : 0) {}
-  TSAE_INLINE Pack<E>& operator[](int64_t t) const {
-    t -= base;
-    return rows[t < size ? t : t - size];
-  }
-  TSAE_INLINE Pack<E> operator()(int t) const { return (*this)[t]; }
-};
-
 // ---- activations --------------------------------------------------------------------------------------------------
 
 // Phi(z) and phi(z), distribution and density of the standard normal: gelu(z) = z Phi(z), gelu'(z) = Phi(z) + z phi(z).
@@ -173,9 +159,10 @@ struct Activate {
         levels(f.level_per_position ? static_cast<const E*>(f.level) + tile.b * f.T : nullptr) {}
 
   // Activates and writes positions [begin, end) of a run. The ring gets what was written less `centre`; total (times
-  // kShrink) and square have it added. `off` is the trigger's state.
-  TSAE_INLINE void operator()(const Run& run, int begin, int end, const V& centre, const Ring<E>& y, Mask<E>& off,
+  // kShrink) and square have it added. `state` is the trigger's: where it is off.
+  TSAE_INLINE void operator()(const Run& run, int begin, int end, const V& centre, const Ring<E>& y, Mask<E>& state,
                               V& total, V& square) {
+    Mask<E> off = state;
     for (int t = begin; t < end; ++t) {
       V z = pre(run.begin + t) + bias;
       if constexpr (mode == Mode::kRelu || mode == Mode::kSchmitt) {
@@ -196,6 +183,7 @@ struct Activate {
       total = total + value * kShrink<E>;
       square = square + value * value;
     }
+    if constexpr (mode == Mode::kSchmitt) state = off;
   }
 };
 
@@ -318,6 +306,50 @@ TSAE_INLINE void backward_start(const Backward& f, const Tile& tile, BackwardSta
   }
 }
 
+// The windows of a block, moved row by row. Their number is known when this is compiled, so that their sums stay in
+// registers.
+template <class E, int count>
+class Sliding {
+  using V = Pack<E>;
+  const int n;
+  RingInTurn<E> now, entering[count], leaving[count];
+  OfBlock<E> counts[count];
+  Window<V> windows[count];
+
+  template <int w = 0, class F>
+  static TSAE_INLINE void each(const F& f) {
+    f(w);
+    if constexpr (w + 1 < count) each<w + 1>(f);
+  }
+
+ public:
+  TSAE_INLINE Sliding(const Ring<E>& y, int begin, int end, int n, const Window<V>* from)
+      : n(n), now(in_turn(y, begin)) {
+    each([&](int w) TSAE_INLINE_LAMBDA {
+      windows[w] = from[w];
+      entering[w] = in_turn(y, begin + from[w].reach);
+      leaving[w] = in_turn(y, begin - from[w].reach - 1);
+      counts[w] = window_counts(y, begin, end, n, from[w].reach);
+    });
+  }
+  TSAE_INLINE V pull(int t) {
+    const V y_t = now();
+    V sum{};
+    each([&](int w) TSAE_INLINE_LAMBDA {
+      sum = sum + slide_window(y_t, t, n, entering[w], leaving[w], counts[w](t), windows[w]);
+      entering[w].next(), leaving[w].next();
+    });
+    now.next();
+    return sum;
+  }
+  TSAE_INLINE void keep(Window<V>* to) const {
+    each([&](int w) TSAE_INLINE_LAMBDA { to[w].sum = windows[w].sum; });
+  }
+};
+
+template <int count>
+struct NumberOfWindows {};
+
 template <class T, Activation activation, class E = compute_of<T>>
 TSAE_INLINE void backward_block(const Backward& f, const Run& run, int begin, const Tile& tile, BackwardState<E>& at) {
   using V = Pack<E>;
@@ -354,33 +386,48 @@ TSAE_INLINE void backward_block(const Backward& f, const Run& run, int begin, co
       for (int64_t w = 0; w < f.number_of_shares; ++w) open_window(y, n, windows[w]);
     }
   }
-  V accumulated = at.accumulated;
-  for (int t = begin; t < end; ++t) {
-    V grad{};
-    if (compare) {
-      const V pull = window_pull(y, t, n, windows, f.number_of_shares);
-      grad = select(masked, V{}, pull * (1 / kShrink<E>));
+  const auto write = [&](auto slide) TSAE_INLINE_LAMBDA {
+    V accumulated = at.accumulated;
+    for (int t = begin; t < end; ++t) {
+      V grad = slide(t);
+      // h. To fetch for the next tile once more gains 6 to 15 % where a tile goes alone, and loses as much in step.
+      V x = compare && f.T > kRowsKept ? saved.again(run.begin + t) : saved(run.begin + t);
+      [[maybe_unused]] V slope;  // of the activation
+      if constexpr (activation == kGelu) {
+        const V z = x + bias;
+        const Normal<E> at_z = normal(z);
+        slope = at_z.distribution + z * at_z.density;
+        x = widen<T>(narrow<T>(z * at_z.distribution));
+      }
+      if (!run.excluded) {
+        if (f.grad_total) grad = grad + of_total;
+        if (f.grad_square) grad = grad + of_square * x;
+      }
+      if (f.grad_h.data) grad = grad + grad_h(run.begin + t);
+      if constexpr (activation == kRelu) grad = select(less_equal(x, V{}), V{}, grad);
+      if constexpr (activation == kGelu) grad = grad * slope;
+      grad_pre(run.begin + t, narrow<T>(grad));
+      accumulated = accumulated + grad;
     }
-    // h. To fetch for the next tile once more gains 6 to 15 % where a tile goes alone, and loses as much in step.
-    V x = compare && f.T > kRowsKept ? saved.again(run.begin + t) : saved(run.begin + t);
-    [[maybe_unused]] V slope;  // of the activation
-    if constexpr (activation == kGelu) {
-      const V z = x + bias;
-      const Normal<E> at_z = normal(z);
-      slope = at_z.distribution + z * at_z.density;
-      x = widen<T>(narrow<T>(z * at_z.distribution));
-    }
-    if (!run.excluded) {
-      if (f.grad_total) grad = grad + of_total;
-      if (f.grad_square) grad = grad + of_square * x;
-    }
-    if (f.grad_h.data) grad = grad + grad_h(run.begin + t);
-    if constexpr (activation == kRelu) grad = select(less_equal(x, V{}), V{}, grad);
-    if constexpr (activation == kGelu) grad = grad * slope;
-    grad_pre(run.begin + t, narrow<T>(grad));
-    accumulated = accumulated + grad;
+    at.accumulated = accumulated;
+  };
+  if (!compare) return write([](int) { return V{}; });
+  const auto gradient = [&](const V& pull) TSAE_INLINE_LAMBDA { return select(masked, V{}, pull * (1 / kShrink<E>)); };
+  const auto slide = [&]<int count>(NumberOfWindows<count>) TSAE_INLINE_LAMBDA {
+    Sliding<E, count> sliding(y, begin, end, n, windows);
+    write([&](int t) TSAE_INLINE_LAMBDA { return gradient(sliding.pull(t)); });
+    sliding.keep(windows);
+  };
+  switch (f.number_of_shares) {
+    case 1: return slide(NumberOfWindows<1>{});
+    case 2: return slide(NumberOfWindows<2>{});
+    case 3: return slide(NumberOfWindows<3>{});
   }
-  at.accumulated = accumulated;
+  write([&](int t) TSAE_INLINE_LAMBDA {
+    V pull{};
+    for (int64_t w = 0; w < f.number_of_shares; ++w) pull = pull + slide_window(y, y(t), t, n, windows[w]);
+    return gradient(pull);
+  });
 }
 
 template <class T, Activation activation, class E = compute_of<T>>

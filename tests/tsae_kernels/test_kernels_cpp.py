@@ -53,6 +53,28 @@ def test_rings_of_every_size(reach):
         assert_as_reference(everything(pre, segments=ids, bands=bands, backend="cpp"), reference)
 
 
+@pytest.mark.parametrize(
+    "bands",
+    [
+        ((1, 40),),  # one window
+        ((7, 40),),  # two, the inner one far from 0
+        ((1, 2), (3, 11), (12, 150)),  # three
+        ((1, 2), (3, 11), (20, 150)),  # four
+        ((2, 2), (5, 11), (20, 150)),  # six
+        *(((first, first + more),) for first in (1, 5, 62) for more in range(4)),  # summed pair by pair
+    ],
+)
+def test_every_number_of_windows_and_pairs(bands):
+    """Each has a loop of its own. Segments end within a block, with one, and before a band begins."""
+    generator = torch.Generator().manual_seed(0)
+    pre = torch.randn(2, 700, 70, generator=generator) + 2
+    ends = torch.tensor([[3, 64, 67, 130, 192, 250, 256, 640]])
+    ids = (torch.arange(700)[:, None] >= ends).sum(1).repeat(2, 1)
+    ids[1] = 0
+    reference = everything(pre, segments=ids, bands=bands, backend="reference")
+    assert_as_reference(everything(pre, segments=ids, bands=bands, backend="cpp"), reference)
+
+
 def test_features_that_go_in_step_get_what_they_get_alone():
     """Long sequences are walked a few tiles of features at a time, which share the scratch memory."""
     generator = torch.Generator().manual_seed(0)

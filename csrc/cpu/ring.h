@@ -1,0 +1,67 @@
+// The rows that a walk in blocks keeps, and the quick ways along them.
+#pragma once
+
+#include "pack.h"
+
+namespace tsae {
+namespace TSAE_TARGET {
+
+template <class E>
+struct Ring {  // Rows of the recurrence: the last of a run
+  Pack<E>* rows;
+  int64_t size, base;
+
+  // `first`: no row before it is asked for, and none from first + size on.
+  TSAE_INLINE Ring(void* rows, int64_t size, int64_t first)
+      : rows(static_cast<Pack<E>*>(rows)), size(size), base(first > 0 ? first - first % size : 0) {}
+  TSAE_INLINE Pack<E>& operator[](int64_t t) const {
+    t -= base;
+    return rows[t < size ? t : t - size];
+  }
+  TSAE_INLINE Pack<E> operator()(int t) const { return (*this)[t]; }
+};
+
+// Rows of a ring in turn: an offset that goes round, as the address would cost more than the arithmetic on a row.
+template <class E>
+struct RingInTurn {
+  const char* rows;
+  int64_t at, size;  // in bytes
+
+  TSAE_INLINE const Pack<E>& operator()() const { return *reinterpret_cast<const Pack<E>*>(rows + at); }
+  TSAE_INLINE void next() {
+    at += sizeof(Pack<E>);
+    at = at == size ? 0 : at;
+  }
+};
+// t may lie beside the rows of the ring, as long as it is not read there.
+template <class E>
+TSAE_INLINE RingInTurn<E> in_turn(const Ring<E>& y, int t) {
+  const int64_t at = t - y.base, row = at < y.size ? at : at - y.size;
+  return {reinterpret_cast<const char*>(y.rows), row * int64_t(sizeof(Pack<E>)), y.size * int64_t(sizeof(Pack<E>))};
+}
+
+// Of a whole block at once, which is done several at a time.
+template <class E>
+struct OfBlock {
+  int begin;
+  E values[kBlock];
+  TSAE_INLINE E operator()(int t) const { return values[t - begin]; }
+};
+template <class E>
+TSAE_INLINE OfBlock<E> half_degrees(const Ring<E>&, int begin, int end, int n, int first, int last) {
+  OfBlock<E> out;
+  out.begin = begin;
+  for (int t = begin; t < end; ++t)
+    out.values[t - begin] = E(0.5) * E(window_count(t, n, last) - window_count(t, n, first - 1));
+  return out;
+}
+template <class E>
+TSAE_INLINE OfBlock<E> window_counts(const Ring<E>&, int begin, int end, int n, int reach) {
+  OfBlock<E> out;
+  out.begin = begin;
+  for (int t = begin; t < end; ++t) out.values[t - begin] = E(window_count(t, n, reach));
+  return out;
+}
+
+}  // namespace TSAE_TARGET
+}  // namespace tsae
