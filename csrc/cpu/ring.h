@@ -6,6 +6,14 @@
 namespace tsae {
 namespace TSAE_TARGET {
 
+// Vector by vector: of the copy of a struct g++ 12 makes a detour over the stack.
+template <class E>
+TSAE_INLINE Pack<E> in_registers(const Pack<E>& x) {
+  Pack<E> out;
+  TSAE_EACH_VECTOR out.v[i] = x.v[i];
+  return out;
+}
+
 template <class E>
 struct Ring {  // Rows of the recurrence: the last of a run
   Pack<E>* rows;
@@ -18,7 +26,7 @@ struct Ring {  // Rows of the recurrence: the last of a run
     t -= base;
     return rows[t < size ? t : t - size];
   }
-  TSAE_INLINE Pack<E> operator()(int t) const { return (*this)[t]; }
+  TSAE_INLINE Pack<E> operator()(int t) const { return in_registers((*this)[t]); }
 };
 
 // Rows of a ring in turn: an offset that goes round, as the address would cost more than the arithmetic on a row.
@@ -27,7 +35,7 @@ struct RingInTurn {
   const char* rows;
   int64_t at, size;  // in bytes
 
-  TSAE_INLINE const Pack<E>& operator()() const { return *reinterpret_cast<const Pack<E>*>(rows + at); }
+  TSAE_INLINE Pack<E> operator()() const { return in_registers(*reinterpret_cast<const Pack<E>*>(rows + at)); }
   TSAE_INLINE void next() {
     at += sizeof(Pack<E>);
     at = at == size ? 0 : at;

@@ -418,10 +418,12 @@ TSAE_INLINE void backward_block(const Backward& f, const Run& run, int begin, co
     write([&](int t) TSAE_INLINE_LAMBDA { return gradient(sliding.pull(t)); });
     sliding.keep(windows);
   };
-  switch (f.number_of_shares) {
-    case 1: return slide(NumberOfWindows<1>{});
-    case 2: return slide(NumberOfWindows<2>{});
-    case 3: return slide(NumberOfWindows<3>{});
+  if constexpr (TSAE_VECTOR_BYTES == 64) {  // 32 registers: of 16 the windows would find none
+    switch (f.number_of_shares) {
+      case 1: return slide(NumberOfWindows<1>{});
+      case 2: return slide(NumberOfWindows<2>{});
+      case 3: return slide(NumberOfWindows<3>{});
+    }
   }
   write([&](int t) TSAE_INLINE_LAMBDA {
     V pull{};

@@ -96,7 +96,8 @@ def test_features_that_go_in_step_get_what_they_get_alone():
 def test_windows_do_not_drift_over_a_long_walk():
     walk = torch.randn(1, 4096, 8, generator=torch.Generator().manual_seed(1)).cumsum(1)
     got = temporal_stats(walk, backend="cpp").differences
-    torch.testing.assert_close(got, temporal_stats(walk, backend="reference").differences, rtol=5e-5, atol=0)
+    rtol = 1e-4 if load_library().chosen == "baseline" else 5e-5  # without fused multiply-add a product is rounded, too
+    torch.testing.assert_close(got, temporal_stats(walk, backend="reference").differences, rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
