@@ -6,6 +6,7 @@ import ctypes
 import functools
 import gc
 import itertools
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -124,8 +125,9 @@ def compare(
 ) -> dict[str, Timing]:
     """Time `own` with pytest-benchmark, and between its rounds every one of `others` in turn.
 
-    So a noisy neighbour hits all alike, and no variant finds the caches as it left them. Each is called for its memory
-    (if asked for) and once more before the first round.
+    So a noisy neighbour hits all alike, and no variant finds the caches as it left them. Their order is another one in
+    every round, as a call takes longer after a slow one, whose code and data have displaced its own. Each is called for
+    its memory (if asked for) and once more before the first round.
     """
     variants = [own, *others]
     peaks = {v.name: peak_memory(v.call, device) if memory else None for v in variants}
@@ -135,11 +137,11 @@ def compare(
         affordable = min(rounds, max(FEWEST, int(SLOW_BUDGET / estimate)))
         every[variant.name] = max(1, rounds // affordable)
     seconds: dict[str, list[float]] = {v.name: [] for v in variants}
-    turns, number = itertools.count(), itertools.count()
+    turns, number, order = itertools.count(), itertools.count(), random.Random(0)
 
     def the_others() -> None:
         round_ = next(number)
-        for variant in others:
+        for variant in order.sample(others, len(others)):
             if round_ % every[variant.name] == 0:
                 seconds[variant.name].append(seconds_of(variant.call, next(turns), device))
 

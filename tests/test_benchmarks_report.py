@@ -172,11 +172,14 @@ def test_variants_take_turns_on_rotating_inputs() -> None:
         return Variant(name, "backend", lambda i: calls.append((name, i)))
 
     benchmark = FakeBenchmark()
-    timings = measure.compare(benchmark, variant("own"), [variant("a"), variant("b")], CPU, rounds=3, memory=False)
+    others = [variant("a"), variant("b")]
+    timings = measure.compare(benchmark, variant("own"), others, CPU, rounds=20, memory=False)
     assert calls[:3] == [("own", 0), ("a", 0), ("b", 0)]  # the first calls, which do not count
-    assert calls[3:] == [(name, 3 * r + i) for r in range(3) for i, name in enumerate(("a", "b", "own"))]
-    assert benchmark.rounds == 3
-    assert {name: len(t.seconds) for name, t in timings.items()} == {"own": 3, "a": 3, "b": 3}
+    assert [i for _, i in calls[3:]] == list(range(60))
+    rounds = {tuple(name for name, _ in calls[i : i + 3]) for i in range(3, 63, 3)}
+    assert rounds == {("a", "b", "own"), ("b", "a", "own")}  # what follows a slow variant is not always the same one
+    assert benchmark.rounds == 20
+    assert {name: len(t.seconds) for name, t in timings.items()} == {"own": 20, "a": 20, "b": 20}
 
 
 def test_a_slow_variant_sits_out_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
