@@ -78,8 +78,8 @@ struct Kernels {
   void (*backward)(Dtype, const Backward&, Runs, int64_t b, int64_t first, int64_t tiles, void* scratch);
   void (*step_energy)(Dtype, const Steps&, int64_t b, int64_t tile);
   void (*step_energy_backward)(Dtype, const Steps&, int64_t b, int64_t tile);
-  // On rows of float32, see sparse.h.
-  int64_t (*nonzeros)(const float* x, int64_t n, int32_t* index, float* value);
+  // On rows of float32, the first also of bfloat16; see sparse.h.
+  int64_t (*nonzeros)(Dtype, const void* x, int64_t n, int32_t* index, float* value);
   void (*weighted_sum)(const float* rows, int64_t d, const int32_t* index, const float* weight, int64_t count,
                        float* out);
   void (*inner_products)(const float* rows, int64_t d, const int32_t* index, int64_t count, const float* g,

@@ -7,28 +7,46 @@
 namespace tsae {
 namespace TSAE_TARGET {
 
-// The numbers of x [n] that are not 0 (NaN is not), in order: how many there are, and where index is not null their
-// places and values.
-static int64_t nonzeros(const float* x, int64_t n, int32_t* index, float* value) {
+// Bit i: lane i is not 0. NaN is not, -0 is.
+TSAE_INLINE unsigned lanes_not_0(Floats x) {
+#if defined(__x86_64__) && TSAE_VECTOR_BYTES == 64
+  return _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+#elif defined(__x86_64__) && TSAE_VECTOR_BYTES == 32
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, _mm256_setzero_ps(), _CMP_NEQ_UQ));
+#elif defined(__x86_64__) && TSAE_VECTOR_BYTES == 16
+  return _mm_movemask_ps(_mm_cmpneq_ps((__m128)x, _mm_setzero_ps()));
+#else
+  unsigned bits = 0;
+  for (unsigned lane = 0; lane < sizeof(x) / sizeof(float); ++lane) bits |= unsigned(x[lane] != 0) << lane;
+  return bits;
+#endif
+}
+
+// The numbers of x [n] that are not 0, in order: how many there are, and where index is not null their places and values.
+template <class T>
+static int64_t nonzeros(const T* x, int64_t n, int32_t* index, float* value) {
   using V = Pack<float>;
-  int64_t count = 0, j = 0;
-  for (; j < n; j += V::width) {
-    const int64_t end = j + V::width < n ? j + V::width : n;
-    if (end - j == V::width) {
-      Stored<float> x_j = load<float>(x + j, V::width);
-      Word any{};
-      TSAE_EACH_VECTOR any |= bits_of(x_j.v[i]);
-      bool skip = true;
-      for (unsigned lane = 0; lane < sizeof(Word) / sizeof(unsigned); ++lane) skip = skip && (any[lane] << 1) == 0;
-      if (skip) continue;
-    }
-    for (int64_t at = j; at < end; ++at) {
-      if (x[at] == 0) continue;
-      if (index) index[count] = int32_t(at), value[count] = x[at];
-      ++count;
+  int64_t found = 0;
+  for (int64_t j = 0; j < n; j += V::width) {
+    const V x_j = widen<T>(load<T>(x + j, int(j + V::width < n ? V::width : n - j)));
+    for (int i = 0; i < kVectors; ++i) {
+      unsigned bits = lanes_not_0(x_j.v[i]);
+      if (!index) {
+        found += __builtin_popcount(bits);
+        continue;
+      }
+      for (; bits; bits &= bits - 1) {
+        const int lane = __builtin_ctz(bits);
+        index[found] = int32_t(j + i * V::lanes + lane);
+        value[found++] = x_j.v[i][lane];
+      }
     }
   }
-  return count;
+  return found;
+}
+static int64_t nonzeros(Dtype dtype, const void* x, int64_t n, int32_t* index, float* value) {
+  return dtype == kBFloat16 ? nonzeros(static_cast<const BFloat16*>(x), n, index, value)
+                            : nonzeros(static_cast<const float*>(x), n, index, value);
 }
 
 // out [d] = sum over i of weight[i] * rows[index[i]], rows [*, d]. Four rows at a time, as `out` is then loaded and

@@ -56,56 +56,35 @@ struct Rows {
 // A range of rows that a thread is woken for, where each costs about `work` numbers.
 int64_t grain(int64_t work) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work)); }
 
-float widened(uint16_t bfloat16) { return std::bit_cast<float>(uint32_t(bfloat16) << 16); }
-
 uint16_t narrowed(float x) {  // to the nearest bfloat16, ties to even; NaN stays one
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   if (x != x) return uint16_t(bits >> 16 | 0x40);
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// The rows of x [N, k] as float, one at a time; the pointer is good until the next call.
-class FloatRows {
- public:
-  explicit FloatRows(const Tensor& x)
-      : k_(x.size(1)), half_(x.scalar_type() == ScalarType::BFloat16),
-        data_(half_ ? nullptr : data_of<float>("x", x, ScalarType::Float, 2)),
-        half_data_(half_ ? data_of<uint16_t>("x", x, ScalarType::BFloat16, 2) : nullptr), row_(half_ ? k_ : 0) {}
-
-  const float* operator[](int64_t n) {
-    if (!half_) return data_ + n * k_;
-    const uint16_t* from = half_data_ + n * k_;
-    for (int64_t j = 0; j < k_; ++j) row_[j] = widened(from[j]);
-    return row_.data();
-  }
-
- private:
-  int64_t k_;
-  bool half_;
-  const float* data_;
-  const uint16_t* half_data_;
-  std::vector<float> row_;
-};
-
 // x [N, k], float32 or bfloat16.
 Compressed compress(Tensor x) {
-  const FloatRows rows(x);
+  const bool half = x.scalar_type() == ScalarType::BFloat16;
+  const auto* data = half ? reinterpret_cast<const char*>(data_of<uint16_t>("x", x, ScalarType::BFloat16, 2))
+                          : reinterpret_cast<const char*>(data_of<float>("x", x, ScalarType::Float, 2));
+  const Dtype dtype = half ? kBFloat16 : kFloat;
+  const int64_t row_bytes = x.size(1) * x.element_size();
   const int64_t N = x.size(0), k = x.size(1);
   STD_TORCH_CHECK(k < (int64_t(1) << 31), "x must have fewer than 2^31 columns");
   Tensor offsets = empty(x, {N + 1}, ScalarType::Long);
   int64_t* end = static_cast<int64_t*>(offsets.mutable_data_ptr());
   end[0] = 0;
   torch::stable::parallel_for(0, N, grain(k), [&](int64_t begin, int64_t stop) {
-    FloatRows own = rows;
-    for (int64_t n = begin; n < stop; ++n) end[n + 1] = kernels().nonzeros(own[n], k, nullptr, nullptr);
+    for (int64_t n = begin; n < stop; ++n)
+      end[n + 1] = kernels().nonzeros(dtype, data + n * row_bytes, k, nullptr, nullptr);
   });
   for (int64_t n = 0; n < N; ++n) end[n + 1] += end[n];
   Tensor columns = empty(x, {end[N]}, ScalarType::Int), values = empty(x, {end[N]}, ScalarType::Float);
   auto* to_columns = static_cast<int32_t*>(columns.mutable_data_ptr());
   auto* to_values = static_cast<float*>(values.mutable_data_ptr());
   torch::stable::parallel_for(0, N, grain(k), [&](int64_t begin, int64_t stop) {
-    FloatRows own = rows;
-    for (int64_t n = begin; n < stop; ++n) kernels().nonzeros(own[n], k, to_columns + end[n], to_values + end[n]);
+    for (int64_t n = begin; n < stop; ++n)
+      kernels().nonzeros(dtype, data + n * row_bytes, k, to_columns + end[n], to_values + end[n]);
   });
   return {offsets, columns, values};
 }

@@ -53,6 +53,17 @@ def test_mean_l0_counts_positive_features_at_kept_positions() -> None:
     assert float(mean_l0(h, torch.tensor([[0, -1]]))) == 1.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("d_sae", [0, 1, 37, 128, 2040, 2048, 2056, 8 * 257, 4096])
+def test_mean_l0_counts_at_every_width(d_sae: int, dtype: torch.dtype) -> None:
+    """Where the width allows it eight counts are added as one number; a full row must not carry between them."""
+    h = torch.randn(2, 3, d_sae, generator=torch.Generator().manual_seed(d_sae)).to(dtype)
+    h[0, 0] = 1.0
+    h[1, 1, ::2] = -0.0
+    for x in (h, h.transpose(0, 1)):
+        assert torch.equal(mean_l0(x), (x > 0).sum(-1, dtype=torch.float32).mean())
+
+
 def test_temporal_buffer_starts_at_the_threshold_and_mixes() -> None:
     buffer = TemporalBuffer(2000, std=0.1, generator=torch.Generator().manual_seed(0))
     assert float(buffer.variance.mean()) == pytest.approx(0.01, rel=0.02)

@@ -75,11 +75,27 @@ def mean_l0(h: Tensor, segments: Tensor | None = None, ranks: Ranks = ALONE) -> 
     ranks: with several, ``h`` is a share and the mean that of the whole batch and dictionary
     out: scalar float32
     """
-    active = (h > 0).sum(-1, dtype=torch.float32)  # [B, T]
+    # The same but for NaN; on a CPU a comparison takes more than twice as long as the two.
+    above = h.relu().bool() if h.device.type == "cpu" else h > 0
+    active = _count(above)  # [B, T]
     if segments is None and ranks.everyone.size == 1:
         return active.mean()
     kept = torch.ones_like(active, dtype=torch.bool) if segments is None else segments >= 0
     return ranks.everyone.total((active * kept).sum()) / ranks.data.total(kept.sum()).clamp(min=1)
+
+
+def _count(mask: Tensor) -> Tensor:
+    """How many of the last dimension are true: ``mask.sum(-1, dtype=torch.float32)``.
+
+    A CPU converts what it sums first, which takes several times as long as everything else here. So eight bytes are
+    added at a time, as one number, and so few of them that no byte carries into the next.
+    """
+    words, rest = divmod(mask.shape[-1], 8)
+    together = max((n for n in range(1, 256) if words % n == 0), default=1)
+    if mask.device.type != "cpu" or rest or not words or together < 16 or not mask.is_contiguous():
+        return mask.sum(-1, dtype=torch.float32)
+    sums = mask.view(torch.int64).unflatten(-1, (-1, together)).sum(-1)
+    return sums.view(torch.uint8).sum(-1, dtype=torch.float32)
 
 
 def initial_threshold(
