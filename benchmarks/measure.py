@@ -126,8 +126,8 @@ def compare(
     """Time `own` with pytest-benchmark, and between its rounds every one of `others` in turn.
 
     So a noisy neighbour hits all alike, and no variant finds the caches as it left them. Their order is another one in
-    every round, as a call takes longer after a slow one, whose code and data have displaced its own. Each is called for
-    its memory (if asked for) and once more before the first round.
+    every round, as a call takes a few percent longer after a slow one. Each is called for its memory (if asked for) and
+    once more before the first round.
     """
     variants = [own, *others]
     peaks = {v.name: peak_memory(v.call, device) if memory else None for v in variants}

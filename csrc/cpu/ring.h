@@ -48,27 +48,23 @@ TSAE_INLINE RingInTurn<E> in_turn(const Ring<E>& y, int t) {
   return {reinterpret_cast<const char*>(y.rows), row * int64_t(sizeof(Pack<E>)), y.size * int64_t(sizeof(Pack<E>))};
 }
 
-// Of a whole block at once, which is done several at a time.
+// A number for each position of a block, worked out for all at once: the compiler does several at a time.
 template <class E>
 struct OfBlock {
   int begin;
   E values[kBlock];
   TSAE_INLINE E operator()(int t) const { return values[t - begin]; }
 };
-template <class E>
-TSAE_INLINE OfBlock<E> half_degrees(const Ring<E>&, int begin, int end, int n, int first, int last) {
+template <class E, class F>
+TSAE_INLINE OfBlock<E> of_block(int begin, int end, const F& f) {
   OfBlock<E> out;
   out.begin = begin;
-  for (int t = begin; t < end; ++t)
-    out.values[t - begin] = E(0.5) * E(window_count(t, n, last) - window_count(t, n, first - 1));
+  for (int t = begin; t < end; ++t) out.values[t - begin] = f(t);
   return out;
 }
 template <class E>
-TSAE_INLINE OfBlock<E> window_counts(const Ring<E>&, int begin, int end, int n, int reach) {
-  OfBlock<E> out;
-  out.begin = begin;
-  for (int t = begin; t < end; ++t) out.values[t - begin] = E(window_count(t, n, reach));
-  return out;
+TSAE_INLINE OfBlock<E> half_degrees(const Ring<E>&, int begin, int end, int n, int first, int last) {
+  return of_block<E>(begin, end, HalfDegrees<E>{n, first, last});
 }
 
 }  // namespace TSAE_TARGET

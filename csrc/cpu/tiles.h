@@ -329,7 +329,8 @@ class Sliding {
       windows[w] = from[w];
       entering[w] = in_turn(y, begin + from[w].reach);
       leaving[w] = in_turn(y, begin - from[w].reach - 1);
-      counts[w] = window_counts(y, begin, end, n, from[w].reach);
+      const int reach = from[w].reach;
+      counts[w] = of_block<E>(begin, end, [=](int t) TSAE_INLINE_LAMBDA { return E(window_count(t, n, reach)); });
     });
   }
   TSAE_INLINE V pull(int t) {
