@@ -10,7 +10,7 @@
 #endif
 #define TSAE_TARGET avx2
 #define TSAE_VECTOR_BYTES 32
-#include "tiles.h"
+#include "by_dtype.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -10,7 +10,7 @@
 #endif
 #define TSAE_TARGET avx512
 #define TSAE_VECTOR_BYTES 64
-#include "tiles.h"
+#include "by_dtype.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

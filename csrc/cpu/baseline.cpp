@@ -4,4 +4,4 @@
 #endif
 #define TSAE_TARGET baseline
 #define TSAE_VECTOR_BYTES 16
-#include "tiles.h"
+#include "by_dtype.h"

@@ -1,4 +1,4 @@
-// What the operators (ops.cpp) and the kernels built for each instruction set (tiles.h) agree on.
+// What the operators (ops.cpp) and the kernels built for each instruction set (by_dtype.h) agree on.
 #pragma once
 
 #include "../features.h"

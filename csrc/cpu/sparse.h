@@ -1,4 +1,4 @@
-// Rows of float32 numbers, added and multiplied with a few weights. Included once per instruction set, after pack.h.
+// Rows of float32 numbers, added and multiplied with a few weights. Included once per instruction set.
 #pragma once
 
 #include "kernels.h"

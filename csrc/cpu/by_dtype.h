@@ -1,0 +1,55 @@
+// The table of one instruction set's kernels, each for every dtype. Included once per instruction set.
+#pragma once
+
+#include "backward.h"
+#include "forward.h"
+#include "sparse.h"
+#include "steps.h"
+
+namespace tsae {
+namespace TSAE_TARGET {
+
+#define TSAE_BY_DTYPE(dtype, call)      \
+  switch (dtype) {                      \
+    case kDouble: call(double); break;  \
+    case kFloat: call(float); break;    \
+    case kBFloat16: call(BFloat16); break; \
+    case kHalf: call(Half); break;      \
+  }
+
+static int64_t width(Dtype dtype) { return dtype == kDouble ? Pack<double>::width : Pack<float>::width; }
+static void forward(Dtype dtype, const Forward& f, Runs runs, int64_t b, int64_t first, int64_t tiles, void* scratch) {
+#define TSAE_CALL(T) forward_tiles<T>(f, runs, b, first, tiles, scratch)
+  TSAE_BY_DTYPE(dtype, TSAE_CALL)
+#undef TSAE_CALL
+  if (f.stream) finish_streaming();
+}
+static void backward(Dtype dtype, const Backward& f, Runs runs, int64_t b, int64_t first, int64_t tiles,
+                     void* scratch) {
+#define TSAE_CALL(T)                                                                       \
+  f.activation == kRelu   ? backward_tiles<T, kRelu>(f, runs, b, first, tiles, scratch)    \
+  : f.activation == kGelu ? backward_tiles<T, kGelu>(f, runs, b, first, tiles, scratch)    \
+                          : backward_tiles<T, kIdentity>(f, runs, b, first, tiles, scratch)
+  TSAE_BY_DTYPE(dtype, TSAE_CALL)
+#undef TSAE_CALL
+  if (f.stream) finish_streaming();
+}
+static void step_energy(Dtype dtype, const Steps& f, int64_t b, int64_t tile) {
+#define TSAE_CALL(T) step_energy_tile<T>(f, b, tile)
+  TSAE_BY_DTYPE(dtype, TSAE_CALL)
+#undef TSAE_CALL
+}
+static void step_energy_backward(Dtype dtype, const Steps& f, int64_t b, int64_t tile) {
+#define TSAE_CALL(T) step_energy_backward_tile<T>(f, b, tile)
+  TSAE_BY_DTYPE(dtype, TSAE_CALL)
+#undef TSAE_CALL
+  if (f.stream) finish_streaming();
+}
+
+#define TSAE_STRING(x) #x
+#define TSAE_NAME(x) TSAE_STRING(x)
+extern const Kernels kernels = {TSAE_NAME(TSAE_TARGET), sizeof(Pack<float>), width, forward, backward, step_energy,
+                                step_energy_backward, nonzeros, weighted_sum, inner_products};
+
+}  // namespace TSAE_TARGET
+}  // namespace tsae

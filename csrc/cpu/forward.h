@@ -1,0 +1,146 @@
+// Forward: activation and temporal statistics of a tile.
+#pragma once
+
+#include "gelu.h"
+#include "tiles.h"
+
+namespace tsae {
+namespace TSAE_TARGET {
+
+enum class Mode { kIdentity, kRelu, kSchmitt, kGelu };
+
+// One tile's arguments of the forward pass.
+template <class T, Mode mode, class E = compute_of<T>>
+struct Activate {
+  using V = Pack<E>;
+  const Forward& f;
+  const Reader<T> pre;
+  const Writer<T> h;
+  const V bias, release;
+  V level;
+  const E* levels;  // per position
+
+  TSAE_INLINE Activate(const Forward& f, const Tile& tile)
+      : f(f), pre(f.pre, tile), h(f.h, f.T, f.k, f.stream, tile),
+        bias(f.bias ? load_numbers<E>(f.bias, tile.j, tile.count) : splat(-E(0))),  // -0 changes no number, +0 does -0
+        release(mode == Mode::kSchmitt ? load_numbers<E>(f.release, tile.j, tile.count) : V{}),
+        level(f.level && !f.level_per_position ? load_numbers<E>(f.level, tile.j, tile.count) : V{}),
+        levels(f.level_per_position ? static_cast<const E*>(f.level) + tile.b * f.T : nullptr) {}
+
+  // Activates and writes positions [begin, end) of a run. The ring gets what was written less `centre`; total (times
+  // kShrink) and square have it added. `state` is the trigger's: where it is off.
+  TSAE_INLINE void operator()(const Run& run, int begin, int end, const V& centre, const Ring<E>& y, Mask<E>& state,
+                              V& total, V& square) {
+    Mask<E> off = state;
+    for (int t = begin; t < end; ++t) {
+      V z = pre(run.begin + t) + bias;
+      if constexpr (mode == Mode::kRelu || mode == Mode::kSchmitt) {
+        if (levels) level = splat(levels[run.begin + t]);
+        if constexpr (mode == Mode::kSchmitt) {
+          off = stays_off(z, level, release, run.excluded ? everywhere<E>() : off);
+        } else {
+          off = less_equal(z, level);
+        }
+        z = select(off, V{}, z);
+      } else if constexpr (mode == Mode::kGelu) {
+        z = z * normal(z).distribution;
+      }
+      const Stored<T> stored = narrow<T>(z);
+      if (f.h) h(run.begin + t, stored);
+      const V value = widen<T>(stored);
+      y[t] = value - centre;
+      total = total + value * kShrink<E>;
+      square = square + value * value;
+    }
+    if constexpr (mode == Mode::kSchmitt) state = off;
+  }
+};
+
+// What a tile of the forward pass carries from block to block.
+template <class E>
+struct ForwardState {
+  using V = Pack<E>;
+  V* rows;     // of the ring
+  V* energy;   // of each band
+  V* past;     // of each band, see band_block
+  V centre, total, square;
+  Mask<E> off;  // the trigger's
+};
+
+template <class E>
+TSAE_INLINE void forward_start(const Forward& f, ForwardState<E>& at) {
+  at.total = at.square = {};
+  for (int64_t s = 0; s < f.S; ++s) at.energy[s] = {};
+}
+
+template <class T, Mode mode, class E = compute_of<T>>
+TSAE_INLINE void forward_block(const Forward& f, const Run& run, int begin, const Tile& tile, ForwardState<E>& at) {
+  using V = Pack<E>;
+  const int n = run.end - run.begin, end = smaller(begin + kBlock, n);
+  if (begin == 0) {
+    at.centre = V{};
+    at.off = everywhere<E>();
+    for (int64_t s = 0; s < f.S; ++s) at.past[s] = V{};
+  }
+  const Ring<E> y(at.rows, f.ring, begin - (f.S > 0 ? f.bands[2 * f.S - 1] : 0) - 1);
+  V part{}, part_square{};
+  Activate<T, mode>(f, tile)(run, begin, end, at.centre, y, at.off, part, part_square);
+  if (run.excluded) return;
+  at.total = at.total + part;
+  at.square = at.square + part_square;
+  if (f.S == 0 || f.bands[0] >= n) return;
+  if (begin == 0) {  // any centre will do that is near; the mean of the first block needs no second walk
+    at.centre = part * (1 / (E(end) * kShrink<E>));
+    for (int t = 0; t < end; ++t) y[t] = y[t] - at.centre;
+  }
+  for (int64_t s = 0; s < f.S && f.bands[2 * s] < n; ++s)
+    at.energy[s] = at.energy[s] + band_block(y, begin, end, n, f.bands[2 * s], f.bands[2 * s + 1], at.past[s]);
+}
+
+template <class E>
+TSAE_INLINE void forward_finish(const Forward& f, const Tile& tile, const ForwardState<E>& at) {
+  using V = Pack<E>;
+  // Rounding may leave a sum of squares below 0, and where the squares overflow infinities may have met. Without a NaN
+  // among the features (which square would show) the true value is then infinite.
+  const V infinity = splat(E(__builtin_inf()));
+  const Mask<E> no_nan = equal(at.square, at.square);
+  for (int64_t s = 0; s < f.S; ++s) {
+    V D = at.energy[s];
+    D = select(equal(D, D), select(less_equal(D, V{}), V{}, D), select(no_nan, infinity, D));
+    store_numbers<E>(f.differences, (tile.b * f.S + s) * f.k + tile.j, D, tile.count);
+  }
+  store_numbers<E>(f.total, tile.b * f.k + tile.j, at.total * (1 / kShrink<E>), tile.count);
+  store_numbers<E>(f.square, tile.b * f.k + tile.j, at.square, tile.count);
+}
+
+template <class T, Mode mode, class E = compute_of<T>>
+void forward_tiles(const Forward& f, Runs runs, int64_t b, int64_t first, int64_t tiles, void* scratch) {
+  using V = Pack<E>;
+  ForwardState<E> at[kTilesTogether];
+  V* rows = static_cast<V*>(scratch);
+  for (int64_t i = 0; i < tiles; ++i, rows += f.ring + 2 * f.S) {
+    at[i].rows = rows;
+    at[i].energy = rows + f.ring;
+    at[i].past = at[i].energy + f.S;
+    forward_start(f, at[i]);
+  }
+  const auto block = [&](int64_t i, const Run& run, int begin, const Tile& tile) {
+    forward_block<T, mode>(f, run, begin, tile, at[i]);
+  };
+  block_by_block<V::width>(f.pre, f.T, f.k, runs, b, first, tiles, block);
+  for (int64_t i = 0; i < tiles; ++i) forward_finish(f, Tile(f.k, V::width, b, first + i), at[i]);
+}
+
+template <class T>
+void forward_tiles(const Forward& f, Runs runs, int64_t b, int64_t first, int64_t tiles, void* scratch) {
+  switch (f.activation) {
+    case kIdentity: return forward_tiles<T, Mode::kIdentity>(f, runs, b, first, tiles, scratch);
+    case kGelu: return forward_tiles<T, Mode::kGelu>(f, runs, b, first, tiles, scratch);
+    case kRelu:
+      return f.release ? forward_tiles<T, Mode::kSchmitt>(f, runs, b, first, tiles, scratch)
+                       : forward_tiles<T, Mode::kRelu>(f, runs, b, first, tiles, scratch);
+  }
+}
+
+}  // namespace TSAE_TARGET
+}  // namespace tsae
