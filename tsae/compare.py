@@ -27,6 +27,7 @@ from tsae.held_out import held_out, source_of
 from tsae.lm.hooks import check_layer
 from tsae.lm.loading import LanguageModel, load_language_model
 from tsae.measure import EvaluationResult, check_width, evaluate_all, evaluation_options, evaluation_progress
+from tsae.rundir import layout
 from tsae.sae.model import SparseAutoencoder
 from tsae.table import print_comparison, print_table
 
@@ -107,7 +108,7 @@ def write_results(
         if config is None:
             config = read_config(arguments.run)
         sae = load(arguments.saes[0]) if saes is None else saes[name]
-        write_json(path or arguments.run / "saebench_core.json", core_output(name, sae, result, config))
+        write_json(path or arguments.run / layout.SAEBENCH, core_output(name, sae, result, config))
     elif path is not None:
         metrics = {name: result.metrics for name, result in results.items()}
         write_json(path, metrics if len(metrics) > 1 else next(iter(metrics.values())))
@@ -125,7 +126,7 @@ def _run_config(source: str) -> TrainConfig | None:
     """The configuration of the run that ``source`` is, or whose `sae/` it is; None if it is no run."""
     place = Path(source).expanduser()
     for run in (place, place.parent):
-        if (run / "config.json").is_file() and (run / "sae" / "cfg.json").is_file():
+        if (run / layout.CONFIG).is_file() and layout.has_autoencoder(run):
             return read_config(run)
     return None
 

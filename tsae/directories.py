@@ -13,9 +13,9 @@ from tsae.config import TrainConfig
 from tsae.config_json import check_unchanged, fingerprint, from_dict, load_json, to_dict
 from tsae.errors import UserError
 from tsae.files import write_json
+from tsae.rundir import layout
 
 __all__ = [
-    "SWEEP",
     "check_resumable",
     "check_writable",
     "link_latest",
@@ -25,11 +25,10 @@ __all__ = [
     "start_run",
 ]
 
-RUN = "config.json"  # what makes a directory a run's
-SWEEP = "sweep.json"  # what makes a directory a sweep's
 
-
-def new_directory(group: str, out: Path | None, *, overwrite: bool, marker: str = RUN, what: str = "run") -> Path:
+def new_directory(
+    group: str, out: Path | None, *, overwrite: bool, marker: str = layout.CONFIG, what: str = "run"
+) -> Path:
     """Where a new run goes: ``out``, or `runs/<group>/<timestamp>`. Nothing is created here.
 
     marker, what: the file that makes a directory one of these, and their name
@@ -68,7 +67,7 @@ def start_run(directory: Path, cfg: TrainConfig) -> None:
     """
     directory.mkdir(parents=True, exist_ok=True)
     remove_run(directory)
-    write_json(directory / RUN, to_dict(cfg))
+    write_json(directory / layout.CONFIG, to_dict(cfg))
 
 
 def read_config(directory: Path) -> TrainConfig:
@@ -77,14 +76,14 @@ def read_config(directory: Path) -> TrainConfig:
     Raises:
         UserError: it cannot be read, or is not the one that the autoencoder there was trained with.
     """
-    config = from_dict(TrainConfig, load_json(directory / RUN))
-    trained = directory / "sae" / "cfg.json"
+    config = from_dict(TrainConfig, load_json(directory / layout.CONFIG))
+    trained = directory / layout.AUTOENCODER / "cfg.json"
     metadata = load_json(trained).get("metadata") if trained.is_file() else None
     known = metadata.get("trained_with") if isinstance(metadata, dict) else None
     if known is not None and known != fingerprint(config):
         raise UserError(
-            f"{directory / RUN} is not what the autoencoder beside it was trained with ({trained} has another "
-            "fingerprint); put it back as it was, or train again."
+            f"{directory / layout.CONFIG} is not what the autoencoder beside it was trained with ({trained} has "
+            "another fingerprint); put it back as it was, or train again."
         )
     return config
 
@@ -98,30 +97,20 @@ def check_resumable(cfgs: dict[str, TrainConfig], trained: dict[str, dict[str, A
     """
     if cfgs.keys() != trained.keys():
         raise UserError(
-            f"{directory / SWEEP} names the runs {sorted(cfgs)}, and the checkpoint there is of {sorted(trained)}; put "
-            "it back as it was, or train again."
+            f"{directory / layout.SWEEP} names the runs {sorted(cfgs)}, and the checkpoint there is of "
+            f"{sorted(trained)}; put it back as it was, or train again."
         )
     for name, cfg in cfgs.items():
-        check_unchanged(cfg, trained[name], directory / (SWEEP if name else RUN))
+        check_unchanged(cfg, trained[name], directory / (layout.SWEEP if name else layout.CONFIG))
 
 
 def remove_run(directory: Path) -> None:
-    """Remove all that a run left in its directory but its `config.json`; files of others stay."""
-    for name in ("checkpoint", "sae", "tensorboard", "wandb"):
-        shutil.rmtree(directory / name, ignore_errors=True)
-    written = (
-        "metrics.jsonl",
-        "eval.json",
-        "eval_source.json",
-        "report.png",
-        "diverged.json",
-        "wandb.json",
-        "view.html",
-    )
-    for name in written:
-        (directory / name).unlink(missing_ok=True)
-    for path in directory.glob("eval-release-*.json"):
-        path.unlink()
+    """Remove `layout.OUTPUTS` from a run's or a sweep's directory; `config.json`, `sweep.json` and other files stay."""
+    for path in [path for pattern in layout.OUTPUTS for path in directory.glob(pattern)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def link_latest(directory: Path) -> None:

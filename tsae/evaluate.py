@@ -45,6 +45,7 @@ from tsae.measure import (
     write_eval,
 )
 from tsae.report import read_source, write_report
+from tsae.rundir import layout
 from tsae.sae.model import SparseAutoencoder
 from tsae.sae.release import check_releasable, with_release_ratio
 from tsae.table import print_table
@@ -117,7 +118,7 @@ def evaluate_run(arguments: Arguments) -> EvaluationResult:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    sae = SparseAutoencoder.load(run / "sae")
+    sae = SparseAutoencoder.load(run / layout.AUTOENCODER)
     if ratio is not None:
         check_releasable(sae.cfg)
     lm = load_language_model(config.model, device=device, dtype=config.lm_dtype, revision=config.revision)
@@ -145,7 +146,7 @@ def evaluate_run(arguments: Arguments) -> EvaluationResult:
 
 def release_file(run: Path, ratio: float) -> Path:
     """Where the metrics at another release ratio go: those of eval.json, `release`, and `source` if of other text."""
-    return run / f"eval-release-{ratio:g}.json"
+    return run / layout.release_evaluation(ratio)
 
 
 def training_sample(config: TrainConfig, lm: LanguageModel) -> list[tuple[Tensor, Tensor]]:
@@ -176,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
         console = Console()
         if arguments.release_ratio is None:
             source = read_source(arguments.run)
-            written = f"{arguments.run / 'eval.json'} and {arguments.run / 'report.png'}"
+            written = f"{arguments.run / layout.EVALUATION} and {arguments.run / layout.REPORT}"
         else:
             path = release_file(arguments.run, arguments.release_ratio)
             source = load_json(path)["source"]

@@ -23,12 +23,13 @@ from tsae.formats import dictionary_learning, load
 from tsae.formats.forms import plain_form, without_hysteresis
 from tsae.held_out import held_out, source_of
 from tsae.progress import console
+from tsae.rundir import layout
 from tsae.sae.model import SCHMITT, SparseAutoencoder
 from tsae.sae.release import with_release_ratio
 
 __all__ = ["Arguments", "export", "main"]
 
-MEASURED = ("eval.json", "eval_source.json", "sae/sparsity.safetensors")
+MEASURED = (layout.EVALUATION, layout.EVALUATION_SOURCE, layout.SPARSITY)
 
 
 @dataclass
@@ -59,10 +60,10 @@ def export(arguments: Arguments) -> Path:
         raise UserError(f"{out} is not an empty directory; name a new one.")
     source = Path(arguments.source).expanduser()
     sae = load(arguments.source)
-    run = source if (source / "config.json").is_file() and (source / "sae").is_dir() else None
+    run = source if (source / layout.CONFIG).is_file() and (source / layout.AUTOENCODER).is_dir() else None
     dropping = arguments.drop_hysteresis and sae.cfg.activation in SCHMITT
     plain_form(without_hysteresis(sae) if dropping else sae, library)
-    metadata = _metadata(source if run is None else run / "sae")
+    metadata = _metadata(source if run is None else run / layout.AUTOENCODER)
     with _directory(out) as directory:
         if dropping:
             if run is None:
@@ -72,9 +73,10 @@ def export(arguments: Arguments) -> Path:
         elif run is not None:
             _copy_measured(run, directory)
         _writers()[arguments.to](without_hysteresis(sae), directory, metadata)
-        if arguments.to == "saelens" and (directory / "sae").is_dir():  # SAELens keeps its sparsity beside the weights
-            (directory / "sae" / "sparsity.safetensors").rename(directory / "sparsity.safetensors")
-        shutil.rmtree(directory / "sae", ignore_errors=True)
+        sparsity = directory / layout.SPARSITY
+        if arguments.to == "saelens" and sparsity.is_file():  # SAELens has it beside the weights
+            sparsity.rename(directory / sparsity.name)
+        shutil.rmtree(directory / layout.AUTOENCODER, ignore_errors=True)
     return out
 
 

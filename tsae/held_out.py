@@ -23,6 +23,7 @@ from tsae.data.text import TextConfig, absolute_source, is_same_source, open_tex
 from tsae.directories import read_config
 from tsae.errors import UserError
 from tsae.lm.loading import LanguageModel
+from tsae.rundir import layout
 
 __all__ = ["HeldOut", "Source", "held_out", "read_run", "source_of"]
 
@@ -48,13 +49,13 @@ def read_run(run: Path) -> TrainConfig:
     """The configuration of a trained run. Raises UserError unless the directory holds one with an autoencoder."""
     if not run.is_dir():
         raise UserError(f"There is no run directory {run}; name the directory that training wrote.")
-    if not (run / "config.json").is_file():
+    if not (run / layout.CONFIG).is_file():
         raise UserError(
             f"{run} is not a run's directory (it has no config.json); of another autoencoder name the language model, "
             "with --model and --layer."
         )
     config = read_config(run)
-    if not (run / "sae" / "cfg.json").is_file():
+    if not layout.has_autoencoder(run):
         raise UserError(f"{run} has no trained autoencoder in sae/; let training finish, or resume it.")
     return config
 

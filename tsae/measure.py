@@ -31,6 +31,7 @@ from tsae.metrics import (
     shuffle_within_segments,
 )
 from tsae.progress import bar
+from tsae.rundir import layout
 from tsae.sae.model import SparseAutoencoder
 
 __all__ = [
@@ -323,15 +324,15 @@ def write_eval(result: EvaluationResult, run_dir: str | Path, source: dict[str, 
     floor of 1e-10.
     """
     run_dir = Path(run_dir)
-    (run_dir / "sae").mkdir(parents=True, exist_ok=True)
+    (run_dir / layout.AUTOENCODER).mkdir(parents=True, exist_ok=True)
     sparsity = result.density.clamp(min=1e-10).log10().to(torch.float32).contiguous()
-    with replacing(run_dir / "sae" / "sparsity.safetensors") as temporary:
+    with replacing(run_dir / layout.SPARSITY) as temporary:
         save_file({"sparsity": sparsity}, temporary)
     if source is not None:  # first: killed in between, figures of the run's own text are doubted, not the reverse
-        write_json(run_dir / "eval_source.json", source)
-    write_json(run_dir / "eval.json", result.metrics)
+        write_json(run_dir / layout.EVALUATION_SOURCE, source)
+    write_json(run_dir / layout.EVALUATION, result.metrics)
     if source is None:
-        (run_dir / "eval_source.json").unlink(missing_ok=True)
+        (run_dir / layout.EVALUATION_SOURCE).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from tsae.errors import UserError
 from tsae.files import replacing
+from tsae.rundir import layout
 
 __all__ = ["read_source", "write_report"]
 
@@ -65,16 +66,16 @@ def write_report(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise UserError(f"There is no run directory {run_dir}; name the directory that training wrote.")
-    history = read_history(run_dir / "metrics.jsonl")
-    evaluation = _read_object(run_dir / "eval.json")
-    config = _read_object(run_dir / "config.json")
-    sparsity_file = run_dir / "sae" / "sparsity.safetensors"
+    history = read_history(run_dir / layout.METRICS)
+    evaluation = _read_object(run_dir / layout.EVALUATION)
+    config = _read_object(run_dir / layout.CONFIG)
+    sparsity_file = run_dir / layout.SPARSITY
     density = 10.0 ** load_file(sparsity_file)["sparsity"].astype(np.float64) if sparsity_file.exists() else None
 
     with matplotlib.rc_context(STYLE):
         text = read_source(run_dir).get("data")
         figure = draw(history, evaluation, config, density, title=run_dir.resolve().name, text=text)
-        path = run_dir / "report.png"
+        path = run_dir / layout.REPORT
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", metadata={"Software": None})
     return path
@@ -82,7 +83,7 @@ def write_report(run_dir: str | Path) -> Path:
 
 def read_source(run_dir: str | Path) -> dict[str, Any]:
     """The text that eval.json was measured on; empty if it is the run's own evaluation part."""
-    return _read_object(Path(run_dir) / "eval_source.json")
+    return _read_object(Path(run_dir) / layout.EVALUATION_SOURCE)
 
 
 def read_history(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:

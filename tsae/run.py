@@ -45,6 +45,7 @@ from tsae.pipeline import (
 )
 from tsae.progress import bar, console
 from tsae.report import write_report
+from tsae.rundir import layout
 from tsae.sae.normalization import InputNormalizer
 from tsae.trackers import check_trackers, open_trackers, track_evaluation
 from tsae.trainer import DivergedError, Trainer
@@ -103,7 +104,7 @@ def run_all(
         return outcomes
     for name, sae in saes.items():
         sae.save(
-            directory / name / "sae",
+            directory / name / layout.AUTOENCODER,
             model_name=common.model,
             hook_name=f"blocks.{common.layer}.hook_resid_post",
             hook_layer=common.layer,
@@ -199,7 +200,7 @@ def _fed(
             return Trainer(cfgs[name], normalizer, device, autocast=uses_autocast(cfgs[name], device), ranks=ranks)
 
     outcomes: dict[str, Outcome] = {}
-    saved = _saved(directory / "checkpoint", ranks) if resume else None
+    saved = _saved(directory / layout.CHECKPOINTS, ranks) if resume else None
     if saved is not None:
         state = saved.state
         agree(lambda: check_resumable(cfgs, state["configs"], directory))
@@ -237,7 +238,7 @@ def _fed(
 
         def save_checkpoint(step: int) -> None:
             there = ranks.everyone.size > 1 and from_first(
-                lambda: checkpoint.has_buffer(directory / "checkpoint", buffer.refills)
+                lambda: checkpoint.has_buffer(directory / layout.CHECKPOINTS, buffer.refills)
             )
             contents = None if there else buffer.contents()
             # The others have the same, or a part that goes to the first.
@@ -252,13 +253,13 @@ def _fed(
                 "buffer": buffer.state_dict(),
                 "feed": feed.state_dict(),
             }
-            checkpoint.save(directory / "checkpoint", step, state, contents, buffer.refills, cfg.checkpoint.keep)
+            checkpoint.save(directory / layout.CHECKPOINTS, step, state, contents, buffer.refills, cfg.checkpoint.keep)
 
         def stopped(name: str, error: DivergedError) -> None:
             error = _with_checkpoint(error, directory)
             outcomes[name] = Outcome(lanes.pop(name).trainer.step, error=error)
             if ranks.first:
-                write_json(directory / name / "diverged.json", {"steps": outcomes[name].steps, "message": str(error)})
+                write_json(directory / name / layout.DIVERGED, {"steps": outcomes[name].steps, "message": str(error)})
 
         try:
             _train(cfg, lanes, buffer, save_checkpoint, stopped, check)
@@ -290,8 +291,8 @@ def _saved(directory: Path, ranks: Ranks) -> checkpoint.Resumed | None:
 def _open_log(cfg: TrainConfig, directory: Path, trainer: Trainer, keep_bytes: int, ranks: Ranks) -> MetricsLog:
     if not ranks.first:
         return NoLog()
-    (directory / "diverged.json").unlink(missing_ok=True)  # of later steps than the checkpoint's
-    return MetricsLog(directory / "metrics.jsonl", keep_bytes, open_trackers(directory, cfg, trainer.step))
+    (directory / layout.DIVERGED).unlink(missing_ok=True)  # of later steps than the checkpoint's
+    return MetricsLog(directory / layout.METRICS, keep_bytes, open_trackers(directory, cfg, trainer.step))
 
 
 def _announce(
@@ -413,6 +414,6 @@ def _print_waiting(before: float, waited: float, seconds: float) -> None:
 
 
 def _with_checkpoint(error: DivergedError, directory: Path) -> DivergedError:
-    good = checkpoint.latest(directory / "checkpoint")
+    good = checkpoint.latest(directory / layout.CHECKPOINTS)
     where = f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
     return DivergedError(f"Training stopped at {error}; {where}; try a lower optimizer.lr or a higher clipping.")

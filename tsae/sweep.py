@@ -21,16 +21,16 @@ import yaml
 
 from tsae.config import TrainConfig
 from tsae.config_json import from_dict, load_json, to_dict
-from tsae.directories import SWEEP, link_latest, new_directory, remove_run, start_run
+from tsae.directories import link_latest, new_directory, remove_run, start_run
 from tsae.errors import UserError
 from tsae.files import write_json
 from tsae.presets import preset
+from tsae.rundir import layout
 
 if TYPE_CHECKING:
     from tsae.run import Outcome
 
 __all__ = [
-    "SWEEP",
     "check_agreement",
     "print_sweep",
     "read_runs",
@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
-RESERVED = ("checkpoint", SWEEP)  # a sweep's own, beside its runs
+RESERVED = (layout.CHECKPOINTS, layout.SWEEP)  # a sweep's own, beside its runs
 # What decides the stream, its evaluation and its checkpoints, which all runs share.
 COMMON = (
     *("model", "revision", "layer", "data", "text", "steps", "batch", "data_seed", "device", "lm_dtype"),
@@ -195,7 +195,7 @@ def _common(cfg: TrainConfig) -> dict[str, Any]:
 
 def sweep_directory(name: str, out: Path | None, *, overwrite: bool) -> Path:
     """Where a new sweep goes: ``out``, or `runs/sweep-<name>/<timestamp>`; see `tsae.directories.new_directory`."""
-    return new_directory(f"sweep-{name}", out, overwrite=overwrite, marker=SWEEP, what="sweep")
+    return new_directory(f"sweep-{name}", out, overwrite=overwrite, marker=layout.SWEEP, what="sweep")
 
 
 def start_sweep(cfgs: dict[str, TrainConfig], directory: Path) -> None:
@@ -206,15 +206,15 @@ def start_sweep(cfgs: dict[str, TrainConfig], directory: Path) -> None:
     """
     directory.mkdir(parents=True, exist_ok=True)
     remove_run(directory)  # the checkpoints
-    if (directory / SWEEP).exists():
-        for name in load_json(directory / SWEEP).get("runs", {}):
+    if (directory / layout.SWEEP).exists():
+        for name in load_json(directory / layout.SWEEP).get("runs", {}):
             old = directory / name
             if old.is_dir():
                 remove_run(old)
-                (old / "config.json").unlink(missing_ok=True)
+                (old / layout.CONFIG).unlink(missing_ok=True)
                 if not any(old.iterdir()):
                     old.rmdir()
-    write_json(directory / SWEEP, {"runs": {name: {"config": to_dict(cfg)} for name, cfg in cfgs.items()}})
+    write_json(directory / layout.SWEEP, {"runs": {name: {"config": to_dict(cfg)} for name, cfg in cfgs.items()}})
     for name, cfg in cfgs.items():
         start_run(directory / name, cfg)
     link_latest(directory)
@@ -231,12 +231,12 @@ def run_sweep(cfgs: dict[str, TrainConfig], directory: Path, *, resume: bool = F
 
     if resume:
         for name, cfg in cfgs.items():  # a start that was killed may not have come to all
-            if is_first() and not (directory / name / "config.json").exists():
+            if is_first() and not (directory / name / layout.CONFIG).exists():
                 start_run(directory / name, cfg)
     outcomes = run_all(cfgs, directory, resume=resume, start=start_sweep)
     if not is_first():
         return outcomes
-    old = load_json(directory / SWEEP)["runs"]
+    old = load_json(directory / layout.SWEEP)["runs"]
     rows = {
         name: {
             "config": old[name]["config"],
@@ -246,18 +246,20 @@ def run_sweep(cfgs: dict[str, TrainConfig], directory: Path, *, resume: bool = F
         }
         for name, outcome in outcomes.items()
     }
-    write_json(directory / SWEEP, {"runs": rows})
+    write_json(directory / layout.SWEEP, {"runs": rows})
     return outcomes
 
 
 def read_runs(directory: Path) -> dict[str, TrainConfig]:
     """The configurations of the sweep in ``directory``, by name."""
-    runs = load_json(directory / SWEEP).get("runs")
+    runs = load_json(directory / layout.SWEEP).get("runs")
     if not isinstance(runs, dict) or not runs:
-        raise UserError(f"{directory / SWEEP} names no runs; start the sweep again.")
+        raise UserError(f"{directory / layout.SWEEP} names no runs; start the sweep again.")
     for name, values in runs.items():
         if not isinstance(values, dict) or not isinstance(values.get("config"), dict):
-            raise UserError(f"{directory / SWEEP} has no configuration for the run {name!r}; start the sweep again.")
+            raise UserError(
+                f"{directory / layout.SWEEP} has no configuration for the run {name!r}; start the sweep again."
+            )
     return {name: from_dict(TrainConfig, values["config"]) for name, values in runs.items()}
 
 
@@ -274,7 +276,7 @@ def print_sweep(directory: Path) -> None:
     """
     from tsae.table import print_comparison
 
-    runs = load_json(directory / SWEEP)["runs"]
+    runs = load_json(directory / layout.SWEEP)["runs"]
     print_comparison(runs)
     if all(run["error"] for run in runs.values()):
-        raise UserError(f"No run of {directory} came to its end; {SWEEP} there says why.")
+        raise UserError(f"No run of {directory} came to its end; {layout.SWEEP} there says why.")

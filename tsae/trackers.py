@@ -17,10 +17,9 @@ from tsae.config import TrainConfig
 from tsae.config_json import load_json, to_dict
 from tsae.errors import UserError
 from tsae.files import write_json
+from tsae.rundir import layout
 
 __all__ = ["Tracker", "check_trackers", "open_trackers", "track_evaluation"]
-
-WANDB_ID = "wandb.json"  # the run's name at Weights & Biases
 
 
 class Tracker(Protocol):
@@ -74,7 +73,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         # An earlier process may have logged steps past the checkpoint, which are taken again.
-        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+        self._writer = SummaryWriter(str(directory / layout.TENSORBOARD), purge_step=step + 1)
 
     def write(self, values: dict[str, float]) -> None:
         step = int(values["step"])
@@ -97,11 +96,11 @@ class Wandb:
     def __init__(self, directory: Path, cfg: TrainConfig, step: int) -> None:
         import wandb
 
-        place = directory / WANDB_ID
+        place = directory / layout.WANDB_ID
         if not place.exists():
             write_json(place, {"id": secrets.token_hex(4)})
         whole = directory.resolve()
-        group = whole.parent.name if (whole.parent / "sweep.json").exists() else None
+        group = whole.parent.name if (whole.parent / layout.SWEEP).exists() else None
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "tsae"),

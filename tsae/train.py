@@ -15,6 +15,7 @@ from tsae.config import TrainConfig
 from tsae.config_json import from_dict, load_json
 from tsae.errors import UserError
 from tsae.presets import preset
+from tsae.rundir import layout
 
 __all__ = ["main"]
 
@@ -102,11 +103,11 @@ def main(argv: list[str] | None = None) -> int:
 def _resumed(asked: Command, argv: list[str]) -> tuple[TrainConfig, Path]:
     directory: Any = asked.resume
     only_options(argv, ("--resume", *PARALLEL), "--resume takes the run's own configuration")
-    if not (directory / "config.json").is_file():
+    if not (directory / layout.CONFIG).is_file():
         raise UserError(f"{directory} holds no run to resume; it has no config.json.")
     if _is_sweep(directory.resolve().parent):
         raise UserError(f"{directory} is part of a sweep; go on with all of it, --resume {directory.resolve().parent}.")
-    cfg = from_dict(TrainConfig, load_json(directory / "config.json"))
+    cfg = from_dict(TrainConfig, load_json(directory / layout.CONFIG))
     if asked.preset not in ("", cfg.preset):
         raise UserError(f"{directory} is a run of the preset {cfg.preset!r}, not {asked.preset!r}; leave the name out.")
     return _on_other_processes(cfg, asked, argv), directory
@@ -141,7 +142,7 @@ def _dry_run(cfgs: dict[str, TrainConfig], directory: Path) -> None:
 
 
 def _is_sweep(directory: Path | None) -> bool:
-    return directory is not None and (directory / "sweep.json").is_file()
+    return directory is not None and (directory / layout.SWEEP).is_file()
 
 
 def _sweep(asked: Command, argv: list[str]) -> None:

@@ -11,6 +11,7 @@ import tyro
 
 from tsae.cli import parse, report_errors
 from tsae.errors import UserError
+from tsae.rundir import layout
 
 __all__ = ["main"]
 
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         from tsae.progress import console
         from tsae.sae.model import SparseAutoencoder
 
-        sae = SparseAutoencoder.load(arguments.run / "sae")
+        sae = SparseAutoencoder.load(arguments.run / layout.AUTOENCODER)
         if arguments.folder is not None:
             if arguments.folder.exists() and (not arguments.folder.is_dir() or any(arguments.folder.iterdir())):
                 raise UserError(f"{arguments.folder} is not an empty folder; name a new one.")

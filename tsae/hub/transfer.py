@@ -16,12 +16,11 @@ from tsae.files import write_json
 from tsae.formats import load as read
 from tsae.hub.card import model_card, without_folders
 from tsae.report import read_source
+from tsae.rundir import layout
 from tsae.sae.model import SparseAutoencoder
 from tsae.sae.saving import CONFIG
 
 __all__ = ["load", "prepare", "push"]
-
-FIGURE = "report.png"
 
 
 def push(
@@ -93,23 +92,23 @@ def prepare(
         run = Path(run)
         if not run.is_dir():
             raise UserError(f"There is no run directory {run}; name the directory that training wrote.")
-        training = load_json(run / "config.json")
+        training = load_json(run / layout.CONFIG)
         for key in ("model", "data"):
             training[key] = without_folders(str(training.get(key, "")))
-        evaluation = load_json(run / "eval.json") if (run / "eval.json").exists() else {}
+        evaluation = load_json(run / layout.EVALUATION) if (run / layout.EVALUATION).exists() else {}
         text = read_source(run).get("data")
-        if (run / "sae" / CONFIG).exists():
-            metadata = load_json(run / "sae" / CONFIG).get("metadata") or {}
+        if (run / layout.AUTOENCODER / CONFIG).exists():
+            metadata = load_json(run / layout.AUTOENCODER / CONFIG).get("metadata") or {}
             metadata = {k: without_folders(v) if isinstance(v, str) else v for k, v in metadata.items() if k != "tsae"}
     folder.mkdir(parents=True, exist_ok=True)
     sae.save(folder, **metadata)
     figure = None
     if run is not None:
-        write_json(folder / "config.json", training)
-        for name in ("eval.json", FIGURE, "sae/sparsity.safetensors"):
+        write_json(folder / layout.CONFIG, training)
+        for name in (layout.EVALUATION, layout.REPORT, layout.SPARSITY):
             if (run / name).exists():
                 shutil.copyfile(run / name, folder / Path(name).name)
-        figure = FIGURE if (folder / FIGURE).exists() else None
+        figure = layout.REPORT if (folder / layout.REPORT).exists() else None
     card = model_card(
         sae.cfg, repo_id, training=training, evaluation=evaluation, text=text, figure=figure, license=license
     )

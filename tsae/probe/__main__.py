@@ -11,6 +11,7 @@ import tyro
 
 from tsae.cli import parse, report_errors
 from tsae.errors import UserError
+from tsae.rundir import layout
 
 if TYPE_CHECKING:
     from tsae.config import TrainConfig
@@ -80,7 +81,7 @@ def probe_runs(arguments: Arguments) -> Results:
         sequences = math.ceil(arguments.tokens / LENGTH)
 
     device = resolve_device(config.device if arguments.device is None else arguments.device)
-    saes = {name: SparseAutoencoder.load(run / "sae", device=device) for name, run in runs.items()}
+    saes = {name: SparseAutoencoder.load(run / layout.AUTOENCODER, device=device) for name, run in runs.items()}
     lm = load_language_model(config.model, device=device, dtype=config.lm_dtype, revision=config.revision)
     for name, sae in saes.items():
         check_width(sae, lm, name)
@@ -114,7 +115,7 @@ def probe_runs(arguments: Arguments) -> Results:
     text |= {"tokens": len(owner), "documents": len(set(owner.tolist())), "seed": seed}
     results = Results(text, problems, left_out, dense, sparse)
     for name, run in runs.items():
-        write_json(run / "probes.json", as_json(results, name))
+        write_json(run / layout.PROBES, as_json(results, name))
     return results
 
 
@@ -151,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
 
         print_results(results)
         for run in arguments.runs:
-            console.print(f"Written: {run / 'probes.json'}", soft_wrap=True)
+            console.print(f"Written: {run / layout.PROBES}", soft_wrap=True)
     return status.code
 
 

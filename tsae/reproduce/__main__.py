@@ -14,6 +14,7 @@ from tsae.cli import RESUME, only_options, parse, report_errors
 from tsae.config import TrainConfig
 from tsae.config_json import from_dict, load_json
 from tsae.errors import UserError
+from tsae.rundir import layout
 
 __all__ = ["main"]
 
@@ -70,7 +71,7 @@ def _reproduce(asked: Arguments, argv: list[str]) -> None:
     from tsae.reproduce.papers import PAPERS, configurations
     from tsae.reproduce.results import collect, explained_variance, markdown, print_results
     from tsae.sae.model import SparseAutoencoder
-    from tsae.sweep import SWEEP, resume_sweep, run_sweep, sweep_directory
+    from tsae.sweep import resume_sweep, run_sweep, sweep_directory
 
     paper = PAPERS[asked.paper]
     if asked.resume is not None:
@@ -94,17 +95,17 @@ def _reproduce(asked: Arguments, argv: list[str]) -> None:
         )
         directory = sweep_directory(f"reproduce-{asked.paper}", asked.out, overwrite=asked.overwrite)
         run_sweep(cfgs, directory)
-    runs = load_json(directory / SWEEP)["runs"]
+    runs = load_json(directory / layout.SWEEP)["runs"]
     cfg = from_dict(TrainConfig, next(iter(runs.values()))["config"])
     lm = load_language_model(cfg.model, device=resolve_device(cfg.device), dtype=cfg.lm_dtype, revision=cfg.revision)
     batches = evaluation_batches(cfg, lm, cfg.evaluation.sequences)
     finished = [name for name, run in runs.items() if run["metrics"]]
-    saes = {name: SparseAutoencoder.load(directory / name / "sae", device=lm.device) for name in finished}
+    saes = {name: SparseAutoencoder.load(directory / name / layout.AUTOENCODER, device=lm.device) for name in finished}
     explained = explained_variance(saes, lm, batches, cfg.layer, cfg.buffer.harvest_batch)
     seconds = None if asked.resume is not None else time.perf_counter() - began
     results = collect(paper, cfg, runs, explained, seconds)
-    write_json(directory / "results.json", results)
-    with replacing(directory / "results.md") as temporary:
+    write_json(directory / layout.REPRODUCTION, results)
+    with replacing(directory / layout.REPRODUCTION_TABLE) as temporary:
         temporary.write_text(markdown(results), encoding="utf-8")
     write_figure(results, directory)
     print_results(results)
@@ -113,13 +114,12 @@ def _reproduce(asked: Arguments, argv: list[str]) -> None:
 
 def _check_resumable(directory: Path, paper: str, argv: list[str]) -> None:
     from tsae.reproduce.papers import INPUTS, PAPERS
-    from tsae.sweep import SWEEP
 
     only_options(argv, ("--resume",), "--resume takes the directory's own configuration")
-    if not (directory / SWEEP).is_file():
-        raise UserError(f"{directory} holds nothing to resume; it has no {SWEEP}.")
+    if not (directory / layout.SWEEP).is_file():
+        raise UserError(f"{directory} holds nothing to resume; it has no {layout.SWEEP}.")
     wanted = {f"{name}-{given}" for name in PAPERS[paper].experiments for given in INPUTS}
-    if set(load_json(directory / SWEEP).get("runs", {})) != wanted:
+    if set(load_json(directory / layout.SWEEP).get("runs", {})) != wanted:
         raise UserError(f"{directory} does not hold the experiments of {paper}; name the directory of such a run.")
 
 

@@ -16,6 +16,7 @@ from matplotlib.patches import Patch
 from tsae.files import replacing
 from tsae.report import BLUE, GREY, INK, RED, STYLE, read_history
 from tsae.reproduce.papers import INPUTS
+from tsae.rundir import layout
 
 __all__ = ["write_figure"]
 
@@ -56,7 +57,7 @@ def write_figure(results: dict[str, Any], directory: Path) -> Path:
         bottom.suptitle("(b) Training dynamics", x=0.01, ha="left", fontweight="bold")
         for ax, given in zip(bottom.subplots(1, 2, sharey=True), INPUTS, strict=True):
             _dynamics(ax, results, directory, given)
-        path = directory / "figure1.png"
+        path = directory / layout.REPRODUCTION_FIGURE
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", metadata={"Software": None})
     return path
@@ -92,7 +93,7 @@ def _dynamics(ax: Axes, results: dict[str, Any], directory: Path, given: str) ->
     ax.set_title({"literal": "literal: raw activations", "fixed": "fixed: centred and scaled"}[given])
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(results["rows"])))
     for row, colour in zip(results["rows"], colours, strict=True):
-        history = read_history(directory / f"{row['run']}-{given}" / "metrics.jsonl")
+        history = read_history(directory / f"{row['run']}-{given}" / layout.METRICS)
         if "explained_variance" not in history:
             continue
         steps, explained = history["explained_variance"]

@@ -13,6 +13,7 @@ import tyro
 from tsae.cli import parse, report_errors
 from tsae.config import LENGTH
 from tsae.errors import UserError
+from tsae.rundir import layout
 
 __all__ = ["main"]
 
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit status."""
     with report_errors() as status:
         arguments = parse(Arguments, sys.argv[1:] if argv is None else argv, None, "python -m tsae.view")
-        out = arguments.run / "view.html" if arguments.out is None else arguments.out
+        out = arguments.run / layout.PAGE if arguments.out is None else arguments.out
         if arguments.out is not None and not out.absolute().parent.is_dir():
             raise UserError(f"There is no directory {out.parent} for the page; make it, or name another file.")
         # Imported here, so that --help and a misspelt option answer at once.

@@ -27,6 +27,7 @@ from tsae.measure import check_width
 from tsae.metrics.temporal import CURVE_LAGS, MIN_ACTIVATIONS
 from tsae.pipeline import evaluation_batches, resolve_device
 from tsae.report import read_history, read_source
+from tsae.rundir import layout
 from tsae.sae.model import SCHMITT, THRESHOLDED, SparseAutoencoder
 from tsae.view.features import NEIGHBOUR_LAGS, Activity, neighbours
 from tsae.view.packing import pack, rounded
@@ -78,14 +79,14 @@ def collect(run: Path, tokens: int | None = None, progress: Callable[[float], No
 
 def open_run(run: Path) -> tuple[TrainConfig, SparseAutoencoder]:
     """The configuration and the autoencoder of a finished run; `UserError` says what is not there."""
-    if (run / "sweep.json").is_file():
+    if (run / layout.SWEEP).is_file():
         raise UserError(f"{run} is a sweep's directory; name one of the runs in it.")
     if not run.is_dir():
         raise UserError(f"There is no run directory {run}; name the directory that training wrote.")
     cfg = read_config(run)
-    if not (run / "sae" / "cfg.json").is_file():
+    if not layout.has_autoencoder(run):
         raise UserError(f"{run} has no trained autoencoder in sae/; let training finish, or resume it.")
-    return cfg, SparseAutoencoder.load(run / "sae")
+    return cfg, SparseAutoencoder.load(run / layout.AUTOENCODER)
 
 
 def content(batch: TokenBatch) -> Tensor:
@@ -120,11 +121,11 @@ def page_data(
     ids:      [N * T] what each position says, an index into `texts`
     """
     T = activity.segments.shape[1]
-    evaluation = load_json(run / "eval.json") if (run / "eval.json").exists() else {}
+    evaluation = load_json(run / layout.EVALUATION) if (run / layout.EVALUATION).exists() else {}
     return {
         "run": {"name": run.resolve().name, "facts": facts(cfg, int((activity.segments >= 0).sum()))},
         "evaluation": {"metrics": evaluation, "text": read_source(run).get("data")},
-        "history": curves(run / "metrics.jsonl"),
+        "history": curves(run / layout.METRICS),
         "lags": list(CURVE_LAGS),
         "bands": [list(band) for band in MULTISCALE],
         "neighbour_lags": [NEIGHBOUR_LAGS[0], NEIGHBOUR_LAGS[-1]],

@@ -1,0 +1,71 @@
+"""The names of all files in a run directory.
+
+A command that writes into a run takes the name from here, so that `--overwrite` removes the file with the run it
+belongs to (tests/rundir/test_layout.py looks for names written elsewhere).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = [
+    "AUTOENCODER",
+    "CHECKPOINTS",
+    "CONFIG",
+    "DIVERGED",
+    "EVALUATION",
+    "EVALUATION_SOURCE",
+    "METRICS",
+    "OUTPUTS",
+    "PAGE",
+    "PROBES",
+    "REPORT",
+    "REPRODUCTION",
+    "REPRODUCTION_FIGURE",
+    "REPRODUCTION_TABLE",
+    "SAEBENCH",
+    "SPARSITY",
+    "SWEEP",
+    "TENSORBOARD",
+    "WANDB",
+    "WANDB_ID",
+    "has_autoencoder",
+    "release_evaluation",
+]
+
+CONFIG = "config.json"  # makes a directory a run's
+SWEEP = "sweep.json"  # makes a directory a sweep's
+
+CHECKPOINTS = "checkpoint"  # folder
+AUTOENCODER = "sae"  # folder, in SAELens's format
+SPARSITY = f"{AUTOENCODER}/sparsity.safetensors"
+METRICS = "metrics.jsonl"
+EVALUATION = "eval.json"
+EVALUATION_SOURCE = "eval_source.json"  # the text behind eval.json, if it is not the run's own
+REPORT = "report.png"
+DIVERGED = "diverged.json"
+TENSORBOARD = "tensorboard"  # folder
+WANDB = "wandb"  # folder
+WANDB_ID = "wandb.json"  # the run's id at Weights & Biases
+PAGE = "view.html"
+PROBES = "probes.json"
+SAEBENCH = "saebench_core.json"
+REPRODUCTION = "results.json"  # the next three: beside sweep.json, of tsae.reproduce
+REPRODUCTION_TABLE = "results.md"
+REPRODUCTION_FIGURE = "figure1.png"
+
+OUTPUTS = (
+    *(CHECKPOINTS, AUTOENCODER, METRICS, EVALUATION, EVALUATION_SOURCE, "eval-release-*.json", REPORT, DIVERGED),
+    *(TENSORBOARD, WANDB, WANDB_ID, PAGE, PROBES, SAEBENCH, REPRODUCTION, REPRODUCTION_TABLE, REPRODUCTION_FIGURE),
+)
+"""Glob patterns of everything that commands write into a run or a sweep, but for `CONFIG` and `SWEEP`."""
+
+
+def release_evaluation(ratio: float) -> str:
+    """The file of an evaluation with another release ratio."""
+    return f"eval-release-{ratio:g}.json"
+
+
+def has_autoencoder(run: Path) -> bool:
+    """Whether a trained autoencoder is in the run directory."""
+    return (run / AUTOENCODER / "cfg.json").is_file()
