@@ -15,7 +15,7 @@ demo: install
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py constraints.txt MANIFEST.in $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
+$(STAMP): pyproject.toml setup.py constraints.txt MANIFEST.in $(wildcard csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel ninja torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[demo,dev]"
@@ -65,16 +65,16 @@ bench-smoke: install
 
 # The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer: C++, and CUDA as run on the host.
 asan: install
-	csrc/check_memory.sh $(BIN)/python
-	csrc/check_memory_cuda.sh $(BIN)/python
+	tools/check_memory.sh $(BIN)/python
+	tools/check_memory_cuda.sh $(BIN)/python
 
 # The CUDA kernels for every architecture, without a GPU: fails on a warning or a register spill. Needs nvcc.
 cuda-compile:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) csrc/compile_cuda.py
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/compile_cuda.py
 
 # The Triton kernels likewise. Needs Triton.
 triton-compile: install
-	$(BIN)/python csrc/compile_triton.py
+	$(BIN)/python tools/compile_triton.py
 
 # Build, tests, compute-sanitizer and benchmarks on a machine with a GPU, in one go, with its own Python environment.
 gpu-check:

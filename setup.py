@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 from setuptools import setup
@@ -19,7 +20,11 @@ ARCHITECTURES = "8.0;9.0a;10.0"  # A100; H100, H200; B200
 WITH_TORCH = "`pip install --no-build-isolation .`, in an environment that has torch >= 2.11, setuptools and ninja"
 FLAGS = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]  # the stable ABI of torch 2.11
 CXX_FLAGS = ["-g0", "-fvisibility=hidden", "-Wno-psabi"]
-SHARED_HEADERS = [f"csrc/{name}.h" for name in ("arguments", "features", "normal", "recurrence")]
+
+
+def headers(*folders: str) -> list[str]:
+    """Every header in these folders of csrc/: the build is repeated when one of them changes, also without ninja."""
+    return sorted(str(path) for folder in folders for path in Path("csrc", folder).glob("*.*h"))
 
 
 def reason_not_to_build() -> str:
@@ -63,7 +68,7 @@ def extensions(for_gpus: bool) -> list[Any]:
         CppExtension(
             "tsae_kernels._cpu",
             [f"{folder}/{name}.cpp" for name in ("ops", "sparse_ops", "baseline", "avx2", "avx512")],
-            depends=[f"{folder}/{name}.h" for name in ("kernels", "pack", "sparse", "tiles")] + SHARED_HEADERS,
+            depends=headers("cpu", "shared"),
             extra_compile_args=FLAGS + CXX_FLAGS,
             py_limited_api=True,
         )
@@ -72,12 +77,11 @@ def extensions(for_gpus: bool) -> list[Any]:
         # torch's own default is what GPUs it sees, and it fails where it sees none.
         os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
         folder = "csrc/cuda"
-        headers = ["device.cuh", "kernels.h", "pair.cuh", "statistics.cuh", "stream.h", "tile.cuh"]
         built.append(
             CUDAExtension(
                 "tsae_kernels._cuda",
                 [f"{folder}/ops.cpp"] + [f"{folder}/{name}.cu" for name in ("forward", "backward", "steps", "runs")],
-                depends=[f"{folder}/{name}" for name in headers] + SHARED_HEADERS,
+                depends=headers("cuda", "shared"),
                 extra_compile_args={
                     "cxx": [*FLAGS, *CXX_FLAGS, "-DUSE_CUDA"],
                     "nvcc": [*FLAGS, "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA"],

@@ -42,6 +42,39 @@ def wheel(tree: Path, out: Path, *how: str, **variables: str) -> tuple[Path, str
     return file, result.stderr
 
 
+LIST_DEPENDENCIES = """
+import runpy, setuptools
+setuptools.setup = lambda **given: print(*(file for each in given["ext_modules"] for file in each.depends))
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+def test_every_header_rebuilds_the_extension() -> None:
+    """Without ninja setuptools looks at these files alone."""
+    result = run(ROOT, "-c", LIST_DEPENDENCIES, TSAE_BUILD="cpu")
+    assert result.returncode == 0, result.stderr
+    known = set(result.stdout.split())
+    headers = {
+        str(path.relative_to(ROOT)) for folder in ("cpu", "shared") for path in (ROOT / "csrc" / folder).glob("*.h")
+    }
+    assert "csrc/cpu/ring.h" in headers
+    assert headers <= known
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_no_header_has_the_name_of_a_system_header() -> None:
+    """One that has shadows the C library's where its folder is on the include path."""
+    names = {path.name for path in (ROOT / "csrc").rglob("*.*h")}
+    source = "".join(f"#if __has_include(<{name}>)\n#error {name}\n#endif\n" for name in sorted(names))
+    result = subprocess.run(["c++", "-E", "-x", "c++", "-"], input=source, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    control = subprocess.run(
+        ["c++", "-E", "-x", "c++", "-"], input="#if __has_include(<features.h>)\n#error features.h\n#endif\n",
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert control.returncode != 0, "this C library has no <features.h>, so the test shows nothing"
+
+
 @pytest.mark.parametrize(("how", "choice"), [(SETUP, "none"), (NO_TORCH, "")], ids=["none", "without torch"])
 def test_the_wheel_of_python_alone_is_for_every_machine(tree: Path, tmp_path: Path, how: tuple, choice: str) -> None:
     file, said = wheel(tree, tmp_path, *how, TSAE_BUILD=choice)
@@ -96,7 +129,7 @@ def test_the_source_distribution_holds_what_is_compiled(tree: Path, tmp_path: Pa
         names = {name.partition("/")[2] for name in archive.getnames()}
         archive.extractall(tmp_path, filter="data")
     wanted = {str(path.relative_to(tree)) for path in (tree / "csrc").rglob("*") if path.is_file()}
-    assert {"csrc/recurrence.h", "csrc/cuda/forward.cu", "csrc/cpu/ops.cpp"} <= wanted
+    assert {"csrc/shared/recurrence.h", "csrc/cuda/forward.cu", "csrc/cpu/ops.cpp"} <= wanted
     assert not wanted - names
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "tsae_kernels/eager.py"} <= names
     (unpacked,) = [folder for folder in tmp_path.iterdir() if folder.is_dir()]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the CPU library with AddressSanitizer and UndefinedBehaviorSanitizer in a temporary folder and runs its tests.
-# Usage: csrc/check_memory.sh [python, with torch and pytest] [arguments for pytest]
+# Usage: tools/check_memory.sh [python, with torch and pytest] [arguments for pytest]
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -16,7 +16,7 @@ torch=$("$python" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).
 printf '%s\n' ops sparse_ops baseline avx2 avx512 | xargs -P "$(nproc)" -I NAME \
   "$cxx" -std=c++20 -O1 -g -fPIC -fvisibility=hidden -Wno-psabi -fno-omit-frame-pointer \
   -fsanitize=address,undefined -fno-sanitize-recover=undefined -DTORCH_TARGET_VERSION=0x020b000000000000 \
-  -isystem "$torch/include" -c "$folder/csrc/cpu/NAME.cpp" -o "$folder/NAME.o"
+  -I"$folder/csrc" -isystem "$torch/include" -c "$folder/csrc/cpu/NAME.cpp" -o "$folder/NAME.o"
 "$cxx" -shared -fsanitize=address,undefined "$folder"/*.o -o "$folder/tsae_kernels/_cpu.abi3.so" \
   -L"$torch/lib" -ltorch_cpu -lc10 -Wl,-rpath,"$torch/lib"
 

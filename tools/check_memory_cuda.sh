@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Compiles the CUDA kernels for the host with AddressSanitizer and UndefinedBehaviorSanitizer and runs their tests: no
 # kernel reads or writes outside its tensors or its shared memory.
-# Usage: csrc/check_memory_cuda.sh [python, with torch and pytest] [arguments for pytest]
+# Usage: tools/check_memory_cuda.sh [python, with torch and pytest] [arguments for pytest]
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compiles the CUDA kernels for every architecture, without a GPU and without a CUDA build of torch.
 
-    csrc/compile_cuda.py [FOLDER]
+    tools/compile_cuda.py [FOLDER]
 
 Fails on any warning, and on a stack frame or a register spill in a kernel (but those of MAY_SPILL). Prints, per kernel
 and architecture, what ptxas says of it; the object files go to FOLDER (default: a temporary one). Needs nvcc (on the
@@ -22,7 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-SOURCES = Path(__file__).resolve().parent / "cuda"
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+SOURCES = CSRC / "cuda"
 ARCHITECTURES = ("80", "90a", "100")
 # float64 with more than four windows keeps 64 doubles, which are more registers than a thread may have.
 MAY_SPILL = ("backward_any<double, 16>",)
@@ -66,7 +67,7 @@ def _run(command: list[str]) -> str:
 def compile_kernels(nvcc: str, source: Path, arch: str, folder: Path) -> list[Kernel]:
     """One source for one architecture; the longest take half a minute."""
     command = [nvcc, "-std=c++20", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas=-v"]
-    command += ["-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror"]
+    command += ["-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror", f"-I{CSRC}"]
     return parse(_run([*command, "-c", str(source), "-o", str(folder / f"{source.stem}_{arch}.o")]))
 
 
@@ -77,7 +78,8 @@ def compile_operators(folder: Path) -> str:
         return "ops.cpp: not compiled, there is no torch here"
     include = Path(torch.origin).parent / "include"
     command = [os.environ.get("CXX", "g++"), "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-DUSE_CUDA"]
-    command += ["-Wall", "-Wextra", "-Werror", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", str(include)]
+    command += ["-Wall", "-Wextra", "-Werror", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{CSRC}"]
+    command += ["-isystem", str(include)]
     _run([*command, "-c", str(SOURCES / "ops.cpp"), "-o", str(folder / "ops.o")])
     return f"ops.cpp: compiled with the headers in {include}"
 

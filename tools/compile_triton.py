@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compiles the Triton kernels for GPUs that are not there, as the launchers would launch them.
 
-    csrc/compile_triton.py [CAPABILITY ...]    default: 80 90 100
+    tools/compile_triton.py [CAPABILITY ...]    default: 80 90 100
 
 Prints one JSON line per kernel and capability. Fails if a kernel spills a register, or if one reads bfloat16 features
 singly. With the variable TSAE_KEEP_ASSEMBLY=FOLDER the PTX and SASS are kept there. Needs Triton and tsae_kernels.

@@ -1,7 +1,7 @@
 // The normal distribution for gelu and its gradient, on packs.
 #pragma once
 
-#include "../normal.h"
+#include "../shared/normal_tail.h"
 #include "pack.h"
 
 namespace tsae {

@@ -1,7 +1,7 @@
 // What the operators (ops.cpp) and the kernels built for each instruction set (by_dtype.h) agree on.
 #pragma once
 
-#include "../features.h"
+#include "../shared/operands.h"
 
 namespace tsae {
 

@@ -5,7 +5,7 @@
 #include <string>
 #include <tuple>
 
-#include "../arguments.h"
+#include "../shared/arguments.h"
 #include "kernels.h"
 
 namespace tsae {

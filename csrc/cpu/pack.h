@@ -2,7 +2,7 @@
 // any instruction set. Four vectors hide the latency of a recurrence along T, whose steps depend on each other.
 #pragma once
 
-#include "../recurrence.h"
+#include "../shared/recurrence.h"
 
 namespace tsae {
 namespace TSAE_TARGET {

@@ -1,7 +1,7 @@
 // What the operators (ops.cpp) and the kernels (*.cu) agree on. Nothing of PyTorch, so that the kernels compile without it.
 #pragma once
 
-#include "../features.h"
+#include "../shared/operands.h"
 
 namespace tsae::cuda {
 

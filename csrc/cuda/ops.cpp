@@ -3,7 +3,7 @@
 // tsae_kernels/ops.py. Nothing here waits for the GPU or looks at data on it.
 #include <tuple>
 
-#include "../arguments.h"
+#include "../shared/arguments.h"
 #include "kernels.h"
 
 // Where the current stream comes from; the tests replace it together with the device.

@@ -6,8 +6,8 @@
 #endif
 #include TSAE_DEVICE_HEADER
 
-#include "../normal.h"
-#include "../recurrence.h"
+#include "../shared/normal_tail.h"
+#include "../shared/recurrence.h"
 #include "kernels.h"
 
 namespace tsae::cuda {

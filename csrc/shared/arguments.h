@@ -10,7 +10,7 @@
 #include <optional>
 #include <vector>
 
-#include "features.h"
+#include "operands.h"
 
 namespace tsae {
 namespace {

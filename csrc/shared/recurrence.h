@@ -8,7 +8,7 @@
 // and a function that the linker could share between them might run instructions that the machine lacks.
 #pragma once
 
-#include "features.h"
+#include "operands.h"
 
 #ifdef __CUDACC__
 #define TSAE_INLINE __host__ __device__ __forceinline__

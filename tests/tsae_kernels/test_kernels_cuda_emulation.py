@@ -76,7 +76,7 @@ def test_the_order_of_a_blocks_threads_does_not_matter(library):
     assert digests[0] == digests[1]
 
 
-_spec = importlib.util.spec_from_file_location("compile_cuda", ROOT / "csrc" / "compile_cuda.py")
+_spec = importlib.util.spec_from_file_location("compile_cuda", ROOT / "tools" / "compile_cuda.py")
 compile_cuda = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(compile_cuda)
 
