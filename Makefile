@@ -42,7 +42,7 @@ test-peers: peers
 
 # Random `kill -9`s of real runs; TSAE_KILL_SEED takes another seed.
 kills: install
-	$(BIN)/python -m pytest tests/test_kills.py -s
+	$(BIN)/python -m pytest tests/training/test_kills.py -s
 
 lint: install
 	$(BIN)/ruff check .

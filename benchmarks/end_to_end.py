@@ -78,11 +78,11 @@ def ours(text: Path, tokens: int, reuse: int, scratch: Path) -> dict[str, float]
     parts.wrap(tsae.lm.loading, "load_language_model", LOADING)
     parts.wrap(tsae.lm.hooks, "activations", MODEL)
     parts.wrap(tsae.data.sequences.SequenceStream, "next_batch", TEXT)
-    import tsae.run  # after the wrapping, so that it sees the wrapped functions
-    import tsae.trainer
+    import tsae.training.run  # after the wrapping, so that it sees the wrapped functions
+    import tsae.training.trainer
     from tsae.presets import preset
 
-    parts.wrap(tsae.trainer.Trainer, "train_step", TRAINING)
+    parts.wrap(tsae.training.trainer.Trainer, "train_step", TRAINING)
     cfg = preset("demo")
     cfg = replace(
         cfg,
@@ -94,7 +94,7 @@ def ours(text: Path, tokens: int, reuse: int, scratch: Path) -> dict[str, float]
         checkpoint=replace(cfg.checkpoint, every=0),
     )
     start = time.perf_counter()
-    tsae.run.run(cfg, scratch / "run")
+    tsae.training.run.run(cfg, scratch / "run")
     return _measured(parts, time.perf_counter() - start)
 
 

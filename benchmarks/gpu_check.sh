@@ -50,7 +50,7 @@ PY
     echo '```'
 } >>"$results" 2>&1
 needs_tsae=(tests/sae benchmarks/test_training_step.py benchmarks/test_harvest.py)
-if ! why=$("$python" -c 'import tsae.trainer, tsae.data.harvest' 2>&1); then
+if ! why=$("$python" -c 'import tsae.training.trainer, tsae.data.harvest' 2>&1); then
     needs_tsae=()
     echo "left out: tests/sae, the training step and the harvest, because tsae cannot be imported: ${why##*$'\n'}" |
         tee -a "$results"

@@ -6,8 +6,9 @@
 Width 2,304, 16 sequences of 128 tokens a step, 32 active features, bfloat16 autocast, random activations. Ours with
 TopK or BatchTopK and the temporal statistics of TSAE's three bands in its loss, SAELens's TopK with its defaults and no
 temporal term. Every measurement is a process of its own: its peak resident memory less what it had before the
-autoencoder was made, and the median time of the steps after the first. Beside them stands what `tsae.estimate` expects.
-`StepTime` is the formula of docs/scale.md for the time; `--fit FILE` prints it for what `--json` wrote.
+autoencoder was made, and the median time of the steps after the first. Beside them stands what
+`tsae.training.memory` expects. `StepTime` is the formula of docs/scale.md for the time; `--fit FILE` prints it for what
+`--json` wrote.
 """
 
 from __future__ import annotations
@@ -81,13 +82,13 @@ def config(activation: str, d_sae: int, batch: int, chunk: int) -> Any:
 
 
 def ours(activation: str, d_sae: int, batch: int, chunk: int) -> dict[str, float]:
-    """Steps of `tsae.trainer.Trainer`."""
+    """Steps of `tsae.training.trainer.Trainer`."""
     import torch
 
     from tsae.data.harvest import Harvest
-    from tsae.estimate import sae_bytes, step_bytes
     from tsae.sae.normalization import InputNormalizer
-    from tsae.trainer import Trainer
+    from tsae.training.memory import sae_bytes, step_bytes
+    from tsae.training.trainer import Trainer
 
     cfg = config(activation, d_sae, batch, chunk)
     x = torch.randn(batch, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0))

@@ -20,9 +20,9 @@ from benchmarks.results import Measurement
 from tsae.config import ObjectiveConfig, OptimizerConfig, SAEConfig, TrainConfig
 from tsae.data.harvest import Harvest
 from tsae.lm.loading import default_dtype
-from tsae.sae.activations import initial_threshold, mean_l0
 from tsae.sae.normalization import InputNormalizer
-from tsae.trainer import Trainer
+from tsae.sae.thresholds import initial_threshold, mean_l0
+from tsae.training.trainer import Trainer
 
 pytestmark = pytest.mark.timeout(1200)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from tsae.table import metric
+from tsae.reports.table import metric
 
 COLUMNS = (
     ("EV", "explained_variance", 4),

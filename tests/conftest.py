@@ -89,7 +89,7 @@ def argv_of(tiny_gemma2: Path, text_file: Path) -> Callable[..., list[str]]:
 @pytest.fixture
 def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`at_step(number, act)`: calls `act()` in training before each step that follows on `number`; without, no more."""
-    from tsae.trainer import Trainer
+    from tsae.training.trainer import Trainer
 
     real = Trainer.train_step
 

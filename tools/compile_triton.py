@@ -29,7 +29,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tsae_kernels import MULTISCALE, triton_backend
+from tsae_kernels import MULTISCALE
+from tsae_kernels.backends.triton import launch
 
 _TYPES = {
     torch.float64: "*fp64",
@@ -90,8 +91,8 @@ def resources(cubin: bytes, name: str) -> dict[str, int]:
 def launches() -> dict[str, tuple[Any, tuple, dict]]:
     """Each variant's name -> kernel and arguments, of [2048, 128, 2304] features that take no memory."""
     modules = {}
-    for name in ("triton_kernels", "triton_backward", "triton_steps"):
-        modules[name] = importlib.import_module(f"tsae_kernels.{name}")
+    for name in ("forward", "backward", "steps"):
+        modules[name] = importlib.import_module(f"tsae_kernels.backends.triton.{name}")
     recorders = {}
     for module in modules.values():
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
@@ -116,33 +117,27 @@ def launches() -> dict[str, tuple[Any, tuple, dict]]:
         x = empty(B, T, k, dtype=dtype)
         for ids, suffix in ((None, ""), (empty(B, T, dtype=torch.int64), "-segments")):
             calls = {
-                "relu": lambda x=x, ids=ids: triton_backend.activate_with_stats(
-                    x, bias, "relu", None, None, MULTISCALE, ids
-                ),
-                "schmitt": lambda x=x, ids=ids: triton_backend.activate_with_stats(
-                    x, bias, "relu", one, one, MULTISCALE, ids
-                ),
-                "gelu": lambda x=x, ids=ids: triton_backend.activate_with_stats(
-                    x, bias, "gelu", None, None, MULTISCALE, ids
-                ),
-                "stats": lambda x=x, ids=ids: triton_backend.temporal_stats(x, MULTISCALE, ids),
-                "relu-backward": lambda x=x, ids=ids: triton_backend.activate_with_stats_backward(
+                "relu": lambda x=x, ids=ids: launch.activate_with_stats(x, bias, "relu", None, None, MULTISCALE, ids),
+                "schmitt": lambda x=x, ids=ids: launch.activate_with_stats(x, bias, "relu", one, one, MULTISCALE, ids),
+                "gelu": lambda x=x, ids=ids: launch.activate_with_stats(x, bias, "gelu", None, None, MULTISCALE, ids),
+                "stats": lambda x=x, ids=ids: launch.temporal_stats(x, MULTISCALE, ids),
+                "relu-backward": lambda x=x, ids=ids: launch.activate_with_stats_backward(
                     x, None, x, shared, None, None, "relu", MULTISCALE, ids
                 ),
-                "gelu-backward": lambda x=x, ids=ids: triton_backend.activate_with_stats_backward(
+                "gelu-backward": lambda x=x, ids=ids: launch.activate_with_stats_backward(
                     x, bias, x, shared, None, None, "gelu", MULTISCALE, ids
                 ),
-                "stats-backward": lambda x=x, ids=ids: triton_backend.activate_with_stats_backward(
+                "stats-backward": lambda x=x, ids=ids: launch.activate_with_stats_backward(
                     x, None, None, shared, bias.expand(B, k), bias.expand(B, k), "identity", MULTISCALE, ids
                 ),
             }
             for name, call in calls.items():
                 record(f"{name}-{short}{suffix}", call)
         weights = empty(B, T)
-        record(f"steps-{short}", lambda x=x, weights=weights: triton_backend.step_energy(x, weights))
+        record(f"steps-{short}", lambda x=x, weights=weights: launch.step_energy(x, weights))
         record(
             f"steps-backward-{short}",
-            lambda x=x, weights=weights: triton_backend.step_energy_backward(x, weights, one),
+            lambda x=x, weights=weights: launch.step_energy_backward(x, weights, one),
         )
     return out
 

@@ -1,7 +1,7 @@
-"""Evaluate a sparse autoencoder: `python -m tsae.evaluate RUN`. The measuring itself: `tsae.measure`.
+"""Evaluate a sparse autoencoder: `python -m tsae.evaluate RUN`. The measuring itself: `tsae.evaluation.evaluator`.
 
-Autoencoders of other libraries, and several side by side: `tsae.compare`. Which text it is measured on:
-`tsae.held_out`.
+Autoencoders of other libraries, and several side by side: `tsae.evaluation.compare`. Which text it is measured on:
+`tsae.evaluation.held_out`.
 
 With `--release-ratio` the autoencoder is measured as one of another release ratio, at the L0 it had: its thresholds are
 multiplied by one factor, found on the run's own training text, as training found them (`tsae.sae.release`). What is
@@ -23,19 +23,14 @@ import tyro
 from rich.console import Console
 from torch import Tensor
 
-from tsae import compare
-from tsae.cli import parse, report_errors
 from tsae.config import LENGTH, TrainConfig
-from tsae.config_json import load_json
 from tsae.data.harvest import Harvester
 from tsae.data.passages import Document
 from tsae.data.sequences import SequenceStream
 from tsae.data.text import open_text
 from tsae.errors import UserError
-from tsae.files import write_json
-from tsae.held_out import held_out, read_run, source_of
-from tsae.lm.loading import LanguageModel, load_language_model
-from tsae.measure import (
+from tsae.evaluation import compare
+from tsae.evaluation.evaluator import (
     EvaluationResult,
     check_width,
     evaluate,
@@ -44,11 +39,16 @@ from tsae.measure import (
     evaluation_progress,
     write_eval,
 )
-from tsae.report import read_source, write_report
+from tsae.evaluation.held_out import held_out, read_run, source_of
+from tsae.lm.loading import LanguageModel, load_language_model
+from tsae.reports.figure import read_source, write_report
+from tsae.reports.table import print_table
 from tsae.rundir import layout
 from tsae.sae.model import SparseAutoencoder
 from tsae.sae.release import check_releasable, with_release_ratio
-from tsae.table import print_table
+from tsae.utils.atomic import write_json
+from tsae.utils.cli import parse, report_errors
+from tsae.utils.config_json import load_json
 
 __all__ = ["EvaluationResult", "evaluate", "evaluate_all", "evaluation_progress", "main", "write_eval"]
 

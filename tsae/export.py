@@ -14,18 +14,18 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from tsae.cli import parse, report_errors
-from tsae.config_json import load_json
-from tsae.directories import read_config
 from tsae.errors import UserError
-from tsae.files import WriteError
+from tsae.evaluation.held_out import held_out, source_of
 from tsae.formats import dictionary_learning, load
 from tsae.formats.forms import plain_form, without_hysteresis
-from tsae.held_out import held_out, source_of
-from tsae.progress import console
 from tsae.rundir import layout
+from tsae.rundir.directory import read_config
 from tsae.sae.model import SCHMITT, SparseAutoencoder
 from tsae.sae.release import with_release_ratio
+from tsae.utils.atomic import WriteError
+from tsae.utils.cli import parse, report_errors
+from tsae.utils.config_json import load_json
+from tsae.utils.progress import console
 
 __all__ = ["Arguments", "export", "main"]
 
@@ -107,8 +107,8 @@ def _copy_measured(run: Path, directory: Path) -> None:
 def _measured_without_hysteresis(sae: SparseAutoencoder, run: Path, directory: Path) -> tuple[SparseAutoencoder, float]:
     """``sae`` with a plain threshold, and the factor on its own; its metrics go into ``directory``."""
     from tsae.evaluate import training_sample
+    from tsae.evaluation.evaluator import check_width, evaluate, evaluation_options, evaluation_progress, write_eval
     from tsae.lm.loading import load_language_model
-    from tsae.measure import check_width, evaluate, evaluation_options, evaluation_progress, write_eval
 
     config = read_config(run)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device

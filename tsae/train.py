@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from tsae.cli import RESUME, only_options, parse, report_errors
 from tsae.config import TrainConfig
-from tsae.config_json import from_dict, load_json
 from tsae.errors import UserError
 from tsae.presets import preset
 from tsae.rundir import layout
+from tsae.utils.cli import RESUME, only_options, parse, report_errors
+from tsae.utils.config_json import from_dict, load_json
 
 __all__ = ["main"]
 
@@ -79,11 +79,11 @@ def main(argv: list[str] | None = None) -> int:
             _sweep(asked, argv)
             return status.code
         # Imported here, so that --help and a misspelt option answer at once.
-        from tsae.directories import new_directory
         from tsae.parallel.processes import from_first, processes
-        from tsae.progress import console
-        from tsae.run import run
-        from tsae.table import print_table
+        from tsae.reports.table import print_table
+        from tsae.rundir.directory import new_directory
+        from tsae.training.run import run
+        from tsae.utils.progress import console
 
         if asked.resume is not None:
             cfg, directory = _resumed(asked, argv)
@@ -132,8 +132,8 @@ def _on_other_processes(cfg: TrainConfig, asked: Command, argv: list[str]) -> Tr
 
 
 def _dry_run(cfgs: dict[str, TrainConfig], directory: Path) -> None:
-    from tsae.dry_run import dry_run, print_estimate
     from tsae.parallel.environment import world_size
+    from tsae.training.dry_run import dry_run, print_estimate
 
     if world_size() > 1:
         raise UserError("--dry-run reckons for one process; start it without torchrun.")
@@ -148,8 +148,8 @@ def _is_sweep(directory: Path | None) -> bool:
 def _sweep(asked: Command, argv: list[str]) -> None:
     from tsae.parallel.environment import is_first
     from tsae.parallel.processes import from_first, processes
-    from tsae.progress import console
-    from tsae.sweep import print_sweep, read_runs, read_sweep, run_sweep, sweep_directory
+    from tsae.training.sweep import print_sweep, read_runs, read_sweep, run_sweep, sweep_directory
+    from tsae.utils.progress import console
 
     sweep, out = asked.sweep, asked.out
     if asked.resume is not None:

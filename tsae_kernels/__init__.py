@@ -3,7 +3,7 @@
 Needs torch alone. See docs/mathematics.md for the derivations and `python -m tsae_kernels` for the backends.
 """
 
-from tsae_kernels.backends import available_backends
+from tsae_kernels.backends.registry import available_backends
 from tsae_kernels.bands import MULTISCALE, Bands
 from tsae_kernels.functions import TemporalStats, activate_with_stats, encode_with_stats, temporal_stats
 from tsae_kernels.losses import (

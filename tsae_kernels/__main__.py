@@ -5,9 +5,10 @@ from importlib.metadata import version
 
 import torch
 
-from tsae_kernels import available_backends, triton_backend
-from tsae_kernels.backends import BACKEND_VARIABLE, OK, choose_backend
-from tsae_kernels.extension import load_cuda_library, load_library
+from tsae_kernels import available_backends
+from tsae_kernels.backends.extension import load_cuda_library, load_library
+from tsae_kernels.backends.registry import BACKEND_VARIABLE, OK, choose_backend
+from tsae_kernels.backends.triton import launch
 
 
 def main() -> None:
@@ -22,7 +23,7 @@ def main() -> None:
     if library.built_for:
         print(f"cuda: built for {library.built_for}, CUDA {library.chosen}, with {library.variants}")
     if available_backends()["triton"] == OK:
-        where = "in its interpreter" if triton_backend.interpreting() else "compiles for the GPU on first use"
+        where = "in its interpreter" if launch.interpreting() else "compiles for the GPU on first use"
         print(f"triton: version {version('triton')}, {where}")
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:

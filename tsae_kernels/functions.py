@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tsae_kernels import ops as _ops  # noqa: F401  (registers the operators)
 from tsae_kernels.arguments import check_activation, check_features, check_segments, check_tensor
-from tsae_kernels.backends import choose_backend
+from tsae_kernels.backends.registry import choose_backend
 from tsae_kernels.bands import MULTISCALE, Bands, check_bands, flatten_bands
 
 

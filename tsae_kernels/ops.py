@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from tsae_kernels.arguments import dtype_of_stats
-from tsae_kernels.backends import implementation
+from tsae_kernels.backends.registry import implementation
 from tsae_kernels.bands import unflatten_bands
 
 _SCHEMAS = {

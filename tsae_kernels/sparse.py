@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tsae_kernels.extension import load_library
+from tsae_kernels.backends.extension import load_library
 
 __all__ = ["CompressedRows", "compress", "matmul", "sampled_matmul", "sparse_products_available", "transpose"]
 

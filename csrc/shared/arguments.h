@@ -97,7 +97,7 @@ inline std::vector<Share> shares_of(const std::vector<int>& limited) {
 }  // namespace
 }  // namespace tsae
 
-// What the loader (tsae_kernels/extension.py) asks of a library before it uses it.
+// What the loader (tsae_kernels/backends/extension.py) asks of a library before it uses it.
 #define TSAE_EXPORT extern "C" __attribute__((visibility("default")))
 #if defined(__clang__)
 #define TSAE_COMPILER "clang " __clang_version__

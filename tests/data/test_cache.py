@@ -18,7 +18,7 @@ from tsae.data.cache import ActivationCache, sequence_bytes
 from tsae.data.harvest import Harvest
 from tsae.data.sequences import TokenBatch
 from tsae.errors import UserError
-from tsae.files import checksum_of
+from tsae.utils.atomic import checksum_of
 
 G, T, D = 2, 5, 3
 

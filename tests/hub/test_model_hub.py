@@ -15,9 +15,9 @@ from stand_in import StandIn
 import tsae.hub
 from tsae import SAEConfig, SparseAutoencoder, UserError
 from tsae.config import TrainConfig
-from tsae.config_json import to_dict
 from tsae.hub.__main__ import main
 from tsae.hub.card import model_card, plain
+from tsae.utils.config_json import to_dict
 
 EVALUATION = {
     "explained_variance": 0.9123,

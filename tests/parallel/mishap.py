@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from tsae.train import main
-from tsae.trainer import Trainer
+from tsae.training.trainer import Trainer
 
 
 def kill() -> None:

@@ -18,13 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tsae.config import TrainConfig
-from tsae.config_json import from_dict, to_dict
 from tsae.data.harvest import Harvest
 from tsae.parallel.axis import ALONE, Ranks
 from tsae.parallel.buffer import Share
 from tsae.parallel.processes import make_ranks
 from tsae.sae.normalization import InputNormalizer
-from tsae.trainer import Trainer
+from tsae.training.trainer import Trainer
+from tsae.utils.config_json import from_dict, to_dict
 
 STEPS, BATCH, LENGTH, WIDTH = 50, 7, 24, 16  # 7: shares differ in size
 

@@ -86,7 +86,7 @@ def test_saebench_s_own_metrics_run_on_it() -> None:
     """And agree with ours where the two define the same."""
     from sae_bench.sae_bench_utils import general_utils
 
-    from tsae.metrics import ReconstructionMetrics
+    from tsae.evaluation.metrics import ReconstructionMetrics
 
     ours = trained("schmitt")
     sae = integration.SAEBenchSAE(ours, "pythia-70m-deduped", 4)

@@ -14,7 +14,7 @@ import torch
 from peer_cases import D_IN, D_SAE, K, activations, same_to, trained
 
 import tsae
-from tsae.sae.temporal_objectives import contrastive_loss, draw_pairs
+from tsae.training.temporal_objectives import contrastive_loss, draw_pairs
 from tsae_kernels import temporal_loss, window_consistency
 
 sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed; make peers")
@@ -114,7 +114,7 @@ def test_saelens_trains_saves_and_loads_it(kind: str, tmp_path: Path) -> None:
 
 def test_the_objective_makes_features_more_consistent() -> None:
     """Against SAELens's own TopK on the same batches: a contrastive term on adjacent tokens."""
-    from tsae.metrics import TemporalMetrics
+    from tsae.evaluation.metrics import TemporalMetrics
 
     scores = {}
     for kind, options in (("topk", {}), ("temporal_topk", {"temporal_coefficient": 1.0})):

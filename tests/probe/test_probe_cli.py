@@ -13,12 +13,12 @@ from rich.console import Console
 from tiny import sample_text
 
 from tsae.config import EvaluationConfig, SAEConfig, TrainConfig
-from tsae.config_json import to_dict
 from tsae.data.text import TextConfig
 from tsae.lm import hooks
 from tsae.probe.__main__ import Arguments, main, probe_runs
 from tsae.probe.results import print_results
 from tsae.sae.model import SparseAutoencoder
+from tsae.utils.config_json import to_dict
 
 
 def write_run(folder: Path, model: Path, text: Path, seed: int, **options) -> Path:

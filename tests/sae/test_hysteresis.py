@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tsae.config import SAEConfig
-from tsae.sae.activations import batch_topk_threshold, mean_l0
 from tsae.sae.hysteresis import exact_threshold, switch_on_levels
 from tsae.sae.model import SparseAutoencoder
+from tsae.sae.thresholds import batch_topk_threshold, mean_l0
 from tsae_kernels import temporal_stats
 
 B, T, D_IN, K = 3, 17, 8, 30

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tsae.config import OptimizerConfig, SAEConfig
 from tsae.sae.model import SparseAutoencoder
-from tsae.sae.optimization import build_optimizer, charge_for_activity, threshold_parameters
 from tsae.sae.straight_through import straight_through, thresholds
+from tsae.training.optimization import build_optimizer, charge_for_activity, threshold_parameters
 from tsae_kernels import activate_with_stats
 
 B, T, K = 3, 11, 4

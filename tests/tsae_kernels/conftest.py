@@ -9,9 +9,9 @@ import pytest
 def _patch_triton_once_a_launch():
     """The interpreter patches Triton's language at every call of a device function, which takes it 3 ms and half of the
     time of these tests. Once a launch and function does."""
-    from tsae_kernels import triton_backend
+    from tsae_kernels.backends.triton import launch
 
-    if triton_backend.problem() or not triton_backend.interpreting():
+    if launch.problem() or not launch.interpreting():
         yield
         return
     from triton.runtime import interpreter

@@ -11,14 +11,15 @@ from torch import Tensor
 from torch.utils import _pytree
 
 import tsae_kernels
-from tsae_kernels import available_backends, triton_backend
-from tsae_kernels.backends import _DEVICES
+from tsae_kernels import available_backends
+from tsae_kernels.backends.registry import _DEVICES
+from tsae_kernels.backends.triton import launch
 
 _STATES = available_backends()
 FAST = ("eager", "cpp", "cuda", "triton")  # the backends under test; `reference` is the definition
 HERE = tuple(name for name in ("reference", *FAST) if _STATES[name] == "ok")
 
-INTERPRETED = _STATES["triton"] == "ok" and triton_backend.interpreting()
+INTERPRETED = _STATES["triton"] == "ok" and launch.interpreting()
 DEVICE = {name: _DEVICES.get(name, "cpu") if _STATES[name] == "ok" else "cpu" for name in FAST}
 
 

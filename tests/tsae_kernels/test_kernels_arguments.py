@@ -117,7 +117,7 @@ def test_a_backend_that_is_not_there_fails_with_its_reason_and_the_remedy(monkey
 
 
 def test_the_variable_chooses_and_the_argument_wins(monkeypatch):
-    from tsae_kernels import eager, reference
+    from tsae_kernels.backends import eager, reference
 
     called = []
     for module in (eager, reference):
@@ -131,7 +131,7 @@ def test_the_variable_chooses_and_the_argument_wins(monkeypatch):
     monkeypatch.setenv("TSAE_BACKEND", "reference")
     tk.temporal_stats(H)
     tk.temporal_stats(H, backend="eager")
-    assert called == ["tsae_kernels.reference", "tsae_kernels.eager"]
+    assert called == ["tsae_kernels.backends.reference", "tsae_kernels.backends.eager"]
     monkeypatch.setenv("TSAE_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="TSAE_BACKEND must be one of"):
         tk.temporal_stats(H)

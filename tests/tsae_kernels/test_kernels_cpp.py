@@ -6,8 +6,8 @@ import torch
 from compiled_checks import EIGHT_BANDS, assert_as_reference, everything
 
 from tsae_kernels import activate_with_stats, available_backends, temporal_stats, window_consistency
-from tsae_kernels.backends import choose_backend
-from tsae_kernels.extension import load_library
+from tsae_kernels.backends.extension import load_library
+from tsae_kernels.backends.registry import choose_backend
 
 pytestmark = pytest.mark.skipif(bool(load_library().problem), reason=load_library().problem)
 

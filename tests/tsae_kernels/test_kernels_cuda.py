@@ -17,7 +17,7 @@ from tsae_kernels import (
     temporal_stats,
     window_consistency,
 )
-from tsae_kernels.backends import _DEVICES, choose_backend
+from tsae_kernels.backends.registry import _DEVICES, choose_backend
 
 _STATE = available_backends()["cuda"]
 pytestmark = pytest.mark.skipif(_STATE != "ok", reason=f"cuda is {_STATE}")

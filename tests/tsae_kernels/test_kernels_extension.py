@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tsae_kernels
-from tsae_kernels import extension
+from tsae_kernels.backends import extension
 
 PACKAGE = Path(tsae_kernels.__file__).parent
 ROOT = PACKAGE.parent
@@ -109,7 +109,7 @@ LEVELS = {"DEFAULT": ("default", "baseline"), "AVX2": ("avx2", "avx2"), "AVX512"
 _RESULTS = """
 import sys, torch
 import tsae_kernels as tk
-from tsae_kernels.extension import load_library
+from tsae_kernels.backends.extension import load_library
 results = [load_library().chosen]
 for pre, bias in torch.load(sys.argv[1]):  # torch's random numbers depend on the instruction set
     for options in ({}, {"threshold": 0.6, "release": 0.2}, {"activation": "gelu"}):

@@ -13,7 +13,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tsae_kernels import count_positions, temporal_loss_from_stats
-from tsae_kernels.backends import implementation
+from tsae_kernels.backends.registry import implementation
 
 ops = torch.ops.tsae_kernels
 SEGMENTS = torch.tensor([[0, 0, 1, 1, -1, 2]] * 2)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from kernels_oracle import activate_with_stats, temporal_stats, window_consistency
 
-from tsae_kernels import MULTISCALE, available_backends, triton_backend
-from tsae_kernels.backends import choose_backend
+from tsae_kernels import MULTISCALE, available_backends
+from tsae_kernels.backends.registry import choose_backend
+from tsae_kernels.backends.triton import launch
 
 pytestmark = pytest.mark.skipif(available_backends()["triton"] != "ok", reason=available_backends()["triton"])
 
@@ -139,7 +140,7 @@ def test_long_sequences_in_every_precision():
 
 def test_windows_are_summed_afresh(monkeypatch):
     """Every 8 steps instead of 256, so that it happens often; nothing but rounding may change."""
-    monkeypatch.setattr(triton_backend, "_refresh", lambda reach: 8)
+    monkeypatch.setattr(launch, "_refresh", lambda reach: 8)
     generator = torch.Generator().manual_seed(2)
     pre = torch.randn(2, 26, 3, dtype=torch.float64, generator=generator)
     segments = torch.tensor([[0] * 26, [0] * 5 + [-1] * 3 + [1] * 18])
@@ -182,15 +183,15 @@ def test_no_tensor_is_copied_and_nothing_waits():
         def __getitem__(self, grid):
             return lambda *args, **kwargs: recorded.append(args)
 
-    kernels = [triton_backend._kernels()[i] for i in range(2)]
+    kernels = [launch._kernels()[i] for i in range(2)]
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(kernels[0], "forward_kernel", Recorder())
         monkeypatch.setattr(kernels[1], "backward_kernel", Recorder())
         x = torch.empty(6, 4, 9, device="meta").permute(1, 2, 0)
         ids = torch.empty(4, 9, dtype=torch.int64, device="meta")
         shared = torch.empty(1, 3, 6, device="meta").expand(4, 3, 6)
-        triton_backend.activate_with_stats(x, None, "relu", None, None, MULTISCALE, ids)
-        triton_backend.activate_with_stats_backward(x, None, x, shared, None, None, "relu", MULTISCALE, ids)
+        launch.activate_with_stats(x, None, "relu", None, None, MULTISCALE, ids)
+        launch.activate_with_stats_backward(x, None, x, shared, None, None, "relu", MULTISCALE, ids)
     forward, backward = recorded
     assert forward[0] is x
     assert [backward[i] is y for i, y in ((0, x), (2, x), (3, shared))] == [True] * 3
@@ -201,13 +202,13 @@ def test_no_tensor_is_copied_and_nothing_waits():
 
 
 def test_the_outer_band_is_all_pairs_less_the_others_only_where_that_is_safe():
-    assert triton_backend.outer_band(MULTISCALE, 128) == 2
-    assert triton_backend.outer_band(MULTISCALE, 120) == -1  # not longer than 8 times the inner bands
-    assert triton_backend.outer_band(MULTISCALE, 129) == -1  # some pairs are further apart
-    assert triton_backend.outer_band(((1, 3), (5, 200)), 128) == -1  # offset 4 is missing
-    assert triton_backend.outer_band(((2, 200),), 128) == -1
-    assert triton_backend.outer_band(((1, 200),), 128) == 0
-    assert triton_backend.outer_band((), 128) == -1
+    assert launch.outer_band(MULTISCALE, 128) == 2
+    assert launch.outer_band(MULTISCALE, 120) == -1  # not longer than 8 times the inner bands
+    assert launch.outer_band(MULTISCALE, 129) == -1  # some pairs are further apart
+    assert launch.outer_band(((1, 3), (5, 200)), 128) == -1  # offset 4 is missing
+    assert launch.outer_band(((2, 200),), 128) == -1
+    assert launch.outer_band(((1, 200),), 128) == 0
+    assert launch.outer_band((), 128) == -1
 
 
 def test_it_is_never_chosen_unasked_on_a_cpu():
@@ -221,4 +222,4 @@ def test_it_is_never_chosen_unasked_on_a_cpu():
 
 def test_without_triton_the_reason_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert triton_backend.problem() == "Triton is not installed: run `pip install triton`"
+    assert launch.problem() == "Triton is not installed: run `pip install triton`"

@@ -14,7 +14,7 @@ import pytest
 import torch
 from made_up import made_up_activity, made_up_page
 
-from tsae.metrics.temporal import MIN_ACTIVATIONS
+from tsae.evaluation.metrics.temporal import MIN_ACTIVATIONS
 from tsae.view import data as view_data
 from tsae.view.data import LEVELS, run_bounds, select, token_texts
 from tsae.view.features import Activity, neighbours

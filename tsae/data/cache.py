@@ -19,11 +19,11 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from tsae.config_json import from_dict
 from tsae.data.harvest import Harvest
 from tsae.data.sequences import TokenBatch
 from tsae.errors import UserError
-from tsae.files import WriteError, checksum, checksum_of, replacing, write_json
+from tsae.utils.atomic import WriteError, checksum, checksum_of, replacing, write_json
+from tsae.utils.config_json import from_dict
 
 __all__ = ["ActivationCache", "Shard", "sequence_bytes"]
 

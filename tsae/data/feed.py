@@ -15,7 +15,7 @@ from tsae.data.cache import ActivationCache
 from tsae.data.harvest import Harvest, Harvester
 from tsae.data.sequences import TokenBatch
 from tsae.errors import UserError
-from tsae.interrupts import AtSafePoint
+from tsae.utils.interrupts import AtSafePoint
 
 __all__ = ["Feed", "no_bar"]
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsae.config_json import load_json
 from tsae.errors import UserError
-from tsae.files import replacing, save_pickle, write_json
 from tsae.formats.tensors import Tensors, assemble, expect, matrix, read_pickle, whole_number
 from tsae.sae.model import SparseAutoencoder
+from tsae.utils.atomic import replacing, save_pickle, write_json
+from tsae.utils.config_json import load_json
 
 __all__ = ["read", "write"]
 

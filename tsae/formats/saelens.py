@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from tsae.config_json import load_json
 from tsae.errors import UserError
 from tsae.formats.tensors import Tensors, assemble, expect, read_safetensors, whole_number
 from tsae.sae.model import SparseAutoencoder
+from tsae.utils.config_json import load_json
 
 __all__ = ["read"]
 

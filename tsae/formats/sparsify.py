@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tsae.config_json import load_json
 from tsae.errors import UserError
 from tsae.formats.tensors import assemble, expect, matrix, read_safetensors, whole_number
 from tsae.sae.model import SparseAutoencoder
+from tsae.utils.config_json import load_json
 
 __all__ = ["read"]
 

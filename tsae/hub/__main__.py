@@ -9,9 +9,9 @@ from typing import Annotated
 
 import tyro
 
-from tsae.cli import parse, report_errors
 from tsae.errors import UserError
 from tsae.rundir import layout
+from tsae.utils.cli import parse, report_errors
 
 __all__ = ["main"]
 
@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         arguments = parse(Arguments, sys.argv[1:] if argv is None else argv, None, "python -m tsae.hub")
         # Imported here, so that --help and a misspelt option answer at once.
         from tsae.hub.transfer import prepare, push
-        from tsae.progress import console
         from tsae.sae.model import SparseAutoencoder
+        from tsae.utils.progress import console
 
         sae = SparseAutoencoder.load(arguments.run / layout.AUTOENCODER)
         if arguments.folder is not None:

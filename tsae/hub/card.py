@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tsae.config import LENGTH, SAEConfig
-from tsae.table import metric
+from tsae.reports.table import metric
 
 __all__ = ["ROWS", "model_card", "without_folders"]
 

@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from tsae.config_json import load_json
 from tsae.data.hub import hub_is_reachable
 from tsae.errors import UserError, reason
-from tsae.files import write_json
 from tsae.formats import load as read
 from tsae.hub.card import model_card, without_folders
-from tsae.report import read_source
+from tsae.reports.figure import read_source
 from tsae.rundir import layout
 from tsae.sae.model import SparseAutoencoder
 from tsae.sae.saving import CONFIG
+from tsae.utils.atomic import write_json
+from tsae.utils.config_json import load_json
 
 __all__ = ["load", "prepare", "push"]
 

@@ -5,8 +5,8 @@ SAEBench's fields hold what SAEBench defines, so that they stand beside its own 
 divided by the tokens of a batch. Our own `eval.json`, the temporal metrics with it, is in `eval_result_unstructured`.
 
 What is not the same as in SAEBench: the first position (BOS) keeps its activation in every run of the language model,
-also under zero ablation (`tsae.measure.evaluate` says why); KL and cross-entropy are means over predictions within one
-document.
+also under zero ablation (`tsae.evaluation.evaluator.evaluate` says why); KL and cross-entropy are means over
+predictions within one document.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tsae.config import LENGTH, TrainConfig
-from tsae.measure import EvaluationResult
+from tsae.evaluation.evaluator import EvaluationResult
 from tsae.sae.model import SparseAutoencoder
 
 __all__ = ["core_output"]

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from tsae.config import ObjectiveConfig
 from tsae.errors import UserError
 from tsae.sae.normalization import InputNormalizer
-from tsae.sae.objectives import bands_for, temporal_term
-from tsae.sae.temporal_objectives import Pairs, draw_pairs
+from tsae.training.objectives import bands_for, temporal_term
+from tsae.training.temporal_objectives import Pairs, draw_pairs
 from tsae_kernels import activate_with_stats, temporal_stats
 
 try:

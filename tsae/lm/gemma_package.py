@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from tsae.errors import UserError
-from tsae.files import WriteError, sync, writing
 from tsae.lm.gguf_file import GGUFFile
-from tsae.progress import bar, console
+from tsae.utils.atomic import WriteError, sync, writing
+from tsae.utils.progress import bar, console
 
 if TYPE_CHECKING:
     from transformers import Gemma3TextConfig, PreTrainedTokenizerBase

@@ -16,10 +16,10 @@ import torch.distributed as dist
 
 from tsae.config import TrainConfig
 from tsae.errors import UserError
-from tsae.interrupts import AtSafePoint, Interrupted
 from tsae.parallel.axis import ALONE, Axis, Ranks
 from tsae.parallel.environment import is_first, local_rank, process_name, world_size
-from tsae.progress import console
+from tsae.utils.interrupts import AtSafePoint, Interrupted
+from tsae.utils.progress import console
 
 __all__ = [
     "agree",

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from tsae.cli import parse, report_errors
 from tsae.errors import UserError
 from tsae.rundir import layout
+from tsae.utils.cli import parse, report_errors
 
 if TYPE_CHECKING:
     from tsae.config import TrainConfig
@@ -55,18 +55,18 @@ def probe_runs(arguments: Arguments) -> Results:
 
     from tsae.config import LENGTH
     from tsae.data.sections import sections
-    from tsae.files import write_json
-    from tsae.held_out import held_out, read_run, source_of
+    from tsae.evaluation.evaluator import check_width
+    from tsae.evaluation.held_out import held_out, read_run, source_of
     from tsae.lm.hooks import activations
     from tsae.lm.loading import load_language_model
-    from tsae.measure import check_width
-    from tsae.pipeline import resolve_device
     from tsae.probe.probes import check_installed, dense_probes, sparse_probes
     from tsae.probe.problems import counted_tokens, document_of_tokens, pose_problems
     from tsae.probe.results import Results, as_json
     from tsae.probe.token_classes import token_classes
-    from tsae.progress import bar
     from tsae.sae.model import SparseAutoencoder
+    from tsae.training.assemble import resolve_device
+    from tsae.utils.atomic import write_json
+    from tsae.utils.progress import bar
 
     check_installed()
     if arguments.tokens is not None and arguments.tokens < 1:
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = parse(Arguments, sys.argv[1:] if argv is None else argv, None, "python -m tsae.probe")
         results = probe_runs(arguments)
         from tsae.probe.results import print_results
-        from tsae.progress import console
+        from tsae.utils.progress import console
 
         print_results(results)
         for run in arguments.runs:

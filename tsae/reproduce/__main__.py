@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from tsae.cli import RESUME, only_options, parse, report_errors
 from tsae.config import TrainConfig
-from tsae.config_json import from_dict, load_json
 from tsae.errors import UserError
 from tsae.rundir import layout
+from tsae.utils.cli import RESUME, only_options, parse, report_errors
+from tsae.utils.config_json import from_dict, load_json
 
 __all__ = ["main"]
 
@@ -63,15 +63,15 @@ def main(argv: list[str] | None = None) -> int:
 def _reproduce(asked: Arguments, argv: list[str]) -> None:
     began = time.perf_counter()
     # Imported here, so that --help and a misspelt option answer at once.
-    from tsae.files import replacing, write_json
     from tsae.lm.loading import load_language_model
-    from tsae.pipeline import evaluation_batches, resolve_device
-    from tsae.progress import console
     from tsae.reproduce.figure import write_figure
     from tsae.reproduce.papers import PAPERS, configurations
     from tsae.reproduce.results import collect, explained_variance, markdown, print_results
     from tsae.sae.model import SparseAutoencoder
-    from tsae.sweep import resume_sweep, run_sweep, sweep_directory
+    from tsae.training.assemble import evaluation_batches, resolve_device
+    from tsae.training.sweep import resume_sweep, run_sweep, sweep_directory
+    from tsae.utils.atomic import replacing, write_json
+    from tsae.utils.progress import console
 
     paper = PAPERS[asked.paper]
     if asked.resume is not None:

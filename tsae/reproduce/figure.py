@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from tsae.files import replacing
-from tsae.report import BLUE, GREY, INK, RED, STYLE, read_history
+from tsae.reports.figure import BLUE, GREY, INK, RED, STYLE, read_history
 from tsae.reproduce.papers import INPUTS
 from tsae.rundir import layout
+from tsae.utils.atomic import replacing
 
 __all__ = ["write_figure"]
 

@@ -18,9 +18,9 @@ from tsae.config import TrainConfig
 from tsae.data.sequences import TokenBatch
 from tsae.lm.hooks import activations
 from tsae.lm.loading import LanguageModel
+from tsae.reports.table import metric
 from tsae.reproduce.papers import INPUTS, Paper
 from tsae.sae.model import SparseAutoencoder
-from tsae.table import metric
 
 __all__ = ["COLUMNS", "collect", "explained_variance", "markdown", "print_results"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tsae.parallel.axis import ALONE, Ranks
-from tsae.sae.activations import threshold_for
+from tsae.sae.thresholds import threshold_for
 from tsae_kernels import activate_with_stats
 
 __all__ = ["exact_threshold", "keep_two_sided", "switch_on_levels"]

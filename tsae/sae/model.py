@@ -13,10 +13,10 @@ from torch.nn import functional
 from tsae.config import SAEConfig
 from tsae.errors import UserError
 from tsae.parallel.axis import ALONE, Ranks
-from tsae.sae.activations import batch_topk_threshold, mean_l0, topk_threshold
 from tsae.sae.hysteresis import exact_threshold, keep_two_sided
 from tsae.sae.sparse_linear import decode_sparse, encode_linear, worthwhile
 from tsae.sae.straight_through import straight_through, thresholds
+from tsae.sae.thresholds import batch_topk_threshold, mean_l0, topk_threshold
 from tsae_kernels import TemporalStats, activate_with_stats
 
 __all__ = ["SparseAutoencoder"]

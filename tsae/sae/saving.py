@@ -20,9 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tsae.config import SAEConfig
-from tsae.config_json import from_dict, load_json
 from tsae.errors import UserError
-from tsae.files import checksum_of, replacing, write_json
+from tsae.utils.atomic import checksum_of, replacing, write_json
+from tsae.utils.config_json import from_dict, load_json
 
 if TYPE_CHECKING:
     from tsae.sae.model import SparseAutoencoder

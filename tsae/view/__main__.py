@@ -10,10 +10,10 @@ from typing import Annotated
 
 import tyro
 
-from tsae.cli import parse, report_errors
 from tsae.config import LENGTH
 from tsae.errors import UserError
 from tsae.rundir import layout
+from tsae.utils.cli import parse, report_errors
 
 __all__ = ["main"]
 
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.out is not None and not out.absolute().parent.is_dir():
             raise UserError(f"There is no directory {out.parent} for the page; make it, or name another file.")
         # Imported here, so that --help and a misspelt option answer at once.
-        from tsae.progress import bar, console
+        from tsae.utils.progress import bar, console
         from tsae.view.data import collect
         from tsae.view.page import write_page
 

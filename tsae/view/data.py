@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 
 from tsae.config import LENGTH, TrainConfig
-from tsae.config_json import load_json
 from tsae.data.sequences import TokenBatch
-from tsae.directories import read_config
 from tsae.errors import UserError
+from tsae.evaluation.evaluator import check_width
+from tsae.evaluation.metrics.temporal import CURVE_LAGS, MIN_ACTIVATIONS
 from tsae.lm.hooks import activations
 from tsae.lm.loading import load_language_model
-from tsae.measure import check_width
-from tsae.metrics.temporal import CURVE_LAGS, MIN_ACTIVATIONS
-from tsae.pipeline import evaluation_batches, resolve_device
-from tsae.report import read_history, read_source
+from tsae.reports.figure import read_history, read_source
 from tsae.rundir import layout
+from tsae.rundir.directory import read_config
 from tsae.sae.model import SCHMITT, THRESHOLDED, SparseAutoencoder
+from tsae.training.assemble import evaluation_batches, resolve_device
+from tsae.utils.config_json import load_json
 from tsae.view.features import NEIGHBOUR_LAGS, Activity, neighbours
 from tsae.view.packing import pack, rounded
 from tsae_kernels import MULTISCALE

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsae.metrics import Persistence
-from tsae.metrics.accumulator import pair_mask, row_chunks
-from tsae.metrics.bands import BandAutocorrelation
-from tsae.metrics.temporal import MIN_ACTIVATIONS, LagStatistics
+from tsae.evaluation.metrics import Persistence
+from tsae.evaluation.metrics.accumulator import pair_mask, row_chunks
+from tsae.evaluation.metrics.bands import BandAutocorrelation
+from tsae.evaluation.metrics.temporal import MIN_ACTIVATIONS, LagStatistics
 from tsae_kernels.segments import find_runs
 
 __all__ = ["NEIGHBOUR_LAGS", "Activity", "neighbours"]

@@ -12,7 +12,7 @@ from string import Template
 from typing import Any
 
 from tsae.errors import UserError
-from tsae.files import WriteError, replacing
+from tsae.utils.atomic import WriteError, replacing
 
 __all__ = ["SCRIPTS", "render", "write_page"]
 

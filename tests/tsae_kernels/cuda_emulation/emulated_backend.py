@@ -7,9 +7,10 @@ import os
 
 import torch
 
-from tsae_kernels import backends, cuda
+from tsae_kernels.backends import registry
+from tsae_kernels.backends.compiled import cuda
 
 torch.ops.load_library(os.environ["TSAE_EMULATED_LIBRARY"])
-backends._IMPLEMENTATIONS["cuda"] = cuda
-backends._UNAVAILABLE.pop("cuda", None)
-backends._DEVICES["cuda"] = "cpu"
+registry._IMPLEMENTATIONS["cuda"] = cuda
+registry._UNAVAILABLE.pop("cuda", None)
+registry._DEVICES["cuda"] = "cpu"

@@ -1,0 +1,325 @@
+"""The code in README.md and docs/ runs.
+
+* `python` blocks run in order, page by page, each page in a namespace and a folder of its own. The folder holds what
+  the pages speak of: `my-model/`, a tiny language model with random weights; `my-texts/`, made-up text; `runs/latest`,
+  a finished run on them.
+* `python -m tsae...` in `bash` blocks is parsed by the real command line, on every page. In the quick start and the
+  how-to pages it also runs, in its place among the page's Python blocks. A training command then gets `STAND_INS`
+  before its own options and `SIZES` after them, and nothing else is changed.
+* A block that cannot run has `<!-- not run: reason -->` before it; it is parsed all the same, and `NOT_RUN` lists it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import linecache
+import re
+import shlex
+import shutil
+import tomllib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from doc_pages import PAGES, ROOT, Block, blocks, commands, module_call, name
+from tiny_runs import write_text
+
+from tsae.errors import UserError
+from tsae.training.sweep import read_sweep
+from tsae.training.temporal_objectives import count_pairs, slow_loss
+from tsae.utils.cli import parse
+from tsae_kernels import TemporalStats, activate_with_stats
+
+GUIDES = [page for page in PAGES if name(page) == "docs/quickstart.md" or "howto" in page.parts]
+
+# What a training command takes where its page names no model and no text of its own ...
+STAND_INS = shlex.split("--model my-model --data my-texts")
+# ... and the sizes it runs at, whatever its page says.
+SIZES = shlex.split(
+    "--layer 1 --steps 4 --batch 2 --device cpu --sae.d-sae 48 --sae.k 6 --buffer.sequences 8 --buffer.reuse 1"
+    " --buffer.estimate-sequences 8 --evaluation.sequences 4 --evaluation.ce-sequences 2 --text.evaluation-share 0.2"
+)
+ALONE = ("--resume", "--sweep")  # take no other options
+
+# Every block that does not run, so that they stay few.
+NOT_RUN = {
+    "docs/quickstart.md": 1,
+    "docs/howto/own-model.md": 1,
+    "docs/howto/own-text.md": 1,
+    "docs/howto/multi-gpu.md": 3,
+    "docs/formats.md": 2,
+    "docs/sharing.md": 1,
+}
+
+
+@pytest.fixture(scope="session")
+def prepared(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the pages speak of."""
+    from tsae.train import main
+
+    folder = tmp_path_factory.mktemp("pages") / "folder"
+    shutil.copytree(tiny_llama, folder / "my-model")
+    (folder / "my-texts").mkdir()
+    write_text(folder / "my-texts" / "river.txt")
+    out = folder / "runs" / "demo" / "first"
+    sources = ["--model", str(folder / "my-model"), "--data", str(folder / "my-texts")]
+    assert main([*sources, "--out", str(out), *SIZES]) == 0
+    (folder / "runs" / "latest").symlink_to(Path("demo", "first"))
+    return folder
+
+
+@pytest.fixture
+def folder(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of it to work in, with PyTorch's random numbers seeded."""
+    place = tmp_path / "page"
+    shutil.copytree(prepared, place, symlinks=True)
+    monkeypatch.chdir(place)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield place
+
+
+class Parsed(Exception):  # noqa: N818  (no error: it ends a command once its options are read)
+    pass
+
+
+def main_of(module: str) -> tuple[Any, Callable[[list[str]], int]]:
+    """The module behind `python -m NAME`, and its `main`."""
+    assert importlib.util.find_spec(module) is not None, f"there is no module {module}"
+    found = importlib.import_module(module)
+    if hasattr(found, "__path__"):
+        found = importlib.import_module(f"{module}.__main__")
+    return found, found.main
+
+
+def parse_command(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read the arguments by the command line they are for, and no more."""
+    if module == "tsae_kernels":
+        assert not arguments, "python -m tsae_kernels takes no options"
+        return
+    if module == "tsae.train":
+        from tsae.train import command
+
+        command(arguments)[0].check()
+        return
+    found, main = main_of(module)
+
+    def parse_and_stop(*args: Any) -> None:
+        parse(*args)
+        raise Parsed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(found, "parse", parse_and_stop)
+        try:
+            status = main(arguments)
+        except Parsed:
+            return
+    raise AssertionError(f"{module} refused its arguments with status {status}")  # and said why on stderr
+
+
+def check_other_command(words: list[str], page: Path) -> None:
+    """What can be said of a command that is not `python -m tsae...`."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    match words:
+        case ["make", target]:
+            assert re.search(rf"^{re.escape(target)}:", (ROOT / "Makefile").read_text(), re.M), f"no target {target}"
+        case ["python", script, *_] if script.endswith(".py"):
+            assert (ROOT / script).is_file(), f"there is no {script}"
+        case ["pytest", *paths] | ["python", "-m", "pytest", *paths]:
+            for path in paths:
+                assert path.startswith("-") or (ROOT / path).exists(), f"there is no {path}"
+        case ["python" | "python3", "-m", module, *_]:
+            assert importlib.util.find_spec(module) is not None, f"there is no module {module}"
+        case ["pip", "install", *arguments]:
+            for extra in re.findall(r"^\.\[(.*)\]$", "\n".join(arguments), re.M):
+                assert set(extra.split(",")) <= set(extras), f"no extra {extra}"
+        case ["git" | "cd" | "wait" | "source", *_]:
+            pass
+        case _:
+            raise AssertionError(f"{name(page)}: nothing checks the command {words[0]!r}; teach it to this test")
+
+
+def run_command(module: str, arguments: list[str]) -> None:
+    if module == "tsae.train" and arguments[:1] and arguments[0] in ALONE:
+        pass
+    elif module == "tsae.train":
+        arguments = [*STAND_INS, *arguments, *SIZES]
+    status = main_of(module)[1](*([] if module == "tsae_kernels" else [arguments]))
+    assert status in (0, None), f"python -m {module} {' '.join(arguments)} ended with status {status}"
+
+
+def run_python(block: Block, namespace: dict[str, Any]) -> None:
+    code = "\n" * (block.line - 1) + block.code  # so that a traceback names the page's line
+    linecache.cache[str(block.page)] = (len(code), None, block.page.read_text().splitlines(True), str(block.page))
+    exec(compile(code, str(block.page), "exec"), namespace)
+
+
+def run_page(page: Path) -> None:
+    """Everything of a page that is to run, in the current folder."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks(page):
+        if block.not_run is not None:
+            continue
+        if block.language == "python":
+            run_python(block, namespace)
+        elif block.language == "bash" and page in GUIDES:
+            for words in commands(block.code):
+                call = module_call(words)
+                assert call is not None, f"{block}: {words[0]} cannot run here: mark the block with its reason"
+                run_command(*call)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_command_of_a_page_is_one(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for block in blocks(page):
+        if block.language == "bash":
+            for words in commands(block.code):
+                call = module_call(words)
+                if call is None:
+                    check_other_command(words, page)
+                else:
+                    parse_command(*call, monkeypatch)
+        elif block.language == "python":
+            compile(block.code, str(block), "exec")
+        elif block.language == "yaml":
+            Path("page.yaml").write_text(block.code)
+            for cfg in read_sweep(Path("page.yaml")).values():
+                cfg.check()
+
+
+RUNNABLE = [
+    page
+    for page in PAGES
+    if any(b.not_run is None and (b.language == "python" or b.language == "bash") for b in blocks(page))
+    and (page in GUIDES or any(b.language == "python" for b in blocks(page)))
+]
+
+
+@pytest.mark.parametrize("page", RUNNABLE, ids=name)
+def test_the_code_of_a_page_runs(page: Path, folder: Path) -> None:
+    run_page(page)
+
+
+def test_the_guides_are_there_and_run() -> None:
+    """A how-to page without code that runs is not one."""
+    assert {"docs/quickstart.md", "docs/howto/own-model.md", "docs/howto/own-text.md", "docs/howto/own-loss.md"} <= {
+        name(page) for page in RUNNABLE
+    }
+    assert "README.md" in {name(page) for page in RUNNABLE}
+
+
+def test_blocks_that_do_not_run_are_few() -> None:
+    found = {name(page): sum(block.not_run is not None for block in blocks(page)) for page in PAGES}
+    assert {page: count for page, count in found.items() if count} == NOT_RUN
+
+
+LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_link_to_a_file_leads_to_one(page: Path) -> None:
+    prose = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for target in LINK.findall(prose):
+        if not re.match(r"[a-z]+:", target):
+            assert (page.parent / target).exists(), f"{name(page)} links to {target}, which is not there"
+
+
+def test_the_map_names_every_page() -> None:
+    index = ROOT / "docs" / "index.md"
+    linked = {(index.parent / target).resolve() for target in LINK.findall(index.read_text(encoding="utf-8"))}
+    api = {page for page in PAGES if "api" in page.parts and page.name != "index.md"}  # which its own index names
+    assert {name(page) for page in set(PAGES) - linked - api - {index}} == set()
+
+
+def test_the_loss_that_people_copy_is_slowness() -> None:
+    """Value and gradient against the built-in one; and no NaN where nothing is active."""
+    namespace: dict[str, Any] = {}
+    page = ROOT / "docs" / "howto" / "own-loss.md"
+    run_python(next(block for block in blocks(page) if block.language == "python"), namespace)
+    pre = torch.randn(3, 20, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    segments = torch.tensor([[0] * 12 + [1] * 8, [0] * 20, [0] * 9 + [-1] * 3 + [2] * 8])
+
+    def stats(x: torch.Tensor) -> TemporalStats:
+        return activate_with_stats(x, threshold=0.5, release=0.1, bands=((1, 1),), segments=segments)[1]
+
+    results = []
+    for loss in (
+        lambda s: namespace["lag1_penalty"](s, segments),
+        lambda s: slow_loss(s, (segments >= 0).sum(), count_pairs(segments, 1)),
+    ):
+        x = pre.clone().requires_grad_()
+        value = loss(stats(x))
+        results.append((value, *torch.autograd.grad(value, x)))
+    torch.testing.assert_close(*results)
+    off = torch.zeros_like(pre).requires_grad_()
+    value = namespace["lag1_penalty"](stats(off), segments)
+    assert (value.item(), float(torch.autograd.grad(value, off)[0].abs().sum())) == (0.0, 0.0)
+
+
+# The tests of the tests: a page that is wrong does not pass.
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("```python\nassert 1 + 1 == 3\n```\n", AssertionError),
+        ("```python\nx = 1\n```\n\n```python\nprint(y)\n```\n", NameError),
+        ("```py\nx = 1\n```\n", ValueError),
+        ("```python\nx = 1\n", ValueError),
+    ],
+    ids=["assertion", "name", "language", "no-end"],
+)
+def test_a_broken_snippet_fails(text: str, error: type[Exception], folder: Path, tmp_path: Path) -> None:
+    page = tmp_path / "broken.md"
+    page.write_text(text)
+    with pytest.raises(error):
+        run_page(page)
+
+
+def test_blocks_share_their_pages_namespace_and_a_marked_one_does_not_run(folder: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```python\nx = [1]\n```\n\n<!-- not run: a reason -->\n```python\nx.append(2)\n```\n\n"
+        "```python\nassert x == [1]\n```\n"
+    )
+    assert [block.not_run for block in blocks(page)] == [None, "a reason", None]
+    run_page(page)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python -m tsae.train --no-such-option 3",
+        "python -m tsae.train no-such-preset",
+        "python -m tsae.train --objective no-such-term",
+        "python -m tsae.evaluate runs/latest --no-such-option 3",
+        "python -m tsae.evaluate runs/latest --layer one",
+        "python -m tsae.nothing",
+        "python -m tsae_kernels --verbose",
+        "make no-such-target",
+        "pytest no-such-folder",
+        "python no-such-script.py",
+        "unknown-program",
+        "pip install --no-build-isolation .[no-such-extra]",
+        "python -m benchmarks.nothing",
+    ],
+)
+def test_a_wrong_command_fails(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (words,) = commands(command)
+    call = module_call(words)
+    check = (
+        partial(check_other_command, words, PAGES[0]) if call is None else partial(parse_command, *call, monkeypatch)
+    )
+    with pytest.raises((AssertionError, UserError)):
+        check()
+
+
+def test_commands_are_read_as_a_shell_would() -> None:
+    code = "A=1 B=2 python -m tsae.train \\\n    --seed 1 &  # comment\n\npip install '.[demo]'\n"
+    assert commands(code) == [["python", "-m", "tsae.train", "--seed", "1"], ["pip", "install", ".[demo]"]]
+    with pytest.raises(ValueError, match="more shell"):
+        commands("for i in 1 2; do echo; done")

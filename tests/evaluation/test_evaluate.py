@@ -1,0 +1,498 @@
+"""Evaluation of autoencoders whose scores are known, on a tiny language model, and its command line."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tsae import evaluate as module
+from tsae.config import EvaluationConfig, SAEConfig, TrainConfig
+from tsae.data.passages import Split
+from tsae.data.sequences import TokenBatch
+from tsae.data.text import open_text
+from tsae.errors import UserError
+from tsae.evaluate import evaluate, main, write_eval
+from tsae.evaluation import evaluator as measure
+from tsae.lm.loading import load_language_model
+from tsae.reports.table import print_table
+from tsae.rundir.directory import remove_run
+from tsae.sae.model import SparseAutoencoder
+from tsae.utils.config_json import to_dict
+
+LAYER = 1
+KEYS = {
+    "explained_variance",
+    "explained_variance_legacy",
+    "explained_variance_saebench",
+    "mse",
+    "cossim",
+    "l2_ratio",
+    "relative_reconstruction_bias",
+    "l0",
+    "l1",
+    "frac_alive",
+    "ce_loss_without_sae",
+    "ce_loss_with_sae",
+    "ce_loss_with_ablation",
+    "ce_loss_with_mean_ablation",
+    "ce_loss_score",
+    "ce_loss_score_mean_ablation",
+    "kl_div_score",
+    "temporal",
+}
+TEMPORAL_KEYS = {
+    "relative_difference",
+    "relative_difference_per_feature",
+    "autocorrelation",
+    "persistence",
+    "persistence_excess",
+    "persistence_excess_shuffled",
+    "transitions",
+    "smoothness",
+}
+
+
+class Fake(nn.Module):
+    """h = (x - m)+ and (m - x)+; the reconstruction is `scale` of the way from m to x."""
+
+    def __init__(self, mean: Tensor, scale: float) -> None:
+        super().__init__()
+        self.mean, self.scale = nn.Parameter(mean), scale
+
+    def encode(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        assert x.dtype == torch.float32
+        assert not self.training
+        y = x - self.mean
+        return torch.cat([y.relu(), (-y).relu()], dim=-1)
+
+    def decode(self, h: Tensor) -> Tensor:
+        plus, minus = h.chunk(2, dim=-1)
+        return self.mean + self.scale * (plus - minus)
+
+    def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        return self.decode(self.encode(x, segments))
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_gemma3):
+    return load_language_model(str(tiny_gemma3), dtype="float32")
+
+
+@pytest.fixture
+def batch(lm) -> TokenBatch:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(10, 300, (6, 33), generator=generator)
+    tokens[:, 0] = lm.prefix_id
+    segments = torch.zeros(6, 32, dtype=torch.int32)
+    segments[1, 11:] = 1
+    segments[2, 20:] = -1
+    segments[3, 5] = -1
+    return TokenBatch(tokens, segments)
+
+
+def sample_text(words: int, seed: int = 0) -> str:
+    """Made-up words, twelve to a paragraph."""
+    generator = torch.Generator().manual_seed(seed)
+    syllables = ("ba", "do", "ki", "le", "mu", "ran", "sto", "vi")
+    picks = torch.randint(0, 8, (words, 2), generator=generator).tolist()
+    spelled = [syllables[a] + syllables[b] for a, b in picks]
+    return "\n\n".join(" ".join(spelled[i : i + 12]) + "." for i in range(0, words, 12))
+
+
+def test_exact_keys_and_finite_values(lm, batch):
+    result = evaluate(Fake(torch.zeros(32), 0.8), lm, [batch], layer=LAYER, lm_batch=2)
+    assert set(result.metrics) == KEYS
+    temporal = result.metrics["temporal"]
+    assert set(temporal) == TEMPORAL_KEYS
+    for name in ("relative_difference", "relative_difference_per_feature"):
+        assert list(temporal[name]) == ["1", "4", "16", "64"]
+    assert list(temporal["transitions"]) == ["on_on", "on_off", "off_on", "off_off"]
+    assert sum(temporal["transitions"].values()) == pytest.approx(1)
+    assert json.loads(json.dumps(result.metrics, allow_nan=False)) == result.metrics
+    assert result.tokens == int((batch.segments >= 0).sum())
+    assert result.density.shape == (64,)
+    assert set(result.autocorrelation_curve) == {1, 2, 4, 8, 16, 32, 64}
+
+
+def test_a_perfect_autoencoder(lm, batch):
+    metrics = evaluate(Fake(torch.zeros(32), 1.0), lm, [batch], layer=LAYER).metrics
+    for key in ("explained_variance", "cossim", "ce_loss_score", "kl_div_score", "l2_ratio"):
+        assert metrics[key] == pytest.approx(1, abs=1e-5), key
+    assert metrics["ce_loss_with_sae"] == pytest.approx(metrics["ce_loss_without_sae"], abs=1e-5)
+    assert metrics["ce_loss_with_ablation"] != pytest.approx(metrics["ce_loss_without_sae"], abs=1e-2)
+
+
+def test_autoencoders_that_are_the_ablations(lm, batch):
+    zero = evaluate(Fake(torch.zeros(32), 0.0), lm, [batch], layer=LAYER, ce_sequences=6)
+    assert zero.metrics["ce_loss_with_sae"] == pytest.approx(zero.metrics["ce_loss_with_ablation"], abs=1e-6)
+    assert zero.metrics["ce_loss_score"] == pytest.approx(0, abs=1e-6)
+    assert zero.metrics["kl_div_score"] == pytest.approx(0, abs=1e-6)
+    x = measure.activations(lm, batch.tokens, LAYER)[:, 1:][batch.segments >= 0]
+    mean = evaluate(Fake(x.mean(0), 0.0), lm, [batch], layer=LAYER, ce_sequences=6).metrics
+    assert mean["explained_variance"] == pytest.approx(0, abs=1e-5)
+    assert mean["ce_loss_with_sae"] == pytest.approx(mean["ce_loss_with_mean_ablation"], abs=1e-5)
+    reference = evaluate(Fake(torch.zeros(32), 0.0), lm, [batch], layer=LAYER, reference_mean=torch.zeros(32)).metrics
+    assert reference["ce_loss_with_mean_ablation"] == pytest.approx(reference["ce_loss_with_ablation"])
+
+
+def test_bos_and_excluded_positions_keep_their_activation(lm, batch, monkeypatch):
+    seen = []
+
+    def spy(lm, tokens, layer, replace):
+        if replace is not None:
+            x = torch.randn(*tokens.shape, 32)
+            seen.append((x, replace(x)))
+        return torch.zeros(*tokens.shape, 5)
+
+    monkeypatch.setattr(measure, "logits_with", spy)
+    batch = batch._replace(tokens=batch.tokens.clamp(max=4))
+    evaluate(Fake(torch.zeros(32), 0.0), lm, [batch], layer=LAYER, lm_batch=6, reference_mean=torch.ones(32))
+    kept = torch.cat([torch.ones(6, 1, dtype=torch.bool), batch.segments < 0], dim=1)
+    assert len(seen) == 3
+    for (x, out), value in zip(seen, (0.0, 0.0, 1.0), strict=True):
+        assert torch.equal(out[kept], x[kept])
+        assert torch.equal(out[~kept], torch.full_like(x[~kept], value))
+
+
+def test_an_autoencoder_of_zeros(lm, batch):
+    """What a run reports whose features all died: EV = -|mean|^2 / Var, with L0 and the ratio of norms 0."""
+    sae = SparseAutoencoder(SAEConfig(d_in=32, d_sae=48, activation="relu"))
+    for parameter in sae.parameters():
+        parameter.data.zero_()
+    x = measure.activations(lm, batch.tokens, LAYER)[:, 1:][batch.segments >= 0].double()
+    metrics = evaluate(sae, lm, [batch], layer=LAYER).metrics
+    expected = -x.mean(0).square().sum() / x.var(0, correction=0).sum()
+    assert metrics["explained_variance"] == pytest.approx(float(expected))
+    assert expected < -0.01  # else any score of about 0 would do
+    for key in ("l0", "l1", "l2_ratio", "cossim", "frac_alive", "ce_loss_score", "kl_div_score"):
+        assert metrics[key] == pytest.approx(0, abs=1e-6), key
+    assert metrics["temporal"]["persistence_excess"] == metrics["temporal"]["persistence_excess_shuffled"] == 0
+
+
+def test_batching_changes_nothing(lm, batch):
+    whole = evaluate(Fake(torch.zeros(32), 0.7), lm, [batch], layer=LAYER, ce_sequences=5).metrics
+    parts = [
+        TokenBatch(batch.tokens[:4], batch.segments[:4]),
+        TokenBatch(batch.tokens[4:], batch.segments[4:]),
+    ]
+    split = evaluate(
+        Fake(torch.zeros(32), 0.7), lm, parts, layer=LAYER, ce_sequences=5, lm_batch=2, harvest_batch=3
+    ).metrics
+    for metrics in (whole, split):
+        metrics.pop("explained_variance_legacy")  # about each batch's own mean, by definition
+        metrics["temporal"].pop("persistence_excess_shuffled")  # random
+    for (key, a), (_, b) in zip(measure._leaves(whole), measure._leaves(split), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6), key
+
+
+def test_the_seed_decides_the_shuffled_control(lm, batch):
+    def control(seed: int) -> float:
+        sae = Fake(torch.zeros(32), 1.0)
+        return evaluate(sae, lm, [batch], layer=LAYER, seed=seed).metrics["temporal"]["persistence_excess_shuffled"]
+
+    assert control(0) == control(0)
+    assert control(0) != control(1)
+
+
+def test_progress_starts_at_zero_and_ends_at_its_totals(lm, batch):
+    calls = []
+    evaluate(
+        Fake(torch.zeros(32), 1.0),
+        lm,
+        [batch],
+        layer=LAYER,
+        ce_sequences=5,
+        lm_batch=2,
+        harvest_batch=4,
+        progress=lambda *call: calls.append(call),
+    )
+    assert calls == [
+        ("features", 0, 192),
+        ("features", 128, 192),
+        ("features", 192, 192),
+        ("predictions", 0, 160),
+        ("predictions", 64, 160),
+        ("predictions", 128, 160),
+        ("predictions", 160, 160),
+    ]
+
+
+def test_training_mode_is_given_back(lm, batch):
+    sae = Fake(torch.zeros(32), 1.0).train()
+    evaluate(sae, lm, [batch], layer=LAYER, ce_sequences=0)
+    assert sae.training
+
+
+def test_nothing_to_evaluate_and_broken_weights(lm, batch):
+    excluded = batch._replace(segments=torch.full_like(batch.segments, -1))
+    for empty in ([], [excluded]):
+        with pytest.raises(UserError, match="no token"):
+            evaluate(Fake(torch.zeros(32), 1.0), lm, empty, layer=LAYER)
+    with pytest.raises(UserError, match=r"explained_variance is nan"):
+        evaluate(Fake(torch.zeros(32), math.nan), lm, [batch], layer=LAYER)
+
+
+def test_the_real_autoencoder_in_every_activation(lm, batch):
+    for activation in ("relu", "topk", "batchtopk", "schmitt"):
+        sae = SparseAutoencoder(SAEConfig(d_in=32, d_sae=48, k=4, activation=activation))
+        sae.threshold.fill_(0.1)
+        sae.release.fill_(0.03)
+        metrics = evaluate(sae, lm, [batch], layer=LAYER).metrics
+        assert metrics["l0"] > 0
+        if activation == "topk":
+            assert metrics["l0"] <= 4
+
+
+def test_written_files(lm, batch, tmp_path):
+    result = evaluate(Fake(torch.zeros(32), 1.0), lm, [batch], layer=LAYER)
+    result.density[3] = 0
+    write_eval(result, tmp_path)
+    assert json.loads((tmp_path / "eval.json").read_text()) == result.metrics
+    sparsity = load_file(tmp_path / "sae" / "sparsity.safetensors")["sparsity"]
+    assert sparsity.dtype == torch.float32
+    assert sparsity[3] == -10
+    torch.testing.assert_close(10.0 ** sparsity[:3].double(), result.density[:3], rtol=1e-5, atol=0)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["eval.json", "sae", "sparsity.safetensors"]
+
+    before = (tmp_path / "eval.json").read_bytes()
+    result.metrics["l0"] = math.nan
+    with pytest.raises(ValueError):
+        write_eval(result, tmp_path)
+    assert (tmp_path / "eval.json").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["eval.json", "sae", "sparsity.safetensors"]
+
+
+def test_table_names_groups_and_units(lm, batch, capsys):
+    print_table(evaluate(Fake(torch.zeros(32), 1.0), lm, [batch], layer=LAYER).metrics)
+    table = capsys.readouterr().out
+    for word in (
+        "Reconstruction",
+        "Sparsity",
+        "Language model",
+        "Temporal",
+        "nats/token",
+        "lag 64",
+        "on to off",
+    ):
+        assert word in table
+
+
+@pytest.fixture
+def run_dir(tmp_path, tiny_gemma3):
+    text = tmp_path / "text.txt"
+    text.write_text(sample_text(20000))
+    config = TrainConfig(
+        model=str(tiny_gemma3),
+        layer=LAYER,
+        data=str(text),
+        device="cpu",
+        lm_dtype="float32",
+        sae=SAEConfig(d_in=32, d_sae=48, k=4, activation="topk"),
+        evaluation=EvaluationConfig(sequences=4, ce_sequences=2),
+    )
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(to_dict(config)))
+    SparseAutoencoder(config.sae, generator=torch.Generator().manual_seed(0)).save(run / "sae")
+    return run
+
+
+def test_command_line(run_dir, capsys):
+    assert main([str(run_dir)]) == 0
+    out = capsys.readouterr().out
+    assert "explained variance" in out
+    first = json.loads((run_dir / "eval.json").read_text())
+    assert set(first) == KEYS
+    assert (run_dir / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert (run_dir / "sae" / "sparsity.safetensors").exists()
+    assert main([str(run_dir), "--tokens", "300", "--ce-sequences", "1", "--seed", "3"]) == 0
+    assert "384 tokens" in capsys.readouterr().out.replace("\n", " ")  # three sequences
+    assert main([str(run_dir)]) == 0
+    assert json.loads((run_dir / "eval.json").read_text()) == first
+
+
+@pytest.fixture
+def schmitt_run(run_dir):
+    """The run, of a Schmitt trigger."""
+    set_config(run_dir, sae=to_dict(SAEConfig(d_in=32, d_sae=48, k=4, release_ratio=0.3)))
+    sae = SparseAutoencoder(SAEConfig(d_in=32, d_sae=48, k=4, release_ratio=0.3))
+    sae.threshold.fill_(2.0)
+    sae.release.fill_(0.6)
+    sae.save(run_dir / "sae")
+    return run_dir
+
+
+def test_command_line_with_another_release_ratio(schmitt_run, tmp_path, capsys):
+    assert main([str(schmitt_run)]) == 0
+    own = {path: path.read_bytes() for path in schmitt_run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main([str(schmitt_run), "--release-ratio", "1"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"Wrote {schmitt_run}/eval-release-1.json; the run's own eval.json and report.png are as they were." in out
+    written = schmitt_run / "eval-release-1.json"
+    assert {path: path.read_bytes() for path in schmitt_run.rglob("*") if path.is_file() and path != written} == own
+    plain, hysteretic = json.loads(written.read_text()), json.loads((schmitt_run / "eval.json").read_text())
+    assert set(plain) == KEYS | {"release", "source"}
+    assert plain["source"] == {}
+    assert plain["release"]["ratio"] == 1.0
+    assert 0.3 < plain["release"]["threshold_factor"] < 0.99  # lower, as nothing is held on
+    assert plain["l0"] == pytest.approx(hysteretic["l0"], rel=0.15)  # of other text than the factor was found on
+    assert plain["release"]["training_l0"] == pytest.approx(hysteretic["l0"], rel=0.15)
+    assert plain["temporal"]["persistence"] < hysteretic["temporal"]["persistence"] - 0.05
+
+    assert main([str(schmitt_run), "--release-ratio", "0.3"]) == 0  # its own: nothing changes
+    again = json.loads((schmitt_run / "eval-release-0.3.json").read_text())
+    assert again["release"]["threshold_factor"] == pytest.approx(1.0, abs=1e-3)
+    assert again["explained_variance"] == pytest.approx(hysteretic["explained_variance"], abs=1e-3)
+
+    other = tmp_path / "other.txt"
+    other.write_text(sample_text(200, seed=5))
+    assert main([str(schmitt_run), "--release-ratio", "0.3", "--data", str(other)]) == 0
+    assert "other.txt" in capsys.readouterr().out
+    elsewhere = json.loads((schmitt_run / "eval-release-0.3.json").read_text())
+    assert elsewhere["source"]["data"] == str(other)
+    assert elsewhere["release"] == again["release"]  # found on the run's training text all the same
+    remove_run(schmitt_run)
+    assert sorted(path.name for path in schmitt_run.iterdir()) == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "message"),
+    [
+        ("1.5", "--release-ratio is 1.5; it must be from 0 to 1."),
+        ("nan", "--release-ratio is nan"),
+        (
+            "0.3",
+            "The autoencoder's activation is 'topk' (layer_norm 'none'); a release ratio needs one with thresholds",
+        ),
+    ],
+)
+def test_a_release_ratio_that_makes_no_sense_is_one_sentence(run_dir, capsys, ratio, message):
+    before = sorted(run_dir.rglob("*"))
+    assert main([str(run_dir), "--release-ratio", ratio]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error
+    assert sorted(run_dir.rglob("*")) == before
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[str]:
+    """What reaches the metrics: the text of every segment of 30 tokens, decoded."""
+    seen: list[str] = []
+    real = module.evaluate
+
+    def spy(sae, lm, batches, **options):
+        seen.clear()
+        for batch in batches:
+            for row, ids in zip(batch.tokens[:, 1:], batch.segments, strict=True):
+                segments = [row[ids == i] for i in ids.unique() if i >= 0]
+                seen.extend(lm.tokenizer.decode(segment) for segment in segments if len(segment) >= 30)
+        return real(sae, lm, batches, **options)
+
+    monkeypatch.setattr(module, "evaluate", spy)
+    return seen
+
+
+def write_rows(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def set_config(run_dir, **values):
+    path = run_dir / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def sides(data):
+    """What a run on `data` trains on, and what it holds out."""
+    return [[d.text for d in open_text(data, part=part, seed=0)] for part in ("train", "evaluation")]
+
+
+def test_command_line_on_other_text(run_dir, tmp_path, measured, capsys):
+    """One passage: all of it is used, for it is not in the run's training text; the run says what was measured."""
+    assert main([str(run_dir)]) == 0
+    own, own_page = (run_dir / "eval.json").read_bytes(), (run_dir / "report.png").read_bytes()
+    names = {path.name for path in run_dir.iterdir()}
+    capsys.readouterr()
+    other = tmp_path / "other.txt"
+    other.write_text(sample_text(200, seed=5))
+    assert main([str(run_dir), "--data", str(other)]) == 0
+    assert measured
+    assert all(text in other.read_text() for text in measured)
+    assert set(json.loads((run_dir / "eval.json").read_text())) == KEYS
+    source = json.loads((run_dir / "eval_source.json").read_text())
+    assert source == {"data": str(other), "column": None, "part": "all but the run's training text"}
+    assert "other.txt" in capsys.readouterr().out
+    other_page = (run_dir / "report.png").read_bytes()
+    assert main([str(run_dir)]) == 0
+    assert (run_dir / "eval.json").read_bytes() == own
+    assert (run_dir / "report.png").read_bytes() == own_page != other_page
+    assert {path.name for path in run_dir.iterdir()} == names
+
+
+def test_text_that_the_run_trained_on_is_never_measured(run_dir, tmp_path, measured, capsys):
+    """A copy, a part, and a mixture of the run's text, also so little that a split of its own would move."""
+    data = write_rows(tmp_path / "rows.jsonl", [sample_text(60, seed) for seed in range(90)])
+    set_config(run_dir, data=data)
+    train, held_out = sides(data)
+    assert len(held_out) > 1
+    new = [sample_text(60, seed) for seed in range(100, 104)]
+    new = [text for text in new if not Split("evaluation", 0.05).keeps(text)]
+    assert new
+    for texts, allowed in ((train + held_out, held_out), (train[:3] + new, new), ([*train[:9], held_out[0]], held_out)):
+        assert main([str(run_dir), "--data", write_rows(tmp_path / "x.jsonl", texts)]) == 0
+        assert measured
+        assert all(any(text in whole for whole in allowed) for text in measured)
+    capsys.readouterr()
+    for texts in (train[:1], train[:3]):
+        assert main([str(run_dir), "--data", write_rows(tmp_path / "x.jsonl", texts)]) == 2
+        assert "is training text of the run" in capsys.readouterr().err
+
+
+def test_the_split_of_few_documents_holds_for_other_text(run_dir, tmp_path, measured):
+    """Of the run's few documents none has a hash below the share: its threshold moved, and with it that of a copy."""
+    texts = [text for text in (sample_text(60, seed) for seed in range(40)) if not Split("evaluation", 0.3).keeps(text)]
+    data = write_rows(tmp_path / "few.jsonl", texts[:4])
+    set_config(run_dir, data=data)
+    train, held_out = sides(data)
+    assert main([str(run_dir), "--data", write_rows(tmp_path / "x.jsonl", texts)]) == 0
+    assert measured
+    assert not any(text in whole for text in measured for whole in train)
+    assert any(text in held_out[0] for text in measured)
+
+
+def test_a_small_text_cannot_be_told_from_training_text_that_is_not_here(run_dir, tmp_path, capsys):
+    set_config(run_dir, data="someone/streamed")
+    train, held_out = sides(write_rows(tmp_path / "x.jsonl", [sample_text(60, seed) for seed in range(80)]))
+    assert main([str(run_dir), "--data", write_rows(tmp_path / "x.jsonl", train[:3])]) == 2
+    assert "'someone/streamed' is not on this machine: name a larger text" in capsys.readouterr().err
+    assert main([str(run_dir), "--data", write_rows(tmp_path / "x.jsonl", train + held_out)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "message"),
+    [
+        (lambda run: (run / "config.json").unlink(), [], "config.json"),
+        (lambda run: (run / "sae" / "cfg.json").unlink(), [], "sae"),
+        (lambda run: (run / "config.json").write_text("{"), [], "JSON"),
+        (lambda run: None, ["--tokens", "0"], "--tokens is 0"),
+        (lambda run: None, ["--data", "/no/such/file.txt"], "file"),
+        (lambda run: None, ["--device", "quantum"], "quantum"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(run_dir, capsys, spoil, options, message):
+    spoil(run_dir)
+    before = sorted(run_dir.rglob("*"))
+    assert main([str(run_dir), *options]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error
+    assert "Traceback" not in error
+    assert sorted(run_dir.rglob("*")) == before
+
+
+def test_no_such_run(tmp_path, capsys):
+    assert main([str(tmp_path / "nothing")]) == 2
+    assert "no run directory" in capsys.readouterr().err

@@ -1,0 +1,129 @@
+"""Damage to the files of a finished run: bits that flip, files cut short. What is not as it was written is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+from evaluated_run import write_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tsae import load
+from tsae.errors import UserError
+from tsae.presets import preset
+from tsae.rundir.directory import check_resumable, read_config
+from tsae.sae.model import SparseAutoencoder
+from tsae.training.sweep import resume_sweep
+from tsae.utils.atomic import write_json
+from tsae.utils.config_json import fingerprint, load_json, to_dict
+
+flips = st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 7))
+
+
+def damage(path: Path, place: float, bit: int, *, cut: bool) -> None:
+    """Flip a bit at, or cut the file to, a share of its length."""
+    content = bytearray(path.read_bytes())
+    at = int(place * len(content))
+    content[at] ^= 1 << bit
+    path.write_bytes(content[:at] if cut else content)
+
+
+@contextmanager
+def copy_of(directory: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(shutil.copytree(directory, Path(folder) / "run"))
+
+
+@pytest.fixture(scope="module", params=["topk", "schmitt", "jumprelu"])
+def run(request: pytest.FixtureRequest, tiny_neox: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = write_run(tmp_path_factory.mktemp("damage") / "run", tiny_neox, activation=request.param)
+    config = read_config(directory)
+    sae = SparseAutoencoder.load(directory / "sae")
+    sae.save(directory / "sae", model_name="m", hook_layer=1, trained_with=fingerprint(config))
+    return directory
+
+
+def test_no_damage_to_an_autoencoder_goes_unnoticed(run: Path) -> None:
+    right = load(run)
+
+    @settings(deadline=None, max_examples=60)
+    @given(st.sampled_from(["sae_weights.safetensors", "cfg.json"]), flips, st.booleans())
+    def check(name: str, flip: tuple[float, int], cut: bool) -> None:
+        with copy_of(run) as copy:
+            damage(copy / "sae" / name, *flip, cut=cut)
+            with suppress(UserError):
+                found = load(copy)
+                x = torch.randn(2, 9, right.cfg.d_in, generator=torch.Generator().manual_seed(0))
+                assert torch.equal(found.encode(x), right.encode(x))
+                assert torch.equal(found(x), right(x))
+
+    check()
+
+
+def test_no_damage_to_a_configuration_goes_unnoticed(run: Path) -> None:
+    right = read_config(run)
+
+    @settings(deadline=None, max_examples=60)
+    @given(flips, st.booleans())
+    def check(flip: tuple[float, int], cut: bool) -> None:
+        with copy_of(run) as copy:
+            damage(copy / "config.json", *flip, cut=cut)
+            with suppress(UserError):
+                found = read_config(copy)
+                assert fingerprint(found) == fingerprint(right)
+
+    check()
+
+
+def test_what_has_changed_is_named(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    write_json(copy / "config.json", load_json(copy / "config.json") | {"layer": 2})
+    with pytest.raises(UserError, match=r"config.json is not what the autoencoder beside it was trained with"):
+        read_config(copy)
+    values = load_json(copy / "sae" / "cfg.json")
+    values["metadata"]["tsae"]["k"] = 5
+    write_json(copy / "sae" / "cfg.json", values)
+    with pytest.raises(UserError, match=r"sae_weights.safetensors is damaged, or cfg.json beside it"):
+        load(copy)
+
+
+def test_where_things_lie_may_be_edited(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    moved = {"model": "/elsewhere", "data": "other.txt", "cache": "somewhere", "device": "cpu"}
+    write_json(copy / "config.json", load_json(copy / "config.json") | moved)
+    assert read_config(copy).model == "/elsewhere"
+
+
+@pytest.mark.parametrize(
+    "values", [7, "x", [], {"metadata": [1]}, {"metadata": {"tsae": 3}}, {"metadata": {"tsae": []}}]
+)
+def test_a_cfg_of_another_form_is_a_sentence(values: object, run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "sae" / "cfg.json").write_text(json.dumps(values))
+    with pytest.raises(UserError):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"runs": []}, {"runs": {"a": 3}}, {"runs": {"a": {}}}, {"runs": {"a": {"config": 1}}}]
+)
+def test_a_damaged_sweep_is_a_sentence(values: object, tmp_path: Path) -> None:
+    write_json(tmp_path / "sweep.json", values)
+    with pytest.raises(UserError, match=r"sweep\.json"):
+        resume_sweep(tmp_path)
+
+
+def test_runs_that_are_not_the_checkpoints_are_named(tmp_path: Path) -> None:
+    cfg = preset("demo")
+    with pytest.raises(UserError, match=r"sweep.json names the runs \['b'\], and the checkpoint there is of \['a'\]"):
+        check_resumable({"b": cfg}, {"a": to_dict(cfg)}, tmp_path)
+    with pytest.raises(UserError, match=r"sweep.json is not what the run was trained with: steps is"):
+        check_resumable({"a": cfg}, {"a": to_dict(cfg) | {"steps": 3}}, tmp_path)
+    check_resumable({"": cfg}, {"": to_dict(cfg) | {"model": "elsewhere"}}, tmp_path)

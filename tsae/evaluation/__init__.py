@@ -1,0 +1,1 @@
+"""Measuring autoencoders on text that training never saw."""

@@ -1,0 +1,79 @@
+"""Autocorrelation of every feature over bands of lags, from the squared differences that the kernels compute."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tsae.evaluation.metrics.accumulator import Accumulator, row_chunks
+from tsae_kernels import MULTISCALE, Bands, temporal_stats
+from tsae_kernels.segments import find_runs
+
+__all__ = ["BandAutocorrelation", "partners"]
+
+
+class BandAutocorrelation(Accumulator):
+    """`LagStatistics.autocorrelation` with all pairs of a band of lags pooled, feature by feature.
+
+    For a band (a, b), with sums over the pairs (t, u), a <= u - t <= b, of one segment:
+
+        sum (h_t - m)(h_u - m) / (pairs * v)
+
+    m and v the mean and variance of the feature over every counted position. With y = h - m the sum of products is
+    ``(sum (y_t^2 + y_u^2) - D) / 2``, D being `temporal_stats`'s differences, so that it costs no loop over lags.
+    """
+
+    def __init__(self, bands: Bands = MULTISCALE) -> None:
+        super().__init__()
+        self.bands = bands
+        self._shift: Tensor | None = None  # [d_sae]
+
+    def update(self, h: Tensor, segments: Tensor) -> None:
+        """h: [B, T, d_sae] floating point; segments: [B, T] integers, negative = excluded."""
+        for rows in row_chunks(h):
+            self._update(h[rows].float(), segments[rows])
+
+    def _update(self, h: Tensor, segments: Tensor) -> None:
+        counted = segments >= 0
+        if not bool(counted.any()):
+            return
+        h = h.masked_fill(~counted[..., None], 0)
+        if self._shift is None:  # a feature far from 0 keeps its variance in float32
+            self._shift = h.flatten(0, 1).sum(0) / counted.sum()
+        y = h - self._shift
+        degrees = partners(segments, self.bands).to(h.dtype)  # [S, B, T]
+        weights = torch.cat([counted[None].to(h.dtype), degrees]).flatten(1)  # [1 + S, B * T]
+        flat = y.flatten(0, 1)
+        self._add("sum", weights @ flat)
+        self._add("square", weights @ flat.square())
+        self._add("count", torch.cat([weights[:1].sum(1), degrees.flatten(1).sum(1) / 2]))
+        self._add("differences", temporal_stats(h, self.bands, segments).differences.sum(0, dtype=torch.float64))
+
+    def compute(self) -> Tensor:
+        """[S, d_sae] float64 on the CPU; NaN for a feature that never varies, or a band without a pair."""
+        count, total, square = self._get("count"), self._get("sum"), self._get("square")
+        mean = total[0] / count[0]
+        variance = square[0] / count[0] - mean.square()
+        energy = square[0] / count[0] + 2 * mean * self._shift.double().cpu() + self._shift.double().cpu().square()
+        pairs = count[1:, None]
+        product = (square[1:] - self._get("differences")) / 2
+        covariance = product - mean * total[1:] + pairs * mean.square()
+        varying = variance > 1e-10 * energy
+        return torch.where(varying & (pairs > 0), covariance / (pairs * variance), torch.nan)
+
+
+def partners(segments: Tensor, bands: Bands) -> Tensor:
+    """How many positions u of its segment each position t has at a <= |u - t| <= b.
+
+    segments: [B, T] integers, negative = excluded
+    out:      [S, B, T] int64, 0 at excluded positions
+    """
+    runs = find_runs(segments)
+    place = torch.arange(segments.shape[1], device=segments.device)
+    before, after = place - runs.start, runs.end - 1 - place  # positions that the segment has on either side
+
+    def within(reach: Tensor, low: int, high: int) -> Tensor:
+        return (reach.clamp(max=high) - (low - 1)).clamp(min=0)
+
+    counts = [within(before, low, high) + within(after, low, high) for low, high in bands]
+    return torch.stack(counts).masked_fill(~runs.valid, 0)

@@ -1,0 +1,138 @@
+"""TensorBoard and Weights & Biases, beside `metrics.jsonl` and with the same numbers: `--log tensorboard wandb`.
+
+Their packages are the extra `[log]`. A resumed run goes on in the log that it has: TensorBoard hides what was logged
+past the checkpoint, and Weights & Biases, which takes each step once, keeps it (a resumed run repeats it bitwise).
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from tsae.config import TrainConfig
+from tsae.errors import UserError
+from tsae.rundir import layout
+from tsae.utils.atomic import write_json
+from tsae.utils.config_json import load_json, to_dict
+
+__all__ = ["Tracker", "check_trackers", "open_trackers", "track_evaluation"]
+
+
+class Tracker(Protocol):
+    """What a run's numbers go to."""
+
+    def write(self, values: dict[str, float]) -> None:
+        """The measurements of a step, `step` among them."""
+
+    def evaluation(self, metrics: dict[str, Any], step: int) -> None:
+        """The content of eval.json, after `step` steps."""
+
+    def close(self) -> None:
+        """Nothing comes any more."""
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Raise `UserError`, with what to do, unless each can be used; before anything else is done."""
+    names = list(dict.fromkeys(names))
+    for name in names:
+        if find_spec(name) is None:
+            raise UserError(f"--log {name} needs the package {name}, which is not installed; run pip install {name}.")
+    if "wandb" in names and os.environ.get("WANDB_MODE", "online") == "online":
+        import wandb
+
+        try:
+            wandb.login()  # asks for a key on a terminal, now rather than in `open_trackers`
+        except wandb.errors.Error as error:
+            raise UserError(f"--log wandb: {_sentence(error)} Or set WANDB_MODE=offline.") from None
+
+
+def open_trackers(directory: Path, cfg: TrainConfig, step: int) -> list[Tracker]:
+    """Those of a run that has done so many steps, in its directory.
+
+    Raises UserError where Weights & Biases does not start.
+    """
+    kinds = {"tensorboard": TensorBoard, "wandb": Wandb}
+    return [kinds[name](directory, cfg, step) for name in dict.fromkeys(cfg.log)]
+
+
+def track_evaluation(directory: Path, cfg: TrainConfig, step: int, metrics: dict[str, Any]) -> None:
+    """Send the content of an eval.json to the trackers of a run that has done so many steps."""
+    for tracker in open_trackers(directory, cfg, step):
+        tracker.evaluation(metrics, step)
+        tracker.close()
+
+
+class TensorBoard:
+    """Event files in `tensorboard/`."""
+
+    def __init__(self, directory: Path, cfg: TrainConfig, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # An earlier process may have logged steps past the checkpoint, which are taken again.
+        self._writer = SummaryWriter(str(directory / layout.TENSORBOARD), purge_step=step + 1)
+
+    def write(self, values: dict[str, float]) -> None:
+        step = int(values["step"])
+        for name, value in values.items():
+            if name != "step":
+                self._writer.add_scalar(f"train/{name}", value, step)
+        self._writer.flush()  # a checkpoint must not be ahead of it
+
+    def evaluation(self, metrics: dict[str, Any], step: int) -> None:
+        for name, value in _flat(metrics):
+            self._writer.add_scalar(f"evaluation/{name}", value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """A run of the project `tsae`, or of the environment's WANDB_PROJECT; runs of a sweep make a group."""
+
+    def __init__(self, directory: Path, cfg: TrainConfig, step: int) -> None:
+        import wandb
+
+        place = directory / layout.WANDB_ID
+        if not place.exists():
+            write_json(place, {"id": secrets.token_hex(4)})
+        whole = directory.resolve()
+        group = whole.parent.name if (whole.parent / layout.SWEEP).exists() else None
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "tsae"),
+                name=os.environ.get("WANDB_NAME", f"{group or cfg.preset}/{whole.name}"),
+                group=group,
+                id=load_json(place)["id"],
+                resume="allow",
+                config=to_dict(cfg),
+                dir=str(directory),
+                reinit="create_new",  # the runs of a sweep are open side by side
+            )
+        except wandb.errors.Error as error:
+            raise UserError(f"--log wandb: {_sentence(error)} Or set WANDB_MODE=offline.") from None
+
+    def write(self, values: dict[str, float]) -> None:
+        named = {f"train/{name}": value for name, value in values.items() if name != "step"}
+        self._run.log(named, step=int(values["step"]))
+
+    def evaluation(self, metrics: dict[str, Any], step: int) -> None:
+        self._run.summary.update({f"evaluation/{name}": value for name, value in _flat(metrics)})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _flat(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _sentence(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".") + "."

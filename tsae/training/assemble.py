@@ -1,0 +1,236 @@
+"""What a run is assembled from: the language model, the text, the activations, the buffer and the evaluation text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from tsae.config import LENGTH, TrainConfig
+from tsae.data.buffer import ActivationBuffer
+from tsae.data.cache import ActivationCache
+from tsae.data.cache_request import cache_request, made_with
+from tsae.data.feed import Feed
+from tsae.data.harvest import Harvest, Harvester
+from tsae.data.sequences import SequenceStream, TokenBatch
+from tsae.data.text import Document, Part, absolute_source, open_text, split_threshold
+from tsae.errors import UserError
+from tsae.lm.hooks import check_layer
+from tsae.lm.loading import LanguageModel, absolute_name, default_dtype, load_language_model
+from tsae.parallel.axis import ALONE, Ranks
+from tsae.parallel.buffer import SharedBuffer
+from tsae.parallel.environment import local_rank, world_size
+from tsae.parallel.processes import agreeing, check_mesh, one_before_others
+from tsae.utils.progress import bar
+
+__all__ = [
+    "demand",
+    "evaluation_batches",
+    "harvest_group",
+    "make_buffer",
+    "make_feed",
+    "naming",
+    "open_cache",
+    "prepare",
+    "resolve_device",
+    "storage_dtype",
+    "uses_autocast",
+]
+
+
+def prepare(cfgs: dict[str, TrainConfig]) -> tuple[dict[str, TrainConfig], LanguageModel, torch.device]:
+    """What a run begins with: ``cfgs`` checked and completed, the language model, and the device. Writes nothing.
+
+    Raises:
+        UserError: a value makes no sense, or the model or the text cannot be used.
+    """
+    for name, cfg in cfgs.items():
+        with naming(name):
+            cfg.check()
+    check_mesh(cfgs.values())
+    common = next(iter(cfgs.values()))
+    device = resolve_device(common.device)
+    # Absolute, so that the run can be gone on with and evaluated from anywhere.
+    common = replace(
+        common,
+        data=absolute_source(common.data),
+        model=absolute_name(common.model),
+        cache=None if common.cache is None else str(Path(common.cache).expanduser().absolute()),
+    )
+    lm, common = _open(common, device)
+    for name, cfg in cfgs.items():
+        with naming(name):
+            sae = replace(cfg.sae, d_in=matching_width(cfg, lm))
+            cfg = replace(cfg, data=common.data, model=common.model, text=common.text, cache=common.cache, sae=sae)
+            cfgs = cfgs | {name: cfg}
+    return cfgs, lm, device
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Put the run's name before the sentence of a `UserError`."""
+    try:
+        yield
+    except UserError as error:
+        if not name:
+            raise
+        raise type(error)(f"Run {name!r}: {error}") from None
+
+
+def _open(cfg: TrainConfig, device: torch.device) -> tuple[LanguageModel, TrainConfig]:
+    """The language model, and ``cfg`` with the text's split; whatever of the model, of the layer and of the text is
+    unusable is found here."""
+    next(iter(_text(cfg, "train")(0)))  # unusable text is reported before the model is loaded
+    cfg = replace(cfg, text=replace(cfg.text, threshold=split_threshold(cfg.data, cfg.text)))
+    lm = one_before_others(
+        lambda: load_language_model(cfg.model, device=device, dtype=cfg.lm_dtype, revision=cfg.revision)
+    )
+    check_layer(lm, cfg.layer)
+    # Likewise text that is too short for a forward pass of the harvest.
+    SequenceStream(_text(cfg, "train"), lm.tokenizer, LENGTH).next_batch(harvest_group(cfg))
+    if cfg.evaluation.final:
+        evaluation_batches(cfg, lm, 1)
+    return lm, cfg
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one, of several processes each its own.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and world_size() > 1:
+        name = f"cuda:{local_rank()}"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"There is no device {name!r}; use auto, cpu, cuda or cuda:N.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"Device {name!r} was asked for, but PyTorch sees no GPU here; use --device cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"Device {name!r} was asked for, but there are {torch.cuda.device_count()} GPUs.")
+    return device
+
+
+def matching_width(cfg: TrainConfig, lm: LanguageModel) -> int:
+    """The model's width, which a configured ``sae.d_in`` must equal."""
+    if cfg.sae.d_in not in (0, lm.d_model):
+        raise UserError(f"sae.d_in is {cfg.sae.d_in}, but {lm.name} has width {lm.d_model}; leave sae.d_in out.")
+    return lm.d_model
+
+
+def uses_autocast(cfg: TrainConfig, device: torch.device) -> bool:
+    return default_dtype(device) == torch.bfloat16 if cfg.autocast == "auto" else cfg.autocast == "bfloat16"
+
+
+def _text(cfg: TrainConfig, part: Part) -> Callable[[int], Iterator[Document]]:
+    """The run's text, one part of it, by epoch."""
+    return lambda epoch: open_text(cfg.data, part=part, seed=cfg.stream_seed, config=cfg.text, epoch=epoch)
+
+
+def evaluation_batches(cfg: TrainConfig, lm: LanguageModel, sequences: int) -> list[TokenBatch]:
+    """Token batches of at most ``sequences`` sequences of the evaluation part of the run's text.
+
+    Raises:
+        UserError: the evaluation text is too short for one sequence.
+    """
+    stream = SequenceStream(_text(cfg, "evaluation"), lm.tokenizer, LENGTH, repeat=False)
+    batches, left = [], sequences
+    while left > 0:
+        batch = stream.next_batch(min(left, cfg.buffer.harvest_batch))
+        if batch.tokens.shape[0] == 0:
+            break
+        batches.append(batch)
+        left -= batch.tokens.shape[0]
+    if not batches:
+        raise UserError(f"The evaluation part of {cfg.data} is too short for one sequence of {LENGTH} tokens.")
+    return batches
+
+
+def demand(cfg: TrainConfig) -> int:
+    """Sequences that are drawn in all."""
+    return cfg.steps * cfg.batch
+
+
+def harvest_group(cfg: TrainConfig) -> int:
+    """Sequences per forward pass of the harvest."""
+    return min(cfg.buffer.harvest_batch, -(-demand(cfg) // cfg.buffer.reuse))
+
+
+def storage_dtype(cfg: TrainConfig, lm: LanguageModel) -> torch.dtype:
+    """Type that activations are kept in."""
+    return lm.dtype if cfg.buffer.dtype == "auto" else getattr(torch, cfg.buffer.dtype)
+
+
+def open_cache(cfg: TrainConfig, lm: LanguageModel, *, write: bool, ranks: Ranks = ALONE) -> ActivationCache | None:
+    """The run's cache, if it has one; with ``write``, locked if it has less than the run will ask for.
+
+    Raises:
+        UserError: it does not match the run, or another process writes to it, or has too little for several processes.
+    """
+    if cfg.cache is None:
+        return None
+    group = harvest_group(cfg)
+    request = cache_request(cfg, lm, storage_dtype(cfg, lm), group)
+    cache = ActivationCache(Path(cfg.cache), request, made_with(lm), group=group)
+    if write and cache.groups * group * cfg.buffer.reuse < demand(cfg):
+        if ranks.everyone.size > 1:
+            raise UserError(
+                f"The cache {cfg.cache} has {cache.groups * group} sequences, and the run takes "
+                f"{-(-demand(cfg) // cfg.buffer.reuse)}; several processes only read a cache, so fill it with a run in "
+                "one process, or leave out --cache."
+            )
+        cache.lock()
+    return cache
+
+
+def make_feed(
+    cfg: TrainConfig,
+    lm: LanguageModel,
+    cache: ActivationCache | None = None,
+    check: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
+) -> Feed:
+    """The run's activations from their beginning; ``check`` is called between forward passes.
+
+    With several processes each runs the language model on every so many-th group of sequences, and they ask each other
+    for signals once in so many groups.
+    """
+    stream = SequenceStream(_text(cfg, "train"), lm.tokenizer, LENGTH)
+    harvester = Harvester(lm, cfg.layer, stream, batch=harvest_group(cfg), dtype=storage_dtype(cfg, lm))
+    everyone = ranks.everyone
+    check = agreeing(check, ranks, everyone.size)
+    if everyone.size == 1:
+        return Feed(harvester, cache, partial(_checking_bar, check))
+
+    def has(group: int) -> bool:
+        return group % everyone.size == everyone.rank
+
+    return Feed(harvester, cache, partial(_checking_bar, check), has)
+
+
+@contextmanager
+def _checking_bar(check: Callable[[], None], what: str, tokens: int) -> Iterator[Callable[[int], None]]:
+    """A bar whose progress calls ``check``."""
+    with bar(what, tokens) as advance:
+
+        def advance_and_check(done: int) -> None:
+            advance(done)
+            check()
+
+        yield advance_and_check
+
+
+def make_buffer(cfg: TrainConfig, feed: Callable[[int], Iterator[Harvest]], ranks: Ranks = ALONE) -> ActivationBuffer:
+    """The run's buffer, empty, in front of ``feed``."""
+    order = torch.Generator().manual_seed(cfg.stream_seed + 2)
+    size = (cfg.buffer.sequences, cfg.buffer.reuse, demand(cfg))
+    if ranks.everyone.size > 1:
+        return SharedBuffer(feed, *size, order, ranks)
+    return ActivationBuffer(feed, *size, order)

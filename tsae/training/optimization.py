@@ -1,0 +1,130 @@
+"""The optimizer and what happens to gradients and weights around its step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tsae.config import OptimizerConfig
+from tsae.parallel.axis import Axis
+from tsae.parallel.sharding import FEATURE_DIM, local, split
+from tsae.sae.model import SparseAutoencoder
+
+__all__ = [
+    "add_gradient_noise",
+    "build_optimizer",
+    "charge_for_activity",
+    "clip_gradients",
+    "project_decoder_gradient",
+    "renormalize_decoder",
+    "sum_gradients",
+    "threshold_parameters",
+]
+
+
+def threshold_parameters(sae: SparseAutoencoder) -> list[torch.nn.Parameter]:
+    """The learned thresholds: none, ``log_threshold``, or it and ``release_logit``."""
+    trained = sae.trained()
+    return [trained[name] for name in ("log_threshold", "release_logit") if name in trained]
+
+
+def build_optimizer(sae: SparseAutoencoder, cfg: OptimizerConfig) -> torch.optim.Optimizer:
+    """Adam or AdamW over the autoencoder's parameters, fused. Weight decay leaves learned thresholds alone: they are
+    logarithms, for which 0 is no natural value."""
+    kind = torch.optim.AdamW if cfg.name == "adamw" else torch.optim.Adam
+    extra = {"weight_decay": cfg.weight_decay} if cfg.name == "adamw" else {}
+    parameters: Any = list(sae.parameters())
+    learned = threshold_parameters(sae)
+    if learned and extra:
+        others = [p for p in parameters if all(p is not q for q in learned)]
+        parameters = [{"params": others}, {"params": learned, "weight_decay": 0.0}]
+    return kind(parameters, lr=cfg.lr, betas=cfg.betas, fused=True, **extra)
+
+
+@torch.no_grad()
+def charge_for_activity(sae: SparseAutoencoder, l0_gradients: Sequence[Tensor]) -> None:
+    """Add the L0 penalty's gradient to the learned thresholds' at the price that leaves their common factor alone.
+
+    Where a controller holds the mean L0, the thresholds' common factor is not the loss's to choose, and the weight of
+    the L0 penalty not a free number: it is the Lagrange multiplier ``lambda >= 0`` with
+
+        sum_j (dL / dlog theta_j + lambda dL0 / dlog theta_j) = 0
+
+    the worth of one more active feature at the margin. A threshold then falls where its feature is worth more than
+    that, and rises where it is worth less.
+
+    l0_gradients: dL0 / dp for each of `threshold_parameters`, whose ``grad`` holds dL / dp
+    """
+    parameters, features = threshold_parameters(sae), sae.ranks.features
+    loss, count = parameters[0].grad, features.total(local(l0_gradients[0]).sum())
+    if loss is None:
+        return
+    price = torch.where(count < 0, -features.total(local(loss).sum()) / count.clamp(max=-1e-30), 0.0).clamp(min=0.0)
+    for parameter, gradient in zip(parameters, l0_gradients, strict=True):
+        if parameter.grad is not None:
+            local(parameter.grad).add_(price * local(gradient))
+
+
+@torch.no_grad()
+def add_gradient_noise(sae: SparseAutoencoder, std: float, generator: torch.Generator) -> None:
+    """Add N(0, (std * RMS of that parameter's gradient)^2) to every gradient (Neelakantan et al. 2015).
+
+    ``std`` is relative: `tsae.training.schedules.noise_std`. Of a dictionary that is split, every process
+    draws the whole and takes its part.
+    """
+    features = sae.ranks.features
+    for name, parameter in sae.trained().items():
+        if parameter.grad is None:
+            continue
+        grad = local(parameter.grad)
+        noise = torch.randn(parameter.grad.shape, generator=generator)
+        mean_square = grad.square().mean()
+        if features.size > 1 and name in FEATURE_DIM:
+            noise = split(noise, FEATURE_DIM[name], features)
+            mean_square = features.total(mean_square) / features.size
+        grad.add_(noise.to(grad) * mean_square.sqrt(), alpha=std)
+
+
+@torch.no_grad()
+def sum_gradients(sae: SparseAutoencoder, data: Axis) -> None:
+    """Make every gradient that of the whole batch, from those of its shares."""
+    for parameter in sae.trained().values():
+        if parameter.grad is not None:
+            data.add_up(local(parameter.grad))
+
+
+@torch.no_grad()
+def clip_gradients(sae: SparseAutoencoder, limit: float) -> Tensor:
+    """Scale all gradients so that their common norm is at most ``limit``; returns the norm before, a scalar."""
+    if sae.ranks.features.size == 1:
+        return torch.nn.utils.clip_grad_norm_(list(sae.parameters()), limit)
+    gradients = {name: local(p.grad) for name, p in sae.trained().items() if p.grad is not None}
+    squares = {name: gradient.square().sum() for name, gradient in gradients.items()}
+    parts = torch.stack([square for name, square in squares.items() if name in FEATURE_DIM])
+    common = [square for name, square in squares.items() if name not in FEATURE_DIM]
+    norm = (sae.ranks.features.total(parts.sum()) + sum(common)).sqrt()
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients.values():
+        gradient.mul_(factor)
+    return norm
+
+
+@torch.no_grad()
+def project_decoder_gradient(sae: SparseAutoencoder) -> None:
+    """Take the component along each decoder row out of its gradient (TC-SAE section 4, unit-norm constraint)."""
+    grad = sae.trained()["W_dec"].grad
+    if grad is not None:
+        grad, W_dec = local(grad), sae.W_dec
+        square = torch.linalg.vecdot(W_dec, W_dec).clamp_(min=1e-24)
+        share = torch.linalg.vecdot(grad, W_dec) / square  # in rows' lengths
+        grad.addcmul_(W_dec, share[:, None], value=-1)
+
+
+@torch.no_grad()
+def renormalize_decoder(sae: SparseAutoencoder) -> None:
+    """Scale each decoder row to norm 1."""
+    W_dec = sae.W_dec
+    W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_(min=1e-12))

@@ -1,0 +1,99 @@
+"""What the command lines share: parsing into dataclasses, and errors as one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import tyro
+
+from tsae.errors import UserError
+from tsae.parallel.environment import is_first
+from tsae.utils.interrupts import Interrupted, at_once
+
+__all__ = ["RESUME", "Status", "only_options", "parse", "report_errors"]
+
+T = TypeVar("T")
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # of writing
+RESUME = "; continue with --resume and the run's directory"  # the advice of commands that can
+
+
+@dataclass
+class Status:
+    """Exit status of a command."""
+
+    code: int = 0
+
+
+def parse(cls: type[T], argv: list[str], default: T | None, prog: str) -> T:
+    """Parse ``argv`` into the dataclass ``cls``; ``--help`` prints and exits.
+
+    Raises:
+        UserError: an unknown option or a value of the wrong type, in tyro's words on one line.
+    """
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            return tyro.cli(cls, args=argv, default=default, prog=prog)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        text = _sentence(captured.getvalue())
+        raise UserError(f"{text}; see {prog} --help." if text else f"Bad options; see {prog} --help.") from None
+
+
+def _sentence(box: str) -> str:
+    """What tyro says in the first part of its box: below the title, above the first rule that is not the title's."""
+    lines = [re.sub(r"^│ ?|│$", "", line).strip() for line in box.splitlines()]
+    lines = [line for line in lines if line][1:]
+    is_rule = [re.fullmatch(r"[╰╯─-]+", line) is not None for line in lines]
+    if is_rule[:1] == [True]:  # in ASCII the title has one of its own
+        lines, is_rule = lines[1:], is_rule[1:]
+    text = " ".join(lines[: is_rule.index(True)] if True in is_rule else lines).rstrip(".")
+    return re.sub(r"\. Expected ", "; expected ", text[:1].upper() + text[1:])
+
+
+def only_options(argv: list[str], allowed: tuple[str, ...], why: str) -> None:
+    """Raise `UserError`, a sentence that begins with ``why``, if ``argv`` has other options than those ``allowed``."""
+    others = [a for a in argv if a.startswith("-") and a.split("=")[0] not in allowed]
+    if others:
+        raise UserError(f"{why}; leave out {' '.join(others)}.")
+
+
+@contextlib.contextmanager
+def report_errors(advice: str = "") -> Iterator[Status]:
+    """Turns a `UserError`, and a disk that is full or fails, into a sentence on stderr and status 2, an interruption
+    into status 130 or 143. Of several processes, which torchrun starts, only the first says a `UserError`.
+
+    advice: said after an interruption that brings none of its own
+    """
+    status = Status()
+    try:
+        with at_once():
+            yield status
+    except UserError as error:
+        if is_first():
+            sys.stderr.write(f"error: {error}\n")
+        status.code = 2
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        sys.stderr.write(f"error: {error.strerror}{where}; what was complete is kept: start or resume again.\n")
+        status.code = 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        sys.stderr.write("error: There is not enough memory; lower sae.d_sae, batch or buffer.sequences.\n")
+        status.code = 2
+    except KeyboardInterrupt as error:
+        own = error.advice if isinstance(error, Interrupted) else ""
+        if is_first():
+            sys.stderr.write(f"interrupted{own or advice}\n")
+        status.code = error.status if isinstance(error, Interrupted) else 130

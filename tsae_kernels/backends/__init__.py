@@ -1,0 +1,1 @@
+"""The implementations of the operators, and the choice between them."""
