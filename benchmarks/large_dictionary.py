@@ -85,14 +85,14 @@ def ours(activation: str, d_sae: int, batch: int, chunk: int) -> dict[str, float
     """Steps of `tsae.training.trainer.Trainer`."""
     import torch
 
-    from tsae.data.harvest import Harvest
+    from tsae.data.harvest import ActivationBatch
     from tsae.sae.normalization import InputNormalizer
     from tsae.training.memory import sae_bytes, step_bytes
     from tsae.training.trainer import Trainer
 
     cfg = config(activation, d_sae, batch, chunk)
     x = torch.randn(batch, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0))
-    batch = Harvest(x, torch.zeros(batch, LENGTH, dtype=torch.int32))
+    batch = ActivationBatch(x, torch.zeros(batch, LENGTH, dtype=torch.int32))
     before = status("VmRSS")
     trainer = Trainer(cfg, InputNormalizer.identity(WIDTH), torch.device("cpu"), autocast=True)
     found = measured(lambda: trainer.train_step(batch), before)

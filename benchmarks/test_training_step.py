@@ -18,7 +18,7 @@ from benchmarks.measure import Variant, compare
 from benchmarks.peers import ABSENT, have_sae_lens, sae_lens_topk_step
 from benchmarks.results import Measurement
 from tsae.config import ObjectiveConfig, OptimizerConfig, SAEConfig, TrainConfig
-from tsae.data.harvest import Harvest
+from tsae.data.harvest import ActivationBatch
 from tsae.lm.loading import default_dtype
 from tsae.sae.normalization import InputNormalizer
 from tsae.sae.thresholds import initial_threshold, mean_l0
@@ -52,7 +52,7 @@ def size(smoke: bool, device: torch.device) -> Size:
 
 
 @pytest.fixture(scope="module")
-def batches(size: Size, device: torch.device) -> list[Harvest]:
+def batches(size: Size, device: torch.device) -> list[ActivationBatch]:
     """Activations of unit variance whose neighbours correlate by 0.7, so that the trigger has something to hold."""
     generator = torch.Generator().manual_seed(0)
     out = []
@@ -60,12 +60,12 @@ def batches(size: Size, device: torch.device) -> list[Harvest]:
         x = torch.randn(size.batch, LENGTH, size.d_in, generator=generator)
         for t in range(1, LENGTH):
             x[:, t] = 0.7 * x[:, t - 1] + math.sqrt(1 - 0.7**2) * x[:, t]
-        out.append(Harvest(x.to(device), torch.zeros(size.batch, LENGTH, dtype=torch.int32, device=device)))
+        out.append(ActivationBatch(x.to(device), torch.zeros(size.batch, LENGTH, dtype=torch.int32, device=device)))
     return out
 
 
 def make_trainer(
-    size: Size, batches: list[Harvest], device: torch.device, *, temporal: bool, autocast: bool
+    size: Size, batches: list[ActivationBatch], device: torch.device, *, temporal: bool, autocast: bool
 ) -> Trainer:
     """With Schmitt trigger and the multi-scale loss at full weight; or with a plain threshold (the two thresholds of
     the trigger are one) and no temporal loss. The threshold is steered to the wanted sparsity beforehand."""
@@ -99,7 +99,7 @@ def test_training_step(
     benchmark: Any,
     record: Callable[[Measurement], None],
     size: Size,
-    batches: list[Harvest],
+    batches: list[ActivationBatch],
     device: torch.device,
     smoke: bool,
     precision: str,
@@ -137,13 +137,13 @@ def test_training_step(
 
 
 @torch.no_grad()
-def active_features(trainer: Trainer, batch: Harvest) -> float:
+def active_features(trainer: Trainer, batch: ActivationBatch) -> float:
     """Per token, without autocast."""
     h, _ = trainer.sae.activate(trainer.sae.pre_activation(trainer.normalizer(batch.x)))
     return mean_l0(h).item()
 
 
-def check_step(name: str, step: Callable[[torch.Tensor], Any], batch: Harvest) -> None:
+def check_step(name: str, step: Callable[[torch.Tensor], Any], batch: ActivationBatch) -> None:
     """On one sequence: a peer's time counts only if its loss is a number."""
     loss = step(batch.x[:1].flatten(0, 1)).loss
     assert torch.isfinite(loss), f"{name}: the loss is {loss.item()}"

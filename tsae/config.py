@@ -287,7 +287,7 @@ class BufferConfig:
     """Sequences that a thread harvests ahead while the autoencoder trains, at most; 0: none; -1: half the buffer where
     the language model is on a GPU, else none."""
 
-    def looked_ahead(self, wanted: int, *, gpu: bool) -> int:
+    def prefetched(self, wanted: int, *, gpu: bool) -> int:
         """Sequences that are harvested ahead, of ``wanted`` in all; ``gpu``: that is where the language model is."""
         half = max(self.sequences // 2, self.harvest_batch)
         asked = self.ahead if self.ahead >= 0 else (half if gpu else 0)

@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
             _sweep(asked, argv)
             return status.code
         # Imported here, so that --help and a misspelt option answer at once.
-        from tsae.parallel.processes import from_first, processes
+        from tsae.parallel.processes import broadcast_from_rank0, processes
         from tsae.reports.table import print_table
         from tsae.rundir.directory import new_directory
         from tsae.training.run import run
@@ -89,7 +89,9 @@ def main(argv: list[str] | None = None) -> int:
             cfg, directory = _resumed(asked, argv)
         with processes(cfg.parallel.timeout):
             if asked.resume is None:
-                directory = from_first(lambda: new_directory(cfg.preset, asked.out, overwrite=asked.overwrite))
+                directory = broadcast_from_rank0(
+                    lambda: new_directory(cfg.preset, asked.out, overwrite=asked.overwrite)
+                )
             if asked.dry_run:
                 _dry_run({"": cfg}, directory)
                 return status.code
@@ -146,8 +148,8 @@ def _is_sweep(directory: Path | None) -> bool:
 
 
 def _sweep(asked: Command, argv: list[str]) -> None:
-    from tsae.parallel.environment import is_first
-    from tsae.parallel.processes import from_first, processes
+    from tsae.parallel.environment import is_rank0
+    from tsae.parallel.processes import broadcast_from_rank0, processes
     from tsae.training.sweep import print_sweep, read_runs, read_sweep, run_sweep, sweep_directory
     from tsae.utils.progress import console
 
@@ -164,12 +166,12 @@ def _sweep(asked: Command, argv: list[str]) -> None:
             directory = asked.resume
         else:
             assert sweep is not None
-            directory = from_first(lambda: sweep_directory(sweep.stem, out, overwrite=asked.overwrite))
+            directory = broadcast_from_rank0(lambda: sweep_directory(sweep.stem, out, overwrite=asked.overwrite))
         if asked.dry_run:
             _dry_run(cfgs, directory)
             return
         run_sweep(cfgs, directory, resume=asked.resume is not None)
-        if is_first():
+        if is_rank0():
             print_sweep(directory)
         console.print(f"Written: {directory}", soft_wrap=True)
 

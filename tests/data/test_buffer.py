@@ -12,7 +12,7 @@ import torch
 from tiny import sample_text
 
 from tsae.data.buffer import ActivationBuffer
-from tsae.data.harvest import Harvest, Harvester
+from tsae.data.harvest import ActivationBatch, Harvester
 from tsae.data.passages import Document
 from tsae.data.sequences import SequenceStream, TokenBatch
 from tsae.lm.loading import load_language_model
@@ -26,20 +26,20 @@ class Source:
     def __init__(self, start: int = 0) -> None:
         self.next, self.sizes = start, []
 
-    def __call__(self, n: int) -> Iterator[Harvest]:
+    def __call__(self, n: int) -> Iterator[ActivationBatch]:
         ids = torch.arange(self.next, self.next + n)
         self.next += n
         self.sizes.append(n)
         x = (ids[:, None, None] * 1000 + torch.arange(T)[None, :, None]).expand(n, T, D).float().contiguous()
         for part in x.split(5):
-            yield Harvest(part, torch.zeros(len(part), T, dtype=torch.int32))
+            yield ActivationBatch(part, torch.zeros(len(part), T, dtype=torch.int32))
 
 
 def make(source: Source, capacity: int, reuse: int, demand: int) -> ActivationBuffer:
     return ActivationBuffer(source, capacity, reuse, demand, torch.Generator().manual_seed(0))
 
 
-def served(batch: Harvest) -> list[int]:
+def served(batch: ActivationBatch) -> list[int]:
     """Sequence numbers, after checking that tokens are in order."""
     for row in batch.x:
         torch.testing.assert_close(row[:, 0] % 1000, torch.arange(T).float())
@@ -128,7 +128,7 @@ def test_memory_is_as_stated_up_to_one_harvest_batch_also_while_refilling(tiny_n
     one_batch = allocated(partial(harvester.take, 2))
     tokens = harvester.tokenize(256)
 
-    def harvest(n: int) -> Iterator[Harvest]:
+    def harvest(n: int) -> Iterator[ActivationBatch]:
         return harvester.batches(TokenBatch(tokens.tokens[:n], tokens.segments[:n]))
 
     buffer = ActivationBuffer(harvest, 256, 1, 2048, torch.Generator().manual_seed(0))

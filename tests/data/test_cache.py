@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import tsae.data.cache
 from tsae.data.cache import ActivationCache, sequence_bytes
-from tsae.data.harvest import Harvest
+from tsae.data.harvest import ActivationBatch
 from tsae.data.sequences import TokenBatch
 from tsae.errors import UserError
 from tsae.utils.atomic import checksum_of
@@ -23,17 +23,17 @@ from tsae.utils.atomic import checksum_of
 G, T, D = 2, 5, 3
 
 
-def group(number: int) -> tuple[TokenBatch, Harvest]:
+def group(number: int) -> tuple[TokenBatch, ActivationBatch]:
     tokens = torch.arange(G * (T + 1)).reshape(G, T + 1) + 100 * number
     segments = torch.zeros(G, T, dtype=torch.int32)
-    return TokenBatch(tokens, segments), Harvest(torch.randn(G, T, D).bfloat16(), segments)
+    return TokenBatch(tokens, segments), ActivationBatch(torch.randn(G, T, D).bfloat16(), segments)
 
 
 def opened(directory: Path, **request: Any) -> ActivationCache:
     return ActivationCache(directory, {"layer": 1, "model": "m"} | request, {"torch": "x"}, group=G)
 
 
-def filled(directory: Path, groups: int, flush_every: int) -> list[tuple[TokenBatch, Harvest]]:
+def filled(directory: Path, groups: int, flush_every: int) -> list[tuple[TokenBatch, ActivationBatch]]:
     made = [group(i) for i in range(groups)]
     with opened(directory) as cache:
         for i, (tokens, harvest) in enumerate(made):

@@ -14,9 +14,9 @@ from tiny import sample_text
 
 from tsae.data.cache import ActivationCache
 from tsae.data.feed import Feed
-from tsae.data.harvest import Harvest, Harvester
+from tsae.data.harvest import ActivationBatch, Harvester
 from tsae.data.passages import Document
-from tsae.data.prefetching import Ahead
+from tsae.data.prefetching import PrefetchingFeed
 from tsae.data.sequences import SequenceStream
 from tsae.lm.loading import LanguageModel, load_language_model
 from tsae.utils.interrupts import AtSafePoint
@@ -34,17 +34,17 @@ def make_feed(lm: LanguageModel, cache: ActivationCache | None = None) -> Feed:
     return Feed(Harvester(lm, 1, stream, batch=GROUP), cache)
 
 
-def joined(parts: Iterator[Harvest]) -> Harvest:
-    return Harvest(*(torch.cat(column) for column in zip(*parts, strict=True)))
+def joined(parts: Iterator[ActivationBatch]) -> ActivationBatch:
+    return ActivationBatch(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def equal(a: Harvest, b: Harvest) -> bool:
+def equal(a: ActivationBatch, b: ActivationBatch) -> bool:
     return torch.equal(a.x, b.x) and torch.equal(a.segments, b.segments)
 
 
 def test_the_same_sequences_in_the_same_order(lm: LanguageModel) -> None:
     feed = make_feed(lm)
-    with Ahead(make_feed(lm), 8, TOTAL) as ahead:
+    with PrefetchingFeed(make_feed(lm), 8, TOTAL) as ahead:
         for n in (1, 10, 4, 0, 13, 12):
             if n:
                 assert equal(joined(ahead(n)), joined(feed(n)))
@@ -55,7 +55,7 @@ def test_no_more_is_harvested_than_may_be_held(lm: LanguageModel) -> None:
     harvested = 0
     batches = source.harvester.batches
 
-    def counted(*arguments: Any) -> Iterator[Harvest]:
+    def counted(*arguments: Any) -> Iterator[ActivationBatch]:
         nonlocal harvested
         for part in batches(*arguments):
             harvested += len(part.x)
@@ -63,7 +63,7 @@ def test_no_more_is_harvested_than_may_be_held(lm: LanguageModel) -> None:
 
     source.harvester.batches = counted  # type: ignore[method-assign]
     given = 0
-    with Ahead(source, 8, TOTAL) as ahead:
+    with PrefetchingFeed(source, 8, TOTAL) as ahead:
         for n in (3, 9, 28):
             for part in ahead(n):
                 given += len(part.x)
@@ -74,14 +74,14 @@ def test_no_more_is_harvested_than_may_be_held(lm: LanguageModel) -> None:
 @pytest.mark.parametrize("given", [3, 8, 17, 40])
 def test_a_state_goes_on_with_or_without_looking_ahead(lm: LanguageModel, given: int) -> None:
     whole = joined(make_feed(lm)(TOTAL + 5))
-    with Ahead(make_feed(lm), 12, TOTAL) as ahead:
-        assert equal(joined(ahead(given)), Harvest(whole.x[:given], whole.segments[:given]))
+    with PrefetchingFeed(make_feed(lm), 12, TOTAL) as ahead:
+        assert equal(joined(ahead(given)), ActivationBatch(whole.x[:given], whole.segments[:given]))
         state = ahead.state_dict()
     feed = make_feed(lm)
     feed.load_state_dict(state)
-    rest = Harvest(whole.x[given : given + 5], whole.segments[given : given + 5])
+    rest = ActivationBatch(whole.x[given : given + 5], whole.segments[given : given + 5])
     assert equal(joined(feed(5)), rest)
-    with Ahead(make_feed(lm), 12, TOTAL + 5) as again:
+    with PrefetchingFeed(make_feed(lm), 12, TOTAL + 5) as again:
         again.load_state_dict(state)
         assert equal(joined(again(5)), rest)
         assert again.state_dict()["position"] == given + 5
@@ -91,7 +91,7 @@ def test_a_state_goes_on_with_or_without_looking_ahead(lm: LanguageModel, given:
 def test_a_request_that_was_broken_off_does_not_count(lm: LanguageModel, taken: int) -> None:
     """As a `Feed`'s: the buffer asks for all of it again. Requests to the feed end within the one broken off."""
     whole = joined(make_feed(lm)(TOTAL))
-    with Ahead(make_feed(lm), 8, TOTAL) as ahead:
+    with PrefetchingFeed(make_feed(lm), 8, TOTAL) as ahead:
         list(ahead(6))
         request = ahead(30)
         for _ in range(taken):
@@ -100,22 +100,22 @@ def test_a_request_that_was_broken_off_does_not_count(lm: LanguageModel, taken: 
     assert state["position"] == 6
     feed = make_feed(lm)
     feed.load_state_dict(state)
-    assert equal(joined(feed(30)), Harvest(whole.x[6:36], whole.segments[6:36]))
+    assert equal(joined(feed(30)), ActivationBatch(whole.x[6:36], whole.segments[6:36]))
 
 
 def test_an_error_of_the_thread_reaches_the_caller(lm: LanguageModel) -> None:
     feed = make_feed(lm)
 
-    def fail(*_: Any) -> Iterator[Harvest]:
+    def fail(*_: Any) -> Iterator[ActivationBatch]:
         raise RuntimeError("out of memory")
 
     feed.harvester.batches = fail  # type: ignore[method-assign]
-    with Ahead(feed, 8, TOTAL) as ahead, pytest.raises(RuntimeError, match="out of memory"):
+    with PrefetchingFeed(feed, 8, TOTAL) as ahead, pytest.raises(RuntimeError, match="out of memory"):
         list(ahead(4))
 
 
 def test_to_ask_for_more_than_was_said_is_an_error_and_no_wait(lm: LanguageModel) -> None:
-    with Ahead(make_feed(lm), 8, TOTAL) as ahead, pytest.raises(ValueError, match="there are 40 sequences"):
+    with PrefetchingFeed(make_feed(lm), 8, TOTAL) as ahead, pytest.raises(ValueError, match="there are 40 sequences"):
         list(ahead(TOTAL + 1))
 
 
@@ -127,6 +127,6 @@ def test_leaving_ends_the_thread_and_a_wait_sees_signals(lm: LanguageModel) -> N
 
         yield stop
 
-    with Ahead(make_feed(lm), 8, TOTAL, bar) as ahead, pytest.raises(AtSafePoint):
+    with PrefetchingFeed(make_feed(lm), 8, TOTAL, bar) as ahead, pytest.raises(AtSafePoint):
         list(ahead(TOTAL))
     assert not any(thread.name == "harvest ahead" for thread in threading.enumerate())

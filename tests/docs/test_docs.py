@@ -43,7 +43,7 @@ SIZES = shlex.split(
     "--layer 1 --steps 4 --batch 2 --device cpu --sae.d-sae 48 --sae.k 6 --buffer.sequences 8 --buffer.reuse 1"
     " --buffer.estimate-sequences 8 --evaluation.sequences 4 --evaluation.ce-sequences 2 --text.evaluation-share 0.2"
 )
-ALONE = ("--resume", "--sweep")  # take no other options
+SINGLE_PROCESS = ("--resume", "--sweep")  # take no other options
 
 # Every block that does not run, so that they stay few.
 NOT_RUN = {
@@ -144,7 +144,7 @@ def check_other_command(words: list[str], page: Path) -> None:
 
 
 def run_command(module: str, arguments: list[str]) -> None:
-    if module == "tsae.train" and arguments[:1] and arguments[0] in ALONE:
+    if module == "tsae.train" and arguments[:1] and arguments[0] in SINGLE_PROCESS:
         pass
     elif module == "tsae.train":
         arguments = [*STAND_INS, *arguments, *SIZES]

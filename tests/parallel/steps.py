@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tsae.config import TrainConfig
-from tsae.data.harvest import Harvest
-from tsae.parallel.axis import ALONE, Ranks
-from tsae.parallel.buffer import Share
+from tsae.data.harvest import ActivationBatch
+from tsae.parallel.axis import SINGLE_PROCESS, Ranks
+from tsae.parallel.buffer import BatchShard
 from tsae.parallel.processes import make_ranks
 from tsae.sae.normalization import InputNormalizer
 from tsae.training.trainer import Trainer
@@ -74,7 +74,7 @@ def config(name: str) -> TrainConfig:
     return from_dict(TrainConfig, values)
 
 
-def batches(count: int) -> list[Harvest]:
+def batches(count: int) -> list[ActivationBatch]:
     """Slowly changing activations with a large mean; documents of random lengths, some positions excluded."""
     generator = torch.Generator().manual_seed(5)
     directions = torch.randn(40, WIDTH, generator=generator)
@@ -84,18 +84,20 @@ def batches(count: int) -> list[Harvest]:
         x = (on * torch.rand(on.shape, generator=generator)) @ directions + 20.0
         segments = (torch.rand(BATCH, LENGTH, generator=generator) < 0.1).int().cumsum(1).int()
         segments[torch.rand(BATCH, LENGTH, generator=generator) < 0.05] = -1
-        out.append(Harvest(x, segments))
+        out.append(ActivationBatch(x, segments))
     return out
 
 
-def share(batch: Harvest, ranks: Ranks) -> Harvest | Share:
-    if ranks.everyone.size == 1:
+def share(batch: ActivationBatch, ranks: Ranks) -> ActivationBatch | BatchShard:
+    if ranks.world.size == 1:
         return batch
     first, last = ranks.data.span(len(batch.x))
-    return Share(batch.x[first:last], batch.segments[first:last], batch.segments, first)
+    return BatchShard(batch.x[first:last], batch.segments[first:last], batch.segments, first)
 
 
-def trained(name: str, ranks: Ranks = ALONE, features: int = 1) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+def trained(
+    name: str, ranks: Ranks = SINGLE_PROCESS, features: int = 1
+) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """What was measured at every step, and at the first process the finished weights."""
     cfg = config(name)
     cfg = replace(cfg, parallel=replace(cfg.parallel, features=features))

@@ -8,7 +8,7 @@ import torch
 from tsae.parallel.axis import Axis
 from tsae.parallel.selection import kth_largest, kth_largest_per_row
 
-ALONE = Axis()
+SINGLE_PROCESS = Axis()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -20,15 +20,20 @@ def test_the_kth_largest_is_that_of_sorting(dtype: torch.dtype) -> None:
     values = torch.cat([values, values[:50], torch.zeros(20, dtype=dtype), -torch.zeros(3, dtype=dtype)])
     ordered = values.sort(descending=True).values
     for k in (1, 2, 17, 180, 200, len(values) - 1, len(values)):
-        assert kth_largest(values.reshape(-1, 1), k, ALONE) == ordered[k - 1]
+        assert kth_largest(values.reshape(-1, 1), k, SINGLE_PROCESS) == ordered[k - 1]
 
 
 def test_infinite_values_have_their_place() -> None:
     values = torch.tensor([float("-inf"), 0.0, float("inf"), -3.0])
-    assert [kth_largest(values, k, ALONE).item() for k in (1, 2, 3, 4)] == [float("inf"), 0.0, -3.0, float("-inf")]
+    assert [kth_largest(values, k, SINGLE_PROCESS).item() for k in (1, 2, 3, 4)] == [
+        float("inf"),
+        0.0,
+        -3.0,
+        float("-inf"),
+    ]
 
 
 def test_the_kth_largest_of_every_row() -> None:
     values = torch.randn(3, 4, 9, generator=torch.Generator().manual_seed(0))
     expected = values.sort(-1, descending=True).values[..., 4:5]
-    assert torch.equal(kth_largest_per_row(values, 5, ALONE), expected)
+    assert torch.equal(kth_largest_per_row(values, 5, SINGLE_PROCESS), expected)

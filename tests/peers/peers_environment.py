@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 BELOW = "_below.pth"  # in the upper environment: names the packages' folder of the lower one
 CONSTRAINTS = ROOT / "constraints.txt"
-ALONE = ROOT / "tests" / "peers" / "requirements.txt"
+SINGLE_PROCESS = ROOT / "tests" / "peers" / "requirements.txt"
 
 
 def packages_of(environment: Path) -> Path:
@@ -55,7 +55,7 @@ def make(environment: Path) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     pip = [sys.executable, "-m", "pip", "--python", str(environment / "bin" / "python"), "install", "--quiet"]
     subprocess.run([*pip, "--constraint", str(CONSTRAINTS), *extras["peers"]], check=True)
-    subprocess.run([*pip, "--no-deps", "--requirement", str(ALONE)], check=True)
+    subprocess.run([*pip, "--no-deps", "--requirement", str(SINGLE_PROCESS)], check=True)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from peers_environment import ALONE, BELOW, CONSTRAINTS, ROOT, below, versions
+from peers_environment import BELOW, CONSTRAINTS, ROOT, SINGLE_PROCESS, below, versions
 
 PIN = re.compile(r"^(\S+)==(\S+)$", re.M)
 
 
 def test_what_is_installed_alone_is_pinned_as_the_rest_is() -> None:
     pins = dict(PIN.findall(CONSTRAINTS.read_text()))
-    alone = dict(PIN.findall(ALONE.read_text()))
+    alone = dict(PIN.findall(SINGLE_PROCESS.read_text()))
     assert alone
     assert alone.items() <= pins.items()
 

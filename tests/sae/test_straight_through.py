@@ -9,7 +9,7 @@ from torch import Tensor
 from tsae.config import OptimizerConfig, SAEConfig
 from tsae.sae.model import SparseAutoencoder
 from tsae.sae.straight_through import straight_through, thresholds
-from tsae.training.optimization import build_optimizer, charge_for_activity, threshold_parameters
+from tsae.training.optimization import add_l0_lagrangian_gradient, build_optimizer, threshold_parameters
 from tsae_kernels import activate_with_stats
 
 B, T, K = 3, 11, 4
@@ -132,11 +132,11 @@ def test_the_price_of_activity_leaves_the_common_factor_alone() -> None:
     assert sae.release_logit is not None
     sae.log_threshold.grad = torch.tensor([3.0, 1.0, 0.0, 4.0])
     sae.release_logit.grad = torch.zeros(4)
-    charge_for_activity(sae, [torch.tensor([-1.0, -1.0, -1.0, -1.0]), torch.tensor([-0.5, 0.0, 0.0, 0.0])])
+    add_l0_lagrangian_gradient(sae, [torch.tensor([-1.0, -1.0, -1.0, -1.0]), torch.tensor([-0.5, 0.0, 0.0, 0.0])])
     torch.testing.assert_close(sae.log_threshold.grad, torch.tensor([1.0, -1.0, -2.0, 2.0]))
     torch.testing.assert_close(sae.release_logit.grad, torch.tensor([-1.0, 0.0, 0.0, 0.0]))
     sae.log_threshold.grad = torch.tensor([-3.0, 1.0, 0.0, 1.0])  # a negative price is none
-    charge_for_activity(sae, [torch.full((4,), -1.0), torch.zeros(4)])
+    add_l0_lagrangian_gradient(sae, [torch.full((4,), -1.0), torch.zeros(4)])
     torch.testing.assert_close(sae.log_threshold.grad, torch.tensor([-3.0, 1.0, 0.0, 1.0]))
 
 

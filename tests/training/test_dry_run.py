@@ -12,7 +12,7 @@ from safetensors import safe_open
 from tiny_runs import run_options
 
 from tsae.config import SAEConfig, TrainConfig
-from tsae.data.harvest import Harvest
+from tsae.data.harvest import ActivationBatch
 from tsae.sae.normalization import InputNormalizer
 from tsae.train import command, main
 from tsae.training import checkpoint
@@ -32,7 +32,7 @@ def test_memory_of_an_autoencoder_and_of_a_step(activation: str, autocast: bool)
     sae = SAEConfig(d_in=64, d_sae=1024, k=16, activation=activation)  # type: ignore[arg-type]
     cfg = TrainConfig(batch=8, sae=sae)
     trainer = Trainer(cfg, InputNormalizer.identity(64), torch.device("cpu"), autocast=autocast)
-    batch = Harvest(torch.randn(8, 128, 64), torch.zeros(8, 128, dtype=torch.int32))
+    batch = ActivationBatch(torch.randn(8, 128, 64), torch.zeros(8, 128, dtype=torch.int32))
     trainer.train_step(batch)
     state = [*trainer.sae.state_dict().values(), *(p.grad for p in trainer.sae.parameters())]
     state += [v for values in trainer.optimizer.state.values() for v in values.values() if v.dim()]

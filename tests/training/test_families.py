@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tsae.config import ObjectiveConfig, OptimizerConfig, SAEConfig, TrainConfig
-from tsae.data.harvest import Harvest
+from tsae.data.harvest import ActivationBatch
 from tsae.sae.normalization import InputNormalizer
 from tsae.training.trainer import Trainer
 
@@ -32,14 +32,14 @@ def make(sae: dict[str, Any], objective: dict[str, Any], lr: float = 0.02) -> Tr
     return Trainer(cfg, InputNormalizer(torch.zeros(D), 1.0), torch.device("cpu"), autocast=False)
 
 
-def batch(step: int, b: int = B) -> Harvest:
+def batch(step: int, b: int = B) -> ActivationBatch:
     x = torch.randn(b, T, D, generator=torch.Generator().manual_seed(step))
     for t in range(1, T):
         x[:, t] = 0.7 * x[:, t - 1] + 0.7 * x[:, t]
     segments = torch.zeros(b, T, dtype=torch.int32)
     segments[0, 9:] = 1
     segments[1, 5] = -1
-    return Harvest(x, segments)
+    return ActivationBatch(x, segments)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -134,7 +134,7 @@ def test_excluded_positions_change_nothing(tiny_gemma2: Path, text_file: Path) -
     """Poison at positions of negative segment id reaches neither the weights nor a logged figure."""
     from dataclasses import replace
 
-    from tsae.data.harvest import Harvest
+    from tsae.data.harvest import ActivationBatch
     from tsae.sae.normalization import InputNormalizer
 
     for activation in ("schmitt", "batchtopk", "topk", "relu", "jumprelu", "jumprelu_schmitt"):
@@ -150,7 +150,7 @@ def test_excluded_positions_change_nothing(tiny_gemma2: Path, text_file: Path) -
         results = []
         for data in (x, poisoned):
             trainer = Trainer(cfg, InputNormalizer(torch.zeros(8), 1.0), torch.device("cpu"), autocast=False)
-            logged = [trainer.train_step(Harvest(data, segments), log=True) for _ in range(3)]
+            logged = [trainer.train_step(ActivationBatch(data, segments), log=True) for _ in range(3)]
             results.append((trainer.sae.state_dict(), logged))
         for name, tensor in results[0][0].items():
             torch.testing.assert_close(tensor, results[1][0][name], rtol=1e-5, atol=1e-6)

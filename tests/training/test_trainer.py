@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tsae.config import ObjectiveConfig, OptimizerConfig, SAEConfig, TrainConfig
-from tsae.data.harvest import Harvest
+from tsae.data.harvest import ActivationBatch
 from tsae.sae.normalization import InputNormalizer
 from tsae.training.trainer import Trainer
 
@@ -96,7 +96,7 @@ CASES = {
 }
 
 
-def batches(steps: int) -> list[Harvest]:
+def batches(steps: int) -> list[ActivationBatch]:
     """Activations that change slowly along the sequence, far from 0, with documents and excluded positions."""
     generator = torch.Generator().manual_seed(1)
     segments = torch.zeros(B, T, dtype=torch.int32)
@@ -109,7 +109,7 @@ def batches(steps: int) -> list[Harvest]:
         x = torch.randn(B, T, D, generator=generator)
         for t in range(1, T):
             x[:, t] = 0.8 * x[:, t - 1] + 0.6 * x[:, t]
-        out.append(Harvest(3.0 * x + torch.arange(10.0, 10.0 + D), segments))
+        out.append(ActivationBatch(3.0 * x + torch.arange(10.0, 10.0 + D), segments))
     return out
 
 
@@ -195,7 +195,7 @@ class ByHand:
         residual = residual.detach()
         return (residual - estimate)[kept].square().sum() / residual[kept].square().sum()
 
-    def step(self, batch: Harvest) -> dict[str, float]:
+    def step(self, batch: ActivationBatch) -> dict[str, float]:
         n, cfg, case, segments = self.n, self.cfg, self.case, batch.segments
         kept = segments >= 0
         count = int(kept.sum())

@@ -10,7 +10,7 @@ import torch
 from allocated import allocated
 
 from tsae.config import ObjectiveConfig, OptimizerConfig, SAEConfig, TrainConfig
-from tsae.data.harvest import Harvest
+from tsae.data.harvest import ActivationBatch
 from tsae.errors import UserError
 from tsae.sae.normalization import InputNormalizer
 from tsae.training.memory import step_bytes
@@ -26,7 +26,7 @@ def config(activation: str, d_sae: int = 64, **objective: Any) -> TrainConfig:
     return TrainConfig(batch=B, steps=9, sae=sae, objective=ObjectiveConfig(**values | objective), optimizer=optimizer)
 
 
-def batches(number: int, seed: int = 0) -> list[Harvest]:
+def batches(number: int, seed: int = 0) -> list[ActivationBatch]:
     generator = torch.Generator().manual_seed(seed)
     out = []
     for _ in range(number):
@@ -34,7 +34,7 @@ def batches(number: int, seed: int = 0) -> list[Harvest]:
         segments = torch.zeros(B, T, dtype=torch.int32)
         segments[:, T // 2 :] = 1
         segments[-1, 100:] = -1  # pieces of different weight
-        out.append(Harvest(x + x.roll(1, 1), segments))
+        out.append(ActivationBatch(x + x.roll(1, 1), segments))
     return out
 
 

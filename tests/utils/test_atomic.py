@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tsae.utils.atomic import replacing, write_json
+from tsae.utils.atomic import atomic_write, write_json
 
 KILLED = """
 import os, sys
 from pathlib import Path
-from tsae.utils.atomic import replacing
-with replacing(Path(sys.argv[1])) as temporary:
+from tsae.utils.atomic import atomic_write
+with atomic_write(Path(sys.argv[1])) as temporary:
     temporary.write_text("half")
     os._exit(9)
 """
@@ -33,7 +33,7 @@ def test_kills_leave_one_temporary_file_at_most_and_the_next_write_takes_it(tmp_
 
 
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "x") as temporary:
+    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "x") as temporary:
         temporary.write_text(str(1 / 0))
     with pytest.raises(ValueError):
         write_json(tmp_path / "x", float("nan"))

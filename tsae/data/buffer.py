@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsae.data.harvest import Harvest
+from tsae.data.harvest import ActivationBatch
 
 __all__ = ["ActivationBuffer"]
 
@@ -32,7 +32,7 @@ class ActivationBuffer:
 
     def __init__(
         self,
-        harvest: Callable[[int], Iterable[Harvest]],
+        harvest: Callable[[int], Iterable[ActivationBatch]],
         capacity: int,
         reuse: int,
         demand: int,
@@ -53,13 +53,13 @@ class ActivationBuffer:
         """Whether it holds anything yet."""
         return self.refills > 0
 
-    def first(self, n: int) -> Harvest:
+    def first(self, n: int) -> ActivationBatch:
         """The first ``n`` sequences (or all, where fewer are held), without using them up; fills the buffer."""
         if not self.filled:
             self._refill()
         assert self.x is not None
         assert self.segments is not None
-        return Harvest(self.x[:n], self.segments[:n])
+        return ActivationBatch(self.x[:n], self.segments[:n])
 
     def next_batch(self, n: int) -> Any:
         """``n`` distinct sequences where the buffer holds as many; x in the storage dtype, on the CPU."""
@@ -79,7 +79,7 @@ class ActivationBuffer:
     def _batch(self, chosen: Tensor) -> Any:
         assert self.x is not None
         assert self.segments is not None
-        return Harvest(self.x[chosen], self.segments[chosen])
+        return ActivationBatch(self.x[chosen], self.segments[chosen])
 
     def _refill(self) -> None:
         start = time.perf_counter()
@@ -95,7 +95,7 @@ class ActivationBuffer:
         self.refills += 1
         self.waited += time.perf_counter() - start
 
-    def _store(self, slots: Tensor, part: Harvest) -> None:
+    def _store(self, slots: Tensor, part: ActivationBatch) -> None:
         if self.x is None or self.segments is None:
             self.x = part.x.new_empty(self.capacity, *part.x.shape[1:])
             self.segments = part.segments.new_empty(self.capacity, *part.segments.shape[1:])

@@ -19,10 +19,10 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from tsae.data.harvest import Harvest
+from tsae.data.harvest import ActivationBatch
 from tsae.data.sequences import TokenBatch
 from tsae.errors import UserError
-from tsae.utils.atomic import WriteError, checksum, checksum_of, replacing, write_json
+from tsae.utils.atomic import WriteError, atomic_write, checksum, checksum_of, write_json
 from tsae.utils.config_json import from_dict
 
 __all__ = ["ActivationCache", "Shard", "sequence_bytes"]
@@ -69,7 +69,7 @@ class ActivationCache:
         self._request: dict[str, Any] = json.loads(json.dumps(request))
         self._made_with = made_with
         self._lock: FileLock | None = None
-        self._pending: list[tuple[TokenBatch, Harvest]] = []  # groups harvested and not yet written
+        self._pending: list[tuple[TokenBatch, ActivationBatch]] = []  # groups harvested and not yet written
         self._pending_stream: dict[str, Any] = {}  # the stream after the last of them
         self._whole: set[int] = set()  # shards whose checksum was found right
         self._set_entries([])
@@ -109,7 +109,7 @@ class ActivationCache:
             self._whole.add(shard)
         return True
 
-    def read(self, group: int) -> tuple[TokenBatch, Harvest]:
+    def read(self, group: int) -> tuple[TokenBatch, ActivationBatch]:
         """A group of a shard that `is_whole`: its tokens and its activations, copied out of the mapped file.
 
         Raises:
@@ -122,7 +122,7 @@ class ActivationCache:
                 x, segments, tokens = (file.get_slice(name)[low : low + self.group] for name in names)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{self.path(shard)} cannot be read any more ({error}); start or resume again.") from None
-        return TokenBatch(tokens.long(), segments), Harvest(x, segments)
+        return TokenBatch(tokens.long(), segments), ActivationBatch(x, segments)
 
     def stream_after(self, shard: int) -> dict[str, Any]:
         """Where the stream of sequences stood after the last of a shard that `is_whole`."""
@@ -155,7 +155,7 @@ class ActivationCache:
         if not (self.directory / MANIFEST).exists():
             self._write_manifest()
 
-    def append(self, tokens: TokenBatch, group: Harvest, stream: dict[str, Any]) -> None:
+    def append(self, tokens: TokenBatch, group: ActivationBatch, stream: dict[str, Any]) -> None:
         """Add the next group; it is written when a shard is full, or by `flush`.
 
         stream: where the stream of sequences stands after it
@@ -177,7 +177,7 @@ class ActivationCache:
             self._whole.add(self.shards - 1)
             self._write_manifest()
 
-    def replace(self, shard: int, groups: list[tuple[TokenBatch, Harvest]], stream: dict[str, Any]) -> None:
+    def replace(self, shard: int, groups: list[tuple[TokenBatch, ActivationBatch]], stream: dict[str, Any]) -> None:
         """Write a damaged shard again."""
         self.lock()
         self._entries[shard] = self._write(shard, groups, stream)
@@ -259,7 +259,7 @@ class ActivationCache:
         except (OSError, SafetensorError):
             return True
 
-    def _write(self, shard: int, groups: list[tuple[TokenBatch, Harvest]], stream: dict[str, Any]) -> Shard:
+    def _write(self, shard: int, groups: list[tuple[TokenBatch, ActivationBatch]], stream: dict[str, Any]) -> Shard:
         path = self.path(shard)
         tensors = {
             "x": torch.cat([group.x for _, group in groups]),  # [N, T, d_model]
@@ -267,7 +267,7 @@ class ActivationCache:
             "tokens": torch.cat([tokens.tokens for tokens, _ in groups]).int(),  # [N, 1 + T]
         }
         try:
-            with replacing(path) as temporary:
+            with atomic_write(path) as temporary:
                 save_file(tensors, temporary, metadata={"stream": json.dumps(stream)})
                 return Shard(len(tensors["x"]), temporary.stat().st_size, checksum(temporary))
         except WriteError as error:

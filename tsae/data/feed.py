@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from tsae.data.cache import ActivationCache
-from tsae.data.harvest import Harvest, Harvester
+from tsae.data.harvest import ActivationBatch, Harvester
 from tsae.data.sequences import TokenBatch
 from tsae.errors import UserError
 from tsae.utils.interrupts import AtSafePoint
@@ -53,20 +53,20 @@ class Feed:
         self.shared, self.has = has is not None, has or (lambda number: True)
         self.size = harvester.batch
         self.position = 0  # sequences given
-        self._rest: tuple[int, Harvest] | None = None  # the group that a request ended within, and its number
+        self._rest: tuple[int, ActivationBatch] | None = None  # the group that a request ended within, and its number
         self._stream_at = 0  # the group that the stream gives next
         self._marks: dict[int, dict[str, Any]] = {0: harvester.stream.state_dict()}  # the stream before some groups
         if cache is not None and cache.groups:
             self._check_text(cache)
 
-    def __call__(self, n: int) -> Iterator[Harvest]:
+    def __call__(self, n: int) -> Iterator[ActivationBatch]:
         """The next ``n`` sequences, a group at most at a time; they count as given once the last was taken."""
         start, end = self.position, self.position + n
         first, last = start // self.size, -(-end // self.size)
         for number, group in self._groups(first, last):
             low, high = max(start - number * self.size, 0), min(end - number * self.size, self.size)
             self._rest = (number, group) if number == last - 1 and end % self.size else None
-            yield Harvest(group.x[low:high], group.segments[low:high])
+            yield ActivationBatch(group.x[low:high], group.segments[low:high])
         self.position = end
         here = max(mark for mark in self._marks if mark <= end // self.size)
         self._marks = {mark: state for mark, state in self._marks.items() if mark in (0, here)}
@@ -83,7 +83,7 @@ class Feed:
         self.harvester.stream.load_state_dict(state["stream"])
         self._stream_at = state["group"]
 
-    def _groups(self, first: int, last: int) -> Iterator[tuple[int, Harvest]]:
+    def _groups(self, first: int, last: int) -> Iterator[tuple[int, ActivationBatch]]:
         if self._rest is not None and self._rest[0] == first:
             yield self._rest
             first += 1
@@ -92,7 +92,7 @@ class Feed:
             with self.bar("Cache", (cached - first) * self.size * self.harvester.stream.length) as advance:
                 for number in range(first, cached):
                     group = self._read(number)[1]
-                    yield number, group if self.has(number) else Harvest(group.x.to("meta"), group.segments)
+                    yield number, group if self.has(number) else ActivationBatch(group.x.to("meta"), group.segments)
                     advance(self.size * self.harvester.stream.length)
             first = cached
         if first >= last:
@@ -113,7 +113,7 @@ class Feed:
             raise
         self.cache.flush()
 
-    def _harvest(self, first: int, last: int) -> Iterator[tuple[int, TokenBatch, Harvest]]:
+    def _harvest(self, first: int, last: int) -> Iterator[tuple[int, TokenBatch, ActivationBatch]]:
         """Groups from the language model."""
         total = (last - first) * self.size * self.harvester.stream.length
         with self.bar("Tokenizing", total) as advance:
@@ -141,7 +141,7 @@ class Feed:
         self._marks[self._stream_at] = self.harvester.stream.state_dict()
         return tokens
 
-    def _read(self, number: int) -> tuple[TokenBatch, Harvest]:
+    def _read(self, number: int) -> tuple[TokenBatch, ActivationBatch]:
         """A group of the cache; its shard is harvested again if it is damaged."""
         assert self.cache is not None
         shard = self.cache.shard_of(number)

@@ -12,10 +12,10 @@ from tsae.data.sequences import SequenceStream, TokenBatch
 from tsae.lm.hooks import activations
 from tsae.lm.loading import LanguageModel
 
-__all__ = ["Harvest", "Harvester"]
+__all__ = ["ActivationBatch", "Harvester"]
 
 
-class Harvest(NamedTuple):
+class ActivationBatch(NamedTuple):
     """Activations of whole sequences.
 
     x: (N, T, d_model); segments: (N, T) int32, negative ids excluded
@@ -57,7 +57,7 @@ class Harvester:
                 progress(part.segments.numel())
         return TokenBatch.joined(parts)
 
-    def batches(self, tokens: TokenBatch, progress: Callable[[int], None] | None = None) -> Iterator[Harvest]:
+    def batches(self, tokens: TokenBatch, progress: Callable[[int], None] | None = None) -> Iterator[ActivationBatch]:
         """Activations of sequences, on the CPU, one forward pass at a time; ``progress`` is called with its tokens.
 
         The position of the prefix (BOS) is fed to the model and dropped here.
@@ -65,18 +65,20 @@ class Harvester:
         length = tokens.segments.shape[1]
         for ids, segments in zip(tokens.tokens.split(self.batch), tokens.segments.split(self.batch), strict=True):
             out = activations(self.lm, ids.to(self.lm.device), self.layer)
-            yield Harvest(out[:, -length:].to("cpu", self.dtype), segments)
+            yield ActivationBatch(out[:, -length:].to("cpu", self.dtype), segments)
             if progress is not None:
                 progress(segments.numel())
 
-    def absent(self, tokens: TokenBatch, progress: Callable[[int], None] | None = None) -> Iterator[Harvest]:
+    def absent(self, tokens: TokenBatch, progress: Callable[[int], None] | None = None) -> Iterator[ActivationBatch]:
         """`batches` without running the model: x is on the meta device, of the right shape and dtype."""
         for segments in tokens.segments.split(self.batch):
-            yield Harvest(torch.empty(*segments.shape, self.lm.d_model, dtype=self.dtype, device="meta"), segments)
+            yield ActivationBatch(
+                torch.empty(*segments.shape, self.lm.d_model, dtype=self.dtype, device="meta"), segments
+            )
             if progress is not None:
                 progress(segments.numel())
 
-    def take(self, n: int) -> Harvest:
+    def take(self, n: int) -> ActivationBatch:
         """Activations of the next ``n`` sequences."""
         parts = list(self.batches(self.tokenize(n)))
-        return Harvest(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        return ActivationBatch(*(torch.cat(column) for column in zip(*parts, strict=True)))

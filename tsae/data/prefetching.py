@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from tsae.data.feed import Bar, Feed, no_bar
-from tsae.data.harvest import Harvest
+from tsae.data.harvest import ActivationBatch
 
-__all__ = ["Ahead"]
+__all__ = ["PrefetchingFeed"]
 
 _LOOK = 0.2  # seconds between two looks at whether to stop
 
@@ -21,7 +21,7 @@ class _Failed(NamedTuple):
     error: BaseException
 
 
-class Ahead:
+class PrefetchingFeed:
     """A feed whose sequences are asked for before they are wanted, in a thread of its own.
 
     What comes out is what the feed gives, in the same order, and a state saved with one goes on with the other. The
@@ -41,13 +41,13 @@ class Ahead:
         self.feed, self.ahead, self.total, self.bar, self.device = feed, ahead, total, bar, device
         self.given = feed.position
         self._before = feed.state_dict()  # as it was before the request to it that the last part given came from
-        self._rest: Harvest | None = None  # what a request left of a part
+        self._rest: ActivationBatch | None = None  # what a request left of a part
         self._room = threading.Semaphore(ahead)
-        self._parts: queue.Queue[tuple[Harvest, dict[str, Any]] | _Failed] = queue.Queue()
+        self._parts: queue.Queue[tuple[ActivationBatch, dict[str, Any]] | _Failed] = queue.Queue()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> PrefetchingFeed:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -55,7 +55,7 @@ class Ahead:
         if self._thread is not None:
             self._thread.join()
 
-    def __call__(self, n: int) -> Iterator[Harvest]:
+    def __call__(self, n: int) -> Iterator[ActivationBatch]:
         """The next ``n`` sequences, in parts; they count as given once the last was taken."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, args=(self.given,), name="harvest ahead", daemon=True)
@@ -66,14 +66,14 @@ class Ahead:
                 if self._rest is None:
                     self._rest, before = self._take(advance)
                 part, taken = self._rest, min(n, len(self._rest.x))
-                self._rest = Harvest(part.x[taken:], part.segments[taken:]) if taken < len(part.x) else None
+                self._rest = ActivationBatch(part.x[taken:], part.segments[taken:]) if taken < len(part.x) else None
                 n -= taken
                 self._room.release(taken)
-                yield Harvest(part.x[:taken], part.segments[:taken])
+                yield ActivationBatch(part.x[:taken], part.segments[:taken])
                 advance(part.segments[:taken].numel())
         self.given, self._before = end, before
 
-    def _take(self, advance: Callable[[int], None]) -> tuple[Harvest, dict[str, Any]]:
+    def _take(self, advance: Callable[[int], None]) -> tuple[ActivationBatch, dict[str, Any]]:
         """The next part, and the feed's state before the request that it came from."""
         while True:
             try:

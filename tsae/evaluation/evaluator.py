@@ -31,7 +31,7 @@ from tsae.lm.hooks import activations, logits_with
 from tsae.lm.loading import LanguageModel
 from tsae.rundir import layout
 from tsae.sae.model import SparseAutoencoder
-from tsae.utils.atomic import replacing, write_json
+from tsae.utils.atomic import atomic_write, write_json
 from tsae.utils.progress import bar
 
 __all__ = [
@@ -326,7 +326,7 @@ def write_eval(result: EvaluationResult, run_dir: str | Path, source: dict[str, 
     run_dir = Path(run_dir)
     (run_dir / layout.AUTOENCODER).mkdir(parents=True, exist_ok=True)
     sparsity = result.density.clamp(min=1e-10).log10().to(torch.float32).contiguous()
-    with replacing(run_dir / layout.SPARSITY) as temporary:
+    with atomic_write(run_dir / layout.SPARSITY) as temporary:
         save_file({"sparsity": sparsity}, temporary)
     if source is not None:  # first: killed in between, figures of the run's own text are doubted, not the reverse
         write_json(run_dir / layout.EVALUATION_SOURCE, source)

@@ -16,7 +16,7 @@ from torch import Tensor
 from tsae.errors import UserError
 from tsae.formats.tensors import Tensors, assemble, expect, matrix, read_pickle, whole_number
 from tsae.sae.model import SparseAutoencoder
-from tsae.utils.atomic import replacing, save_pickle, write_json
+from tsae.utils.atomic import atomic_write, save_pickle, write_json
 from tsae.utils.config_json import load_json
 
 __all__ = ["read", "write"]
@@ -180,7 +180,7 @@ def write(sae: SparseAutoencoder, directory: Path, metadata: dict[str, Any]) -> 
         state["group_sizes"] = torch.tensor([b - a for a, b in itertools.pairwise((0, *cfg.groups))])
     out = directory / TRAINER
     out.mkdir(parents=True, exist_ok=True)
-    with replacing(out / WEIGHTS) as temporary:
+    with atomic_write(out / WEIGHTS) as temporary:
         save_pickle(state, temporary)
     write_json(
         out / CONFIG,

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["ALONE", "Axis", "Ranks"]
+__all__ = ["SINGLE_PROCESS", "Axis", "Ranks"]
 
 
 class Axis:
@@ -89,25 +89,25 @@ class Ranks:
 
     data: the processes with the same part of the dictionary, each with its own share of the batch
     features: the processes with the same share of the batch, each with its own part of the dictionary
-    everyone: all of them, data-major
+    world: all of them, data-major
     mesh: torch's `DeviceMesh` with the dimensions `data` and `features`; None alone
     """
 
     data: Axis = field(default_factory=Axis)
     features: Axis = field(default_factory=Axis)
-    everyone: Axis = field(default_factory=Axis)
+    world: Axis = field(default_factory=Axis)
     mesh: Any = None
 
     def __repr__(self) -> str:
-        return "ALONE" if self.everyone.size == 1 else f"Ranks({self.data!r}, {self.features!r})"
+        return "SINGLE_PROCESS" if self.world.size == 1 else f"Ranks({self.data!r}, {self.features!r})"
 
     @property
     def first(self) -> bool:
         """Whether this is the process that writes files and speaks."""
-        return self.everyone.rank == 0
+        return self.world.rank == 0
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 
 
 def _reduced(tensor: Tensor, group: Any, how: Any = dist.ReduceOp.SUM) -> Tensor:

@@ -14,15 +14,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tsae.data.buffer import ActivationBuffer
-from tsae.data.harvest import Harvest
+from tsae.data.harvest import ActivationBatch
 from tsae.parallel.axis import Axis, Ranks
 
-__all__ = ["Share", "SharedBuffer"]
+__all__ = ["BatchShard", "DistributedActivationBuffer"]
 
 _AT_ONCE = 64  # sequences that are collected at a time for a checkpoint
 
 
-class Share(NamedTuple):
+class BatchShard(NamedTuple):
     """This process's share of a batch.
 
     x: (b, T, d_model); segments: (b, T)
@@ -35,7 +35,7 @@ class Share(NamedTuple):
     first: int
 
 
-class SharedBuffer(ActivationBuffer):
+class DistributedActivationBuffer(ActivationBuffer):
     """An `ActivationBuffer` whose sequences lie on the processes of a run.
 
     `next_batch` and `first` must be called on all processes alike, and so `contents`.
@@ -50,7 +50,7 @@ class SharedBuffer(ActivationBuffer):
 
     def __init__(
         self,
-        harvest: Callable[[int], Iterable[Harvest]],
+        harvest: Callable[[int], Iterable[ActivationBatch]],
         capacity: int,
         reuse: int,
         demand: int,
@@ -63,23 +63,23 @@ class SharedBuffer(ActivationBuffer):
         self.row = torch.empty(0, device="meta")  # [T, d], what one looks like
         self.owner = torch.full((self.capacity,), -1, dtype=torch.int64)  # process that holds a slot's sequence
 
-    def first(self, n: int) -> Harvest:
+    def first(self, n: int) -> ActivationBatch:
         """As of one process, and on every process."""
         if not self.filled:
             self._refill()
         assert self.segments is not None
         slots = torch.arange(min(n, self.capacity))
-        return Harvest(self._exchange([slots] * self.ranks.everyone.size), self.segments[: len(slots)])
+        return ActivationBatch(self._exchange([slots] * self.ranks.world.size), self.segments[: len(slots)])
 
-    def _batch(self, chosen: Tensor) -> Share:
+    def _batch(self, chosen: Tensor) -> BatchShard:
         assert self.segments is not None
         data, features = self.ranks.data, self.ranks.features.size
         shares = [chosen[r * len(chosen) // data.size : (r + 1) * len(chosen) // data.size] for r in range(data.size)]
-        x = self._exchange([shares[rank // features] for rank in range(self.ranks.everyone.size)])
+        x = self._exchange([shares[rank // features] for rank in range(self.ranks.world.size)])
         first, last = data.span(len(chosen))
-        return Share(x, self.segments[chosen[first:last]], self.segments[chosen], first)
+        return BatchShard(x, self.segments[chosen[first:last]], self.segments[chosen], first)
 
-    def _store(self, slots: Tensor, part: Harvest) -> None:
+    def _store(self, slots: Tensor, part: ActivationBatch) -> None:
         if self.segments is None:
             self.segments = part.segments.new_empty(self.capacity, *part.segments.shape[1:])
             self.row = torch.empty(part.x.shape[1:], dtype=part.x.dtype, device="meta")
@@ -91,12 +91,12 @@ class SharedBuffer(ActivationBuffer):
 
     def _stored(self, slots: Tensor) -> None:
         here = torch.zeros(self.capacity, dtype=torch.int64)
-        here[list(self.rows)] = self.ranks.everyone.rank + 1
-        self.owner[slots] = self.ranks.everyone.total(here)[slots] - 1
+        here[list(self.rows)] = self.ranks.world.rank + 1
+        self.owner[slots] = self.ranks.world.total(here)[slots] - 1
 
     def _exchange(self, wanted: list[Tensor]) -> Tensor:
         """Activations [n, T, d] of this process's slots of ``wanted``, which has those of every process."""
-        axis = self.ranks.everyone
+        axis = self.ranks.world
         owners = self.owner[wanted[axis.rank]]
         sent = [slots[self.owner[slots] == axis.rank].tolist() for slots in wanted]
         rows = [self.rows[slot] for slots in sent for slot in slots]
@@ -114,7 +114,7 @@ class SharedBuffer(ActivationBuffer):
         x = self.row.new_empty(self.capacity, *self.row.shape, device="cpu") if self.ranks.first else None
         for start in range(0, self.capacity, _AT_ONCE):
             slots = torch.arange(start, min(start + _AT_ONCE, self.capacity))
-            part = self._exchange([slots, *[none] * (self.ranks.everyone.size - 1)])
+            part = self._exchange([slots, *[none] * (self.ranks.world.size - 1)])
             if x is not None:
                 x[slots] = part
         return {} if x is None else {"x": x, "segments": self.segments}
@@ -125,7 +125,7 @@ class SharedBuffer(ActivationBuffer):
         x, self.x, self.rows = self.x, None, {}
         if x is None:
             return
-        axis = self.ranks.everyone
+        axis = self.ranks.world
         self.row = torch.empty(x.shape[1:], dtype=x.dtype, device="meta")
         self.owner = torch.arange(self.capacity) % axis.size
         self.rows = {slot: x[slot].clone() for slot in range(axis.rank, self.capacity, axis.size)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["is_first", "local_rank", "process_name", "world_size"]
+__all__ = ["is_rank0", "local_rank", "process_name", "world_size"]
 
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -19,7 +19,7 @@ def world_size() -> int:
     return _number("WORLD_SIZE", 1)
 
 
-def is_first() -> bool:
+def is_rank0() -> bool:
     """Whether this is the process that writes files and speaks."""
     return _number("RANK", 0) == 0
 

@@ -16,26 +16,26 @@ import torch.distributed as dist
 
 from tsae.config import TrainConfig
 from tsae.errors import UserError
-from tsae.parallel.axis import ALONE, Axis, Ranks
-from tsae.parallel.environment import is_first, local_rank, process_name, world_size
+from tsae.parallel.axis import SINGLE_PROCESS, Axis, Ranks
+from tsae.parallel.environment import is_rank0, local_rank, process_name, world_size
 from tsae.utils.interrupts import AtSafePoint, Interrupted
 from tsae.utils.progress import console
 
 __all__ = [
-    "agree",
-    "agreeing",
+    "broadcast_from_rank0",
     "check_mesh",
-    "from_first",
+    "check_on_all_ranks",
+    "local_rank0_first",
     "make_ranks",
-    "one_before_others",
     "processes",
+    "raise_on_all_ranks",
     "ranks_for",
 ]
 
 T = TypeVar("T")
 
 
-def one_before_others(work: Callable[[], T]) -> T:
+def local_rank0_first(work: Callable[[], T]) -> T:
     """What ``work`` returns; a machine's first process does it before the machine's others, who find what it left."""
     if dist.is_initialized() and local_rank() == 0:
         try:
@@ -96,13 +96,13 @@ def processes(timeout: int) -> Iterator[None]:
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    if not is_first():
+    if not is_rank0():
         console.quiet = True
         logging.getLogger("tsae").setLevel(logging.ERROR)
     try:
         yield
     except UserError as error:
-        if not error.agreed and not is_first():
+        if not error.agreed and not is_rank0():
             sys.stderr.write(f"error, {process_name()}: {error}\n")
         dist.destroy_process_group()
         raise
@@ -117,12 +117,12 @@ def processes(timeout: int) -> Iterator[None]:
 
 
 def make_ranks(features: int, device: str) -> Ranks:
-    """The mesh of all processes, ``features`` of them to each dictionary; `ALONE` where there is one.
+    """The mesh of all processes, ``features`` of them to each dictionary; `SINGLE_PROCESS` where there is one.
 
     device: "cpu" or "cuda"
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return ALONE
+        return SINGLE_PROCESS
     from torch.distributed.device_mesh import init_device_mesh
 
     size = dist.get_world_size()
@@ -137,7 +137,7 @@ def ranks_for(cfg: TrainConfig) -> Ranks:
     return make_ranks(cfg.parallel.features, "cuda" if cuda and torch.cuda.is_available() else "cpu")
 
 
-def agree(work: Callable[[], T]) -> T:
+def raise_on_all_ranks(work: Callable[[], T]) -> T:
     """What ``work`` returns, on every process its own; a `UserError` on any of them is raised on all."""
     if not dist.is_initialized():
         return work()
@@ -154,7 +154,7 @@ def agree(work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def from_first(work: Callable[[], T]) -> T:
+def broadcast_from_rank0(work: Callable[[], T]) -> T:
     """What ``work`` returns on the first process, on all of them; its `UserError` likewise."""
     if not dist.is_initialized():
         return work()
@@ -176,12 +176,12 @@ def _agreed(message: str) -> UserError:
     return error
 
 
-def agreeing(check: Callable[[], None], ranks: Ranks, every: int = 1) -> Callable[[], None]:
+def check_on_all_ranks(check: Callable[[], None], ranks: Ranks, every: int = 1) -> Callable[[], None]:
     """``check``, which raises `AtSafePoint` after a signal, as one that raises it on all processes or on none.
 
     every: calls that one question to the others stands for; all processes must call it as often
     """
-    if ranks.everyone.size == 1:
+    if ranks.world.size == 1:
         return check
     calls = 0
 
@@ -195,7 +195,7 @@ def agreeing(check: Callable[[], None], ranks: Ranks, every: int = 1) -> Callabl
             check()
         except AtSafePoint as stop:
             number = stop.number
-        number = int(ranks.everyone.largest(torch.tensor(number)))
+        number = int(ranks.world.largest(torch.tensor(number)))
         if number:
             raise AtSafePoint(number)
 

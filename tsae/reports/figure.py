@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from tsae.errors import UserError
 from tsae.rundir import layout
-from tsae.utils.atomic import replacing
+from tsae.utils.atomic import atomic_write
 
 __all__ = ["read_source", "write_report"]
 
@@ -76,7 +76,7 @@ def write_report(run_dir: str | Path) -> Path:
         text = read_source(run_dir).get("data")
         figure = draw(history, evaluation, config, density, title=run_dir.resolve().name, text=text)
         path = run_dir / layout.REPORT
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             figure.savefig(temporary, format="png", metadata={"Software": None})
     return path
 

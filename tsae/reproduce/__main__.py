@@ -70,7 +70,7 @@ def _reproduce(asked: Arguments, argv: list[str]) -> None:
     from tsae.sae.model import SparseAutoencoder
     from tsae.training.assemble import evaluation_batches, resolve_device
     from tsae.training.sweep import resume_sweep, run_sweep, sweep_directory
-    from tsae.utils.atomic import replacing, write_json
+    from tsae.utils.atomic import atomic_write, write_json
     from tsae.utils.progress import console
 
     paper = PAPERS[asked.paper]
@@ -105,7 +105,7 @@ def _reproduce(asked: Arguments, argv: list[str]) -> None:
     seconds = None if asked.resume is not None else time.perf_counter() - began
     results = collect(paper, cfg, runs, explained, seconds)
     write_json(directory / layout.REPRODUCTION, results)
-    with replacing(directory / layout.REPRODUCTION_TABLE) as temporary:
+    with atomic_write(directory / layout.REPRODUCTION_TABLE) as temporary:
         temporary.write_text(markdown(results), encoding="utf-8")
     write_figure(results, directory)
     print_results(results)

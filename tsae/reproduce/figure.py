@@ -16,7 +16,7 @@ from matplotlib.patches import Patch
 from tsae.reports.figure import BLUE, GREY, INK, RED, STYLE, read_history
 from tsae.reproduce.papers import INPUTS
 from tsae.rundir import layout
-from tsae.utils.atomic import replacing
+from tsae.utils.atomic import atomic_write
 
 __all__ = ["write_figure"]
 
@@ -58,7 +58,7 @@ def write_figure(results: dict[str, Any], directory: Path) -> Path:
         for ax, given in zip(bottom.subplots(1, 2, sharey=True), INPUTS, strict=True):
             _dynamics(ax, results, directory, given)
         path = directory / layout.REPRODUCTION_FIGURE
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             figure.savefig(temporary, format="png", metadata={"Software": None})
     return path
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tsae.parallel.axis import ALONE, Ranks
+from tsae.parallel.axis import SINGLE_PROCESS, Ranks
 from tsae.sae.thresholds import threshold_for
 from tsae_kernels import activate_with_stats
 
@@ -83,7 +83,7 @@ def exact_threshold(
     segments: Tensor | None = None,
     *,
     two_sided: bool = False,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Tensor:
     """The threshold at which k features a token are active on average over the batch, hysteresis included.
 

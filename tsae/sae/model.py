@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from tsae.config import SAEConfig
 from tsae.errors import UserError
-from tsae.parallel.axis import ALONE, Ranks
+from tsae.parallel.axis import SINGLE_PROCESS, Ranks
 from tsae.sae.hysteresis import exact_threshold, keep_two_sided
 from tsae.sae.sparse_linear import decode_sparse, encode_linear, worthwhile
 from tsae.sae.straight_through import straight_through, thresholds
@@ -58,7 +58,7 @@ class SparseAutoencoder(nn.Module):
         if cfg.d_in < 1:
             raise UserError(f"sae.d_in is {cfg.d_in}; a model needs the width of its input.")
         self.cfg = dataclasses.replace(cfg)
-        self.ranks: Ranks = ALONE
+        self.ranks: Ranks = SINGLE_PROCESS
         shape = (cfg.d_sae, cfg.d_in)
         if cfg.init == "xavier":
             W_dec = nn.init.xavier_uniform_(torch.empty(shape), generator=generator)
@@ -172,10 +172,10 @@ class SparseAutoencoder(nn.Module):
         h, stats, l0 = self._activate(pre, bands, segments, None)
         if l0 is None:
             return h, stats, mean_l0(h.detach(), segments, self.ranks)
-        if self.ranks.everyone.size > 1:
+        if self.ranks.world.size > 1:
             kept = torch.ones(h.shape[:2], device=h.device) if segments is None else (segments >= 0).float()
             own = kept.sum()
-            l0 = self.ranks.everyone.sum(l0 * (own / self.ranks.data.total(own).clamp(min=1.0)))
+            l0 = self.ranks.world.sum(l0 * (own / self.ranks.data.total(own).clamp(min=1.0)))
         return h, stats, l0
 
     def _activate(

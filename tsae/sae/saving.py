@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from tsae.config import SAEConfig
 from tsae.errors import UserError
-from tsae.utils.atomic import checksum_of, replacing, write_json
+from tsae.utils.atomic import atomic_write, checksum_of, write_json
 from tsae.utils.config_json import from_dict, load_json
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def save(sae: SparseAutoencoder, directory: Path, metadata: dict[str, object]) -
         del state["release"]
     weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
     own = checksum_of_tensors(values["metadata"]["tsae"], weights)
-    with replacing(directory / WEIGHTS) as temporary:
+    with atomic_write(directory / WEIGHTS) as temporary:
         save_file(weights, temporary, metadata={CHECKSUM: own})
     write_json(directory / CONFIG, values)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tsae.parallel.axis import ALONE, Axis, Ranks
+from tsae.parallel.axis import SINGLE_PROCESS, Axis, Ranks
 from tsae.parallel.selection import kth_largest, kth_largest_per_row
 
 __all__ = [
@@ -38,7 +38,7 @@ def topk_threshold(pre: Tensor, bias: Tensor | None, k: int, features: Axis | No
 
 
 def batch_topk_threshold(
-    pre: Tensor, bias: Tensor | None, k: int, segments: Tensor | None, ranks: Ranks = ALONE
+    pre: Tensor, bias: Tensor | None, k: int, segments: Tensor | None, ranks: Ranks = SINGLE_PROCESS
 ) -> Tensor:
     """The one threshold that passes k features a token on average over the batch (Bussmann et al. 2024).
 
@@ -58,17 +58,17 @@ def threshold_for(values: Tensor, k: int, ranks: Ranks, everything: float) -> Te
     out: scalar
     """
     tokens, d_sae = values.shape
-    if ranks.everyone.size > 1:
+    if ranks.world.size > 1:
         tokens = int(ranks.data.total(torch.tensor(tokens)))
         d_sae *= ranks.features.size
     if tokens == 0 or k >= d_sae:
         return values.new_full((), everything)
-    if ranks.everyone.size > 1:
-        return kth_largest(values, tokens * k + 1, ranks.everyone)
+    if ranks.world.size > 1:
+        return kth_largest(values, tokens * k + 1, ranks.world)
     return values.flatten().kthvalue(tokens * (d_sae - k)).values
 
 
-def mean_l0(h: Tensor, segments: Tensor | None = None, ranks: Ranks = ALONE) -> Tensor:
+def mean_l0(h: Tensor, segments: Tensor | None = None, ranks: Ranks = SINGLE_PROCESS) -> Tensor:
     """Mean number of features above 0 per position that is not excluded.
 
     h: (B, T, d_sae), any float dtype; segments: (B, T) or None. On a CPU a NaN counts, too.
@@ -78,10 +78,10 @@ def mean_l0(h: Tensor, segments: Tensor | None = None, ranks: Ranks = ALONE) -> 
     # The same but for NaN; on a CPU a comparison of bfloat16 took more than twice as long as the two (torch 2.13).
     above = h.relu().bool() if h.device.type == "cpu" else h > 0
     active = _count(above)  # [B, T]
-    if segments is None and ranks.everyone.size == 1:
+    if segments is None and ranks.world.size == 1:
         return active.mean()
     kept = torch.ones_like(active, dtype=torch.bool) if segments is None else segments >= 0
-    return ranks.everyone.total((active * kept).sum()) / ranks.data.total(kept.sum()).clamp(min=1)
+    return ranks.world.total((active * kept).sum()) / ranks.data.total(kept.sum()).clamp(min=1)
 
 
 def _count(mask: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def _count(mask: Tensor) -> Tensor:
 
 
 def initial_threshold(
-    pre: Tensor, bias: Tensor | None, k: int, segments: Tensor | None = None, ranks: Ranks = ALONE
+    pre: Tensor, bias: Tensor | None, k: int, segments: Tensor | None = None, ranks: Ranks = SINGLE_PROCESS
 ) -> Tensor:
     """Where a steered threshold starts: k features a token on average without hysteresis, and at least 0."""
     return batch_topk_threshold(pre, bias, k, segments, ranks).float().clamp(min=0.0)

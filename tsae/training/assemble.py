@@ -15,16 +15,16 @@ from tsae.data.buffer import ActivationBuffer
 from tsae.data.cache import ActivationCache
 from tsae.data.cache_request import cache_request, made_with
 from tsae.data.feed import Feed
-from tsae.data.harvest import Harvest, Harvester
+from tsae.data.harvest import ActivationBatch, Harvester
 from tsae.data.sequences import SequenceStream, TokenBatch
 from tsae.data.text import Document, Part, absolute_source, open_text, split_threshold
 from tsae.errors import UserError
 from tsae.lm.hooks import check_layer
 from tsae.lm.loading import LanguageModel, absolute_name, default_dtype, load_language_model
-from tsae.parallel.axis import ALONE, Ranks
-from tsae.parallel.buffer import SharedBuffer
+from tsae.parallel.axis import SINGLE_PROCESS, Ranks
+from tsae.parallel.buffer import DistributedActivationBuffer
 from tsae.parallel.environment import local_rank, world_size
-from tsae.parallel.processes import agreeing, check_mesh, one_before_others
+from tsae.parallel.processes import check_mesh, check_on_all_ranks, local_rank0_first
 from tsae.utils.progress import bar
 
 __all__ = [
@@ -33,8 +33,8 @@ __all__ = [
     "harvest_group",
     "make_buffer",
     "make_feed",
-    "naming",
     "open_cache",
+    "prefix_errors",
     "prepare",
     "resolve_device",
     "storage_dtype",
@@ -49,7 +49,7 @@ def prepare(cfgs: dict[str, TrainConfig]) -> tuple[dict[str, TrainConfig], Langu
         UserError: a value makes no sense, or the model or the text cannot be used.
     """
     for name, cfg in cfgs.items():
-        with naming(name):
+        with prefix_errors(name):
             cfg.check()
     check_mesh(cfgs.values())
     common = next(iter(cfgs.values()))
@@ -63,7 +63,7 @@ def prepare(cfgs: dict[str, TrainConfig]) -> tuple[dict[str, TrainConfig], Langu
     )
     lm, common = _open(common, device)
     for name, cfg in cfgs.items():
-        with naming(name):
+        with prefix_errors(name):
             sae = replace(cfg.sae, d_in=matching_width(cfg, lm))
             cfg = replace(cfg, data=common.data, model=common.model, text=common.text, cache=common.cache, sae=sae)
             cfgs = cfgs | {name: cfg}
@@ -71,7 +71,7 @@ def prepare(cfgs: dict[str, TrainConfig]) -> tuple[dict[str, TrainConfig], Langu
 
 
 @contextmanager
-def naming(name: str) -> Iterator[None]:
+def prefix_errors(name: str) -> Iterator[None]:
     """Put the run's name before the sentence of a `UserError`."""
     try:
         yield
@@ -86,7 +86,7 @@ def _open(cfg: TrainConfig, device: torch.device) -> tuple[LanguageModel, TrainC
     unusable is found here."""
     next(iter(_text(cfg, "train")(0)))  # unusable text is reported before the model is loaded
     cfg = replace(cfg, text=replace(cfg.text, threshold=split_threshold(cfg.data, cfg.text)))
-    lm = one_before_others(
+    lm = local_rank0_first(
         lambda: load_language_model(cfg.model, device=device, dtype=cfg.lm_dtype, revision=cfg.revision)
     )
     check_layer(lm, cfg.layer)
@@ -168,7 +168,9 @@ def storage_dtype(cfg: TrainConfig, lm: LanguageModel) -> torch.dtype:
     return lm.dtype if cfg.buffer.dtype == "auto" else getattr(torch, cfg.buffer.dtype)
 
 
-def open_cache(cfg: TrainConfig, lm: LanguageModel, *, write: bool, ranks: Ranks = ALONE) -> ActivationCache | None:
+def open_cache(
+    cfg: TrainConfig, lm: LanguageModel, *, write: bool, ranks: Ranks = SINGLE_PROCESS
+) -> ActivationCache | None:
     """The run's cache, if it has one; with ``write``, locked if it has less than the run will ask for.
 
     Raises:
@@ -180,7 +182,7 @@ def open_cache(cfg: TrainConfig, lm: LanguageModel, *, write: bool, ranks: Ranks
     request = cache_request(cfg, lm, storage_dtype(cfg, lm), group)
     cache = ActivationCache(Path(cfg.cache), request, made_with(lm), group=group)
     if write and cache.groups * group * cfg.buffer.reuse < demand(cfg):
-        if ranks.everyone.size > 1:
+        if ranks.world.size > 1:
             raise UserError(
                 f"The cache {cfg.cache} has {cache.groups * group} sequences, and the run takes "
                 f"{-(-demand(cfg) // cfg.buffer.reuse)}; several processes only read a cache, so fill it with a run in "
@@ -195,7 +197,7 @@ def make_feed(
     lm: LanguageModel,
     cache: ActivationCache | None = None,
     check: Callable[[], None] = lambda: None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Feed:
     """The run's activations from their beginning; ``check`` is called between forward passes.
 
@@ -204,13 +206,13 @@ def make_feed(
     """
     stream = SequenceStream(_text(cfg, "train"), lm.tokenizer, LENGTH)
     harvester = Harvester(lm, cfg.layer, stream, batch=harvest_group(cfg), dtype=storage_dtype(cfg, lm))
-    everyone = ranks.everyone
-    check = agreeing(check, ranks, everyone.size)
-    if everyone.size == 1:
+    world = ranks.world
+    check = check_on_all_ranks(check, ranks, world.size)
+    if world.size == 1:
         return Feed(harvester, cache, partial(_checking_bar, check))
 
     def has(group: int) -> bool:
-        return group % everyone.size == everyone.rank
+        return group % world.size == world.rank
 
     return Feed(harvester, cache, partial(_checking_bar, check), has)
 
@@ -227,10 +229,12 @@ def _checking_bar(check: Callable[[], None], what: str, tokens: int) -> Iterator
         yield advance_and_check
 
 
-def make_buffer(cfg: TrainConfig, feed: Callable[[int], Iterator[Harvest]], ranks: Ranks = ALONE) -> ActivationBuffer:
+def make_buffer(
+    cfg: TrainConfig, feed: Callable[[int], Iterator[ActivationBatch]], ranks: Ranks = SINGLE_PROCESS
+) -> ActivationBuffer:
     """The run's buffer, empty, in front of ``feed``."""
     order = torch.Generator().manual_seed(cfg.stream_seed + 2)
     size = (cfg.buffer.sequences, cfg.buffer.reuse, demand(cfg))
-    if ranks.everyone.size > 1:
-        return SharedBuffer(feed, *size, order, ranks)
+    if ranks.world.size > 1:
+        return DistributedActivationBuffer(feed, *size, order, ranks)
     return ActivationBuffer(feed, *size, order)

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from tsae.config import LENGTH, TrainConfig
 from tsae.data.cache import ActivationCache
-from tsae.data.harvest import Harvest
+from tsae.data.harvest import ActivationBatch
 from tsae.lm.loading import LanguageModel
 from tsae.sae.normalization import InputNormalizer
 from tsae.training.assemble import (
@@ -70,10 +70,10 @@ def dry_run(cfgs: dict[str, TrainConfig], directory: Path) -> Estimate:
     buffer = make_buffer(cfg, feed)
     first = list(feed(group))
     sequence = _seconds(lambda: first.extend(feed(_GROUPS * group))) / (_GROUPS * group)
-    sample = Harvest(torch.cat([part.x for part in first]), torch.cat([part.segments for part in first]))
+    sample = ActivationBatch(torch.cat([part.x for part in first]), torch.cat([part.segments for part in first]))
     estimated = InputNormalizer.estimate(*sample)
     picks = torch.arange(cfg.batch) % len(sample.x)
-    batch = Harvest(sample.x[picks], sample.segments[picks])
+    batch = ActivationBatch(sample.x[picks], sample.segments[picks])
     steps = [_step(each, estimated, lm, device, batch) for each in cfgs.values()]
 
     wanted = -(-demand(cfg) // cfg.buffer.reuse)
@@ -99,7 +99,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _step(
-    cfg: TrainConfig, estimated: InputNormalizer, lm: LanguageModel, device: torch.device, batch: Harvest
+    cfg: TrainConfig, estimated: InputNormalizer, lm: LanguageModel, device: torch.device, batch: ActivationBatch
 ) -> float:
     """Seconds of a step, the median of a few."""
     normalizer = estimated if cfg.normalize else InputNormalizer.identity(lm.d_model)

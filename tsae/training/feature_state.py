@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tsae.parallel.axis import ALONE, Ranks
+from tsae.parallel.axis import SINGLE_PROCESS, Ranks
 from tsae_kernels import temporal_stats
 
 __all__ = ["DeadFeatures", "TemporalBuffer", "lag1_correlation"]
@@ -37,7 +37,7 @@ class DeadFeatures:
     def __init__(self, d_sae: int) -> None:
         self.silent = torch.zeros(d_sae, dtype=torch.int64)
 
-    def update(self, square: Tensor, tokens: int | Tensor, ranks: Ranks = ALONE) -> None:
+    def update(self, square: Tensor, tokens: int | Tensor, ranks: Ranks = SINGLE_PROCESS) -> None:
         """A feature fired if its squares do not sum to 0 in the batch of ``tokens`` positions.
 
         square: [B, d_sae], of `TemporalStats`; of a share of the batch, where ``ranks`` are several; tokens: of the
@@ -52,7 +52,7 @@ class DeadFeatures:
 
 
 @torch.no_grad()
-def lag1_correlation(h: Tensor, segments: Tensor | None = None, ranks: Ranks = ALONE) -> Tensor:
+def lag1_correlation(h: Tensor, segments: Tensor | None = None, ranks: Ranks = SINGLE_PROCESS) -> Tensor:
     """Correlation of each feature with itself one token later (TC-SAE section 4, "feature correlation tracking").
 
     From the statistics of band (1, 1): ``2 sum f_t f_{t+1} = sum (f_t^2 + f_{t+1}^2) - D_1`` over pairs inside a

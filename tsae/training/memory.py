@@ -65,7 +65,7 @@ def memory_parts(
         STEP: max(step_bytes(each, autocast=autocast, dense=dense) for each in cfgs.values()),
     }
     wanted = -(-cfg.steps * cfg.batch // cfg.buffer.reuse)
-    if ahead := cfg.buffer.looked_ahead(wanted, gpu=lm.device.type == "cuda"):
+    if ahead := cfg.buffer.prefetched(wanted, gpu=lm.device.type == "cuda"):
         parts[AHEAD] = ahead * sequence_bytes(LENGTH, lm.d_model, storage)
     if cfg.cache is not None:  # the groups of a shard, and their copy in the file's order
         parts[CACHE] = 2 * min(SHARD_BYTES, cache_bytes(cfg, lm.d_model, storage))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from tsae.config import ObjectiveConfig
-from tsae.parallel.axis import ALONE, Axis, Ranks
+from tsae.parallel.axis import SINGLE_PROCESS, Axis, Ranks
 from tsae.parallel.selection import kth_largest_per_row
 from tsae.training.schedules import reconstruction_weight, temporal_ramp
 from tsae.training.temporal_objectives import (
@@ -61,23 +61,25 @@ class LossTerms(NamedTuple):
     auxiliary: Tensor
 
 
-def kept_positions(segments: Tensor | None, x: Tensor, ranks: Ranks = ALONE) -> Tensor:
+def kept_positions(segments: Tensor | None, x: Tensor, ranks: Ranks = SINGLE_PROCESS) -> Tensor:
     """Number of positions of the whole batch that are not excluded, a float32 scalar tensor of at least 1."""
     if segments is None:
         return ranks.data.total(torch.tensor(float(x.shape[0] * x.shape[1]), device=x.device))
     return ranks.data.total((segments >= 0).sum(dtype=torch.float32)).clamp(min=1.0)
 
 
-def reconstruction_loss(x: Tensor, xhat: Tensor, segments: Tensor | None = None, ranks: Ranks = ALONE) -> Tensor:
+def reconstruction_loss(
+    x: Tensor, xhat: Tensor, segments: Tensor | None = None, ranks: Ranks = SINGLE_PROCESS
+) -> Tensor:
     """``mean_t |x_t - xhat_t|^2``, summed over the width; x and xhat: (B, T, d_in), segments: (B, T)."""
     error = (x - xhat.to(x.dtype)).square().sum(-1)  # [B, T]
     return _mean(error, segments, ranks, ranks.data)
 
 
-def l1_norm(h: Tensor, segments: Tensor | None = None, ranks: Ranks = ALONE) -> Tensor:
+def l1_norm(h: Tensor, segments: Tensor | None = None, ranks: Ranks = SINGLE_PROCESS) -> Tensor:
     """``mean_t |h_t|_1``; h: (B, T, d_sae), segments: (B, T)."""
     norm = h.abs().sum(-1, dtype=h.dtype if h.dtype == torch.float64 else torch.float32)  # [B, T]
-    return _mean(norm, segments, ranks, ranks.everyone)
+    return _mean(norm, segments, ranks, ranks.world)
 
 
 def _mean(values: Tensor, segments: Tensor | None, ranks: Ranks, over: Axis) -> Tensor:
@@ -114,7 +116,7 @@ def temporal_term(
     variance: Tensor | None = None,
     pairs: Pairs | None = None,
     edges: WindowEdges | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
     first: int = 0,
 ) -> Tensor:
     """L_temp of the first ``cfg.group`` features (0: of all), before its ramp and ``cfg.weight``, a scalar.
@@ -145,7 +147,7 @@ def temporal_term(
     if "window" in cfg.terms:
         edges = edges or WindowEdges(*(part.to(h.device) for part in find_window_edges(segments, cfg.window)))
         consistency = stats.total.new_zeros(()) if group is None else window_loss(h, stats, edges, group=group)
-        terms.append(cfg.window_weight * ranks.everyone.sum(consistency))
+        terms.append(cfg.window_weight * ranks.world.sum(consistency))
     if width < h.shape[-1]:
         stats = TemporalStats(*(s[..., :width] for s in stats))
         variance = None if variance is None else variance[:width]
@@ -179,7 +181,7 @@ def _multiscale(
         variance=variance,
         min_variance=cfg.min_variance if cfg.adaptive else 0.0,
     )
-    if ranks.everyone.size == 1:
+    if ranks.world.size == 1:
         return own
     # What is divided by the share's positions, and weighed by omega_j that sum to 1 over the share's features.
     n = positions.sum().clamp(min=1)
@@ -188,7 +190,7 @@ def _multiscale(
         mass = torch.where(variance >= (cfg.min_variance if cfg.adaptive else 0.0), variance, 0.0).sum()
     all_mass = ranks.features.total(mass)
     share = torch.where(all_mass > 0, mass / torch.where(all_mass > 0, all_mass, 1.0), 0.0)
-    return ranks.everyone.sum(own * (share * (n / ranks.data.total(positions.sum()).clamp(min=1))))
+    return ranks.world.sum(own * (share * (n / ranks.data.total(positions.sum()).clamp(min=1))))
 
 
 def auxk_loss(
@@ -199,7 +201,7 @@ def auxk_loss(
     segments: Tensor | None = None,
     *,
     through_zero: bool = False,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Tensor:
     """AuxK (Gao et al. 2024, appendix A.2): dead features reconstruct what the live ones left.
 
@@ -254,7 +256,7 @@ def objective(
     pairs: Pairs | None = None,
     edges: WindowEdges | None = None,
     l0: Tensor | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
     first: int = 0,
 ) -> LossTerms:
     """The loss of one step.

@@ -15,8 +15,8 @@ from tsae.sae.model import SparseAutoencoder
 
 __all__ = [
     "add_gradient_noise",
+    "add_l0_lagrangian_gradient",
     "build_optimizer",
-    "charge_for_activity",
     "clip_gradients",
     "project_decoder_gradient",
     "renormalize_decoder",
@@ -45,7 +45,7 @@ def build_optimizer(sae: SparseAutoencoder, cfg: OptimizerConfig) -> torch.optim
 
 
 @torch.no_grad()
-def charge_for_activity(sae: SparseAutoencoder, l0_gradients: Sequence[Tensor]) -> None:
+def add_l0_lagrangian_gradient(sae: SparseAutoencoder, l0_gradients: Sequence[Tensor]) -> None:
     """Add the L0 penalty's gradient to the learned thresholds' at the price that leaves their common factor alone.
 
     Where a controller holds the mean L0, the thresholds' common factor is not the loss's to choose, and the weight of

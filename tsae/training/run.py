@@ -17,8 +17,8 @@ import torch
 from tsae.config import LENGTH, TrainConfig
 from tsae.data.buffer import ActivationBuffer
 from tsae.data.feed import Feed, no_bar
-from tsae.data.harvest import Harvest
-from tsae.data.prefetching import Ahead
+from tsae.data.harvest import ActivationBatch
+from tsae.data.prefetching import PrefetchingFeed
 from tsae.errors import UserError
 from tsae.evaluation.evaluator import (
     EvaluationResult,
@@ -29,8 +29,8 @@ from tsae.evaluation.evaluator import (
 )
 from tsae.lm.loading import LanguageModel
 from tsae.parallel.axis import Ranks
-from tsae.parallel.environment import is_first
-from tsae.parallel.processes import agree, agreeing, from_first, ranks_for
+from tsae.parallel.environment import is_rank0
+from tsae.parallel.processes import broadcast_from_rank0, check_on_all_ranks, raise_on_all_ranks, ranks_for
 from tsae.reports.figure import write_report
 from tsae.rundir import layout
 from tsae.rundir.directory import check_resumable, check_writable, link_latest, start_run
@@ -43,8 +43,8 @@ from tsae.training.assemble import (
     evaluation_batches,
     make_buffer,
     make_feed,
-    naming,
     open_cache,
+    prefix_errors,
     prepare,
     storage_dtype,
     uses_autocast,
@@ -82,7 +82,7 @@ def run(cfg: TrainConfig, directory: Path, *, resume: bool = False) -> Evaluatio
     out: the evaluation, or None with ``cfg.evaluation.final`` off
     """
     outcome = run_all({"": cfg}, directory, resume=resume)[""]
-    if outcome.error is not None and is_first():
+    if outcome.error is not None and is_rank0():
         raise outcome.error
     return outcome.evaluation
 
@@ -97,9 +97,9 @@ def run_all(
     start: makes the directories once training is about to begin, from the completed ``cfgs`` and ``directory``
     """
     check_trackers(name for cfg in cfgs.values() for name in cfg.log)
-    from_first(lambda: check_writable(directory))
+    broadcast_from_rank0(lambda: check_writable(directory))
     try:
-        cfgs, lm, device = agree(lambda: prepare(cfgs))
+        cfgs, lm, device = raise_on_all_ranks(lambda: prepare(cfgs))
     except Interrupted as stop:  # a new run has no directory yet that --resume could be given
         raise Interrupted(stop.number, stop.advice if resume else " before anything began; start again") from None
     common = next(iter(cfgs.values()))
@@ -171,15 +171,15 @@ def _trained(
     with ExitStack() as stack:
         check = stack.enter_context(deferred())
         cfg = next(iter(cfgs.values()))  # of what they have in common
-        cache = agree(lambda: open_cache(cfg, lm, write=True, ranks=ranks))
+        cache = raise_on_all_ranks(lambda: open_cache(cfg, lm, write=True, ranks=ranks))
         if cache is not None:
             stack.enter_context(cache)
-        feed: Feed | Ahead = agree(lambda: make_feed(cfg, lm, cache, check, ranks))
+        feed: Feed | PrefetchingFeed = raise_on_all_ranks(lambda: make_feed(cfg, lm, cache, check, ranks))
         wanted = -(-demand(cfg) // cfg.buffer.reuse)
-        sequences = cfg.buffer.looked_ahead(wanted, gpu=lm.device.type == "cuda")
-        if sequences and ranks.everyone.size == 1:
+        sequences = cfg.buffer.prefetched(wanted, gpu=lm.device.type == "cuda")
+        if sequences and ranks.world.size == 1:
             bar, feed.bar = feed.bar, no_bar  # one bar at a time, in this thread
-            feed = stack.enter_context(Ahead(feed, sequences, wanted, bar, lm.device))
+            feed = stack.enter_context(PrefetchingFeed(feed, sequences, wanted, bar, lm.device))
         return _fed(cfgs, lm, device, directory, feed, ranks, resume=resume, start=start, check=check)
 
 
@@ -188,7 +188,7 @@ def _fed(
     lm: LanguageModel,
     device: torch.device,
     directory: Path,
-    feed: Feed | Ahead,
+    feed: Feed | PrefetchingFeed,
     ranks: Ranks,
     *,
     resume: bool,
@@ -198,18 +198,18 @@ def _fed(
     """`_trained`, with the activations at their beginning, and ``check``, which raises `AtSafePoint` after a signal."""
     cfg = next(iter(cfgs.values()))
     buffer = make_buffer(cfg, feed, ranks)
-    check = agreeing(check, ranks)
+    check = check_on_all_ranks(check, ranks)
     _announce(cfgs, lm, buffer, device, ranks)
 
     def trainer(name: str, normalizer: InputNormalizer) -> Trainer:
-        with naming(name):
+        with prefix_errors(name):
             return Trainer(cfgs[name], normalizer, device, autocast=uses_autocast(cfgs[name], device), ranks=ranks)
 
     outcomes: dict[str, Outcome] = {}
     saved = _saved(directory / layout.CHECKPOINTS, ranks) if resume else None
     if saved is not None:
         state = saved.state
-        agree(lambda: check_resumable(cfgs, state["configs"], directory))
+        raise_on_all_ranks(lambda: check_resumable(cfgs, state["configs"], directory))
         for sentence in saved.damaged:
             console.print(sentence, soft_wrap=True)
         buffer.load_state_dict(state["buffer"], saved.buffer)
@@ -230,7 +230,10 @@ def _fed(
             if empty and ranks.first:
                 start(cfgs, directory)  # so that there is something to resume
             raise Interrupted(stop.number, _advice(0, directory if resume or empty else None)) from None
-        estimated, raw = from_first(lambda: InputNormalizer.estimate(*first)), InputNormalizer.identity(lm.d_model)
+        estimated, raw = (
+            broadcast_from_rank0(lambda: InputNormalizer.estimate(*first)),
+            InputNormalizer.identity(lm.d_model),
+        )
         trainers = {name: trainer(name, estimated if cfgs[name].normalize else raw) for name in cfgs}
         keep_bytes = dict.fromkeys(cfgs, 0)
     if not resume and ranks.first:
@@ -243,7 +246,7 @@ def _fed(
             lanes[name] = _Lane(cfgs[name], directory / name, each, log)
 
         def save_checkpoint(step: int) -> None:
-            there = ranks.everyone.size > 1 and from_first(
+            there = ranks.world.size > 1 and broadcast_from_rank0(
                 lambda: checkpoint.has_buffer(directory / layout.CHECKPOINTS, buffer.refills)
             )
             contents = None if there else buffer.contents()
@@ -279,7 +282,7 @@ def _fed(
 
 def _saved(directory: Path, ranks: Ranks) -> checkpoint.Resumed | None:
     """What to go on from; the first process finds it, and all read it."""
-    if ranks.everyone.size == 1:
+    if ranks.world.size == 1:
         return checkpoint.load_latest(directory)
     here: list[checkpoint.Resumed | None] = []
 
@@ -287,11 +290,11 @@ def _saved(directory: Path, ranks: Ranks) -> checkpoint.Resumed | None:
         here.append(checkpoint.load_latest(directory))
         return None if here[0] is None else (here[0].path, here[0].damaged)
 
-    found = from_first(find)
+    found = broadcast_from_rank0(find)
     if found is None:
         return None
     path, damaged = found
-    return agree(lambda: here[0] if here else checkpoint.Resumed(path, *checkpoint.load(path), damaged))
+    return raise_on_all_ranks(lambda: here[0] if here else checkpoint.Resumed(path, *checkpoint.load(path), damaged))
 
 
 def _open_log(cfg: TrainConfig, directory: Path, trainer: Trainer, keep_bytes: int, ranks: Ranks) -> MetricsLog:
@@ -321,11 +324,11 @@ def _announce(
         f"({str(storage).removeprefix('torch.')}); each is trained on {cfg.buffer.reuse} times."
     )
     sizes = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items())
-    where = "" if ranks.everyone.size == 1 else ", were it one process"
+    where = "" if ranks.world.size == 1 else ", were it one process"
     console.print(f"Memory, estimated{where}, in MiB: {sizes}; in all {sum(parts.values()) / 2**20:,.0f}.")
-    if ranks.everyone.size > 1:
+    if ranks.world.size > 1:
         console.print(
-            f"{ranks.everyone.size} processes: {ranks.data.size} shares of the batch, the dictionary in "
+            f"{ranks.world.size} processes: {ranks.data.size} shares of the batch, the dictionary in "
             f"{ranks.features.size}."
         )
     else:
@@ -347,7 +350,7 @@ class _Lane:
         self.cfg, self.directory, self.trainer, self.metrics = cfg, directory, trainer, metrics
         self.since, self.tokens_before = time.perf_counter(), trainer.tokens
 
-    def step(self, batch: Harvest, *, saved: bool) -> None:
+    def step(self, batch: ActivationBatch, *, saved: bool) -> None:
         """One step, logged where it is due; ``saved``: a checkpoint follows."""
         number = self.trainer.step + 1
         logged = number % self.cfg.log_every == 0 or number in (1, self.cfg.steps)

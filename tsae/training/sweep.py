@@ -226,15 +226,15 @@ def run_sweep(cfgs: dict[str, TrainConfig], directory: Path, *, resume: bool = F
     cfgs: from `read_sweep`, or agreeing by `check_agreement`
     directory: from `sweep_directory`, or an existing sweep's with ``resume``
     """
-    from tsae.parallel.environment import is_first
+    from tsae.parallel.environment import is_rank0
     from tsae.training.run import run_all
 
     if resume:
         for name, cfg in cfgs.items():  # a start that was killed may not have come to all
-            if is_first() and not (directory / name / layout.CONFIG).exists():
+            if is_rank0() and not (directory / name / layout.CONFIG).exists():
                 start_run(directory / name, cfg)
     outcomes = run_all(cfgs, directory, resume=resume, start=start_sweep)
-    if not is_first():
+    if not is_rank0():
         return outcomes
     old = load_json(directory / layout.SWEEP)["runs"]
     rows = {

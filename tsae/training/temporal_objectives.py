@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tsae.parallel.axis import ALONE, Ranks
+from tsae.parallel.axis import SINGLE_PROCESS, Ranks
 from tsae_kernels import TemporalStats
 from tsae_kernels.losses import window_weights
 from tsae_kernels.segments import find_runs
@@ -62,7 +62,7 @@ def contrastive_loss(
     *,
     group: int | None = 0,
     other_sequences: bool = False,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
     first: int = 0,
 ) -> Tensor:
     """Symmetric InfoNCE between tokens and their neighbours: the contrastive term of T-SAE (Bhalla et al. 2025, arXiv
@@ -85,7 +85,7 @@ def contrastive_loss(
         group has similarity 0 to all, and no gradient.
     """
     tokens, count = h.shape[1], len(pairs.anchors)
-    if ranks.everyone.size > 1:
+    if ranks.world.size > 1:
         rows = _rows_of_all(h, torch.cat(pairs) - first * tokens, group, ranks)
         return _cross_entropy(_cosines(rows, ranks) / temperature, pairs, tokens, other_sequences=other_sequences)
     # Rows before columns: the gradient is then spread once, over few rows.
@@ -149,7 +149,9 @@ def count_pairs(segments: Tensor, offset: int) -> Tensor:
     return later.clamp(min=0, max=offset).sum()
 
 
-def slow_loss(stats: TemporalStats, positions: int | Tensor, pairs: int | Tensor, ranks: Ranks = ALONE) -> Tensor:
+def slow_loss(
+    stats: TemporalStats, positions: int | Tensor, pairs: int | Tensor, ranks: Ranks = SINGLE_PROCESS
+) -> Tensor:
     """Slowness: each feature's squared differences over its own variance, which is 1 - autocorrelation.
 
         L = mean_j  D_j / (2 pairs var_j),    var_j = Q_j / positions - (A_j / positions)^2

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from tsae.config import TrainConfig
-from tsae.data.harvest import Harvest
+from tsae.data.harvest import ActivationBatch
 from tsae.errors import UserError
-from tsae.parallel.axis import ALONE, Ranks
-from tsae.parallel.buffer import Share
+from tsae.parallel.axis import SINGLE_PROCESS, Ranks
+from tsae.parallel.buffer import BatchShard
 from tsae.parallel.sharding import (
     ShardedAutoencoder,
     load_whole_optimizer_state,
@@ -33,8 +33,8 @@ from tsae.training.feature_state import DeadFeatures, TemporalBuffer, lag1_corre
 from tsae.training.objectives import LossTerms, auxk_loss, bands_for, objective
 from tsae.training.optimization import (
     add_gradient_noise,
+    add_l0_lagrangian_gradient,
     build_optimizer,
-    charge_for_activity,
     clip_gradients,
     project_decoder_gradient,
     renormalize_decoder,
@@ -74,8 +74,8 @@ class Trainer:
         normalizer: input centring and scaling.
         device: where the autoencoder lives.
         autocast: whether matrix products run in bfloat16.
-        ranks: with several processes, where this one stands; it then trains on its `Share` of every batch, and on its
-            part of the dictionary, and all end a step with the weights that one process would have.
+        ranks: with several processes, where this one stands; it then trains on its `BatchShard` of every batch, and on
+            its part of the dictionary, and all end a step with the weights that one process would have.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Trainer:
         device: torch.device,
         *,
         autocast: bool,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE_PROCESS,
     ) -> None:
         generator = torch.Generator().manual_seed(cfg.seed)
         self.cfg, self.device, self.autocast, self.ranks = cfg, device, autocast, ranks
@@ -107,7 +107,7 @@ class Trainer:
         self.step = 0
         self.tokens = 0
 
-    def train_step(self, batch: Harvest | Share, *, log: bool = False) -> dict[str, float]:
+    def train_step(self, batch: ActivationBatch | BatchShard, *, log: bool = False) -> dict[str, float]:
         """One optimizer step on raw activations; with ``log``, the measurements of `metrics.jsonl`, else nothing.
 
         batch: x (B, T, d_in) and segments (B, T), on any device; with several processes this one's share
@@ -117,7 +117,7 @@ class Trainer:
                 (On a GPU this is looked at on steps with ``log`` only.)
         """
         cfg, sae, step, ranks = self.cfg, self.sae, self.step, self.ranks
-        whole = batch.batch_segments if isinstance(batch, Share) else batch.segments
+        whole = batch.batch_segments if isinstance(batch, BatchShard) else batch.segments
         dead = self.dead.indices(cfg.objective.dead_after_tokens) if cfg.objective.aux_weight > 0 else None
         look = log or self.device.type == "cpu"
         priced = sae.thresholds_learned and self._steered
@@ -136,7 +136,7 @@ class Trainer:
             sum_gradients(sae, ranks.data)
             l0_gradients = tuple(ranks.data.total(local(gradient)) for gradient in l0_gradients)
         if priced:
-            charge_for_activity(sae, l0_gradients)
+            add_l0_lagrangian_gradient(sae, l0_gradients)
         norm = self._prepare_gradients(step)
         if look and not torch.isfinite(norm):
             raise DivergedError(f"step {step + 1}: the norm of the gradient is {norm.item()}")
@@ -150,7 +150,9 @@ class Trainer:
         self.step, self.tokens = step + 1, self.tokens + tokens
         return self._measurements(terms, parts, l0, norm) if log else {}
 
-    def _chunks(self, batch: Harvest | Share) -> Iterator[tuple[Harvest | Share, float | None]]:
+    def _chunks(
+        self, batch: ActivationBatch | BatchShard
+    ) -> Iterator[tuple[ActivationBatch | BatchShard, float | None]]:
         """The pieces of the batch that are worked on at once, and the share of its positions that each has; the batch
         itself and None where it is not cut."""
         size = self.cfg.chunk or len(batch.x)
@@ -159,14 +161,20 @@ class Trainer:
             return
         positions = (batch.segments >= 0).sum().clamp(min=1)
         for x, segments in zip(batch.x.split(size), batch.segments.split(size), strict=True):
-            yield Harvest(x, segments), float((segments >= 0).sum() / positions)
+            yield ActivationBatch(x, segments), float((segments >= 0).sum() / positions)
 
     def _backward(
-        self, batch: Harvest | Share, weight: float | None, dead: Tensor | None, *, look: bool, priced: bool
+        self,
+        batch: ActivationBatch | BatchShard,
+        weight: float | None,
+        dead: Tensor | None,
+        *,
+        look: bool,
+        priced: bool,
     ) -> _Part:
         """Add ``weight`` (None: 1) times the gradient of the loss on ``batch`` to the parameters' gradients."""
         cfg, sae, step, ranks = self.cfg, self.sae, self.step, self.ranks
-        whole, first = (batch.batch_segments, batch.first) if isinstance(batch, Share) else (batch.segments, 0)
+        whole, first = (batch.batch_segments, batch.first) if isinstance(batch, BatchShard) else (batch.segments, 0)
         segments = batch.segments.to(self.device, non_blocking=True)
         x = self.normalizer(batch.x.to(self.device, non_blocking=True))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
@@ -393,7 +401,7 @@ class Trainer:
         for name, tensor in _tensors(self._own_state()):
             names.append(name)
             bad.append(not torch.isfinite(tensor).all())
-        found = self.ranks.everyone.any(torch.tensor(bad)).nonzero()  # on whichever process
+        found = self.ranks.world.any(torch.tensor(bad)).nonzero()  # on whichever process
         if len(found):
             raise DivergedError(f"step {self.step}: {names[int(found[0])]} is not finite")
 

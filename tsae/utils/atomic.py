@@ -15,7 +15,7 @@ import xxhash
 
 from tsae.errors import UserError
 
-__all__ = ["WriteError", "checksum", "checksum_of", "replacing", "save_pickle", "sync", "write_json", "writing"]
+__all__ = ["WriteError", "atomic_write", "checksum", "checksum_of", "save_pickle", "sync", "write_json", "writing"]
 
 _CHUNK = 1 << 20  # bytes read at once for a checksum
 
@@ -46,7 +46,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary neighbour of ``path`` that takes its place when the block ends without an error.
 
     Its name is always the same, so that the next write takes up what a killed one left; ``path`` has one writer.
@@ -73,7 +73,7 @@ def sync(path: Path) -> None:
 
 def write_json(path: Path, values: Any) -> None:
     """Write ``values`` as JSON; NaN and infinities raise `ValueError`, as JSON has none."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 

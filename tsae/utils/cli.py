@@ -14,7 +14,7 @@ from typing import TypeVar
 import tyro
 
 from tsae.errors import UserError
-from tsae.parallel.environment import is_first
+from tsae.parallel.environment import is_rank0
 from tsae.utils.interrupts import Interrupted, at_once
 
 __all__ = ["RESUME", "Status", "only_options", "parse", "report_errors"]
@@ -78,7 +78,7 @@ def report_errors(advice: str = "") -> Iterator[Status]:
         with at_once():
             yield status
     except UserError as error:
-        if is_first():
+        if is_rank0():
             sys.stderr.write(f"error: {error}\n")
         status.code = 2
     except OSError as error:
@@ -94,6 +94,6 @@ def report_errors(advice: str = "") -> Iterator[Status]:
         status.code = 2
     except KeyboardInterrupt as error:
         own = error.advice if isinstance(error, Interrupted) else ""
-        if is_first():
+        if is_rank0():
             sys.stderr.write(f"interrupted{own or advice}\n")
         status.code = error.status if isinstance(error, Interrupted) else 130

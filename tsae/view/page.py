@@ -12,7 +12,7 @@ from string import Template
 from typing import Any
 
 from tsae.errors import UserError
-from tsae.utils.atomic import WriteError, replacing
+from tsae.utils.atomic import WriteError, atomic_write
 
 __all__ = ["SCRIPTS", "render", "write_page"]
 
@@ -46,7 +46,7 @@ def write_page(data: dict[str, Any], path: Path) -> int:
     """Write the page, atomically; its size in bytes. `UserError` where the file cannot be written."""
     text = render(data).encode("utf-8")
     try:
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_bytes(text)
     except WriteError as error:
         raise UserError(f"The page cannot be written to {path} ({error.reason}); name another file.") from None
