@@ -16,19 +16,6 @@ from tsae.data.text import TextConfig
 from tsae.errors import UserError
 from tsae_kernels import MULTISCALE
 
-__all__ = [
-    "LENGTH",
-    "Activation",
-    "BufferConfig",
-    "CheckpointConfig",
-    "EvaluationConfig",
-    "ObjectiveConfig",
-    "OptimizerConfig",
-    "ParallelConfig",
-    "SAEConfig",
-    "TrainConfig",
-]
-
 LENGTH = 128  # content tokens per sequence
 
 Activation = Literal["relu", "gelu", "topk", "batchtopk", "jumprelu", "schmitt", "jumprelu_schmitt"]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["UserError", "reason"]
-
 _STATUS = re.compile(r"\d+ \w+ Error\b.{0,99}$")
 
 

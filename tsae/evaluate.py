@@ -34,7 +34,6 @@ from tsae.evaluation.evaluator import (
     EvaluationResult,
     check_width,
     evaluate,
-    evaluate_all,
     evaluation_options,
     evaluation_progress,
     write_eval,
@@ -49,8 +48,6 @@ from tsae.sae.release import check_releasable, with_release_ratio
 from tsae.utils.atomic import write_json
 from tsae.utils.cli import parse, report_errors
 from tsae.utils.config_json import load_json
-
-__all__ = ["EvaluationResult", "evaluate", "evaluate_all", "evaluation_progress", "main", "write_eval"]
 
 
 @dataclass

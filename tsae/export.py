@@ -27,8 +27,6 @@ from tsae.utils.cli import parse, report_errors
 from tsae.utils.config_json import load_json
 from tsae.utils.progress import console
 
-__all__ = ["Arguments", "export", "main"]
-
 MEASURED = (layout.EVALUATION, layout.EVALUATION_SOURCE, layout.SPARSITY)
 
 

@@ -17,8 +17,6 @@ from tsae.data.text import TextConfig
 from tsae.errors import UserError
 from tsae_kernels import MULTISCALE
 
-__all__ = ["PRESETS", "preset"]
-
 
 def demo() -> TrainConfig:
     """Gemma-3-270m, layer 9, on the Python installation's own text: minutes on two CPU cores.

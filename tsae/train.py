@@ -17,8 +17,6 @@ from tsae.rundir import layout
 from tsae.utils.cli import RESUME, only_options, parse, report_errors
 from tsae.utils.config_json import from_dict, load_json
 
-__all__ = ["main"]
-
 
 @dataclass
 class Command(TrainConfig):

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from tsae.data.harvest import ActivationBatch
 
-__all__ = ["ActivationBuffer"]
-
 
 class ActivationBuffer:
     """Serves random batches of sequences and refills itself.

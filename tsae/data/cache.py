@@ -25,8 +25,6 @@ from tsae.errors import UserError
 from tsae.utils.atomic import WriteError, atomic_write, checksum, checksum_of, write_json
 from tsae.utils.config_json import from_dict
 
-__all__ = ["ActivationCache", "Shard", "sequence_bytes"]
-
 FORMAT = 2
 MANIFEST, LOCK = "manifest.json", "lock"
 SHARD_BYTES = 64 * 2**20  # of activations in a shard that is written at once

@@ -17,8 +17,6 @@ from tsae.data.files import find_files
 from tsae.data.text import PYTHON_DOCS
 from tsae.lm.loading import LanguageModel
 
-__all__ = ["cache_request", "made_with"]
-
 _SAMPLES = 64  # values of each weight that its fingerprint is of
 _ENDS = 1 << 16  # bytes at each end of a file that its fingerprint is of
 

@@ -17,8 +17,6 @@ from tsae.data.sequences import TokenBatch
 from tsae.errors import UserError
 from tsae.utils.interrupts import AtSafePoint
 
-__all__ = ["Feed", "no_bar"]
-
 log = logging.getLogger(__name__)
 
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]

@@ -14,8 +14,6 @@ from typing import IO
 from tsae.data.passages import Document, cut
 from tsae.errors import UserError
 
-__all__ = ["SUFFIXES", "choose_column", "find_files", "read_files"]
-
 _TXT = (".txt", ".txt.gz", ".txt.zst")
 _JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 SUFFIXES = (*_TXT, *_JSONL, ".parquet")

@@ -12,8 +12,6 @@ from tsae.data.sequences import SequenceStream, TokenBatch
 from tsae.lm.hooks import activations
 from tsae.lm.loading import LanguageModel
 
-__all__ = ["ActivationBatch", "Harvester"]
-
 
 class ActivationBatch(NamedTuple):
     """Activations of whole sequences.

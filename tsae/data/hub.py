@@ -9,8 +9,6 @@ from tsae.data.files import choose_column
 from tsae.data.passages import Document
 from tsae.errors import UserError, reason
 
-__all__ = ["hub_is_reachable", "read_hub"]
-
 _PATIENCE = 10.0  # seconds to wait for the hub's first answer
 
 

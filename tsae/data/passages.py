@@ -12,18 +12,6 @@ from typing import Literal
 
 from tsae.errors import UserError
 
-__all__ = [
-    "PASSAGE_CHARACTERS",
-    "Document",
-    "Part",
-    "Split",
-    "cut",
-    "decide_split",
-    "find_threshold",
-    "position",
-    "shuffled",
-]
-
 Part = Literal["train", "evaluation"]
 """The sides of a text's split: what is trained on, and what is held out."""
 

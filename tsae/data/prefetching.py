@@ -12,8 +12,6 @@ import torch
 from tsae.data.feed import Bar, Feed, no_bar
 from tsae.data.harvest import ActivationBatch
 
-__all__ = ["PrefetchingFeed"]
-
 _LOOK = 0.2  # seconds between two looks at whether to stop
 
 

@@ -15,8 +15,6 @@ from pathlib import Path
 from tsae.data.passages import Document, cut, shuffled
 from tsae.errors import UserError
 
-__all__ = ["Unit", "documents", "units"]
-
 _LEFT_OUT = {
     *("site-packages", "dist-packages", "__pycache__"),
     *("test", "tests", "idle_test", "idlelib", "lib2to3"),

@@ -11,8 +11,6 @@ from tsae.data.files import find_files, read_files
 from tsae.data.passages import Document
 from tsae.data.text import PYTHON_DOCS
 
-__all__ = ["Section", "sections"]
-
 _HEADING = re.compile(r"^[ \t]*= (?!=)(\S.*?) =[ \t]*$", re.MULTILINE)  # a title, not the `= = parts = =` below it
 _TXT = (".txt", ".txt.gz", ".txt.zst")
 

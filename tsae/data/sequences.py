@@ -18,8 +18,6 @@ from tsae.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["SequenceStream", "TokenBatch", "TooShortError", "prefix_token"]
-
 log = logging.getLogger(__name__)
 
 _DOCUMENTS_AT_ONCE = 64  # fast tokenizers spread a batch over the cores

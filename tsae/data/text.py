@@ -17,18 +17,6 @@ from tsae.data.hub import read_hub
 from tsae.data.passages import Document, Part, Split, cut, decide_split, find_threshold, position, shuffled
 from tsae.errors import UserError
 
-__all__ = [
-    "PYTHON_DOCS",
-    "Document",
-    "Part",
-    "TextConfig",
-    "absolute_source",
-    "is_same_source",
-    "open_text",
-    "open_unseen",
-    "split_threshold",
-]
-
 PYTHON_DOCS = "python-docs"
 """Name of the text that is always there: the documentation and source of the Python installation."""
 

@@ -40,8 +40,6 @@ from tsae.utils.atomic import write_json
 if TYPE_CHECKING:
     from tsae.evaluate import Arguments
 
-__all__ = ["compare", "is_wanted", "write_results"]
-
 
 def is_wanted(arguments: Arguments) -> bool:
     """Whether the command line asks for more than to evaluate one run again.

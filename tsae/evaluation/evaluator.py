@@ -34,17 +34,6 @@ from tsae.sae.model import SparseAutoencoder
 from tsae.utils.atomic import atomic_write, write_json
 from tsae.utils.progress import bar
 
-__all__ = [
-    "EvaluationResult",
-    "ProgressCallback",
-    "check_width",
-    "evaluate",
-    "evaluate_all",
-    "evaluation_options",
-    "evaluation_progress",
-    "write_eval",
-]
-
 logger = logging.getLogger(__name__)
 
 ProgressCallback = Callable[[str, int, int], None]

@@ -25,8 +25,6 @@ from tsae.lm.loading import LanguageModel
 from tsae.rundir import layout
 from tsae.rundir.directory import read_config
 
-__all__ = ["HeldOut", "Source", "held_out", "read_run", "source_of"]
-
 
 class Source(NamedTuple):
     """A text to measure on and how to read it."""

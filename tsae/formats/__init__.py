@@ -29,6 +29,7 @@ class Format:
     pickled: bool = False
 
     def is_in(self, directory: Path) -> bool:
+        """Whether the directory has all files of this format."""
         return all((directory / file).is_file() for file in self.files)
 
 

@@ -19,8 +19,6 @@ from tsae.sae.model import SparseAutoencoder
 from tsae.utils.atomic import atomic_write, save_pickle, write_json
 from tsae.utils.config_json import load_json
 
-__all__ = ["read", "write"]
-
 WEIGHTS, CONFIG, TRAINER = "ae.pt", "config.json", "trainer_0"
 
 MATRYOSHKA = ("MatryoshkaBatchTopKSAE", "TemporalMatryoshkaBatchTopKSAE")

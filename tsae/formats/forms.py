@@ -9,8 +9,6 @@ import torch
 from tsae.errors import UserError
 from tsae.sae.model import SCHMITT, SparseAutoencoder
 
-__all__ = ["plain_form", "without_hysteresis"]
-
 
 def plain_form(sae: SparseAutoencoder, library: str) -> str:
     """`standard`, `topk` or `jumprelu`: the form in which ``library`` computes what ``sae`` does.

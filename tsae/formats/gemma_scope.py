@@ -12,8 +12,6 @@ from tsae.formats.tensors import assemble, expect, matrix, read_npz, read_safete
 from tsae.sae.model import SparseAutoencoder
 from tsae.utils.config_json import load_json
 
-__all__ = ["read"]
-
 ARRAYS, WEIGHTS, CONFIG = "params.npz", "params.safetensors", "config.json"
 
 

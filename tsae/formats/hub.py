@@ -8,8 +8,6 @@ from pathlib import Path
 from tsae.data.hub import hub_is_reachable
 from tsae.errors import UserError, reason
 
-__all__ = ["download", "is_hub_id"]
-
 _ID = re.compile(r"(?P<repo>\w[\w.-]*/[\w][\w.-]*)(?P<folder>(/[\w][\w.=+ -]*)*)(@(?P<revision>[\w./-]+))?")
 
 

@@ -24,8 +24,6 @@ from tsae.formats.tensors import Tensors, assemble, expect, read_safetensors, wh
 from tsae.sae.model import SparseAutoencoder
 from tsae.utils.config_json import load_json
 
-__all__ = ["read"]
-
 CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
 TRAINING = ("batchtopk", "matryoshka_batchtopk")  # saved as jumprelu in the end, and as themselves in checkpoints
 ARCHITECTURES = ("standard", "topk", "jumprelu", "gated", *TRAINING)

@@ -9,8 +9,6 @@ from tsae.formats.tensors import assemble, expect, matrix, read_safetensors, who
 from tsae.sae.model import SparseAutoencoder
 from tsae.utils.config_json import load_json
 
-__all__ = ["read"]
-
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 
 

@@ -22,8 +22,6 @@ from tsae.config import Activation, SAEConfig
 from tsae.errors import UserError, reason
 from tsae.sae.model import SparseAutoencoder
 
-__all__ = ["Tensors", "assemble", "expect", "matrix", "read_npz", "read_pickle", "read_safetensors", "whole_number"]
-
 Tensors = dict[str, Tensor]
 
 

@@ -13,8 +13,6 @@ from tsae.errors import UserError
 from tsae.rundir import layout
 from tsae.utils.cli import parse, report_errors
 
-__all__ = ["main"]
-
 
 @dataclass
 class Arguments:

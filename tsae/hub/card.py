@@ -10,8 +10,6 @@ from typing import Any
 from tsae.config import LENGTH, SAEConfig
 from tsae.reports.table import metric
 
-__all__ = ["ROWS", "model_card", "without_folders"]
-
 # What the card's table shows of an eval.json: key, what it is, the format.
 ROWS = (
     ("explained_variance", "explained variance (centred)", "{:.4f}"),

@@ -20,8 +20,6 @@ from tsae.sae.saving import CONFIG
 from tsae.utils.atomic import write_json
 from tsae.utils.config_json import load_json
 
-__all__ = ["load", "prepare", "push"]
-
 
 def push(
     sae: SparseAutoencoder,

@@ -22,8 +22,6 @@ except ImportError as error:
         "docs/formats.md says."
     ) from None
 
-__all__ = ["SAEBenchSAE"]
-
 
 class SAEBenchSAE(BaseSAE):
     """A `SparseAutoencoder` behind SAEBench's interface.

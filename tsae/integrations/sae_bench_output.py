@@ -26,8 +26,6 @@ from tsae.config import LENGTH, TrainConfig
 from tsae.evaluation.evaluator import EvaluationResult
 from tsae.sae.model import SparseAutoencoder
 
-__all__ = ["core_output"]
-
 CHUNK = 1024  # rows of the matrix of cosines held at once
 
 

@@ -40,15 +40,6 @@ except ImportError as error:
         f"tsae.integrations.sae_lens needs sae-lens, which cannot be imported ({error}); pip install 'tsae[peers]'."
     ) from None
 
-__all__ = [
-    "SchmittSAE",
-    "SequenceBatches",
-    "TemporalBatchTopKTrainingSAE",
-    "TemporalBatchTopKTrainingSAEConfig",
-    "TemporalTopKTrainingSAE",
-    "TemporalTopKTrainingSAEConfig",
-]
-
 
 class SequenceBatches(Iterator[Tensor]):
     """A data provider of SAELens's trainer that keeps sequences whole: (B * T, d_in) float32, one after the other.

@@ -26,8 +26,6 @@ from tsae.utils.progress import bar, console
 if TYPE_CHECKING:
     from transformers import Gemma3TextConfig, PreTrainedTokenizerBase
 
-__all__ = ["NAME", "cache_folder", "model_folder"]
-
 NAME = "gemma-3-270m"
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from tsae.errors import UserError
 from tsae.lm.loading import LanguageModel
 
-__all__ = ["activations", "check_layer", "logits_with"]
-
 
 class _Reached(Exception):  # noqa: N818  (no error: it carries the activations out of the forward pass)
     def __init__(self, hidden: Tensor) -> None:

@@ -21,8 +21,6 @@ from tsae.lm import gemma_package
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["LanguageModel", "absolute_name", "default_dtype", "find_blocks", "load_language_model"]
-
 # Where the transformers classes keep their blocks; the second is the text part of a multimodal model.
 _BLOCK_PATHS = (
     "model.layers",

@@ -15,8 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["SINGLE_PROCESS", "Axis", "Ranks"]
-
 
 class Axis:
     """The processes along one dimension of the mesh. Of one process, every method gives back what it is given.

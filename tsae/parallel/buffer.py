@@ -17,8 +17,6 @@ from tsae.data.buffer import ActivationBuffer
 from tsae.data.harvest import ActivationBatch
 from tsae.parallel.axis import Axis, Ranks
 
-__all__ = ["BatchShard", "DistributedActivationBuffer"]
-
 _AT_ONCE = 64  # sequences that are collected at a time for a checkpoint
 
 

@@ -21,17 +21,6 @@ from tsae.parallel.environment import is_rank0, local_rank, process_name, world_
 from tsae.utils.interrupts import AtSafePoint, Interrupted
 from tsae.utils.progress import console
 
-__all__ = [
-    "broadcast_from_rank0",
-    "check_mesh",
-    "check_on_all_ranks",
-    "local_rank0_first",
-    "make_ranks",
-    "processes",
-    "raise_on_all_ranks",
-    "ranks_for",
-]
-
 T = TypeVar("T")
 
 

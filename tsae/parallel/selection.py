@@ -8,8 +8,6 @@ from torch.nn import functional
 
 from tsae.parallel.axis import Axis
 
-__all__ = ["kth_largest", "kth_largest_per_row"]
-
 _BINS = 1 << 16
 
 

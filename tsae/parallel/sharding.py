@@ -15,15 +15,6 @@ from torch import Tensor, nn
 from tsae.parallel.axis import Axis, Ranks
 from tsae.sae.model import SparseAutoencoder
 
-__all__ = [
-    "ShardedAutoencoder",
-    "load_whole_optimizer_state",
-    "local",
-    "split",
-    "whole",
-    "whole_optimizer_state",
-]
-
 FEATURE_DIM = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "log_threshold": 0, "release_logit": 0, "threshold": 0, "release": 0}
 """The dimension of each parameter and buffer that counts features; the others every process has."""
 

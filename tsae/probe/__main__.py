@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from tsae.config import TrainConfig
     from tsae.probe.results import Results
 
-__all__ = ["Arguments", "main", "probe_runs"]
-
 
 @dataclass
 class Arguments:

@@ -21,18 +21,6 @@ from tsae.errors import UserError
 from tsae.probe.problems import Problem
 from tsae.sae.model import SparseAutoencoder
 
-__all__ = [
-    "CHANCE",
-    "KS",
-    "Score",
-    "check_installed",
-    "choose_features",
-    "dense_probes",
-    "difference",
-    "sparse_probes",
-    "wins_between",
-]
-
 KS = (1, 5, 20)  # numbers of features that a sparse probe gets
 CHANCE = 0.5  # the AUC of a score that knows nothing
 DRAWS = 1000  # of the bootstrap

@@ -18,8 +18,6 @@ from tsae.probe.token_classes import CLASSES
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["GAP", "MAX_LABELS", "MIN_TOKENS", "Problem", "document_of_tokens", "pose_problems"]
-
 MIN_TOKENS = 20  # that a label needs in either part
 MAX_LABELS = 64  # documents or sections; of more, so many are drawn
 GAP = 8  # tokens between the two parts of a document that are in neither

@@ -12,8 +12,6 @@ from rich.table import Table
 from tsae.probe.probes import CHANCE, KS, Score, difference
 from tsae.probe.problems import Problem
 
-__all__ = ["Results", "as_json", "print_results"]
-
 
 @dataclass(frozen=True)
 class Results:

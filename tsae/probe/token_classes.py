@@ -11,8 +11,6 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CLASSES", "token_class", "token_classes"]
-
 CLASSES = (
     "blank",
     "number",

@@ -19,8 +19,6 @@ from tsae.errors import UserError
 from tsae.rundir import layout
 from tsae.utils.atomic import atomic_write
 
-__all__ = ["read_source", "write_report"]
-
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
 GREY, INK = "#6F7780", "#20252B"

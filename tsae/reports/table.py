@@ -8,8 +8,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-__all__ = ["metric", "print_comparison", "print_table"]
-
 # Rows of the table: key, what it is, its unit, digits behind the point.
 _TABLE: dict[str, tuple[tuple[str, str, str, int], ...]] = {
     "Reconstruction": (

@@ -18,8 +18,6 @@ from tsae.reproduce.papers import INPUTS
 from tsae.rundir import layout
 from tsae.utils.atomic import atomic_write
 
-__all__ = ["write_figure"]
-
 SOURCES = (("paper", "#9AA2AA"), ("literal", RED), ("fixed", BLUE))
 PANELS = (
     ("explained_variance", "Explained variance"),

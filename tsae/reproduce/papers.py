@@ -24,8 +24,6 @@ from tsae.errors import UserError
 from tsae.presets import preset
 from tsae.training.sweep import with_options
 
-__all__ = ["INPUTS", "PAPERS", "Experiment", "Paper", "configurations"]
-
 INPUTS = ("literal", "fixed")
 
 

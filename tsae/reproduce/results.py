@@ -22,8 +22,6 @@ from tsae.reports.table import metric
 from tsae.reproduce.papers import INPUTS, Paper
 from tsae.sae.model import SparseAutoencoder
 
-__all__ = ["COLUMNS", "collect", "explained_variance", "markdown", "print_results"]
-
 # Heading, key of eval.json (but the second), digits.
 COLUMNS = (
     ("EV", "explained_variance", 3),

@@ -15,16 +15,6 @@ from tsae.rundir import layout
 from tsae.utils.atomic import write_json
 from tsae.utils.config_json import check_unchanged, fingerprint, from_dict, load_json, to_dict
 
-__all__ = [
-    "check_resumable",
-    "check_writable",
-    "link_latest",
-    "new_directory",
-    "read_config",
-    "remove_run",
-    "start_run",
-]
-
 
 def new_directory(
     group: str, out: Path | None, *, overwrite: bool, marker: str = layout.CONFIG, what: str = "run"

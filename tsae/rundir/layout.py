@@ -8,31 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = [
-    "AUTOENCODER",
-    "CHECKPOINTS",
-    "CONFIG",
-    "DIVERGED",
-    "EVALUATION",
-    "EVALUATION_SOURCE",
-    "METRICS",
-    "OUTPUTS",
-    "PAGE",
-    "PROBES",
-    "REPORT",
-    "REPRODUCTION",
-    "REPRODUCTION_FIGURE",
-    "REPRODUCTION_TABLE",
-    "SAEBENCH",
-    "SPARSITY",
-    "SWEEP",
-    "TENSORBOARD",
-    "WANDB",
-    "WANDB_ID",
-    "has_autoencoder",
-    "release_evaluation",
-]
-
 CONFIG = "config.json"  # makes a directory a run's
 SWEEP = "sweep.json"  # makes a directory a sweep's
 

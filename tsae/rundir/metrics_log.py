@@ -15,8 +15,6 @@ from typing import BinaryIO
 from tsae.rundir.trackers import Tracker
 from tsae.utils.atomic import writing
 
-__all__ = ["MetricsLog", "NoLog"]
-
 log = logging.getLogger(__name__)
 
 

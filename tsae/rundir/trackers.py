@@ -19,8 +19,6 @@ from tsae.rundir import layout
 from tsae.utils.atomic import write_json
 from tsae.utils.config_json import load_json, to_dict
 
-__all__ = ["Tracker", "check_trackers", "open_trackers", "track_evaluation"]
-
 
 class Tracker(Protocol):
     """What a run's numbers go to."""

@@ -12,8 +12,6 @@ from tsae.parallel.axis import SINGLE_PROCESS, Ranks
 from tsae.sae.thresholds import threshold_for
 from tsae_kernels import activate_with_stats
 
-__all__ = ["exact_threshold", "keep_two_sided", "switch_on_levels"]
-
 
 def keep_two_sided(
     pre: Tensor,

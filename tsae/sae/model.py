@@ -19,8 +19,6 @@ from tsae.sae.straight_through import straight_through, thresholds
 from tsae.sae.thresholds import batch_topk_threshold, mean_l0, topk_threshold
 from tsae_kernels import TemporalStats, activate_with_stats
 
-__all__ = ["SparseAutoencoder"]
-
 NO_BANDS = ((1, 1),)  # the cheapest statistics, for callers that want the features alone
 THRESHOLD_MOMENTUM = 0.05  # of batchtopk's running threshold
 LEARNED = ("jumprelu", "jumprelu_schmitt")

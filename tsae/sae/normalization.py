@@ -13,8 +13,6 @@ from torch import Tensor
 
 from tsae.errors import UserError
 
-__all__ = ["InputNormalizer"]
-
 
 @dataclass
 class InputNormalizer:

@@ -15,8 +15,6 @@ from tsae.errors import UserError
 from tsae.sae.hysteresis import switch_on_levels
 from tsae.sae.model import THRESHOLDED, SparseAutoencoder
 
-__all__ = ["Released", "check_releasable", "with_release_ratio"]
-
 
 class Released(NamedTuple):
     """An autoencoder that `with_release_ratio` made, and what it took."""

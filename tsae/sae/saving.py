@@ -27,8 +27,6 @@ from tsae.utils.config_json import from_dict, load_json
 if TYPE_CHECKING:
     from tsae.sae.model import SparseAutoencoder
 
-__all__ = ["load", "save"]
-
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 ARCHITECTURE = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu"}
 THRESHOLD = ("batchtopk", "jumprelu", "schmitt", "jumprelu_schmitt")  # have the tensor

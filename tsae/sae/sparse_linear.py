@@ -15,8 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from tsae_kernels.sparse import CompressedRows, compress, matmul, sampled_matmul, sparse_products_available, transpose
 
-__all__ = ["decode_sparse", "encode_linear", "worthwhile"]
-
 MAX_DENSITY = 0.08  # of features: above, the dense product is faster (measured on an AVX2 CPU)
 
 

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["straight_through", "thresholds"]
-
 
 def thresholds(log_threshold: Tensor, release_logit: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Threshold and release (None without a logit) from what is learned; all (d_sae). 0 < release < threshold."""

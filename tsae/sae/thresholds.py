@@ -12,15 +12,6 @@ from torch import Tensor
 from tsae.parallel.axis import SINGLE_PROCESS, Axis, Ranks
 from tsae.parallel.selection import kth_largest, kth_largest_per_row
 
-__all__ = [
-    "ThresholdController",
-    "batch_topk_threshold",
-    "initial_threshold",
-    "mean_l0",
-    "threshold_for",
-    "topk_threshold",
-]
-
 
 def topk_threshold(pre: Tensor, bias: Tensor | None, k: int, features: Axis | None = None) -> Tensor:
     """The per-token threshold that ``pre + bias > threshold`` passes for exactly k features, ties apart.

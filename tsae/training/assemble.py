@@ -27,20 +27,6 @@ from tsae.parallel.environment import local_rank, world_size
 from tsae.parallel.processes import check_mesh, check_on_all_ranks, local_rank0_first
 from tsae.utils.progress import bar
 
-__all__ = [
-    "demand",
-    "evaluation_batches",
-    "harvest_group",
-    "make_buffer",
-    "make_feed",
-    "open_cache",
-    "prefix_errors",
-    "prepare",
-    "resolve_device",
-    "storage_dtype",
-    "uses_autocast",
-]
-
 
 def prepare(cfgs: dict[str, TrainConfig]) -> tuple[dict[str, TrainConfig], LanguageModel, torch.device]:
     """What a run begins with: ``cfgs`` checked and completed, the language model, and the device. Writes nothing.
@@ -126,6 +112,7 @@ def matching_width(cfg: TrainConfig, lm: LanguageModel) -> int:
 
 
 def uses_autocast(cfg: TrainConfig, device: torch.device) -> bool:
+    """Whether matrix products of the autoencoder run in bfloat16."""
     return default_dtype(device) == torch.bfloat16 if cfg.autocast == "auto" else cfg.autocast == "bfloat16"
 
 

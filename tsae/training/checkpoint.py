@@ -21,8 +21,6 @@ from safetensors.torch import load_file, save_file
 from tsae.errors import UserError, reason
 from tsae.utils.atomic import WriteError, checksum, checksum_of, save_pickle, sync, write_json, writing
 
-__all__ = ["Resumed", "has_buffer", "latest", "load", "load_latest", "save"]
-
 STATE, MANIFEST = "state.pt", "manifest.json"
 FORMAT = 3  # of what `tsae.training.run` saves; to be raised with every change of it
 NAME = re.compile(r"step-(\d+)")

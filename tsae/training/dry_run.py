@@ -31,8 +31,6 @@ from tsae.training.assemble import (
 from tsae.training.memory import cache_bytes, checkpoint_bytes, memory_parts
 from tsae.training.trainer import Trainer
 
-__all__ = ["Estimate", "dry_run", "print_estimate"]
-
 _GROUPS = 2  # forward passes that are timed, after one more to warm up
 _STEPS = 3
 

@@ -8,8 +8,6 @@ from torch import Tensor
 from tsae.parallel.axis import SINGLE_PROCESS, Ranks
 from tsae_kernels import temporal_stats
 
-__all__ = ["DeadFeatures", "TemporalBuffer", "lag1_correlation"]
-
 
 class TemporalBuffer:
     """The running estimate behind ``var_j`` (TSAE section 4.3, "temporal buffers").

@@ -13,20 +13,6 @@ from tsae.errors import UserError
 from tsae.lm.loading import LanguageModel
 from tsae_kernels.sparse import sparse_products_available
 
-__all__ = [
-    "BUFFER",
-    "MODEL",
-    "SAE",
-    "STEP",
-    "cache_bytes",
-    "check_memory",
-    "checkpoint_bytes",
-    "memory_parts",
-    "sae_bytes",
-    "sae_parameters",
-    "step_bytes",
-]
-
 MODEL, BUFFER, AHEAD, SAE, STEP, CACHE = (
     "language model",
     "activation buffer",

@@ -37,16 +37,6 @@ from tsae.training.temporal_objectives import (
 )
 from tsae_kernels import TemporalStats, count_positions, temporal_loss_from_stats
 
-__all__ = [
-    "LossTerms",
-    "auxk_loss",
-    "bands_for",
-    "l1_norm",
-    "objective",
-    "reconstruction_loss",
-    "temporal_term",
-]
-
 
 class LossTerms(NamedTuple):
     """The terms of one step, scalars; ``total`` is what is minimised, the others are unweighted.

@@ -13,17 +13,6 @@ from tsae.parallel.axis import Axis
 from tsae.parallel.sharding import FEATURE_DIM, local, split
 from tsae.sae.model import SparseAutoencoder
 
-__all__ = [
-    "add_gradient_noise",
-    "add_l0_lagrangian_gradient",
-    "build_optimizer",
-    "clip_gradients",
-    "project_decoder_gradient",
-    "renormalize_decoder",
-    "sum_gradients",
-    "threshold_parameters",
-]
-
 
 def threshold_parameters(sae: SparseAutoencoder) -> list[torch.nn.Parameter]:
     """The learned thresholds: none, ``log_threshold``, or it and ``release_logit``."""

@@ -56,8 +56,6 @@ from tsae.utils.config_json import fingerprint, to_dict
 from tsae.utils.interrupts import AtSafePoint, Interrupted, deferred
 from tsae.utils.progress import bar, console
 
-__all__ = ["Outcome", "run", "run_all"]
-
 Start = Callable[[dict[str, TrainConfig], Path], None]
 
 

@@ -9,8 +9,6 @@ import math
 
 from tsae.config import ObjectiveConfig, OptimizerConfig
 
-__all__ = ["buffer_mixing", "learning_rate", "noise_std", "reconstruction_weight", "temporal_ramp"]
-
 
 def temporal_ramp(step: int, cfg: ObjectiveConfig) -> float:
     """0 until ``hold_steps``, then linear to 1 over ``ramp_steps`` (TSAE section 4.2)."""

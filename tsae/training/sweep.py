@@ -30,18 +30,6 @@ from tsae.utils.config_json import from_dict, load_json, to_dict
 if TYPE_CHECKING:
     from tsae.training.run import Outcome
 
-__all__ = [
-    "check_agreement",
-    "print_sweep",
-    "read_runs",
-    "read_sweep",
-    "resume_sweep",
-    "run_sweep",
-    "start_sweep",
-    "sweep_directory",
-    "with_options",
-]
-
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 RESERVED = (layout.CHECKPOINTS, layout.SWEEP)  # a sweep's own, beside its runs
 # What decides the stream, its evaluation and its checkpoints, which all runs share.

@@ -16,17 +16,6 @@ from tsae_kernels import TemporalStats
 from tsae_kernels.losses import window_weights
 from tsae_kernels.segments import find_runs
 
-__all__ = [
-    "Pairs",
-    "WindowEdges",
-    "contrastive_loss",
-    "count_pairs",
-    "draw_pairs",
-    "find_window_edges",
-    "slow_loss",
-    "window_loss",
-]
-
 
 class Pairs(NamedTuple):
     """Pairs of positions of a batch (B, T), as indices into B * T; both (P) int64."""

@@ -45,8 +45,6 @@ from tsae.training.schedules import buffer_mixing, learning_rate, noise_std
 from tsae.training.temporal_objectives import Pairs, WindowEdges, draw_pairs, find_window_edges
 from tsae_kernels import TemporalStats, count_positions, within_sequence_variance
 
-__all__ = ["DivergedError", "Trainer"]
-
 
 class DivergedError(UserError):
     """A loss term, the gradient or the state is not finite."""

@@ -15,8 +15,6 @@ import xxhash
 
 from tsae.errors import UserError
 
-__all__ = ["WriteError", "atomic_write", "checksum", "checksum_of", "save_pickle", "sync", "write_json", "writing"]
-
 _CHUNK = 1 << 20  # bytes read at once for a checksum
 
 

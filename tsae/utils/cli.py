@@ -17,8 +17,6 @@ from tsae.errors import UserError
 from tsae.parallel.environment import is_rank0
 from tsae.utils.interrupts import Interrupted, at_once
 
-__all__ = ["RESUME", "Status", "only_options", "parse", "report_errors"]
-
 T = TypeVar("T")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # of writing
 RESUME = "; continue with --resume and the run's directory"  # the advice of commands that can

@@ -13,8 +13,6 @@ from tsae.config import TrainConfig
 from tsae.errors import UserError
 from tsae.utils.atomic import checksum_of
 
-__all__ = ["check_unchanged", "fingerprint", "from_dict", "load_json", "to_dict"]
-
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as nested dictionaries that JSON can hold (tuples become lists)."""

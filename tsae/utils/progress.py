@@ -17,8 +17,6 @@ from rich.progress import (
 )
 from rich.text import Text
 
-__all__ = ["bar", "console"]
-
 console = Console(stderr=True)
 
 

@@ -33,8 +33,6 @@ from tsae.view.features import NEIGHBOUR_LAGS, Activity, neighbours
 from tsae.view.packing import pack, rounded
 from tsae_kernels import MULTISCALE
 
-__all__ = ["LEVELS", "collect", "page_data"]
-
 LEVELS = 1023  # steps of an activation, of the feature's largest one
 PASSAGES = 8  # of a feature, at most
 TOP_TOKENS = 6

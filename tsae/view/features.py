@@ -12,8 +12,6 @@ from tsae.evaluation.metrics.bands import BandAutocorrelation
 from tsae.evaluation.metrics.temporal import MIN_ACTIVATIONS, LagStatistics
 from tsae_kernels.segments import find_runs
 
-__all__ = ["NEIGHBOUR_LAGS", "Activity", "neighbours"]
-
 NEIGHBOUR_LAGS = (1, 2, 3, 4)
 DENSE = 1 << 26  # elements of the [tokens, features] float32 blocks that are held at once: 256 MB each
 

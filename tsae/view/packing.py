@@ -9,8 +9,6 @@ from collections.abc import Iterable
 import numpy as np
 from torch import Tensor
 
-__all__ = ["pack", "rounded"]
-
 
 def pack(values: np.ndarray) -> str:
     """Non-negative integers below 2^28 as base64 of varints: 7 bits a byte, low ones first, bit 7 on all but the last.

@@ -14,8 +14,6 @@ from typing import Any
 from tsae.errors import UserError
 from tsae.utils.atomic import WriteError, atomic_write
 
-__all__ = ["SCRIPTS", "render", "write_page"]
-
 SCRIPTS = ("charts.js", "features.js", "passages.js", "view.js")  # in this order, as one script
 
 

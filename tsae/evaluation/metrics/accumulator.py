@@ -7,8 +7,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["Accumulator", "pair_mask", "row_chunks", "segment_runs"]
-
 # Elements of one chunk on a CPU: float32 temporaries of 2 MB stay in the second-level cache.
 CHUNK_ELEMENTS = 1 << 19
 

@@ -9,8 +9,6 @@ from tsae.evaluation.metrics.accumulator import Accumulator, row_chunks
 from tsae_kernels import MULTISCALE, Bands, temporal_stats
 from tsae_kernels.segments import find_runs
 
-__all__ = ["BandAutocorrelation", "partners"]
-
 
 class BandAutocorrelation(Accumulator):
     """`LagStatistics.autocorrelation` with all pairs of a band of lags pooled, feature by feature.

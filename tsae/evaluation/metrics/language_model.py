@@ -7,8 +7,6 @@ from torch import Tensor
 
 from tsae.evaluation.metrics.accumulator import Accumulator, pair_mask, ratio
 
-__all__ = ["LanguageModelMetrics"]
-
 # Logits in float32 at once: on a CPU few, as the passes over them are 3 times faster from its cache.
 CHUNK_LOGITS = {"cpu": 1 << 20}
 CHUNK_LOGITS_ELSEWHERE = 1 << 25

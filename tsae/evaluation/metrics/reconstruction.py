@@ -7,8 +7,6 @@ from torch import Tensor
 
 from tsae.evaluation.metrics.accumulator import Accumulator, ratio
 
-__all__ = ["ReconstructionMetrics"]
-
 
 class ReconstructionMetrics(Accumulator):
     """Reconstruction and sparsity over an evaluation set. Positions with a negative segment do not count.

@@ -14,18 +14,6 @@ from torch import Tensor
 
 from tsae.evaluation.metrics.accumulator import Accumulator, mean_where, pair_mask, ratio, row_chunks, segment_runs
 
-__all__ = [
-    "CURVE_LAGS",
-    "DIFFERENCE_LAGS",
-    "MIN_ACTIVATIONS",
-    "FeaturePersistence",
-    "LagStatistics",
-    "Persistence",
-    "Smoothness",
-    "TemporalMetrics",
-    "shuffle_within_segments",
-]
-
 DIFFERENCE_LAGS = (1, 4, 16, 64)
 CURVE_LAGS = (1, 2, 4, 8, 16, 32, 64)
 MIN_ACTIVATIONS = 20  # below it a feature's P(on | on) is too noisy to enter persistence_excess
