@@ -91,7 +91,7 @@ def batches(count: int) -> list[ActivationBatch]:
 def share(batch: ActivationBatch, ranks: Ranks) -> ActivationBatch | BatchShard:
     if ranks.world.size == 1:
         return batch
-    first, last = ranks.data.span(len(batch.x))
+    first, last = ranks.data.shard_bounds(len(batch.x))
     return BatchShard(batch.x[first:last], batch.segments[first:last], batch.segments, first)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tsae.config import ObjectiveConfig
-from tsae.training.objectives import auxk_loss, bands_for, objective
+from tsae.training.objectives import LossInputs, auxk_loss, bands_for, objective
 from tsae_kernels import TemporalStats, temporal_stats
 
 B, T, K, D = 3, 23, 6, 5
@@ -41,7 +41,7 @@ def differences(h: torch.Tensor, segments: torch.Tensor | None = None) -> list[l
 
 def run(x: torch.Tensor, xhat: torch.Tensor, h: torch.Tensor, step: int, cfg: ObjectiveConfig, **kw: object):
     stats = temporal_stats(h, bands_for(cfg), kw.get("segments"))  # type: ignore[arg-type]
-    return objective(x, xhat, h, stats, step, cfg, **kw)  # type: ignore[arg-type]
+    return objective(LossInputs(x=x, xhat=xhat, h=h, stats=stats, **kw), step, cfg)  # type: ignore[arg-type]
 
 
 def test_multiscale_loss_is_equations_2_and_3(data: tuple[torch.Tensor, ...]) -> None:
@@ -199,5 +199,6 @@ def test_auxk_enters_the_total_on_the_scale_of_the_reconstruction(data: tuple[to
     x, xhat, h = data
     cfg = ObjectiveConfig(temporal="none", l1=0.0, boost=1.0)
     stats = TemporalStats(h, h, h)
-    terms = objective(x, xhat, h, stats, 0, cfg, auxiliary=torch.tensor(0.5, dtype=torch.float64))
+    auxiliary = torch.tensor(0.5, dtype=torch.float64)
+    terms = objective(LossInputs(x=x, xhat=xhat, h=h, stats=stats, auxiliary=auxiliary), 0, cfg)
     assert float(terms.total) == pytest.approx(float(terms.reconstruction) * (1 + 0.5 / 32))

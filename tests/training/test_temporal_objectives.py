@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from tsae.config import TEMPORAL, ObjectiveConfig
-from tsae.training.objectives import bands_for, objective, temporal_term
+from tsae.training.objectives import FeatureBatch, LossInputs, bands_for, objective, temporal_term
 from tsae.training.temporal_objectives import (
     Pairs,
     contrastive_loss,
@@ -62,11 +63,11 @@ def test_pairs_are_drawn_inside_segments_and_reach_every_pair() -> None:
     assert len(draw_pairs(torch.full((2, 5), -1), 1, 8, generator).anchors) == 0
 
 
-@pytest.mark.parametrize(("group", "other"), [(0, False), (4, False), (0, True)])
-def test_contrastive_loss_is_symmetric_infonce(group: int, other: bool) -> None:
+@pytest.mark.parametrize(("group", "other"), [(None, False), (4, False), (None, True)])
+def test_contrastive_loss_is_symmetric_infonce(group: int | None, other: bool) -> None:
     h, tau = features(), 0.3
     pairs = draw_pairs(SEGMENTS, 2, 14, torch.Generator().manual_seed(1))
-    rows = h.flatten(0, 1)[:, : group or K].tolist()
+    rows = h.flatten(0, 1)[:, :group].tolist()
 
     def cosine(a: int, b: int) -> float:
         u, v = rows[a], rows[b]
@@ -163,7 +164,8 @@ def test_gradcheck_of_every_term_with_weight_and_group(options: dict[str, object
     variance = torch.rand(K, dtype=torch.float64) + 0.1
 
     def term(h: Tensor) -> Tensor:
-        return temporal_term(h, temporal_stats(h, bands_for(cfg), SEGMENTS), cfg, SEGMENTS, variance, pairs)
+        stats = temporal_stats(h, bands_for(cfg), SEGMENTS)
+        return temporal_term(FeatureBatch(h=h, stats=stats, segments=SEGMENTS, variance=variance, pairs=pairs), cfg)
 
     h = (features() + 0.1).requires_grad_()
     assert torch.autograd.gradcheck(term, (h,), atol=1e-7)
@@ -176,7 +178,8 @@ def test_gradcheck_of_every_term_with_weight_and_group(options: dict[str, object
     cfg.weight = 2.5
     x = torch.zeros(B, T, 4)
     stats = temporal_stats(h, bands_for(cfg), SEGMENTS)
-    terms = objective(x, x, h, stats, 0, cfg, segments=SEGMENTS, variance=variance, pairs=pairs)
+    inputs = LossInputs(x=x, xhat=x, h=h, stats=stats, segments=SEGMENTS, variance=variance, pairs=pairs)
+    terms = objective(inputs, 0, cfg)
     assert float(terms.total.detach()) == pytest.approx(2.5 * float(terms.temporal))
     assert float(terms.temporal) == pytest.approx(float(term(h).detach()), rel=1e-6)
 
@@ -185,17 +188,18 @@ def test_without_segments_a_row_is_one() -> None:
     h, cfg = features(), ObjectiveConfig(temporal="slow")
     stats = temporal_stats(h, bands_for(cfg))
     zeros = torch.zeros(B, T, dtype=torch.int32)
-    torch.testing.assert_close(temporal_term(h, stats, cfg), temporal_term(h, stats, cfg, zeros))
+    one = FeatureBatch(h=h, stats=stats)
+    torch.testing.assert_close(temporal_term(one, cfg), temporal_term(replace(one, segments=zeros), cfg))
 
 
 @pytest.mark.parametrize("window", [2, 3, 4, 8])
-@pytest.mark.parametrize("group", [0, 2])
+@pytest.mark.parametrize("group", [None, 2])
 @pytest.mark.parametrize("segments", [SEGMENTS, torch.zeros(B, T, dtype=torch.int32), SEGMENTS.clamp(max=-1)])
-def test_the_window_from_statistics_is_the_kernels_window(segments: Tensor, group: int, window: int) -> None:
+def test_the_window_from_statistics_is_the_kernels_window(segments: Tensor, group: int | None, window: int) -> None:
     h = features().requires_grad_()
     edges = find_window_edges(segments, window)
     got = window_loss(h, temporal_stats(h, ((1, 1),), segments), edges, group=group)
-    expected = window_consistency(h[..., : group or None], window, segments)
+    expected = window_consistency(h[..., :group], window, segments)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(torch.autograd.grad(got, h)[0], torch.autograd.grad(expected, h)[0])
     rows = set(edges.firsts.tolist()) | set((edges.firsts + 1).tolist())
@@ -219,7 +223,8 @@ def test_a_combination_is_the_sum_of_its_terms_and_so_is_its_gradient(
         cfg.check()
         h = features().requires_grad_()
         stats = temporal_stats(h, bands_for(cfg), SEGMENTS)
-        term = temporal_term(h, stats, cfg, SEGMENTS, variance, pairs)
+        batch = FeatureBatch(h=h, stats=stats, segments=SEGMENTS, variance=variance, pairs=pairs)
+        term = temporal_term(batch, cfg)
         return term.detach(), torch.autograd.grad(term, h)[0]
 
     parts = [value_and_gradient(name) for name in names]
@@ -239,7 +244,8 @@ def test_each_term_has_a_weight_of_its_own(name: str) -> None:
         own = {"weights": (factor * 0.1,) * 3} if name == "multiscale" else {f"{name}_weight": factor * 0.1}
         cfg = ObjectiveConfig(temporal=name, **own)  # type: ignore[arg-type]
         stats = temporal_stats(features(), bands_for(cfg), SEGMENTS)
-        terms.append(temporal_term(features(), stats, cfg, SEGMENTS, torch.ones(K), pairs))
+        batch = FeatureBatch(h=features(), stats=stats, segments=SEGMENTS, variance=torch.ones(K), pairs=pairs)
+        terms.append(temporal_term(batch, cfg))
     torch.testing.assert_close(terms[1], 2.5 * terms[0])
 
 

@@ -22,6 +22,16 @@ class ActivationBatch(NamedTuple):
     x: Tensor
     segments: Tensor
 
+    @property
+    def full_segments(self) -> Tensor:
+        """``segments``; of a `BatchShard` those of the full batch."""
+        return self.segments
+
+    @property
+    def first(self) -> int:
+        """0; of a `BatchShard` the index of its first sequence in the full batch."""
+        return 0
+
 
 class Harvester:
     """Draws sequences from a stream and runs the language model up to one layer on them.

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tsae.config import ObjectiveConfig
 from tsae.errors import UserError
 from tsae.sae.normalization import InputNormalizer
-from tsae.training.objectives import bands_for, temporal_term
+from tsae.training.objectives import FeatureBatch, bands_for, temporal_term
 from tsae.training.temporal_objectives import Pairs, draw_pairs
 from tsae_kernels import activate_with_stats, temporal_stats
 
@@ -153,7 +153,8 @@ class _Temporal:
             pairs = draw_pairs(segments.cpu(), objective.offset, objective.pairs, generator)
             pairs = Pairs(*(index.to(h.device) for index in pairs))
         segments = segments.to(h.device)
-        return temporal_term(h, temporal_stats(h, bands_for(objective), segments), objective, segments, None, pairs)
+        stats = temporal_stats(h, bands_for(objective), segments)
+        return temporal_term(FeatureBatch(h=h, stats=stats, segments=segments, pairs=pairs), objective)
 
 
 class TemporalTopKTrainingSAE(_Temporal, TopKTrainingSAE):

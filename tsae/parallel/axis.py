@@ -1,8 +1,8 @@
-"""The processes of a run as a mesh, and the sums over them.
+"""The processes of a run as a mesh, and the reductions over them.
 
-The rule that all code here follows: a scalar of the loss is summed over the processes where it is made, so that every
-process holds the value of the whole batch and the whole dictionary, and its gradient goes to that process's share
-alone. Gradients of weights are then sums over the shares of the batch, never means.
+All code follows one rule: a scalar of the loss is summed over the processes where it is computed, so every process
+holds the value of the full batch and the full dictionary, and its gradient reaches only that process's shard. Gradients
+of weights are then sums over the shards of the batch, never means.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from torch.autograd.function import once_differentiable
 
 
 class Axis:
-    """The processes along one dimension of the mesh. Of one process, every method gives back what it is given.
+    """The processes along one dimension of the mesh. With one process every method returns its input.
+
+    Sums differ in their gradient: `sum_identity_grad`, `identity_sum_grad` (the reverse), `sum_no_grad`, and
+    `sum_in_place` without autograd.
 
     Args:
         group: torch's process group; None is this process alone.
@@ -31,43 +34,50 @@ class Axis:
     def __repr__(self) -> str:
         return f"Axis({self.rank} of {self.size})"
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over the processes, on each of them; the gradient reaches this one's ``tensor`` as it comes.
+    def sum_identity_grad(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The sum over the processes; backward, the gradient passes through unchanged.
 
-        For what is the same on all processes from here on.
+        For a value that is the same on all processes from here on. With several processes it is summed in ``dtype``
+        (None: its own).
         """
-        return tensor if self.size == 1 else _Sum.apply(tensor, self.group)
+        return tensor if self.size == 1 else _Sum.apply(tensor.to(dtype or tensor.dtype), self.group)
 
-    def spread(self, tensor: Tensor) -> Tensor:
-        """``tensor`` as it is, which all processes have; its gradient is the sum of theirs.
+    def identity_sum_grad(self, tensor: Tensor) -> Tensor:
+        """``tensor``, which is the same on all processes; backward, the gradient is summed over them.
 
-        For what each process puts to another use from here on.
+        For a value that each process uses differently from here on.
         """
-        return tensor if self.size == 1 else _Spread.apply(tensor, self.group)
+        return tensor if self.size == 1 else _SumOfGradients.apply(tensor, self.group)
 
-    def total(self, tensor: Tensor) -> Tensor:
-        """The sum over the processes, without gradient."""
-        return tensor if self.size == 1 else _reduced(tensor.detach(), self.group)
+    def sum_no_grad(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes, detached."""
+        return tensor.detach() if self.size == 1 else _reduced(tensor.detach(), self.group)
 
-    def largest(self, tensor: Tensor) -> Tensor:
-        """The elementwise maximum over the processes, without gradient."""
-        return tensor if self.size == 1 else _reduced(tensor.detach(), self.group, dist.ReduceOp.MAX)
+    def weighted_mean_no_grad(self, tensor: Tensor, weight: Tensor) -> Tensor:
+        """The mean over the processes, each with a scalar weight of at least 0, detached."""
+        if self.size == 1:
+            return tensor.detach()
+        return self.sum_no_grad(tensor * weight) / self.sum_no_grad(weight).clamp(min=1)
+
+    def max_no_grad(self, tensor: Tensor) -> Tensor:
+        """The elementwise maximum over the processes, detached."""
+        return tensor.detach() if self.size == 1 else _reduced(tensor.detach(), self.group, dist.ReduceOp.MAX)
 
     def any(self, mask: Tensor) -> Tensor:
-        """Elementwise, whether it is so on any process; bool."""
-        return mask if self.size == 1 else self.largest(mask.to(torch.int32)) > 0
+        """Elementwise, whether ``mask`` is true on any process; bool."""
+        return mask if self.size == 1 else self.max_no_grad(mask.to(torch.int32)) > 0
 
-    def gather(self, tensor: Tensor, dim: int = 0) -> Tensor:
-        """All processes' tensors, of one shape, one after another along ``dim``; without gradient."""
+    def all_gather(self, tensor: Tensor, dim: int = 0) -> Tensor:
+        """The tensors of all processes, of one shape, concatenated along ``dim``; detached."""
         if self.size == 1:
-            return tensor
+            return tensor.detach()
         source = tensor.detach().contiguous()
         parts = [torch.empty_like(source) for _ in range(self.size)]
         dist.all_gather(parts, source, group=self.group)
         return torch.cat(parts, dim)
 
-    def add_up(self, tensor: Tensor) -> None:
-        """Put the sum over the processes in the place of ``tensor``."""
+    def sum_in_place(self, tensor: Tensor) -> None:
+        """Replace the content of ``tensor`` by the sum over the processes."""
         if self.size == 1:
             return
         flat = tensor.T if tensor.dim() == 2 and not tensor.is_contiguous() else tensor
@@ -76,19 +86,19 @@ class Axis:
         else:
             tensor.copy_(_reduced(tensor, self.group))
 
-    def span(self, n: int) -> tuple[int, int]:
-        """This process's share of ``n`` things in a row: the first, and the one after the last."""
+    def shard_bounds(self, n: int) -> tuple[int, int]:
+        """The range [first, last) of ``n`` items that this process has."""
         return self.rank * n // self.size, (self.rank + 1) * n // self.size
 
 
 @dataclass(frozen=True, repr=False)
 class Ranks:
-    """Where this process stands in the mesh of a run.
+    """The position of this process in the mesh of a run.
 
-    data: the processes with the same part of the dictionary, each with its own share of the batch
-    features: the processes with the same share of the batch, each with its own part of the dictionary
-    world: all of them, data-major
-    mesh: torch's `DeviceMesh` with the dimensions `data` and `features`; None alone
+    data: the processes with the same shard of the dictionary, each with its own shard of the batch
+    features: the processes with the same shard of the batch, each with its own shard of the dictionary
+    world: all processes, data-major
+    mesh: torch's `DeviceMesh` with the dimensions `data` and `features`; None for a single process
     """
 
     data: Axis = field(default_factory=Axis)
@@ -100,8 +110,8 @@ class Ranks:
         return "SINGLE_PROCESS" if self.world.size == 1 else f"Ranks({self.data!r}, {self.features!r})"
 
     @property
-    def first(self) -> bool:
-        """Whether this is the process that writes files and speaks."""
+    def is_rank0(self) -> bool:
+        """Whether this is the process that writes files and prints."""
         return self.world.rank == 0
 
 
@@ -125,7 +135,7 @@ class _Sum(torch.autograd.Function):
         return grad, None
 
 
-class _Spread(torch.autograd.Function):
+class _SumOfGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
         ctx.group = group

@@ -24,12 +24,12 @@ class BatchShard(NamedTuple):
     """This process's share of a batch.
 
     x: (b, T, d_model); segments: (b, T)
-    batch_segments: (B, T), of the whole batch; first: the sequence of it that the share begins with
+    full_segments: (B, T), of the full batch; first: index in it of the first sequence of the shard
     """
 
     x: Tensor
     segments: Tensor
-    batch_segments: Tensor
+    full_segments: Tensor
     first: int
 
 
@@ -74,7 +74,7 @@ class DistributedActivationBuffer(ActivationBuffer):
         data, features = self.ranks.data, self.ranks.features.size
         shares = [chosen[r * len(chosen) // data.size : (r + 1) * len(chosen) // data.size] for r in range(data.size)]
         x = self._exchange([shares[rank // features] for rank in range(self.ranks.world.size)])
-        first, last = data.span(len(chosen))
+        first, last = data.shard_bounds(len(chosen))
         return BatchShard(x, self.segments[chosen[first:last]], self.segments[chosen], first)
 
     def _store(self, slots: Tensor, part: ActivationBatch) -> None:
@@ -90,7 +90,7 @@ class DistributedActivationBuffer(ActivationBuffer):
     def _stored(self, slots: Tensor) -> None:
         here = torch.zeros(self.capacity, dtype=torch.int64)
         here[list(self.rows)] = self.ranks.world.rank + 1
-        self.owner[slots] = self.ranks.world.total(here)[slots] - 1
+        self.owner[slots] = self.ranks.world.sum_no_grad(here)[slots] - 1
 
     def _exchange(self, wanted: list[Tensor]) -> Tensor:
         """Activations [n, T, d] of this process's slots of ``wanted``, which has those of every process."""
@@ -109,7 +109,7 @@ class DistributedActivationBuffer(ActivationBuffer):
         if not self.filled or self.segments is None:
             return {}
         none = torch.empty(0, dtype=torch.int64)
-        x = self.row.new_empty(self.capacity, *self.row.shape, device="cpu") if self.ranks.first else None
+        x = self.row.new_empty(self.capacity, *self.row.shape, device="cpu") if self.ranks.is_rank0 else None
         for start in range(0, self.capacity, _AT_ONCE):
             slots = torch.arange(start, min(start + _AT_ONCE, self.capacity))
             part = self._exchange([slots, *[none] * (self.ranks.world.size - 1)])

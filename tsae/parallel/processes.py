@@ -184,7 +184,7 @@ def check_on_all_ranks(check: Callable[[], None], ranks: Ranks, every: int = 1) 
             check()
         except AtSafePoint as stop:
             number = stop.number
-        number = int(ranks.world.largest(torch.tensor(number)))
+        number = int(ranks.world.max_no_grad(torch.tensor(number)))
         if number:
             raise AtSafePoint(number)
 

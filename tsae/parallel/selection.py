@@ -1,4 +1,4 @@
-"""Order statistics of what is spread over processes, exact: thresholds of TopK, BatchTopK and exact steering."""
+"""Exact order statistics of sharded tensors: the thresholds of TopK, BatchTopK and exact steering."""
 
 from __future__ import annotations
 
@@ -13,14 +13,23 @@ _BINS = 1 << 16
 
 @torch.no_grad()
 def kth_largest(values: Tensor, k: int, axis: Axis) -> Tensor:
-    """The ``k``-th largest of all processes' ``values``, the same as of one tensor that held them all.
+    """The ``k``-th largest of the ``values`` of all processes, as if one tensor held them.
 
-    The bits of a float32, read as an integer, are in the order of the numbers. So two histograms of 65,536 bins, of the
-    upper and then of the lower half of the bits, find it: two sums over the processes, however much there is.
-
-    values: any shape, may be empty; as float32
+    values: any shape; with several processes compared as float32, and possibly empty on some
     k: from 1 to the number of values on all processes
     out: scalar in the dtype of ``values``
+    """
+    if axis.size == 1:
+        return values.detach().flatten().kthvalue(values.numel() - k + 1).values
+    return kth_largest_by_histogram(values, k, axis)
+
+
+@torch.no_grad()
+def kth_largest_by_histogram(values: Tensor, k: int, axis: Axis) -> Tensor:
+    """`kth_largest` with two all-reduces of 65,536 counts, however many values there are.
+
+    Read as integers, the bits of float32 numbers are in the order of the numbers (after a flip for negative ones). A
+    histogram of their upper halves finds the bin of the result, a histogram of the lower halves in that bin the result.
     """
     bits = values.detach().float().contiguous().flatten().view(torch.int32)
     keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # ascending, negative numbers too
@@ -32,8 +41,8 @@ def kth_largest(values: Tensor, k: int, axis: Axis) -> Tensor:
 
 
 def _bin(digits: Tensor, k: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
-    """The digit of the k-th largest, and its place among those of the same digit, counted from 1."""
-    counts = axis.total(torch.bincount(digits, minlength=_BINS)).flip(0)
+    """The bin of the k-th largest digit, and the rank of that digit within the bin, counted from 1."""
+    counts = axis.sum_no_grad(torch.bincount(digits, minlength=_BINS)).flip(0)
     reached = counts.cumsum(0)
     place = (reached < k).sum()
     return _BINS - 1 - place, k - (reached[place] - counts[place])
@@ -41,13 +50,14 @@ def _bin(digits: Tensor, k: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def kth_largest_per_row(values: Tensor, k: int, axis: Axis) -> Tensor:
-    """The ``k``-th largest of each row, whose entries are spread over the processes.
+    """The ``k``-th largest entry of each row, where the entries of a row are sharded over the processes.
 
-    values: (..., n), n may differ between processes; in all rows' entries together at least ``k``
+    values: (..., n); n may differ between processes, and a row has at least ``k`` entries in all
     out: (..., 1)
     """
     n = min(k, values.shape[-1])
-    own = values.detach().topk(n, dim=-1).values
-    lowest = -torch.inf
-    every = axis.gather(functional.pad(own, (0, k - n), value=lowest), dim=-1)  # [..., size * k]
+    own = values.detach().topk(n, dim=-1, sorted=True).values
+    if axis.size == 1:
+        return own[..., k - 1 :]
+    every = axis.all_gather(functional.pad(own, (0, k - n), value=-torch.inf), dim=-1)  # [..., size * k]
     return every.topk(k, dim=-1, sorted=True).values[..., k - 1 :]

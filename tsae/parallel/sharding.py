@@ -26,7 +26,9 @@ def local(tensor: Tensor) -> Tensor:
 
 def split(tensor: Tensor, dim: int, axis: Axis) -> Tensor:
     """This process's share of ``tensor`` along ``dim``, a copy that keeps the order in memory."""
-    first, last = axis.span(tensor.shape[dim])
+    if axis.size == 1:
+        return tensor
+    first, last = axis.shard_bounds(tensor.shape[dim])
     return tensor.narrow(dim, first, last - first).clone()
 
 

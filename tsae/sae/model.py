@@ -129,7 +129,7 @@ class SparseAutoencoder(nn.Module):
         out: (..., d_sae) or (..., n), in the autocast dtype where autocast is on
         """
         if self.cfg.apply_b_dec_to_input:
-            x = x - self.ranks.features.spread(self.b_dec)
+            x = x - self.ranks.features.identity_sum_grad(self.b_dec)
         if self.cfg.input_scale != 1.0:
             x = x / self.cfg.input_scale
         if features is not None:
@@ -173,7 +173,7 @@ class SparseAutoencoder(nn.Module):
         if self.ranks.world.size > 1:
             kept = torch.ones(h.shape[:2], device=h.device) if segments is None else (segments >= 0).float()
             own = kept.sum()
-            l0 = self.ranks.world.sum(l0 * (own / self.ranks.data.total(own).clamp(min=1.0)))
+            l0 = self.ranks.world.sum_identity_grad(l0 * (own / self.ranks.data.sum_no_grad(own).clamp(min=1.0)))
         return h, stats, l0
 
     def _activate(
@@ -280,7 +280,7 @@ class SparseAutoencoder(nn.Module):
 
     def _summed(self, product: Tensor) -> Tensor:
         """Over the parts of the dictionary, in float32."""
-        return product if self.ranks.features.size == 1 else self.ranks.features.sum(product.float())
+        return product if self.ranks.features.size == 1 else self.ranks.features.sum_identity_grad(product.float())
 
     def _product(self, h: Tensor, W_dec: Tensor) -> Tensor:
         # A learned threshold needs the gradient of features that are 0, which the sparse product leaves out.

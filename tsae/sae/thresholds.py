@@ -50,7 +50,7 @@ def threshold_for(values: Tensor, k: int, ranks: Ranks, everything: float) -> Te
     """
     tokens, d_sae = values.shape
     if ranks.world.size > 1:
-        tokens = int(ranks.data.total(torch.tensor(tokens)))
+        tokens = int(ranks.data.sum_no_grad(torch.tensor(tokens)))
         d_sae *= ranks.features.size
     if tokens == 0 or k >= d_sae:
         return values.new_full((), everything)
@@ -72,7 +72,7 @@ def mean_l0(h: Tensor, segments: Tensor | None = None, ranks: Ranks = SINGLE_PRO
     if segments is None and ranks.world.size == 1:
         return active.mean()
     kept = torch.ones_like(active, dtype=torch.bool) if segments is None else segments >= 0
-    return ranks.world.total((active * kept).sum()) / ranks.data.total(kept.sum()).clamp(min=1)
+    return ranks.world.sum_no_grad((active * kept).sum()) / ranks.data.sum_no_grad(kept.sum()).clamp(min=1)
 
 
 def _count(mask: Tensor) -> Tensor:

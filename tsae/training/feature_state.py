@@ -10,10 +10,10 @@ from tsae_kernels import temporal_stats
 
 
 class TemporalBuffer:
-    """The running estimate behind ``var_j`` (TSAE section 4.3, "temporal buffers").
+    """The running estimate of ``var_j`` (TSAE section 4.3, "temporal buffers").
 
-    The paper leaves it open; our reading: it starts as the variance of 128 draws of N(0, std^2) for each feature,
-    so at the 0.01 threshold for std 0.1, and moves by ``v <- (1 - m) v + m batch_var``.
+    The paper does not define it. Our reading: it starts as the variance of 128 draws of N(0, std^2) per feature, which
+    is at the 0.01 threshold for std 0.1, and is updated by ``v <- (1 - m) v + m batch_var``.
 
     ``variance``: (d_sae), float32.
     """
@@ -36,10 +36,10 @@ class DeadFeatures:
         self.silent = torch.zeros(d_sae, dtype=torch.int64)
 
     def update(self, square: Tensor, tokens: int | Tensor, ranks: Ranks = SINGLE_PROCESS) -> None:
-        """A feature fired if its squares do not sum to 0 in the batch of ``tokens`` positions.
+        """A feature fired if its squares do not sum to 0 over the batch.
 
-        square: [B, d_sae], of `TemporalStats`; of a share of the batch, where ``ranks`` are several; tokens: of the
-            whole
+        square: [B, d_sae], from `TemporalStats`; with several processes of this shard of the batch
+        tokens: positions of the full batch
         """
         fired = ranks.data.any((square > 0).any(0))
         self.silent = torch.where(fired, 0, self.silent.to(fired.device) + tokens)
@@ -54,10 +54,10 @@ def lag1_correlation(h: Tensor, segments: Tensor | None = None, ranks: Ranks = S
     """Correlation of each feature with itself one token later (TC-SAE section 4, "feature correlation tracking").
 
     From the statistics of band (1, 1): ``2 sum f_t f_{t+1} = sum (f_t^2 + f_{t+1}^2) - D_1`` over pairs inside a
-    segment, centred by the mean and divided by the variance over all positions that count.
+    segment, centred by the mean and divided by the variance over all non-excluded positions.
 
-    h: (B, T, d_sae); segments: (B, T) or None; a share of the batch, where ``ranks`` are several
-    out: (d_sae), float32, over the whole batch; 0 where a feature does not vary or there is no pair
+    h: (B, T, d_sae); segments: (B, T) or None; with several processes a shard of the batch
+    out: (d_sae), float32, over the full batch; 0 where a feature is constant or there is no pair
     """
     D1, total, square = (s.double().sum(0) for s in temporal_stats(h.detach(), ((1, 1),), segments))
     batch, tokens, _ = h.shape
@@ -65,10 +65,10 @@ def lag1_correlation(h: Tensor, segments: Tensor | None = None, ranks: Ranks = S
         segments = h.new_zeros(batch, tokens, dtype=torch.int32)
     kept = segments >= 0
     joined = (segments[:, 1:] == segments[:, :-1]) & kept[:, 1:]  # [B, T-1]
-    pairs, n = int(ranks.data.total(joined.sum())), int(ranks.data.total(kept.sum()))
+    pairs, n = int(ranks.data.sum_no_grad(joined.sum())), int(ranks.data.sum_no_grad(kept.sum()))
     if pairs == 0:
         return h.new_zeros(h.shape[-1], dtype=torch.float32)
-    # Every position counts twice in sum (f_t^2 + f_{t+1}^2), but those at an end of a segment lack a neighbour.
+    # Every position counts twice in sum (f_t^2 + f_{t+1}^2), except at the ends of a segment, which have one neighbour.
     missing = torch.full((batch, tokens), 2, device=h.device)
     missing[:, 1:] -= joined.int()
     missing[:, :-1] -= joined.int()
@@ -77,8 +77,7 @@ def lag1_correlation(h: Tensor, segments: Tensor | None = None, ranks: Ranks = S
     ends, weight = h.detach()[rows].double(), edge[rows].double()[:, None]  # [edges, d_sae]
     products = 0.5 * (2.0 * square - (weight * ends.square()).sum(0) - D1[0])
     sums = 2.0 * total - (weight * ends).sum(0)  # of f_t + f_{t+1} over pairs
-    if ranks.data.size > 1:
-        products, sums, total, square = ranks.data.total(torch.stack([products, sums, total, square]))
+    products, sums, total, square = ranks.data.sum_no_grad(torch.stack([products, sums, total, square]))
     mean = total / n
     variance = square / n - mean.square()
     covariance = (products - mean * sums) / pairs + mean.square()

@@ -48,10 +48,12 @@ def add_l0_lagrangian_gradient(sae: SparseAutoencoder, l0_gradients: Sequence[Te
     l0_gradients: dL0 / dp for each of `threshold_parameters`, whose ``grad`` holds dL / dp
     """
     parameters, features = threshold_parameters(sae), sae.ranks.features
-    loss, count = parameters[0].grad, features.total(local(l0_gradients[0]).sum())
+    loss, count = parameters[0].grad, features.sum_no_grad(local(l0_gradients[0]).sum())
     if loss is None:
         return
-    price = torch.where(count < 0, -features.total(local(loss).sum()) / count.clamp(max=-1e-30), 0.0).clamp(min=0.0)
+    price = torch.where(count < 0, -features.sum_no_grad(local(loss).sum()) / count.clamp(max=-1e-30), 0.0).clamp(
+        min=0.0
+    )
     for parameter, gradient in zip(parameters, l0_gradients, strict=True):
         if parameter.grad is not None:
             local(parameter.grad).add_(price * local(gradient))
@@ -71,9 +73,9 @@ def add_gradient_noise(sae: SparseAutoencoder, std: float, generator: torch.Gene
         grad = local(parameter.grad)
         noise = torch.randn(parameter.grad.shape, generator=generator)
         mean_square = grad.square().mean()
-        if features.size > 1 and name in FEATURE_DIM:
+        if name in FEATURE_DIM:
             noise = split(noise, FEATURE_DIM[name], features)
-            mean_square = features.total(mean_square) / features.size
+            mean_square = features.sum_no_grad(mean_square) / features.size
         grad.add_(noise.to(grad) * mean_square.sqrt(), alpha=std)
 
 
@@ -82,7 +84,7 @@ def sum_gradients(sae: SparseAutoencoder, data: Axis) -> None:
     """Make every gradient that of the whole batch, from those of its shares."""
     for parameter in sae.trained().values():
         if parameter.grad is not None:
-            data.add_up(local(parameter.grad))
+            data.sum_in_place(local(parameter.grad))
 
 
 @torch.no_grad()
@@ -94,7 +96,7 @@ def clip_gradients(sae: SparseAutoencoder, limit: float) -> Tensor:
     squares = {name: gradient.square().sum() for name, gradient in gradients.items()}
     parts = torch.stack([square for name, square in squares.items() if name in FEATURE_DIM])
     common = [square for name, square in squares.items() if name not in FEATURE_DIM]
-    norm = (sae.ranks.features.total(parts.sum()) + sum(common)).sqrt()
+    norm = (sae.ranks.features.sum_no_grad(parts.sum()) + sum(common)).sqrt()
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients.values():
         gradient.mul_(factor)

@@ -104,7 +104,7 @@ def run_all(
     ranks = ranks_for(common)
     outcomes, trainers = _trained(cfgs, lm, device, directory, ranks, resume=resume, start=start or _start_all)
     saes = {name: trainer.finished() for name, trainer in trainers.items()}
-    if not ranks.first:
+    if not ranks.is_rank0:
         return outcomes
     for name, sae in saes.items():
         sae.save(
@@ -225,7 +225,7 @@ def _fed(
             first = buffer.first(cfg.buffer.estimate_sequences)
         except AtSafePoint as stop:
             empty = not directory.exists() or not any(directory.iterdir())
-            if empty and ranks.first:
+            if empty and ranks.is_rank0:
                 start(cfgs, directory)  # so that there is something to resume
             raise Interrupted(stop.number, _advice(0, directory if resume or empty else None)) from None
         estimated, raw = (
@@ -234,7 +234,7 @@ def _fed(
         )
         trainers = {name: trainer(name, estimated if cfgs[name].normalize else raw) for name in cfgs}
         keep_bytes = dict.fromkeys(cfgs, 0)
-    if not resume and ranks.first:
+    if not resume and ranks.is_rank0:
         start(cfgs, directory)  # what can fail has been done: an old run goes only for one that trains
 
     with ExitStack() as files:
@@ -250,7 +250,7 @@ def _fed(
             contents = None if there else buffer.contents()
             # The others have the same, or a part that goes to the first.
             trained = {name: lane.trainer.state_dict() for name, lane in lanes.items() if ranks.data.rank == 0}
-            if not ranks.first:
+            if not ranks.is_rank0:
                 return
             state = {
                 "configs": {name: to_dict(cfg) for name, cfg in cfgs.items()},
@@ -265,7 +265,7 @@ def _fed(
         def stopped(name: str, error: DivergedError) -> None:
             error = _with_checkpoint(error, directory)
             outcomes[name] = Outcome(lanes.pop(name).trainer.step, error=error)
-            if ranks.first:
+            if ranks.is_rank0:
                 write_json(directory / name / layout.DIVERGED, {"steps": outcomes[name].steps, "message": str(error)})
 
         try:
@@ -296,7 +296,7 @@ def _saved(directory: Path, ranks: Ranks) -> checkpoint.Resumed | None:
 
 
 def _open_log(cfg: TrainConfig, directory: Path, trainer: Trainer, keep_bytes: int, ranks: Ranks) -> MetricsLog:
-    if not ranks.first:
+    if not ranks.is_rank0:
         return NoLog()
     (directory / layout.DIVERGED).unlink(missing_ok=True)  # of later steps than the checkpoint's
     return MetricsLog(directory / layout.METRICS, keep_bytes, open_trackers(directory, cfg, trainer.step))

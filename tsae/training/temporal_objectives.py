@@ -1,6 +1,6 @@
-"""Temporal objectives beyond the two papers': T-SAE's contrast, and slowness. Pure functions.
+"""Temporal objectives: T-SAE's contrastive loss, slowness, and TC-SAE's window from statistics. Pure functions.
 
-docs/objectives.md holds the formulas side by side, with the cost of each.
+docs/objectives.md compares the formulas and their cost.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Pairs(NamedTuple):
 
 
 def draw_pairs(segments: Tensor, offset: int, count: int, generator: torch.Generator) -> Pairs:
-    """Positions and, for each, one 1 to ``offset`` later in its segment, drawn uniformly from those there are.
+    """Positions (anchors), each with a partner 1 to ``offset`` later in its segment, drawn uniformly.
 
     segments: (B, T) on the CPU
-    count: positions drawn, without replacement; 0 takes every one that has a later neighbour in its segment
-    generator: of the CPU
+    count: anchors drawn, without replacement; 0 takes every position with a later neighbour in its segment
+    generator: on the CPU
     """
     end = find_runs(segments).end
     later = end - 1 - torch.arange(segments.shape[1])  # [B, T] positions left in the segment, negative if excluded
@@ -49,7 +49,7 @@ def contrastive_loss(
     pairs: Pairs,
     temperature: float = 0.1,
     *,
-    group: int | None = 0,
+    group: int | None = None,
     other_sequences: bool = False,
     ranks: Ranks = SINGLE_PROCESS,
     first: int = 0,
@@ -60,25 +60,25 @@ def contrastive_loss(
         z_i = h[t_i, :group] / |h[t_i, :group]|,   y_i the same of the partner,   s_ij = z_i . y_j / temperature
         L   = -1/(2P) sum_i [ log softmax_j(s_ij)_i + log softmax_j(s_ji)_i ]
 
-    Our readings, each an option: a temperature; a sample of the batch's pairs rather than all; offsets above 1. A batch
-    of ours holds whole sequences, so that other pairs of the same text are among the negatives, and pull apart what
-    lies together; ``other_sequences`` leaves them out.
+    Our readings, each an option: a temperature; a sample of the batch's pairs instead of all; offsets above 1. Our
+    batches hold whole sequences, so the negatives include other pairs of the same text; ``other_sequences`` excludes
+    these.
 
     h: (B, T, d_sae); only the rows of ``pairs`` are read
     pairs: from `draw_pairs`
-    group: the first so many features; 0 takes all, None has none
-    ranks: with several, ``h`` is a share of the batch and the dictionary, and ``pairs`` are those of the whole batch,
-        whose rows are put together on every process
-    first: the sequence of the batch that ``h`` begins with
+    group: number of features used, the first ones; None: all
+    ranks: with several processes ``h`` is a shard of the batch and the dictionary, and ``pairs`` those of the full
+        batch, whose rows every process gathers
+    first: index in the full batch of the first sequence of ``h``
     out: scalar, float32 (float64 for float64 h), at least 0; 0 without pairs. A token without an active feature in the
-        group has similarity 0 to all, and no gradient.
+        group has similarity 0 to all others, and no gradient.
     """
     tokens, count = h.shape[1], len(pairs.anchors)
-    if ranks.world.size > 1:
-        rows = _rows_of_all(h, torch.cat(pairs) - first * tokens, group, ranks)
+    if ranks.world.size > 1:  # every process needs the rows of all: another computation, of the same value
+        rows = _rows_of_all_shards(h, torch.cat(pairs) - first * tokens, group, ranks)
         return _cross_entropy(_cosines(rows, ranks) / temperature, pairs, tokens, other_sequences=other_sequences)
-    # Rows before columns: the gradient is then spread once, over few rows.
-    rows = h.flatten(0, 1).index_select(0, torch.cat(pairs))[:, : group or None]  # [2P, group]
+    # Rows before columns: the gradient is then scattered once, over few rows.
+    rows = h.flatten(0, 1).index_select(0, torch.cat(pairs))[:, :group]  # [2P, group]
     dtype = torch.promote_types(rows.dtype, torch.float32)
     rows = _unit(rows.to(dtype)).to(h.dtype)  # under autocast the product is in bfloat16, as all others
     z, y = rows[:count], rows[count:]
@@ -99,25 +99,25 @@ def _cross_entropy(scores: Tensor, pairs: Pairs, tokens: int, *, other_sequences
     return 0.5 * (functional.cross_entropy(scores, target) + functional.cross_entropy(scores.T, target))
 
 
-def _rows_of_all(h: Tensor, indices: Tensor, group: int | None, ranks: Ranks) -> Tensor:
-    """The rows of ``h`` [N, features here] that ``indices`` name, of all shares of the batch; float32, or float64."""
+def _rows_of_all_shards(h: Tensor, indices: Tensor, group: int | None, ranks: Ranks) -> Tensor:
+    """The rows ``indices`` of ``h`` flattened to (B * T, d_sae), from all shards of the batch; float32 or float64."""
     tokens = h.flatten(0, 1)
     own = (indices >= 0) & (indices < len(tokens))
-    rows = tokens.index_select(0, indices[own])
-    rows = rows[:, : group or None] if group is not None else rows[:, :0]
+    rows = tokens.index_select(0, indices[own])[:, :group]
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    return ranks.data.sum(rows.new_zeros(len(indices), rows.shape[1]).index_copy(0, own.nonzero().squeeze(1), rows))
+    scattered = rows.new_zeros(len(indices), rows.shape[1]).index_copy(0, own.nonzero().squeeze(1), rows)
+    return ranks.data.sum_identity_grad(scattered)
 
 
 def _cosines(rows: Tensor, ranks: Ranks) -> Tensor:
-    """[P, P]: similarity of each of the first half of rows to each of the second, over all parts of the dictionary.
+    """[P, P]: cosine similarity of each row of the first half to each row of the second, over the full dictionary.
 
-    Products and lengths are each whole before they meet, so that all that follows is the same on every process.
+    Products and lengths are each summed over the shards before they are combined, so all processes hold the same value.
     """
     z, y = rows.chunk(2)
-    lengths = _inverse_length(ranks.features.sum(rows.square().sum(-1)))
+    lengths = _inverse_length(ranks.features.sum_identity_grad(rows.square().sum(-1)))
     before, after = lengths.chunk(2)
-    return ranks.features.sum(z @ y.T) * before[:, None] * after
+    return ranks.features.sum_identity_grad(z @ y.T) * before[:, None] * after
 
 
 def _unit(rows: Tensor) -> Tensor:
@@ -145,34 +145,35 @@ def slow_loss(
 
         L = mean_j  D_j / (2 pairs var_j),    var_j = Q_j / positions - (A_j / positions)^2
 
-    with D, A and Q summed over the batch; for one offset it is 1 minus the autocorrelation there, apart from what the
-    edges of segments do to the mean, and for several the mean over their pairs. It is slow feature analysis's
-    delta value (Wiskott and Sejnowski 2002) made a penalty: a feature cannot lower it by shrinking, nor by becoming
-    constant. Every feature counts alike, rare ones too. Those that do not vary in the batch are left out.
+    with D, A and Q summed over the batch. For one offset it is 1 minus the autocorrelation there, up to the effect of
+    segment edges on the mean; for several it is the mean over their pairs. It is the delta value of slow feature
+    analysis (Wiskott and Sejnowski 2002) as a penalty: a feature lowers it neither by shrinking nor by becoming
+    constant. All features have equal weight, rare ones too; features constant in the batch are left out.
 
-    stats: of one band, (1, offset): its gradient is what the activation's own backward expects, so that there is no
-        second pass over the features
-    positions, pairs: in the whole batch: positions that count, and `count_pairs`
-    ranks: with several, ``stats`` are of a share of the batch and the dictionary
+    stats: of one band, (1, offset); its gradient enters the backward pass of the activation, so there is no second pass
+        over the features
+    positions, pairs: in the full batch: non-excluded positions, and `count_pairs`
+    ranks: with several processes ``stats`` are those of a shard of the batch and the dictionary
     out: scalar in the statistics' dtype; 0 with zero gradient if no feature varies
     """
     D, A, Q = (s.sum(0).double() for s in (stats.differences[:, 0], stats.total, stats.square))  # [d_sae]
-    if ranks.data.size > 1:
-        D, A, Q = ranks.data.sum(torch.stack([D, A, Q]))
+    D, A, Q = ranks.data.sum_identity_grad(torch.stack([D, A, Q]))
     n = torch.as_tensor(positions, device=A.device).clamp(min=1)
     p = torch.as_tensor(pairs, device=A.device).clamp(min=1)
     variance = Q / n - (A / n) ** 2
-    varies = variance > 1e-6 * Q / n  # float32 sums do not know less
+    varies = variance > 1e-6 * Q / n  # the precision of float32 sums
     ratio = torch.where(varies, D, 0.0) / (2.0 * p * torch.where(varies, variance, 1.0))
     features = ranks.features
-    return (features.sum(ratio.sum()) / features.total(varies.sum()).clamp(min=1)).to(stats.total.dtype)
+    return (features.sum_identity_grad(ratio.sum()) / features.sum_no_grad(varies.sum()).clamp(min=1)).to(
+        stats.total.dtype
+    )
 
 
 class WindowEdges(NamedTuple):
-    """The pairs (t, t + 1) of a batch (B, T) that lie in fewer windows than those amid a segment, at its two ends.
+    """The pairs (t, t + 1) of a batch (B, T) near the ends of a segment, which lie in fewer windows than the others.
 
-    full: [] the weight of a pair amid a segment
-    firsts: (P) int64, t as index into B * T; missing: (P) what the pair's weight is short of ``full``
+    full: [] the weight of the other pairs
+    firsts: (P) int64, t as index into B * T; missing: (P) ``full`` minus the weight of the pair
     """
 
     full: Tensor
@@ -181,7 +182,7 @@ class WindowEdges(NamedTuple):
 
 
 def find_window_edges(segments: Tensor, window: int) -> WindowEdges:
-    """For `window_loss`; segments: (B, T), best on the CPU, as how many edges there are must be known."""
+    """For `window_loss`; segments: (B, T), best on the CPU, since the number of edges must be known there."""
     weights = window_weights(torch.empty(*segments.shape, 1, dtype=torch.float64), window, segments.cpu())  # [B, T]
     runs = find_runs(segments.cpu())
     t = torch.arange(segments.shape[1])
@@ -192,19 +193,19 @@ def find_window_edges(segments: Tensor, window: int) -> WindowEdges:
     return WindowEdges(full, firsts, missing[firsts])
 
 
-def window_loss(h: Tensor, stats: TemporalStats, edges: WindowEdges, *, group: int = 0) -> Tensor:
-    """TC-SAE's window (equation 3), `tsae_kernels.window_consistency` of the first ``group`` features, from statistics.
+def window_loss(h: Tensor, stats: TemporalStats, edges: WindowEdges, *, group: int | None = None) -> Tensor:
+    """TC-SAE's window (equation 3), `tsae_kernels.window_consistency`, from the statistics.
 
-    A pair of neighbours amid a segment lies in window - 1 windows, so that the loss is a sum over all pairs, D of the
-    band (1, 1), less what the few at a segment's ends are short of it. Of h only those few rows are read.
+    Away from the ends of a segment a pair of neighbours lies in window - 1 windows. The loss is therefore D of the band
+    (1, 1), minus a correction for the few pairs at the ends, the only rows of h that are read.
 
     h: (B, T, d_sae); stats: of h, the first band (1, 1)
     edges: from `find_window_edges`, on h's device
-    group: the first so many features; 0 takes all
+    group: number of features used, the first ones; None: all
     out: scalar in the statistics' dtype
     """
-    pairs = stats.differences[:, 0, : group or None].sum()
+    pairs = stats.differences[:, 0, :group].sum()
     rows = h.flatten(0, 1).index_select(0, torch.cat([edges.firsts, edges.firsts + 1]))  # [2P, d_sae]
-    before, after = rows[:, : group or None].to(pairs.dtype).chunk(2)
+    before, after = rows[:, :group].to(pairs.dtype).chunk(2)
     missing = edges.missing.to(pairs.dtype) @ (after - before).square().sum(1)
     return edges.full.to(pairs.dtype) * pairs - missing

@@ -1,14 +1,14 @@
-"""One autoencoder in training: a step, and the state that a checkpoint holds.
+"""One autoencoder in training: the optimizer step, and the state that a checkpoint holds.
 
-The trainer knows no formula: losses are in `tsae.training.objectives`, schedules in `tsae.training.schedules`,
-thresholds in `tsae.sae.thresholds`.
+The trainer contains no formula: losses are in `tsae.training.objectives`, schedules in `tsae.training.schedules`,
+thresholds in `tsae.sae.thresholds`, and what a step measures in `tsae.training.step_metrics`.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from tsae.sae.model import SparseAutoencoder
 from tsae.sae.normalization import InputNormalizer
 from tsae.sae.thresholds import ThresholdController, initial_threshold
 from tsae.training.feature_state import DeadFeatures, TemporalBuffer, lag1_correlation
-from tsae.training.objectives import LossTerms, auxk_loss, bands_for, objective
+from tsae.training.objectives import LossInputs, LossTerms, auxk_loss, bands_for, objective
 from tsae.training.optimization import (
     add_gradient_noise,
     add_l0_lagrangian_gradient,
@@ -42,6 +42,7 @@ from tsae.training.optimization import (
     threshold_parameters,
 )
 from tsae.training.schedules import buffer_mixing, learning_rate, noise_std
+from tsae.training.step_metrics import Piece, correlation_metrics, loss_metrics
 from tsae.training.temporal_objectives import Pairs, WindowEdges, draw_pairs, find_window_edges
 from tsae_kernels import TemporalStats, count_positions, within_sequence_variance
 
@@ -50,30 +51,16 @@ class DivergedError(UserError):
     """A loss term, the gradient or the state is not finite."""
 
 
-class _Part(NamedTuple):
-    """What a step keeps of a piece of its batch; all without gradient."""
-
-    weight: float
-    x: Tensor
-    h: Tensor | None
-    segments: Tensor
-    stats: TemporalStats
-    variance: Tensor
-    terms: LossTerms
-    l0: Tensor
-    l0_gradients: tuple[Tensor, ...]
-
-
 class Trainer:
     """Trains one `SparseAutoencoder` on batches of activations.
 
     Args:
-        cfg: the run's configuration, with ``cfg.sae.d_in`` set.
-        normalizer: input centring and scaling.
-        device: where the autoencoder lives.
+        cfg: configuration of the run, with ``cfg.sae.d_in`` set.
+        normalizer: centring and scaling of the input.
+        device: device of the autoencoder.
         autocast: whether matrix products run in bfloat16.
-        ranks: with several processes, where this one stands; it then trains on its `BatchShard` of every batch, and on
-            its part of the dictionary, and all end a step with the weights that one process would have.
+        ranks: with several processes, the position of this one: it trains on its `BatchShard` of every batch and its
+            shard of the dictionary, and ends a step with the weights that a single process would have.
     """
 
     def __init__(
@@ -106,53 +93,56 @@ class Trainer:
         self.tokens = 0
 
     def train_step(self, batch: ActivationBatch | BatchShard, *, log: bool = False) -> dict[str, float]:
-        """One optimizer step on raw activations; with ``log``, the measurements of `metrics.jsonl`, else nothing.
+        """One optimizer step on raw activations.
 
-        batch: x (B, T, d_in) and segments (B, T), on any device; with several processes this one's share
+        batch: x (B, T, d_in) and segments (B, T), on any device; with several processes the shard of this one
+        log: whether to measure
+        out: the values of a line of `metrics.jsonl`, or empty without ``log``
 
         Raises:
-            DivergedError: a term of the loss or the gradient is NaN or infinite; the weights are as before the step.
-                (On a GPU this is looked at on steps with ``log`` only.)
+            DivergedError: a loss term or the gradient is NaN or infinite; the weights are unchanged. On a GPU this is
+                checked only with ``log``, since it synchronises with the device.
         """
-        cfg, sae, step, ranks = self.cfg, self.sae, self.step, self.ranks
-        whole = batch.batch_segments if isinstance(batch, BatchShard) else batch.segments
-        dead = self.dead.indices(cfg.objective.dead_after_tokens) if cfg.objective.aux_weight > 0 else None
-        look = log or self.device.type == "cpu"
-        priced = sae.thresholds_learned and self._steered
+        cfg, sae, ranks = self.cfg, self.sae, self.ranks
+        check = log or self.device.type == "cpu"
         self.optimizer.zero_grad(set_to_none=True)
-        parts: list[_Part] = []
-        for chunk, weight in self._chunks(batch):
-            if parts:
-                parts[-1] = parts[-1]._replace(h=None)  # so that one piece's features are held at a time
-            parts.append(self._backward(chunk, weight, dead, look=look, priced=priced))
-        terms = LossTerms(*(_total(part.weight * getattr(part.terms, n) for part in parts) for n in LossTerms._fields))
-        l0 = _total(part.weight * part.l0 for part in parts)
-        if len(parts) > 1:  # the temporal buffer moves when all pieces are known
-            self._move_variance(_total(part.weight * part.variance for part in parts), step)
-        l0_gradients = tuple(_total(each) for each in zip(*(part.l0_gradients for part in parts), strict=True))
-        if ranks.data.size > 1:
-            sum_gradients(sae, ranks.data)
-            l0_gradients = tuple(ranks.data.total(local(gradient)) for gradient in l0_gradients)
-        if priced:
-            add_l0_lagrangian_gradient(sae, l0_gradients)
-        norm = self._prepare_gradients(step)
-        if look and not torch.isfinite(norm):
-            raise DivergedError(f"step {step + 1}: the norm of the gradient is {norm.item()}")
+        pieces = self._accumulate_gradients(batch, check=check)
+        sum_gradients(sae, ranks.data)
+        if self._priced:
+            sums = (_sum(each) for each in zip(*(piece.l0_gradients for piece in pieces), strict=True))
+            add_l0_lagrangian_gradient(sae, [ranks.data.sum_no_grad(local(gradient)) for gradient in sums])
+        norm = self._prepare_gradients()
+        if check and not torch.isfinite(norm):
+            raise DivergedError(f"step {self.step + 1}: the norm of the gradient is {norm.item()}")
         self.optimizer.step()
         if cfg.sae.unit_norm_decoder:
             renormalize_decoder(sae)
+        l0 = _sum(piece.weight * piece.l0 for piece in pieces)
         if self._steered:
             self._steer(l0)
-        tokens = int((whole >= 0).sum())
-        self.dead.update(torch.cat([part.stats.square for part in parts]), tokens, ranks)
-        self.step, self.tokens = step + 1, self.tokens + tokens
-        return self._measurements(terms, parts, l0, norm) if log else {}
+        tokens = int((batch.full_segments >= 0).sum())
+        self.dead.update(torch.cat([piece.stats.square for piece in pieces]), tokens, ranks)
+        self.step, self.tokens = self.step + 1, self.tokens + tokens
+        return self._measurements(pieces, l0, norm) if log else {}
+
+    def _accumulate_gradients(self, batch: ActivationBatch | BatchShard, *, check: bool) -> list[Piece]:
+        """Forward and backward of each piece (``cfg.chunk`` sequences) of the batch."""
+        dead = None
+        if self.cfg.objective.aux_weight > 0:
+            dead = self.dead.indices(self.cfg.objective.dead_after_tokens)
+        pieces: list[Piece] = []
+        for chunk, weight in self._chunks(batch):
+            if pieces:
+                pieces[-1] = pieces[-1]._replace(h=None)  # the features of one piece at a time
+            pieces.append(self._backward(chunk, weight, dead, check=check))
+        if len(pieces) > 1:  # the temporal buffer is updated once all pieces are known
+            self._update_temporal_buffer(_sum(piece.weight * piece.variance for piece in pieces))
+        return pieces
 
     def _chunks(
         self, batch: ActivationBatch | BatchShard
     ) -> Iterator[tuple[ActivationBatch | BatchShard, float | None]]:
-        """The pieces of the batch that are worked on at once, and the share of its positions that each has; the batch
-        itself and None where it is not cut."""
+        """The pieces of the batch and each one's share of the positions; the batch itself and None if it is not cut."""
         size = self.cfg.chunk or len(batch.x)
         if size >= len(batch.x):
             yield batch, None
@@ -162,17 +152,10 @@ class Trainer:
             yield ActivationBatch(x, segments), float((segments >= 0).sum() / positions)
 
     def _backward(
-        self,
-        batch: ActivationBatch | BatchShard,
-        weight: float | None,
-        dead: Tensor | None,
-        *,
-        look: bool,
-        priced: bool,
-    ) -> _Part:
-        """Add ``weight`` (None: 1) times the gradient of the loss on ``batch`` to the parameters' gradients."""
-        cfg, sae, step, ranks = self.cfg, self.sae, self.step, self.ranks
-        whole, first = (batch.batch_segments, batch.first) if isinstance(batch, BatchShard) else (batch.segments, 0)
+        self, batch: ActivationBatch | BatchShard, weight: float | None, dead: Tensor | None, *, check: bool
+    ) -> Piece:
+        """Add ``weight`` (None: 1) times the gradient of the loss on ``batch`` to the gradients of the parameters."""
+        cfg, sae = self.cfg, self.sae
         segments = batch.segments.to(self.device, non_blocking=True)
         x = self.normalizer(batch.x.to(self.device, non_blocking=True))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
@@ -182,31 +165,30 @@ class Trainer:
             *prefixes, xhat = sae.decode_prefixes(h)
             auxiliary = self._auxiliary(x, x - xhat, dead, segments)
         variance = self._variance(stats, segments)
-        if weight is None:  # the temporal buffer after this batch
-            self._move_variance(variance, step)
-        terms = objective(
-            x,
-            xhat,
-            h,
-            stats,
-            step,
-            cfg.objective,
+        if weight is None:  # the loss uses the temporal buffer as updated by this batch
+            self._update_temporal_buffer(variance)
+        inputs = LossInputs(
+            x=x,
+            xhat=xhat,
+            h=h,
+            stats=stats,
             segments=segments,
             variance=self.temporal_buffer.variance,
             auxiliary=auxiliary,
             prefixes=prefixes,
-            pairs=self._pairs(whole),
-            edges=self._window_edges(whole, first, len(x)),
+            pairs=self._pairs(batch.full_segments),
+            edges=self._window_edges(batch),
             l0=l0,
-            ranks=ranks,
-            first=first,
+            ranks=self.ranks,
+            first=batch.first,
         )
-        if look:
+        terms = objective(inputs, self.step, cfg.objective)
+        if check:
             self._check_finite(terms)
-        l0_gradients = torch.autograd.grad(l0, threshold_parameters(sae), retain_graph=True) if priced else ()
+        l0_gradients = torch.autograd.grad(l0, threshold_parameters(sae), retain_graph=True) if self._priced else ()
         weight = 1.0 if weight is None else weight
         (weight * terms.total).backward()
-        return _Part(
+        return Piece(
             weight,
             x,
             h.detach(),
@@ -225,6 +207,11 @@ class Trainer:
             return self.cfg.sae.steering == "controller"
         return self.sae.thresholds_learned and self.cfg.objective.l0 == 0
 
+    @property
+    def _priced(self) -> bool:
+        """Whether learned thresholds get the L0 penalty's gradient at the price that keeps the mean L0."""
+        return self.sae.thresholds_learned and self._steered
+
     @torch.no_grad()
     def _set_threshold(self, pre: Tensor, segments: Tensor) -> None:
         if not self._steered and not self.sae.thresholds_learned:
@@ -239,14 +226,14 @@ class Trainer:
 
     @torch.no_grad()
     def _steer(self, l0: Tensor) -> None:
-        """One step of control; of learned thresholds it moves the common factor."""
+        """One step of the controller. It moves the common factor of learned thresholds."""
         before = self.controller.theta
         after = self.controller.update(l0)
         if self.sae.log_threshold is not None:
             self.sae.log_threshold.add_((after / before).log())
 
     def _pairs(self, segments: Tensor) -> Pairs | None:
-        """The contrastive objective's, drawn anew each step from the seed and the step alone."""
+        """The pairs of the contrastive objective, a function of the seed and the step alone."""
         cfg = self.cfg.objective
         if "contrastive" not in cfg.terms:
             return None
@@ -254,21 +241,20 @@ class Trainer:
         pairs = draw_pairs(segments.cpu(), cfg.offset, cfg.pairs, generator)
         return Pairs(*(index.to(self.device, non_blocking=True) for index in pairs))
 
-    def _window_edges(self, segments: Tensor, first: int, count: int) -> WindowEdges | None:
-        """Of ``count`` sequences of the batch, from ``first`` on."""
+    def _window_edges(self, batch: ActivationBatch | BatchShard) -> WindowEdges | None:
         if "window" not in self.cfg.objective.terms:
             return None
-        edges = find_window_edges(segments, self.cfg.objective.window)
-        if count < len(segments):
-            start, end = first * segments.shape[1], (first + count) * segments.shape[1]
-            here = (edges.firsts >= start) & (edges.firsts < end)
+        edges = find_window_edges(batch.full_segments, self.cfg.objective.window)
+        length, start = batch.segments.shape[1], batch.first * batch.segments.shape[1]
+        if len(batch.segments) < len(batch.full_segments):
+            here = (edges.firsts >= start) & (edges.firsts < start + len(batch.segments) * length)
             edges = WindowEdges(edges.full, edges.firsts[here] - start, edges.missing[here])
         return WindowEdges(*(part.to(self.device, non_blocking=True) for part in edges))
 
     def _auxiliary(self, x: Tensor, residual: Tensor, dead: Tensor | None, segments: Tensor) -> Tensor | None:
-        if dead is None or int(self.ranks.features.total(torch.tensor(dead.numel()))) == 0:
+        if dead is None or int(self.ranks.features.sum_no_grad(torch.tensor(dead.numel()))) == 0:
             return None
-        # A product of its own: dead features get a gradient at every token, and that of all others stays sparse.
+        # A separate product: dead features get a gradient at every token, and the gradient of the others stays sparse.
         dead_pre = self.sae.pre_activation(x, dead) + self.sae.b_enc[dead]
         k = self.cfg.objective.aux_k or max(1, self.cfg.sae.d_in // 2)
         through_zero = self.cfg.sae.activation == "relu" or self.sae.thresholds_learned
@@ -280,83 +266,67 @@ class Trainer:
         return "multiscale" in self.cfg.objective.terms and self.cfg.objective.adaptive
 
     def _variance(self, stats: TemporalStats, segments: Tensor) -> Tensor:
-        """Of each feature within the batch's sequences, 0 where nothing asks for it."""
+        """Of each feature within the sequences of the full batch; a scalar 0 if no term uses it."""
         if not self._adaptive:
             return self.temporal_buffer.variance.new_zeros(())
         positions = count_positions(segments)
         variance = within_sequence_variance(stats, positions)
-        if self.ranks.data.size > 1:  # the mean over the rows of all shares
-            rows = (positions > 0).sum()
-            every = self.ranks.data.total(rows).clamp(min=1)
-            variance = self.ranks.data.total(variance * rows) / every
-        return variance.detach()
+        return self.ranks.data.weighted_mean_no_grad(variance, (positions > 0).sum())
 
-    def _move_variance(self, variance: Tensor, step: int) -> None:
+    def _update_temporal_buffer(self, variance: Tensor) -> None:
         if self._adaptive:
-            self.temporal_buffer.update(variance, buffer_mixing(step, self.cfg.objective))
+            self.temporal_buffer.update(variance, buffer_mixing(self.step, self.cfg.objective))
 
     def _check_finite(self, terms: LossTerms) -> None:
-        # The parts before their sum, so that the message names the one that broke.
+        # The parts before their sum, so that the message names the one that is not finite.
         for name, value in reversed(list(terms._asdict().items())):
             if not torch.isfinite(value):
                 raise DivergedError(f"step {self.step + 1}: the {name} term of the loss is {value.item()}")
 
-    def _prepare_gradients(self, step: int) -> Tensor:
-        """Noise, projection, clipping, learning rate; returns the gradient's norm before clipping."""
+    def _prepare_gradients(self) -> Tensor:
+        """Noise, projection, clipping, learning rate; returns the norm of the gradient before clipping."""
         cfg = self.cfg.optimizer
-        std = noise_std(step, cfg)
+        std = noise_std(self.step, cfg)
         if std > 0:
             add_gradient_noise(self.sae, std, self.noise_generator)
         if self.cfg.sae.unit_norm_decoder:
             project_decoder_gradient(self.sae)
         norm = clip_gradients(self.sae, cfg.clip_norm if cfg.clip_norm > 0 else float("inf"))
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.cfg.steps, cfg)
+            group["lr"] = learning_rate(self.step, self.cfg.steps, cfg)
         return norm
 
     @torch.no_grad()
-    def _measurements(self, terms: LossTerms, parts: list[_Part], l0: Tensor, norm: Tensor) -> dict[str, float]:
-        """Of the batch; correlations over time of its last piece."""
-        data, features = self.ranks.data, self.ranks.features
-        h, segments = parts[-1].h, parts[-1].segments
-        assert h is not None
-        kept = torch.cat([part.x[part.segments >= 0] for part in parts])  # [n, d_in]
-        if data.size == 1:
-            spread = (kept - kept.mean(0)).square().sum(-1).mean()
-        else:
-            n = data.total(torch.tensor(float(len(kept)), device=h.device)).clamp(min=1.0)
-            spread = data.total((kept - data.total(kept.sum(0)) / n).square().sum()) / n
-        self.correlation = lag1_correlation(h, segments, self.ranks)
-        fired = data.any((h[segments >= 0] > 0).any(0))
-        alive = features.gather(self.correlation)[features.gather(fired.to(torch.uint8)).bool()]
-        quantiles = alive.quantile(torch.tensor([0.1, 0.5, 0.9], device=h.device)) if alive.numel() else torch.zeros(3)
-        out = {"step": self.step, "tokens": self.tokens, "loss": terms.total.item()}
-        out |= {name: getattr(terms, name).item() for name in LossTerms._fields[1:]}
+    def _measurements(self, pieces: list[Piece], l0: Tensor, norm: Tensor) -> dict[str, float]:
+        last = pieces[-1]
+        assert last.h is not None
+        self.correlation = lag1_correlation(last.h, last.segments, self.ranks)
+        features = self.ranks.features
+        dead = torch.tensor(self.dead.indices(self.cfg.objective.dead_after_tokens).numel())
+        out = {"step": self.step, "tokens": self.tokens} | loss_metrics(pieces, self.ranks)
         out |= {
-            "explained_variance": 1.0 - terms.reconstruction.item() / max(spread.item(), 1e-12),
             "l0": l0.item(),
-            "dead": int(features.total(torch.tensor(self.dead.indices(self.cfg.objective.dead_after_tokens).numel()))),
+            "dead": int(features.sum_no_grad(dead)),
             "gradient_norm": norm.item(),
             "lr": self.optimizer.param_groups[0]["lr"],
-            "lag1_correlation": alive.mean().item() if alive.numel() else 0.0,
         }
-        out |= {f"lag1_correlation_p{p}": q.item() for p, q in zip((10, 50, 90), quantiles, strict=True)}
+        out |= correlation_metrics(self.correlation, last, self.ranks)
         if self.cfg.sae.activation in ("schmitt", "batchtopk"):
             out["threshold"] = self.sae.threshold[0].item()
         elif self.sae.thresholds_learned:
-            out["threshold"] = (features.total(self.sae.threshold.mean()) / features.size).item()
+            out["threshold"] = (features.sum_no_grad(self.sae.threshold.mean()) / features.size).item()
         return out
 
     @torch.no_grad()
     def finished(self) -> SparseAutoencoder:
         """The autoencoder for inference on raw activations: threshold frozen, normalization folded in.
 
-        Of a dictionary that is split it is on the CPU, and on the first process only; the others, which must call this
-        too, get a part that is of no use.
+        To be called on all processes. A sharded dictionary is gathered on the CPU of rank 0; the other ranks get their
+        unfinished shard.
         """
         if self.ranks.features.size > 1:
             state = self.state_dict()
-            if not self.ranks.first:
+            if not self.ranks.is_rank0:
                 return self.sae
             alone = Trainer(self.cfg, self.normalizer, torch.device("cpu"), autocast=False)
             alone.load_state_dict(state)
@@ -374,15 +344,15 @@ class Trainer:
         return out
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values that `load_state_dict` goes on from, bit for bit.
+        """Tensors and plain values from which `load_state_dict` continues bit for bit.
 
-        They are those of one process, whatever the ranks are; to be called on all, and of use on the first.
+        They are those of a single process, whatever the ranks. To be called on all ranks; complete on rank 0.
         """
         sae, features = self.sae, self.ranks.features
-        split_up = isinstance(sae, ShardedAutoencoder)
+        sharded = isinstance(sae, ShardedAutoencoder)
         return {
-            "sae": sae.whole_state() if split_up else sae.state_dict(),
-            "optimizer": whole_optimizer_state(self.optimizer, sae) if split_up else self.optimizer.state_dict(),
+            "sae": sae.whole_state() if sharded else sae.state_dict(),
+            "optimizer": whole_optimizer_state(self.optimizer, sae) if sharded else self.optimizer.state_dict(),
             "controller": self.controller.state_dict(),
             "temporal_buffer": whole(self.temporal_buffer.variance, 0, features),
             "silent": whole(self.dead.silent, 0, features),
@@ -399,12 +369,12 @@ class Trainer:
         for name, tensor in _tensors(self._own_state()):
             names.append(name)
             bad.append(not torch.isfinite(tensor).all())
-        found = self.ranks.world.any(torch.tensor(bad)).nonzero()  # on whichever process
+        found = self.ranks.world.any(torch.tensor(bad)).nonzero()  # on any process
         if len(found):
             raise DivergedError(f"step {self.step}: {names[int(found[0])]} is not finite")
 
     def _own_state(self) -> dict[str, Any]:
-        """What `state_dict` holds that can become infinite, of this process."""
+        """The tensors of this process that can become infinite."""
         slots = self.optimizer.state_dict()["state"]
         return {
             "sae": {name: local(tensor) for name, tensor in self.sae.trained().items()}
@@ -417,7 +387,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken, by whatever processes."""
+        """Continue from a `state_dict`, whatever the number of processes that saved it."""
         features = self.ranks.features
         if isinstance(self.sae, ShardedAutoencoder):
             self.sae.load_whole_state(state["sae"])
@@ -435,7 +405,7 @@ class Trainer:
         self.step, self.tokens = state["steps"], state["tokens"]
 
 
-def _total(values: Iterable[Tensor]) -> Tensor:
+def _sum(values: Iterable[Tensor]) -> Tensor:
     return functools.reduce(torch.add, values)
 
 
