@@ -13,8 +13,8 @@ class UserError(ValueError):
     The command-line entry points print it without a traceback and exit with status 2.
     """
 
-    agreed = False
-    """Of several processes, whether all raise it."""
+    on_all_ranks = False
+    """With several processes, whether all of them raise it."""
 
 
 def reason(error: BaseException) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -16,6 +16,10 @@ from tsae.presets import preset
 from tsae.rundir import layout
 from tsae.utils.cli import RESUME, only_options, parse, report_errors
 from tsae.utils.config_json import from_dict, load_json
+from tsae.utils.torchrun import world_size
+
+if TYPE_CHECKING:
+    from tsae.training.job import Job
 
 
 @dataclass
@@ -42,7 +46,7 @@ class Command(TrainConfig):
 
 
 PROG = "python -m tsae.train"
-PARALLEL = ("--parallel.features", "--parallel.timeout")  # what a run can be gone on with otherwise
+PARALLEL = ("--parallel.features", "--parallel.timeout")  # what --resume may change
 
 
 def command(argv: list[str]) -> tuple[TrainConfig, Command]:
@@ -50,7 +54,7 @@ def command(argv: list[str]) -> tuple[TrainConfig, Command]:
 
     Options override the file of ``--config``, which overrides the preset.
     """
-    # First for what to start from, so that --help then shows its values.
+    # The first pass finds what to start from, so that --help can show its values.
     without_help = [a for a in argv if a not in ("-h", "--help")]
     start = parse(Command, without_help, replace(_default(preset("demo")), preset=""), PROG)
     if start.config is not None:
@@ -58,7 +62,7 @@ def command(argv: list[str]) -> tuple[TrainConfig, Command]:
         base = replace(base, text=replace(base.text, threshold=None))  # of that run's text, which may not be this one's
     else:
         base = preset(start.preset or "demo")
-    # Alone: tyro leaves an argument that it has seen out of the help.
+    # --help alone: tyro leaves arguments that are given out of the help.
     asked = parse(Command, argv if without_help == argv else ["--help"], _default(base), PROG)
     values = {f.name: getattr(asked, f.name) for f in dataclasses.fields(TrainConfig)}
     return TrainConfig(**values | {"preset": base.preset}), replace(asked, preset=start.preset)
@@ -73,53 +77,81 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     with report_errors(RESUME) as status:
         cfg, asked = command(argv)
-        if asked.sweep is not None or _is_sweep(asked.resume):
-            _sweep(asked, argv)
-            return status.code
         # Imported here, so that --help and a misspelt option answer at once.
         from tsae.parallel.processes import broadcast_from_rank0, processes
-        from tsae.reports.table import print_table
-        from tsae.rundir.directory import new_directory
-        from tsae.training.run import run
+        from tsae.training.job import Job
         from tsae.utils.progress import console
 
-        if asked.resume is not None:
-            cfg, directory = _resumed(asked, argv)
-        with processes(cfg.parallel.timeout):
-            if asked.resume is None:
-                directory = broadcast_from_rank0(
-                    lambda: new_directory(cfg.preset, asked.out, overwrite=asked.overwrite)
-                )
+        runs = _runs(cfg, asked, argv)
+        with processes(Job(runs, Path()).shared.parallel.timeout):
+            job = Job(runs, asked.resume or broadcast_from_rank0(lambda: _new_directory(cfg, asked)))
             if asked.dry_run:
-                _dry_run({"": cfg}, directory)
-                return status.code
-            result = run(cfg, directory, resume=asked.resume is not None)
-            if result is not None:
-                print_table(result.metrics)
-            console.print(f"Written: {directory}", soft_wrap=True)
+                from tsae.training.dry_run import dry_run, print_estimate
+
+                print_estimate(dry_run(job), job)
+            else:
+                _train(job, resume=asked.resume is not None)
+                console.print(f"Written: {job.directory}", soft_wrap=True)
     return status.code
 
 
-def _resumed(asked: Command, argv: list[str]) -> tuple[TrainConfig, Path]:
-    directory: Any = asked.resume
+def _runs(cfg: TrainConfig, asked: Command, argv: list[str]) -> dict[str, TrainConfig]:
+    """The configurations to train, by name: those of a sweep, or one with the name ""."""
+    from tsae.training.sweep import read_runs
+    from tsae.training.sweep_file import read_sweep
+
+    if asked.resume is not None and _is_sweep(asked.resume):
+        only_options(argv, ("--resume", *PARALLEL), "--resume takes the sweep's own configuration")
+        return {name: _on_other_processes(each, asked, argv) for name, each in read_runs(asked.resume).items()}
+    if asked.sweep is not None:
+        only_options(argv, ("--sweep", "--out", "--overwrite", "--dry-run"), "The options of a sweep stand in its file")
+        return read_sweep(asked.sweep)
+    return {"": cfg if asked.resume is None else _resumed(asked.resume, asked, argv)}
+
+
+def _new_directory(cfg: TrainConfig, asked: Command) -> Path:
+    from tsae.rundir.directory import new_directory
+    from tsae.training.sweep import sweep_directory
+
+    if asked.sweep is not None:
+        return sweep_directory(asked.sweep.stem, asked.out, overwrite=asked.overwrite)
+    return new_directory(cfg.preset, asked.out, overwrite=asked.overwrite)
+
+
+def _train(job: Job, *, resume: bool) -> None:
+    """Train, and print the metrics."""
+    from tsae.reports.table import print_table
+    from tsae.training.run import run
+    from tsae.training.sweep import print_sweep, run_sweep
+    from tsae.utils.torchrun import is_rank0
+
+    if job.is_sweep:
+        run_sweep(job, resume=resume)
+        if is_rank0():
+            print_sweep(job.directory)
+    else:
+        result = run(job.shared, job.directory, resume=resume)
+        if result is not None:
+            print_table(result.metrics)
+
+
+def _resumed(directory: Path, asked: Command, argv: list[str]) -> TrainConfig:
     only_options(argv, ("--resume", *PARALLEL), "--resume takes the run's own configuration")
     if not (directory / layout.CONFIG).is_file():
         raise UserError(f"{directory} holds no run to resume; it has no config.json.")
     if _is_sweep(directory.resolve().parent):
-        raise UserError(f"{directory} is part of a sweep; go on with all of it, --resume {directory.resolve().parent}.")
+        raise UserError(f"{directory} is part of a sweep; resume the sweep, --resume {directory.resolve().parent}.")
     cfg = from_dict(TrainConfig, load_json(directory / layout.CONFIG))
     if asked.preset not in ("", cfg.preset):
         raise UserError(f"{directory} is a run of the preset {cfg.preset!r}, not {asked.preset!r}; leave the name out.")
-    return _on_other_processes(cfg, asked, argv), directory
+    return _on_other_processes(cfg, asked, argv)
 
 
 def _on_other_processes(cfg: TrainConfig, asked: Command, argv: list[str]) -> TrainConfig:
-    """The configuration of a run that is gone on with, with the options of ``argv`` in ``PARALLEL``.
+    """The configuration of a resumed run, with the options of ``argv`` in ``PARALLEL``.
 
-    A dictionary that was split is whole again in one process.
+    A sharded dictionary becomes a complete one on a single process.
     """
-    from tsae.parallel.environment import world_size
-
     given = {name.split("=")[0] for name in argv}
     parallel = cfg.parallel
     for name in PARALLEL:
@@ -131,47 +163,8 @@ def _on_other_processes(cfg: TrainConfig, asked: Command, argv: list[str]) -> Tr
     return replace(cfg, parallel=parallel)
 
 
-def _dry_run(cfgs: dict[str, TrainConfig], directory: Path) -> None:
-    from tsae.parallel.environment import world_size
-    from tsae.training.dry_run import dry_run, print_estimate
-
-    if world_size() > 1:
-        raise UserError("--dry-run reckons for one process; start it without torchrun.")
-
-    print_estimate(dry_run(cfgs, directory), next(iter(cfgs.values())))
-
-
-def _is_sweep(directory: Path | None) -> bool:
-    return directory is not None and (directory / layout.SWEEP).is_file()
-
-
-def _sweep(asked: Command, argv: list[str]) -> None:
-    from tsae.parallel.environment import is_rank0
-    from tsae.parallel.processes import broadcast_from_rank0, processes
-    from tsae.training.sweep import print_sweep, read_runs, read_sweep, run_sweep, sweep_directory
-    from tsae.utils.progress import console
-
-    sweep, out = asked.sweep, asked.out
-    if asked.resume is not None:
-        only_options(argv, ("--resume", *PARALLEL), "--resume takes the sweep's own configuration")
-        cfgs = {name: _on_other_processes(cfg, asked, argv) for name, cfg in read_runs(asked.resume).items()}
-    else:
-        assert sweep is not None
-        only_options(argv, ("--sweep", "--out", "--overwrite", "--dry-run"), "The options of a sweep stand in its file")
-        cfgs = read_sweep(sweep)
-    with processes(next(iter(cfgs.values())).parallel.timeout):
-        if asked.resume is not None:
-            directory = asked.resume
-        else:
-            assert sweep is not None
-            directory = broadcast_from_rank0(lambda: sweep_directory(sweep.stem, out, overwrite=asked.overwrite))
-        if asked.dry_run:
-            _dry_run(cfgs, directory)
-            return
-        run_sweep(cfgs, directory, resume=asked.resume is not None)
-        if is_rank0():
-            print_sweep(directory)
-        console.print(f"Written: {directory}", soft_wrap=True)
+def _is_sweep(directory: Path) -> bool:
+    return (directory / layout.SWEEP).is_file()
 
 
 if __name__ == "__main__":

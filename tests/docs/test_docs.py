@@ -29,7 +29,7 @@ from doc_pages import PAGES, ROOT, Block, blocks, commands, module_call, name
 from tiny_runs import write_text
 
 from tsae.errors import UserError
-from tsae.training.sweep import read_sweep
+from tsae.training.sweep_file import read_sweep
 from tsae.training.temporal_objectives import count_pairs, slow_loss
 from tsae.utils.cli import parse
 from tsae_kernels import TemporalStats, activate_with_stats

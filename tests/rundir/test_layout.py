@@ -10,8 +10,7 @@ from pathlib import Path
 import tsae
 from tsae.config import TrainConfig
 from tsae.rundir import layout
-from tsae.rundir.directory import start_run
-from tsae.training.sweep import start_sweep
+from tsae.rundir.directory import start_run, start_sweep
 
 PACKAGE = Path(tsae.__file__).parent
 # What these write is no run directory: models, other libraries' formats, caches, checkpoints, an autoencoder's folder.

@@ -17,6 +17,7 @@ from tsae.sae.normalization import InputNormalizer
 from tsae.train import command, main
 from tsae.training import checkpoint
 from tsae.training.dry_run import dry_run
+from tsae.training.job import Job
 from tsae.training.memory import BUFFER, MODEL, SAE, STEP, sae_bytes, step_bytes
 from tsae.training.trainer import Trainer
 
@@ -52,7 +53,7 @@ def test_a_dry_run_writes_nothing_and_is_right(
     assert [sorted(folder.rglob("*")) for folder in watched] == before
     assert "nothing was written" in capsys.readouterr().out
 
-    estimate = dry_run({"": command(argv)[0]}, out)
+    estimate = dry_run(Job({"": command(argv)[0]}, out))
     assert not out.exists()
     assert not cache.exists()
     assert set(estimate.seconds) == {"harvest", "training"}
@@ -76,7 +77,7 @@ def test_a_dry_run_writes_nothing_and_is_right(
     shards = sum(without_header(path) for path in cache.glob("shard-*"))
     assert estimate.disk["cache, to be added"] == pytest.approx(shards, rel=0.02)
 
-    again = dry_run({"": command([*argv, "--overwrite"])[0]}, out)
+    again = dry_run(Job({"": command([*argv, "--overwrite"])[0]}, out))
     assert again.disk["cache, to be added"] == 0
     assert again.seconds["harvest"] == 0
     assert again.seconds["reading the cache"] > 0

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from experiments.summary import against_plain, collect, figure, table
-from tsae.training.sweep import read_sweep
+from tsae.training.sweep_file import read_sweep
 
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.yaml"))
 

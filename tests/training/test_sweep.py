@@ -19,7 +19,7 @@ from tsae.config import TrainConfig
 from tsae.data.harvest import Harvester
 from tsae.errors import UserError
 from tsae.train import main
-from tsae.training.sweep import read_sweep
+from tsae.training.sweep_file import read_sweep
 from tsae.training.trainer import Trainer
 from tsae.utils.config_json import to_dict
 
@@ -281,7 +281,7 @@ def test_grid_names_and_nested_and_dotted_options(tmp_path: Path) -> None:
         ("runs: {a: {sae.k: 0}}", "sae.k is 0"),
         ("runs: {a: {objective.temporal: slow+fast}}", "objective.temporal is 'slow+fast'; it must be none, or any of"),
         ("runs: {a: {optimizer.lr: .nan}}", "optimizer.lr is nan"),
-        ("runs: {a: {}, a: {seed: 1}}", "'a' stands here twice"),
+        ("runs: {a: {}, a: {seed: 1}}", "'a' is given twice"),
         ("runs: {../a: {}}", "named '../a'"),
         ("runs: {checkpoint: {}}", "named 'checkpoint'"),
         ("runs: [a]", "it must be a mapping"),

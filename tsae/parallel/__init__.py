@@ -1,1 +1,1 @@
-"""Several processes on one run: shares of the batch, and shares of the dictionary."""
+"""One run on several processes: shards of the batch, and shards of the dictionary."""

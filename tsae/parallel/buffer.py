@@ -1,7 +1,7 @@
-"""The activation buffer over several processes: every process holds what it harvested, and batches are exchanged.
+"""The activation buffer over several processes: each holds the activations it harvested and sends them for batches.
 
-The order of draws is that of one process: all processes draw the same batch from generators in the same state, and know
-the segments of everything. Only the activations lie with one process each, and go to those that train on them.
+The order of draws is that of a single process: all processes draw the same batch from generators in the same state and
+hold the segments of all sequences. Activations are held by one process each and sent to the ranks that train on them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from tsae.data.buffer import ActivationBuffer
 from tsae.data.harvest import ActivationBatch
 from tsae.parallel.axis import Axis, Ranks
 
-_AT_ONCE = 64  # sequences that are collected at a time for a checkpoint
+_GATHERED = 64  # sequences gathered at a time for a checkpoint
 
 
 class BatchShard(NamedTuple):
-    """This process's share of a batch.
+    """The shard of a batch of this data rank.
 
     x: (b, T, d_model); segments: (b, T)
     full_segments: (B, T), of the full batch; first: index in it of the first sequence of the shard
@@ -34,16 +34,16 @@ class BatchShard(NamedTuple):
 
 
 class DistributedActivationBuffer(ActivationBuffer):
-    """An `ActivationBuffer` whose sequences lie on the processes of a run.
+    """An `ActivationBuffer` whose sequences are distributed over the processes of a run.
 
-    `next_batch` and `first` must be called on all processes alike, and so `contents`.
+    `next_batch`, `first` and `contents` are collective: all processes must call them.
 
     Args:
-        harvest: as for `ActivationBuffer`, on all processes alike; activations that are on another process are on the
-            meta device here.
-        capacity, reuse, demand: as for `ActivationBuffer`, of all processes together.
-        generator: source of the order (CPU), in the same state everywhere.
-        ranks: of the run.
+        harvest: as for `ActivationBuffer`, the same on all processes; activations held by another process are on the
+            meta device.
+        capacity, reuse, demand: as for `ActivationBuffer`, for all processes together.
+        generator: source of the order (CPU), in the same state on all processes.
+        ranks: position of this process.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class DistributedActivationBuffer(ActivationBuffer):
     ) -> None:
         super().__init__(harvest, capacity, reuse, demand, generator)
         self.ranks = ranks
-        self.rows: dict[int, Tensor] = {}  # slot -> [T, d], of those that are here
-        self.row = torch.empty(0, device="meta")  # [T, d], what one looks like
-        self.owner = torch.full((self.capacity,), -1, dtype=torch.int64)  # process that holds a slot's sequence
+        self.rows: dict[int, Tensor] = {}  # slot -> [T, d], held here
+        self.row = torch.empty(0, device="meta")  # [T, d], shape and dtype of a sequence
+        self.owner = torch.full((self.capacity,), -1, dtype=torch.int64)  # rank that holds the sequence of a slot
 
     def first(self, n: int) -> ActivationBatch:
-        """As of one process, and on every process."""
+        """As for a single process; the result is on every process."""
         if not self.filled:
             self._refill()
         assert self.segments is not None
@@ -93,7 +93,7 @@ class DistributedActivationBuffer(ActivationBuffer):
         self.owner[slots] = self.ranks.world.sum_no_grad(here)[slots] - 1
 
     def _exchange(self, wanted: list[Tensor]) -> Tensor:
-        """Activations [n, T, d] of this process's slots of ``wanted``, which has those of every process."""
+        """Activations [n, T, d] of the slots that this rank wants; ``wanted`` lists the slots of every rank."""
         axis = self.ranks.world
         owners = self.owner[wanted[axis.rank]]
         sent = [slots[self.owner[slots] == axis.rank].tolist() for slots in wanted]
@@ -101,24 +101,24 @@ class DistributedActivationBuffer(ActivationBuffer):
         counts = torch.bincount(owners, minlength=axis.size).tolist()
         received = _all_to_all(rows, [len(slots) for slots in sent], counts, self.row, axis)
         out = torch.empty_like(received)
-        out[torch.argsort(owners, stable=True)] = received  # from process to process, each in the order of the slots
+        out[torch.argsort(owners, stable=True)] = received  # received rank by rank, each in the order of the slots
         return out
 
     def contents(self) -> dict[str, Tensor]:
-        """As of one process, on the first process, in its memory; empty on the others."""
+        """As for a single process, gathered in the memory of rank 0; empty on the others."""
         if not self.filled or self.segments is None:
             return {}
         none = torch.empty(0, dtype=torch.int64)
         x = self.row.new_empty(self.capacity, *self.row.shape, device="cpu") if self.ranks.is_rank0 else None
-        for start in range(0, self.capacity, _AT_ONCE):
-            slots = torch.arange(start, min(start + _AT_ONCE, self.capacity))
+        for start in range(0, self.capacity, _GATHERED):
+            slots = torch.arange(start, min(start + _GATHERED, self.capacity))
             part = self._exchange([slots, *[none] * (self.ranks.world.size - 1)])
             if x is not None:
                 x[slots] = part
         return {} if x is None else {"x": x, "segments": self.segments}
 
     def load_state_dict(self, state: dict[str, Any], contents: dict[str, Tensor]) -> None:
-        """Go on where `state_dict` and `contents` were taken, by any number of processes; each has all ``contents``."""
+        """Continue from `state_dict` and `contents`, saved by any number of processes; each gets all ``contents``."""
         super().load_state_dict(state, contents)
         x, self.x, self.rows = self.x, None, {}
         if x is None:
@@ -130,7 +130,7 @@ class DistributedActivationBuffer(ActivationBuffer):
 
 
 def _all_to_all(rows: list[Tensor], sent: list[int], received: list[int], like: Tensor, axis: Axis) -> Tensor:
-    """Send ``rows``, so many to each process, and receive so many from each; as bytes, which every backend can send."""
+    """Send ``sent[r]`` of the ``rows`` to each rank r and receive ``received[r]``; as bytes, for any dtype."""
     outgoing = torch.stack(rows) if rows else like.new_empty(0, *like.shape, device="cpu")
     incoming = like.new_empty(sum(received), *like.shape, device="cpu")
     dist.all_to_all_single(incoming.view(torch.uint8), outgoing.view(torch.uint8), received, sent, group=axis.group)

@@ -1,4 +1,4 @@
-"""The processes that torchrun started: their mesh, their devices, and how they agree on errors and signals."""
+"""The processes that torchrun started: their mesh, their devices, and errors and signals on all ranks."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ import torch.distributed as dist
 from tsae.config import TrainConfig
 from tsae.errors import UserError
 from tsae.parallel.axis import SINGLE_PROCESS, Axis, Ranks
-from tsae.parallel.environment import is_rank0, local_rank, process_name, world_size
 from tsae.utils.interrupts import AtSafePoint, Interrupted
 from tsae.utils.progress import console
+from tsae.utils.torchrun import is_rank0, local_rank, process_name, world_size
 
 T = TypeVar("T")
 
 
 def local_rank0_first(work: Callable[[], T]) -> T:
-    """What ``work`` returns; a machine's first process does it before the machine's others, who find what it left."""
+    """Run ``work`` on the first process of a machine before the others, which then find its results, such as files."""
     if dist.is_initialized() and local_rank() == 0:
         try:
             return work()
@@ -37,7 +37,7 @@ def local_rank0_first(work: Callable[[], T]) -> T:
 
 
 def check_mesh(cfgs: Iterable[TrainConfig]) -> None:
-    """Raise `UserError` unless the processes can be a mesh as the runs ask for it."""
+    """Raise `UserError` unless the processes can form the mesh that the runs ask for."""
     size = world_size()
     for cfg in cfgs:
         features = cfg.parallel.features
@@ -50,33 +50,32 @@ def check_mesh(cfgs: Iterable[TrainConfig]) -> None:
             raise UserError(f"parallel.features is {features}; it must divide the number of processes, {size}.")
         if size > 1 and cfg.buffer.ahead > 0:
             raise UserError(
-                f"buffer.ahead is {cfg.buffer.ahead} with {size} processes, which harvest in turn with training; leave "
-                "it out."
+                f"buffer.ahead is {cfg.buffer.ahead} with {size} processes, which do not harvest during training; "
+                "leave it out."
             )
         if cfg.chunk and size > features:
             raise UserError(
-                f"chunk is {cfg.chunk} with {size // features} shares of the batch; start fewer processes, or leave "
-                "chunk out: every share is smaller than the batch already."
+                f"chunk is {cfg.chunk} with {size // features} shards of the batch; start fewer processes, or leave "
+                "chunk out, since every shard is smaller than the batch."
             )
         if cfg.batch < size // features:
             raise UserError(
-                f"batch is {cfg.batch}, which {size // features} processes cannot share; give every one a sequence."
+                f"batch is {cfg.batch}, too few for {size // features} processes; use at least one sequence for each."
             )
         if size > 1 and ":" in cfg.device:
             raise UserError(
-                f"device is {cfg.device!r}, but there are {size} processes, which each take one of their own; use "
-                "auto, cpu or cuda."
+                f"device is {cfg.device!r}, but there are {size} processes, each with its own device; use auto, cpu or "
+                "cuda."
             )
 
 
 @contextmanager
 def processes(timeout: int) -> Iterator[None]:
-    """Within the block the processes of torchrun can speak to each other: by gloo on CPUs, by NCCL on GPUs.
+    """Within the block the processes of torchrun form a process group: gloo on CPUs, NCCL on GPUs.
 
-    Without torchrun, and where they can already, nothing is done. An error that is no `UserError` ends the process
-    here, with status 1.
+    Does nothing without torchrun, or if the group exists. An error other than `UserError` ends the process, status 1.
 
-    timeout: seconds that a process waits for the others before it gives up
+    timeout: seconds that a process waits for the others before it fails
     """
     if world_size() == 1 or dist.is_initialized():
         yield
@@ -91,22 +90,22 @@ def processes(timeout: int) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if not error.agreed and not is_rank0():
+        if not error.on_all_ranks and not is_rank0():
             sys.stderr.write(f"error, {process_name()}: {error}\n")
         dist.destroy_process_group()
         raise
     except Interrupted as stop:
-        if stop.advice:  # of all at once
+        if stop.advice:  # raised on all ranks
             dist.destroy_process_group()
         raise
     except Exception as error:
         _report_failure(error)
-        os._exit(1)  # at once: what is left of a collective could keep the process
+        os._exit(1)  # a pending collective could block a normal exit
     dist.destroy_process_group()
 
 
 def make_ranks(features: int, device: str) -> Ranks:
-    """The mesh of all processes, ``features`` of them to each dictionary; `SINGLE_PROCESS` where there is one.
+    """The mesh of all processes, with ``features`` shards of the dictionary; `SINGLE_PROCESS` for a single one.
 
     device: "cpu" or "cuda"
     """
@@ -121,13 +120,13 @@ def make_ranks(features: int, device: str) -> Ranks:
 
 
 def ranks_for(cfg: TrainConfig) -> Ranks:
-    """`make_ranks` for a run."""
+    """`make_ranks` for the configuration of a run."""
     cuda = cfg.device.startswith("cuda") or (cfg.device == "auto" and torch.cuda.is_available())
     return make_ranks(cfg.parallel.features, "cuda" if cuda and torch.cuda.is_available() else "cpu")
 
 
 def raise_on_all_ranks(work: Callable[[], T]) -> T:
-    """What ``work`` returns, on every process its own; a `UserError` on any of them is raised on all."""
+    """Run ``work`` on every rank and return its result; a `UserError` on any rank is raised on all."""
     if not dist.is_initialized():
         return work()
     result, message = None, None
@@ -139,12 +138,12 @@ def raise_on_all_ranks(work: Callable[[], T]) -> T:
     dist.all_gather_object(messages, message)
     found = [each for each in messages if each is not None]
     if found:
-        raise _agreed(found[0])
+        raise _error_of_all_ranks(found[0])
     return result  # type: ignore[return-value]
 
 
 def broadcast_from_rank0(work: Callable[[], T]) -> T:
-    """What ``work`` returns on the first process, on all of them; its `UserError` likewise."""
+    """Run ``work`` on rank 0; its result is returned, or its `UserError` raised, on all ranks."""
     if not dist.is_initialized():
         return work()
     answer: list[Any] = [None, None]
@@ -155,20 +154,20 @@ def broadcast_from_rank0(work: Callable[[], T]) -> T:
             answer = [None, str(error)]
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
-        raise _agreed(answer[1])
+        raise _error_of_all_ranks(answer[1])
     return answer[0]
 
 
-def _agreed(message: str) -> UserError:
+def _error_of_all_ranks(message: str) -> UserError:
     error = UserError(message)
-    error.agreed = True
+    error.on_all_ranks = True
     return error
 
 
 def check_on_all_ranks(check: Callable[[], None], ranks: Ranks, every: int = 1) -> Callable[[], None]:
-    """``check``, which raises `AtSafePoint` after a signal, as one that raises it on all processes or on none.
+    """A ``check``, which raises `AtSafePoint` after a signal, that raises on all ranks or on none.
 
-    every: calls that one question to the others stands for; all processes must call it as often
+    every: calls between two exchanges of signals; all ranks must call equally often
     """
     if ranks.world.size == 1:
         return check
@@ -192,14 +191,14 @@ def check_on_all_ranks(check: Callable[[], None], ranks: Ranks, every: int = 1) 
 
 
 def _report_failure(error: Exception) -> None:
-    """Say which process failed, and of what; for torchrun's own summary too.
+    """Print which process failed and why, and record it for torchrun's summary.
 
-    A process whose peer is gone says so in a line: the peer has the traceback.
+    A process that failed because another one is gone prints one line; the other one has the traceback.
     """
     who = process_name()
-    if _is_about_others(error):
+    if _is_peer_failure(error):
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        sys.stderr.write(f"{who} stopped, as another one is gone: {reason}\n")
+        sys.stderr.write(f"{who} stopped because another process is gone: {reason}\n")
     else:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -210,7 +209,7 @@ def _report_failure(error: Exception) -> None:
     sys.stderr.flush()
 
 
-def _is_about_others(error: Exception) -> bool:
+def _is_peer_failure(error: Exception) -> bool:
     text = str(error)
     signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)

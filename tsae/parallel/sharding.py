@@ -1,7 +1,7 @@
-"""A dictionary split over processes: each holds a run of features, the encoder's columns and the decoder's rows.
+"""A dictionary sharded over processes: each holds a range of features, columns of the encoder and rows of the decoder.
 
-The parameters are DTensors over the mesh's `features` dimension, so that the optimizer's state is split as they are.
-What is computed with them works on the local parts, and `Axis` says where sums over the parts are due.
+Parameters are DTensors over the `features` dimension of the mesh, so the optimizer state is sharded with them.
+Computations use the local shards and reduce over the ranks with `Axis`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from tsae.parallel.axis import Axis, Ranks
 from tsae.sae.model import SparseAutoencoder
 
 FEATURE_DIM = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "log_threshold": 0, "release_logit": 0, "threshold": 0, "release": 0}
-"""The dimension of each parameter and buffer that counts features; the others every process has."""
+"""The feature dimension of each sharded parameter and buffer; the others are replicated."""
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a DTensor, in the same memory; any other tensor as it is."""
+    """The local shard of a DTensor, in the same memory; any other tensor unchanged."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def split(tensor: Tensor, dim: int, axis: Axis) -> Tensor:
-    """This process's share of ``tensor`` along ``dim``, a copy that keeps the order in memory."""
+    """The shard of ``tensor`` along ``dim`` of this rank, with the same memory order; a copy if there are several."""
     if axis.size == 1:
         return tensor
     first, last = axis.shard_bounds(tensor.shape[dim])
@@ -33,9 +33,9 @@ def split(tensor: Tensor, dim: int, axis: Axis) -> Tensor:
 
 
 def whole(part: Tensor, dim: int, axis: Axis) -> Tensor | None:
-    """The reverse of `split`: on the axis's first process the whole, on the CPU; None on the others.
+    """The inverse of `split`: the full tensor on the first rank of the axis, on the CPU; None on the others.
 
-    Through the CPU, so that no device has to hold it.
+    Gathered on the CPU, so that no device has to hold it.
     """
     if axis.size == 1:
         return part
@@ -46,15 +46,15 @@ def whole(part: Tensor, dim: int, axis: Axis) -> Tensor | None:
 
 
 class ShardedAutoencoder(SparseAutoencoder):
-    """This process's features of an autoencoder in training.
+    """The features of an autoencoder in training that this rank holds.
 
-    `SparseAutoencoder`'s attributes give the local parts, (d_in, d_sae / size) for ``W_enc``; `trained` the parameters,
-    DTensors of the whole shape. Only what training needs works: encoding and decoding return what `Axis` makes of it.
+    The attributes of `SparseAutoencoder` are the local shards, (d_in, d_sae / size) for ``W_enc``; `trained` gives the
+    parameters, DTensors of the full shape. Only the methods that training calls work.
 
     Args:
-        autoencoder: the whole, on the CPU; left as it is.
-        ranks: of the run; ``ranks.features.size`` divides ``d_sae``.
-        device: where the parts go.
+        autoencoder: the full one, on the CPU; not changed.
+        ranks: position of this process; ``ranks.features.size`` divides ``d_sae``.
+        device: device of the shards.
     """
 
     def __init__(self, autoencoder: SparseAutoencoder, ranks: Ranks, device: torch.device) -> None:
@@ -73,7 +73,7 @@ class ShardedAutoencoder(SparseAutoencoder):
             self.register_buffer(name, split(tensor, FEATURE_DIM[name], ranks.features).to(device))
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters, DTensors of the whole shape, by the names of `SparseAutoencoder`."""
+        """The parameters, DTensors of the full shape, under the names that `SparseAutoencoder` uses."""
         return dict(self.shards.items())
 
     def _part(self, name: str) -> Any:
@@ -87,7 +87,7 @@ class ShardedAutoencoder(SparseAutoencoder):
     release_logit = property(lambda self: self._part("release_logit"))
 
     def whole_state(self) -> dict[str, Tensor | None]:
-        """`SparseAutoencoder.state_dict` of the whole; on others than the first process of the parts, None for it."""
+        """`state_dict` of the full autoencoder; its sharded tensors are None except on the first feature rank."""
         parts = {name: local(p) for name, p in self.trained().items()} | dict(self.named_buffers(recurse=False))
         features = self.ranks.features
         return {
@@ -97,7 +97,7 @@ class ShardedAutoencoder(SparseAutoencoder):
 
     @torch.no_grad()
     def load_whole_state(self, state: dict[str, Tensor]) -> None:
-        """Take this process's part of `whole_state`."""
+        """Load the shard of this rank from a `whole_state`."""
         parts = {name: local(p) for name, p in self.trained().items()} | dict(self.named_buffers(recurse=False))
         for name, part in parts.items():
             value = state[name]
@@ -105,7 +105,7 @@ class ShardedAutoencoder(SparseAutoencoder):
 
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer, sae: ShardedAutoencoder) -> dict[str, Any]:
-    """``optimizer.state_dict()`` with whole tensors, as `whole` gives them."""
+    """``optimizer.state_dict()`` with full tensors, as `whole` gives them."""
     out = optimizer.state_dict()
     names = _names(optimizer, sae)
     out["state"] = {
@@ -121,7 +121,7 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer, sae: ShardedAutoenco
 
 
 def load_whole_optimizer_state(optimizer: torch.optim.Optimizer, sae: ShardedAutoencoder, state: Any) -> None:
-    """Take this process's part of `whole_optimizer_state`, or of an optimizer's that was never split."""
+    """Load the shard of this rank from a `whole_optimizer_state`, or the state of an unsharded optimizer."""
     from torch.distributed.tensor import DTensor
 
     names, parameters = _names(optimizer, sae), sae.trained()
@@ -140,6 +140,6 @@ def load_whole_optimizer_state(optimizer: torch.optim.Optimizer, sae: ShardedAut
 
 
 def _names(optimizer: torch.optim.Optimizer, sae: ShardedAutoencoder) -> list[str]:
-    """The names of the optimizer's parameters, in its order."""
+    """The names of the parameters of the optimizer, in its order."""
     known = {id(parameter): name for name, parameter in sae.trained().items()}
     return [known[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]

@@ -67,6 +67,7 @@ def _reproduce(asked: Arguments, argv: list[str]) -> None:
     from tsae.reproduce.results import collect, explained_variance, markdown, print_results
     from tsae.sae.model import SparseAutoencoder
     from tsae.training.assemble import evaluation_batches, resolve_device
+    from tsae.training.job import Job
     from tsae.training.sweep import resume_sweep, run_sweep, sweep_directory
     from tsae.utils.atomic import atomic_write, write_json
     from tsae.utils.progress import console
@@ -92,7 +93,7 @@ def _reproduce(asked: Arguments, argv: list[str]) -> None:
             device=asked.device,
         )
         directory = sweep_directory(f"reproduce-{asked.paper}", asked.out, overwrite=asked.overwrite)
-        run_sweep(cfgs, directory)
+        run_sweep(Job(cfgs, directory))
     runs = load_json(directory / layout.SWEEP)["runs"]
     cfg = from_dict(TrainConfig, next(iter(runs.values()))["config"])
     lm = load_language_model(cfg.model, device=resolve_device(cfg.device), dtype=cfg.lm_dtype, revision=cfg.revision)

@@ -22,7 +22,7 @@ from tsae.config import BufferConfig, CheckpointConfig, EvaluationConfig, TrainC
 from tsae.data.text import TextConfig
 from tsae.errors import UserError
 from tsae.presets import preset
-from tsae.training.sweep import with_options
+from tsae.training.sweep_file import with_options
 
 INPUTS = ("literal", "fixed")
 

@@ -1,4 +1,4 @@
-"""Run directories: where a new one goes, what may be replaced, and the moment the old content goes."""
+"""Run directories: the path of a new one, what may be replaced, and when the old content is removed."""
 
 from __future__ import annotations
 
@@ -19,28 +19,27 @@ from tsae.utils.config_json import check_unchanged, fingerprint, from_dict, load
 def new_directory(
     group: str, out: Path | None, *, overwrite: bool, marker: str = layout.CONFIG, what: str = "run"
 ) -> Path:
-    """Where a new run goes: ``out``, or `runs/<group>/<timestamp>`. Nothing is created here.
+    """The directory of a new run: ``out``, or `runs/<group>/<timestamp>`. Creates nothing.
 
-    marker, what: the file that makes a directory one of these, and their name
+    marker, what: `config.json` and "run", or `sweep.json` and "sweep"
 
     Raises:
-        UserError: the directory already has a run and ``overwrite`` is off, or holds something else, or cannot be
-            written.
+        UserError: the directory has a run and ``overwrite`` is off, or it contains something else or is not writable.
     """
     if out is None:
-        # To the microsecond, as two may start in the same second.
+        # To the microsecond: two runs may start in the same second.
         return Path("runs") / group / datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")
     check_writable(out)
     if (out / marker).exists() and not overwrite:
         raise UserError(f"{out} already has a {what}; continue it with --resume {out}, or replace it with --overwrite.")
-    foreign = [path for path in out.glob("*") if path.name != f".{marker}.tmp"]  # which a killed start leaves
+    foreign = [path for path in out.glob("*") if path.name != f".{marker}.tmp"]  # left by a killed start
     if foreign and not (out / marker).exists():
         raise UserError(f"{out} is not empty and holds no {what}; name a new directory.")
     return out
 
 
 def check_writable(directory: Path) -> None:
-    """Raise `UserError` unless files can be made in ``directory``, or where it would be made."""
+    """Raise `UserError` unless files can be created in ``directory``, or in the parent where it would be."""
     try:
         place = next(p for p in (directory, *directory.absolute().parents) if p.exists())
         with TemporaryFile(dir=place):
@@ -50,21 +49,51 @@ def check_writable(directory: Path) -> None:
 
 
 def start_run(directory: Path, cfg: TrainConfig) -> None:
-    """Make the run directory, empty but for `config.json`.
+    """Make the run directory, empty except for `config.json`.
 
-    An old run keeps its `config.json` until all else of it is gone, so that a directory where this was killed
-    still counts as a run's.
+    An old run keeps its `config.json` until everything else is removed, so that a directory where this was killed is
+    still a run directory.
     """
     directory.mkdir(parents=True, exist_ok=True)
     remove_run(directory)
     write_json(directory / layout.CONFIG, to_dict(cfg))
 
 
+def start_sweep(cfgs: dict[str, TrainConfig], directory: Path) -> None:
+    """Make the directory of a sweep: `sweep.json`, and a run directory each, empty but for `config.json`.
+
+    `sweep.json` is complete from the first moment, so that a sweep killed here can be resumed. An old sweep keeps its
+    `sweep.json` until its runs are removed.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    remove_run(directory)  # the checkpoints
+    if (directory / layout.SWEEP).exists():
+        for name in load_json(directory / layout.SWEEP).get("runs", {}):
+            old = directory / name
+            if old.is_dir():
+                remove_run(old)
+                (old / layout.CONFIG).unlink(missing_ok=True)
+                if not any(old.iterdir()):
+                    old.rmdir()
+    write_json(directory / layout.SWEEP, {"runs": {name: {"config": to_dict(cfg)} for name, cfg in cfgs.items()}})
+    for name, cfg in cfgs.items():
+        start_run(directory / name, cfg)
+
+
+def start_runs(cfgs: dict[str, TrainConfig], directory: Path) -> None:
+    """Make the directory of a run, which has the name "", or of a sweep, and point `runs/latest` to it."""
+    if "" in cfgs:
+        start_run(directory, cfgs[""])
+    else:
+        start_sweep(cfgs, directory)
+    link_latest(directory)
+
+
 def read_config(directory: Path) -> TrainConfig:
     """The configuration of the run in ``directory``.
 
     Raises:
-        UserError: it cannot be read, or is not the one that the autoencoder there was trained with.
+        UserError: it cannot be read, or is not the configuration that the autoencoder was trained with.
     """
     config = from_dict(TrainConfig, load_json(directory / layout.CONFIG))
     trained = directory / layout.AUTOENCODER / "cfg.json"
@@ -79,11 +108,10 @@ def read_config(directory: Path) -> TrainConfig:
 
 
 def check_resumable(cfgs: dict[str, TrainConfig], trained: dict[str, dict[str, Any]], directory: Path) -> None:
-    """Raise `UserError` unless a checkpoint is of these runs.
+    """Raise `UserError` unless a checkpoint belongs to these runs.
 
-    cfgs: by name, as read from ``directory``: a sweep's from its `sweep.json`, a single run's, without a name, from its
-        `config.json`
-    trained: what the checkpoint says they were, from `to_dict`
+    cfgs: by name, read from `sweep.json` or, for a single run, from `config.json` in ``directory``
+    trained: the configurations in the checkpoint, from `to_dict`
     """
     if cfgs.keys() != trained.keys():
         raise UserError(
@@ -104,7 +132,7 @@ def remove_run(directory: Path) -> None:
 
 
 def link_latest(directory: Path) -> None:
-    """Point `runs/latest` to a directory `runs/<group>/<timestamp>`; others are left alone."""
+    """Point `runs/latest` to ``directory`` if it is `runs/<group>/<timestamp>`."""
     if directory.parent.parent != Path("runs"):
         return
     link = Path("runs") / "latest"

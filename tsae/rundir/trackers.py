@@ -1,7 +1,7 @@
 """TensorBoard and Weights & Biases, beside `metrics.jsonl` and with the same numbers: `--log tensorboard wandb`.
 
-Their packages are the extra `[log]`. A resumed run goes on in the log that it has: TensorBoard hides what was logged
-past the checkpoint, and Weights & Biases, which takes each step once, keeps it (a resumed run repeats it bitwise).
+Their packages are the extra `[log]`. A resumed run continues its log: TensorBoard hides what was logged after the
+checkpoint; Weights & Biases, which accepts each step once, keeps it (a resumed run repeats it bitwise).
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from tsae.utils.config_json import load_json, to_dict
 
 
 class Tracker(Protocol):
-    """What a run's numbers go to."""
+    """A destination of the measurements of a run."""
 
     def write(self, values: dict[str, float]) -> None:
-        """The measurements of a step, `step` among them."""
+        """Log the measurements of a step; ``values`` includes `step`."""
 
     def evaluation(self, metrics: dict[str, Any], step: int) -> None:
-        """The content of eval.json, after `step` steps."""
+        """Log the content of eval.json, after ``step`` steps."""
 
     def close(self) -> None:
-        """Nothing comes any more."""
+        """Finish."""
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """Raise `UserError`, with what to do, unless each can be used; before anything else is done."""
+    """Raise `UserError`, with what to do, unless each tracker can be used."""
     names = list(dict.fromkeys(names))
     for name in names:
         if find_spec(name) is None:
@@ -49,16 +49,17 @@ def check_trackers(names: Iterable[str]) -> None:
 
 
 def open_trackers(directory: Path, cfg: TrainConfig, step: int) -> list[Tracker]:
-    """Those of a run that has done so many steps, in its directory.
+    """The trackers of a run that has completed ``step`` steps.
 
-    Raises UserError where Weights & Biases does not start.
+    Raises:
+        UserError: Weights & Biases does not start.
     """
     kinds = {"tensorboard": TensorBoard, "wandb": Wandb}
     return [kinds[name](directory, cfg, step) for name in dict.fromkeys(cfg.log)]
 
 
 def track_evaluation(directory: Path, cfg: TrainConfig, step: int, metrics: dict[str, Any]) -> None:
-    """Send the content of an eval.json to the trackers of a run that has done so many steps."""
+    """Log the content of an eval.json to the trackers of a run that has completed ``step`` steps."""
     for tracker in open_trackers(directory, cfg, step):
         tracker.evaluation(metrics, step)
         tracker.close()
@@ -70,7 +71,7 @@ class TensorBoard:
     def __init__(self, directory: Path, cfg: TrainConfig, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # An earlier process may have logged steps past the checkpoint, which are taken again.
+        # An earlier process may have logged steps after the checkpoint, which are repeated.
         self._writer = SummaryWriter(str(directory / layout.TENSORBOARD), purge_step=step + 1)
 
     def write(self, values: dict[str, float]) -> None:
@@ -89,7 +90,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of the project `tsae`, or of the environment's WANDB_PROJECT; runs of a sweep make a group."""
+    """A run of the project `tsae`, or of WANDB_PROJECT; the runs of a sweep form a group."""
 
     def __init__(self, directory: Path, cfg: TrainConfig, step: int) -> None:
         import wandb

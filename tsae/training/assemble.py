@@ -1,12 +1,13 @@
-"""What a run is assembled from: the language model, the text, the activations, the buffer and the evaluation text."""
+"""What a job trains with: the language model, the device, the text, the stream of activations and its buffer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -14,8 +15,9 @@ from tsae.config import LENGTH, TrainConfig
 from tsae.data.buffer import ActivationBuffer
 from tsae.data.cache import ActivationCache
 from tsae.data.cache_request import cache_request, made_with
-from tsae.data.feed import Feed
-from tsae.data.harvest import ActivationBatch, Harvester
+from tsae.data.feed import Feed, no_bar
+from tsae.data.harvest import Harvester
+from tsae.data.prefetching import PrefetchingFeed
 from tsae.data.sequences import SequenceStream, TokenBatch
 from tsae.data.text import Document, Part, absolute_source, open_text, split_threshold
 from tsae.errors import UserError
@@ -23,64 +25,82 @@ from tsae.lm.hooks import check_layer
 from tsae.lm.loading import LanguageModel, absolute_name, default_dtype, load_language_model
 from tsae.parallel.axis import SINGLE_PROCESS, Ranks
 from tsae.parallel.buffer import DistributedActivationBuffer
-from tsae.parallel.environment import local_rank, world_size
-from tsae.parallel.processes import check_mesh, check_on_all_ranks, local_rank0_first
+from tsae.parallel.processes import check_mesh, check_on_all_ranks, local_rank0_first, raise_on_all_ranks
+from tsae.training.job import Job, prefix_errors
 from tsae.utils.progress import bar
+from tsae.utils.torchrun import local_rank, world_size
 
 
-def prepare(cfgs: dict[str, TrainConfig]) -> tuple[dict[str, TrainConfig], LanguageModel, torch.device]:
-    """What a run begins with: ``cfgs`` checked and completed, the language model, and the device. Writes nothing.
+@dataclass(frozen=True)
+class Setup:
+    """A job that is ready to train.
+
+    job: with checked and completed configurations
+    device: where the autoencoders train
+    ranks: position of this process
+    """
+
+    job: Job
+    lm: LanguageModel
+    device: torch.device
+    ranks: Ranks = SINGLE_PROCESS
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """The dtype in which activations are stored."""
+        name = self.job.shared.buffer.dtype
+        return self.lm.dtype if name == "auto" else getattr(torch, name)
+
+    @property
+    def prefetched(self) -> int:
+        """Sequences harvested ahead of training, at most."""
+        gpu = self.lm.device.type == "cuda"
+        return self.job.shared.buffer.prefetched(self.job.sequences_harvested, gpu=gpu)
+
+    def uses_autocast(self, cfg: TrainConfig) -> bool:
+        """Whether the matrix products of a run's autoencoder use bfloat16."""
+        return default_dtype(self.device) == torch.bfloat16 if cfg.autocast == "auto" else cfg.autocast == "bfloat16"
+
+
+class Stream(NamedTuple):
+    """Activations from their beginning, and the buffer that batches are drawn from."""
+
+    feed: Feed | PrefetchingFeed
+    buffer: ActivationBuffer
+
+
+def prepare(job: Job) -> Setup:
+    """Check and complete the configurations and load the language model. Writes nothing.
 
     Raises:
         UserError: a value makes no sense, or the model or the text cannot be used.
     """
-    for name, cfg in cfgs.items():
-        with prefix_errors(name):
-            cfg.check()
-    check_mesh(cfgs.values())
-    common = next(iter(cfgs.values()))
-    device = resolve_device(common.device)
-    # Absolute, so that the run can be gone on with and evaluated from anywhere.
+    job.check()
+    check_mesh(job.runs.values())
+    device = resolve_device(job.shared.device)
+    # Absolute, so that the run can be resumed and evaluated from another directory.
     common = replace(
-        common,
-        data=absolute_source(common.data),
-        model=absolute_name(common.model),
-        cache=None if common.cache is None else str(Path(common.cache).expanduser().absolute()),
+        job.shared,
+        data=absolute_source(job.shared.data),
+        model=absolute_name(job.shared.model),
+        cache=None if job.shared.cache is None else str(Path(job.shared.cache).expanduser().absolute()),
     )
-    lm, common = _open(common, device)
-    for name, cfg in cfgs.items():
+    next(iter(_text(common, "train")(0)))  # unusable text is reported before the model is loaded
+    common = replace(common, text=replace(common.text, threshold=split_threshold(common.data, common.text)))
+    lm = local_rank0_first(
+        lambda: load_language_model(common.model, device=device, dtype=common.lm_dtype, revision=common.revision)
+    )
+    check_layer(lm, common.layer)
+    # Likewise text that is too short for a forward pass.
+    SequenceStream(_text(common, "train"), lm.tokenizer, LENGTH).next_batch(job.forward_batch)
+    if common.evaluation.final:
+        evaluation_batches(common, lm, 1)
+    runs = {}
+    for name, cfg in job.runs.items():
         with prefix_errors(name):
             sae = replace(cfg.sae, d_in=matching_width(cfg, lm))
-            cfg = replace(cfg, data=common.data, model=common.model, text=common.text, cache=common.cache, sae=sae)
-            cfgs = cfgs | {name: cfg}
-    return cfgs, lm, device
-
-
-@contextmanager
-def prefix_errors(name: str) -> Iterator[None]:
-    """Put the run's name before the sentence of a `UserError`."""
-    try:
-        yield
-    except UserError as error:
-        if not name:
-            raise
-        raise type(error)(f"Run {name!r}: {error}") from None
-
-
-def _open(cfg: TrainConfig, device: torch.device) -> tuple[LanguageModel, TrainConfig]:
-    """The language model, and ``cfg`` with the text's split; whatever of the model, of the layer and of the text is
-    unusable is found here."""
-    next(iter(_text(cfg, "train")(0)))  # unusable text is reported before the model is loaded
-    cfg = replace(cfg, text=replace(cfg.text, threshold=split_threshold(cfg.data, cfg.text)))
-    lm = local_rank0_first(
-        lambda: load_language_model(cfg.model, device=device, dtype=cfg.lm_dtype, revision=cfg.revision)
-    )
-    check_layer(lm, cfg.layer)
-    # Likewise text that is too short for a forward pass of the harvest.
-    SequenceStream(_text(cfg, "train"), lm.tokenizer, LENGTH).next_batch(harvest_group(cfg))
-    if cfg.evaluation.final:
-        evaluation_batches(cfg, lm, 1)
-    return lm, cfg
+        runs[name] = replace(cfg, data=common.data, model=common.model, text=common.text, cache=common.cache, sae=sae)
+    return Setup(replace(job, runs=runs), lm, device)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -105,19 +125,14 @@ def resolve_device(name: str) -> torch.device:
 
 
 def matching_width(cfg: TrainConfig, lm: LanguageModel) -> int:
-    """The model's width, which a configured ``sae.d_in`` must equal."""
+    """The width of the model, which ``sae.d_in`` must equal if it is given."""
     if cfg.sae.d_in not in (0, lm.d_model):
         raise UserError(f"sae.d_in is {cfg.sae.d_in}, but {lm.name} has width {lm.d_model}; leave sae.d_in out.")
     return lm.d_model
 
 
-def uses_autocast(cfg: TrainConfig, device: torch.device) -> bool:
-    """Whether matrix products of the autoencoder run in bfloat16."""
-    return default_dtype(device) == torch.bfloat16 if cfg.autocast == "auto" else cfg.autocast == "bfloat16"
-
-
 def _text(cfg: TrainConfig, part: Part) -> Callable[[int], Iterator[Document]]:
-    """The run's text, one part of it, by epoch."""
+    """A function from the epoch to the documents of one part of the run's text."""
     return lambda epoch: open_text(cfg.data, part=part, seed=cfg.stream_seed, config=cfg.text, epoch=epoch)
 
 
@@ -140,73 +155,68 @@ def evaluation_batches(cfg: TrainConfig, lm: LanguageModel, sequences: int) -> l
     return batches
 
 
-def demand(cfg: TrainConfig) -> int:
-    """Sequences that are drawn in all."""
-    return cfg.steps * cfg.batch
+@contextmanager
+def open_stream(setup: Setup, check: Callable[[], None]) -> Iterator[Stream]:
+    """The activations of the job, with its cache and prefetching.
 
-
-def harvest_group(cfg: TrainConfig) -> int:
-    """Sequences per forward pass of the harvest."""
-    return min(cfg.buffer.harvest_batch, -(-demand(cfg) // cfg.buffer.reuse))
-
-
-def storage_dtype(cfg: TrainConfig, lm: LanguageModel) -> torch.dtype:
-    """Type that activations are kept in."""
-    return lm.dtype if cfg.buffer.dtype == "auto" else getattr(torch, cfg.buffer.dtype)
-
-
-def open_cache(
-    cfg: TrainConfig, lm: LanguageModel, *, write: bool, ranks: Ranks = SINGLE_PROCESS
-) -> ActivationCache | None:
-    """The run's cache, if it has one; with ``write``, locked if it has less than the run will ask for.
+    check: called between forward passes; raises `AtSafePoint` after a signal
 
     Raises:
-        UserError: it does not match the run, or another process writes to it, or has too little for several processes.
+        UserError: the cache cannot be used.
     """
+    with ExitStack() as stack:
+        cache = raise_on_all_ranks(lambda: open_cache(setup, write=True))
+        if cache is not None:
+            stack.enter_context(cache)
+        feed: Feed | PrefetchingFeed = raise_on_all_ranks(lambda: make_feed(setup, cache, check))
+        if setup.prefetched and setup.ranks.world.size == 1:
+            shown, feed.bar = feed.bar, no_bar  # one bar at a time, in this thread
+            total = setup.job.sequences_harvested
+            feed = stack.enter_context(PrefetchingFeed(feed, setup.prefetched, total, shown, setup.lm.device))
+        yield Stream(feed, make_buffer(setup, feed))
+
+
+def open_cache(setup: Setup, *, write: bool) -> ActivationCache | None:
+    """The cache of the job, if it has one; with ``write`` it is locked if it holds less than the job needs.
+
+    Raises:
+        UserError: it does not match the job, another process writes to it, or it is too small for several processes.
+    """
+    job, cfg = setup.job, setup.job.shared
     if cfg.cache is None:
         return None
-    group = harvest_group(cfg)
-    request = cache_request(cfg, lm, storage_dtype(cfg, lm), group)
-    cache = ActivationCache(Path(cfg.cache), request, made_with(lm), group=group)
-    if write and cache.groups * group * cfg.buffer.reuse < demand(cfg):
-        if ranks.world.size > 1:
+    group = job.forward_batch
+    request = cache_request(cfg, setup.lm, setup.storage_dtype, group)
+    cache = ActivationCache(Path(cfg.cache), request, made_with(setup.lm), group=group)
+    if write and cache.groups * group < job.sequences_harvested:
+        if setup.ranks.world.size > 1:
             raise UserError(
-                f"The cache {cfg.cache} has {cache.groups * group} sequences, and the run takes "
-                f"{-(-demand(cfg) // cfg.buffer.reuse)}; several processes only read a cache, so fill it with a run in "
-                "one process, or leave out --cache."
+                f"The cache {cfg.cache} has {cache.groups * group} sequences, and the run needs "
+                f"{job.sequences_harvested}; several processes only read a cache, so fill it with a run in one "
+                "process, or leave out --cache."
             )
         cache.lock()
     return cache
 
 
-def make_feed(
-    cfg: TrainConfig,
-    lm: LanguageModel,
-    cache: ActivationCache | None = None,
-    check: Callable[[], None] = lambda: None,
-    ranks: Ranks = SINGLE_PROCESS,
-) -> Feed:
-    """The run's activations from their beginning; ``check`` is called between forward passes.
+def make_feed(setup: Setup, cache: ActivationCache | None = None, check: Callable[[], None] = lambda: None) -> Feed:
+    """The activations of the job from their beginning; ``check`` is called between forward passes.
 
-    With several processes each runs the language model on every so many-th group of sequences, and they ask each other
-    for signals once in so many groups.
+    Of N processes each runs the language model on every N-th group of sequences. They exchange signals once per N
+    groups.
     """
-    stream = SequenceStream(_text(cfg, "train"), lm.tokenizer, LENGTH)
-    harvester = Harvester(lm, cfg.layer, stream, batch=harvest_group(cfg), dtype=storage_dtype(cfg, lm))
-    world = ranks.world
-    check = check_on_all_ranks(check, ranks, world.size)
+    cfg, world = setup.job.shared, setup.ranks.world
+    stream = SequenceStream(_text(cfg, "train"), setup.lm.tokenizer, LENGTH)
+    harvester = Harvester(setup.lm, cfg.layer, stream, batch=setup.job.forward_batch, dtype=setup.storage_dtype)
+    checking_bar = partial(_checking_bar, check_on_all_ranks(check, setup.ranks, world.size))
     if world.size == 1:
-        return Feed(harvester, cache, partial(_checking_bar, check))
-
-    def has(group: int) -> bool:
-        return group % world.size == world.rank
-
-    return Feed(harvester, cache, partial(_checking_bar, check), has)
+        return Feed(harvester, cache, checking_bar)
+    return Feed(harvester, cache, checking_bar, lambda group: group % world.size == world.rank)
 
 
 @contextmanager
 def _checking_bar(check: Callable[[], None], what: str, tokens: int) -> Iterator[Callable[[int], None]]:
-    """A bar whose progress calls ``check``."""
+    """A progress bar that calls ``check`` when it advances."""
     with bar(what, tokens) as advance:
 
         def advance_and_check(done: int) -> None:
@@ -216,12 +226,11 @@ def _checking_bar(check: Callable[[], None], what: str, tokens: int) -> Iterator
         yield advance_and_check
 
 
-def make_buffer(
-    cfg: TrainConfig, feed: Callable[[int], Iterator[ActivationBatch]], ranks: Ranks = SINGLE_PROCESS
-) -> ActivationBuffer:
-    """The run's buffer, empty, in front of ``feed``."""
+def make_buffer(setup: Setup, feed: Feed | PrefetchingFeed) -> ActivationBuffer:
+    """The buffer of the job, empty, filled from ``feed``."""
+    cfg = setup.job.shared
     order = torch.Generator().manual_seed(cfg.stream_seed + 2)
-    size = (cfg.buffer.sequences, cfg.buffer.reuse, demand(cfg))
-    if ranks.world.size > 1:
-        return DistributedActivationBuffer(feed, *size, order, ranks)
+    size = (cfg.buffer.sequences, cfg.buffer.reuse, setup.job.sequences_trained)
+    if setup.ranks.world.size > 1:
+        return DistributedActivationBuffer(feed, *size, order, setup.ranks)
     return ActivationBuffer(feed, *size, order)

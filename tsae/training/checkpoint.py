@@ -1,9 +1,9 @@
-"""Checkpoints that survive `kill -9` at any moment, and are not taken for good when they are damaged.
+"""Checkpoints that survive `kill -9` at any moment and are rejected when damaged.
 
-A checkpoint is a directory `checkpoint/step-00000500` that is written under another name and renamed when it is
-whole. The activation buffer is large and changes seldom, so it lies beside them, `buffer-0003.safetensors`, once
-for each refill. `manifest.json` in a checkpoint has the checksums of both. The newest checkpoints are kept, with the
-buffers they name; all else is removed.
+A checkpoint is a directory `checkpoint/step-00000500`, written under a temporary name and renamed when complete. The
+activation buffer is large and changes rarely, so it is a file beside them, `buffer-0003.safetensors`, one per refill.
+`manifest.json` in a checkpoint has the checksums of both. The newest checkpoints and the buffers they refer to are
+kept; everything else is removed.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from tsae.errors import UserError, reason
 from tsae.utils.atomic import WriteError, checksum, checksum_of, save_pickle, sync, write_json, writing
 
 STATE, MANIFEST = "state.pt", "manifest.json"
-FORMAT = 3  # of what `tsae.training.run` saves; to be raised with every change of it
+FORMAT = 3  # of what `tsae.training.loop` saves; raise it with every change
 NAME = re.compile(r"step-(\d+)")
-SET_ASIDE = "damaged-"  # before the name of a checkpoint that cannot be read, until the next is saved
+SET_ASIDE = "damaged-"  # prefix of a checkpoint that cannot be read, until the next one is saved
 
 
 def save(
@@ -35,14 +35,14 @@ def save(
     refills: int,
     keep: int,
 ) -> Path:
-    """Write the checkpoint of ``step`` (steps completed) and drop those beyond the newest ``keep``.
+    """Write the checkpoint of ``step`` (steps completed) and remove all but the newest ``keep``.
 
-    directory: the run's `checkpoint/`
+    directory: `checkpoint/` of the run
     state: tensors and plain Python values only, so that it loads without unpickling code
-    buffer: the activation buffer's contents as of refill number ``refills``; None where `has_buffer` has them
+    buffer: contents of the activation buffer after refill number ``refills``; None if `has_buffer` is true
 
     Raises:
-        WriteError: the disk is full, or cannot be written to; the checkpoints before stay.
+        WriteError: the disk is full or not writable; earlier checkpoints stay.
     """
     final = directory / f"step-{step:08d}"
     temporary = directory / f".tmp-{final.name}"
@@ -73,7 +73,7 @@ def save(
 
 
 def has_buffer(directory: Path, refills: int) -> bool:
-    """Whether a checkpoint has the activation buffer's contents as of this refill."""
+    """Whether a checkpoint has the contents of the activation buffer after this refill."""
     return bool(_known_buffer(_buffer_file(directory, refills)))
 
 
@@ -82,7 +82,7 @@ def _buffer_file(directory: Path, refills: int) -> Path:
 
 
 def _known_buffer(file: Path) -> dict[str, str]:
-    """The file and its checksum, if a checkpoint has it."""
+    """The file and its checksum, if a checkpoint refers to it."""
     for path in reversed(_checkpoints(file.parent)):
         known = _files(path).get(file.name)
         if known is not None and file.exists():
@@ -91,7 +91,7 @@ def _known_buffer(file: Path) -> dict[str, str]:
 
 
 def _save_buffer(directory: Path, buffer: dict[str, torch.Tensor] | None, refills: int) -> dict[str, str]:
-    """The buffer's file and its checksum; it is written unless a checkpoint has it."""
+    """The file of the buffer and its checksum; written unless a checkpoint already has it."""
     target = _buffer_file(directory, refills)
     known = _known_buffer(target)
     if known or buffer is None:
@@ -113,14 +113,14 @@ def _manifest(files: dict[str, str]) -> dict[str, Any]:
 
 
 def _checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints that came to their end, oldest first."""
+    """Complete checkpoints, oldest first."""
     if not directory.is_dir():
         return []
     return sorted(p for p in directory.iterdir() if NAME.fullmatch(p.name) and (p / STATE).is_file())
 
 
 def _files(checkpoint: Path) -> dict[str, str]:
-    """Names and checksums in a checkpoint's manifest; none where it is damaged."""
+    """File names and checksums in the manifest of a checkpoint; empty if it is damaged."""
     try:
         return _read_manifest(checkpoint)
     except UserError:
@@ -159,15 +159,15 @@ def _remove_old(directory: Path, keep: int) -> None:
 
 
 def latest(directory: Path) -> Path | None:
-    """The newest whole checkpoint of a run's `checkpoint/`, or None; it may be damaged all the same."""
+    """The newest complete checkpoint in `checkpoint/` of a run, or None. Its checksums are not verified."""
     whole = _checkpoints(directory)
     return whole[-1] if whole else None
 
 
 class Resumed(NamedTuple):
-    """What a run goes on from.
+    """A checkpoint to resume from.
 
-    path: of the checkpoint; state, buffer: as they were given to `save`
+    state, buffer: as given to `save`
     damaged: a sentence for each newer checkpoint that cannot be read
     """
 
@@ -178,12 +178,12 @@ class Resumed(NamedTuple):
 
 
 def load_latest(directory: Path) -> Resumed | None:
-    """The newest good checkpoint of a run's `checkpoint/`, on the CPU; None where there is none at all.
+    """The newest intact checkpoint in `checkpoint/` of a run, on the CPU; None if there is no checkpoint.
 
-    Newer ones that are damaged are set aside, as `damaged-step-...`, until the next one is saved.
+    Newer damaged ones are renamed `damaged-step-...` until the next one is saved.
 
     Raises:
-        UserError: none of the checkpoints there can be read; they are left as they are.
+        UserError: no checkpoint can be read; they are not changed.
     """
     damaged: dict[Path, str] = {}
     for path in reversed(_checkpoints(directory)):
@@ -204,10 +204,10 @@ def load_latest(directory: Path) -> Resumed | None:
 
 
 def load(checkpoint: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The state and the buffer's contents of a checkpoint, on the CPU.
+    """The state and the buffer contents of a checkpoint, on the CPU.
 
     Raises:
-        UserError: the checkpoint or its buffer is damaged or missing, or of a version that saved something else.
+        UserError: the checkpoint or its buffer is damaged or missing, or has another format version.
     """
     files = _read_manifest(checkpoint)
     paths = {name: (checkpoint if name == STATE else checkpoint.parent) / name for name in files}
@@ -220,6 +220,6 @@ def load(checkpoint: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         contents = load_file(paths[name]) if state["refills"] else {}
     except UserError:
         raise
-    except Exception as error:  # a pickle makes the reader raise whatever it stumbles over
+    except Exception as error:  # a damaged pickle can raise anything
         raise UserError(f"The checkpoint {checkpoint} cannot be read ({reason(error)}).") from None
     return state, contents

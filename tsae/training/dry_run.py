@@ -1,4 +1,4 @@
-"""`--dry-run`: what a run would take in memory, on disk and in time; measured on a few steps, and nothing written."""
+"""`--dry-run`: estimates memory, disk space and time of a job from a few steps; writes nothing."""
 
 from __future__ import annotations
 
@@ -16,20 +16,13 @@ from rich.table import Table
 from tsae.config import LENGTH, TrainConfig
 from tsae.data.cache import ActivationCache
 from tsae.data.harvest import ActivationBatch
-from tsae.lm.loading import LanguageModel
+from tsae.errors import UserError
 from tsae.sae.normalization import InputNormalizer
-from tsae.training.assemble import (
-    demand,
-    harvest_group,
-    make_buffer,
-    make_feed,
-    open_cache,
-    prepare,
-    storage_dtype,
-    uses_autocast,
-)
+from tsae.training.assemble import Setup, make_buffer, make_feed, open_cache, prepare
+from tsae.training.job import Job
 from tsae.training.memory import cache_bytes, checkpoint_bytes, memory_parts
 from tsae.training.trainer import Trainer
+from tsae.utils.torchrun import world_size
 
 _GROUPS = 2  # forward passes that are timed, after one more to warm up
 _STEPS = 3
@@ -37,12 +30,12 @@ _STEPS = 3
 
 @dataclass
 class Estimate:
-    """What a run would take.
+    """The resources of a job.
 
     memory: bytes by part, see `tsae.training.memory.memory_parts`
-    disk: bytes by part; free: bytes that the disk of each part has left
+    disk: bytes by part; free: bytes free on the disk of each part
     seconds: by part, without evaluation and report
-    measured: for each of ``seconds``, the seconds that were measured and of what
+    measured: for each part of ``seconds``, the seconds measured and their unit
     """
 
     memory: dict[str, int]
@@ -52,41 +45,38 @@ class Estimate:
     measured: dict[str, tuple[float, str]]
 
 
-def dry_run(cfgs: dict[str, TrainConfig], directory: Path) -> Estimate:
-    """Load the model, harvest a few sequences, make a few steps of every autoencoder, and reckon.
-
-    cfgs, directory: as for `tsae.training.run.run_all`
+def dry_run(job: Job) -> Estimate:
+    """Load the model, harvest a few sequences, make a few steps of every autoencoder, and extrapolate.
 
     Raises:
-        UserError: what `tsae.training.run.run_all` would stop at before training.
+        UserError: as `tsae.training.run.run_job` before training; or there are several processes.
     """
-    cfgs, lm, device = prepare(cfgs)
-    cfg = next(iter(cfgs.values()))
-    group, storage = harvest_group(cfg), storage_dtype(cfg, lm)
-    cache = open_cache(cfg, lm, write=False)
-    feed = make_feed(cfg, lm)
-    buffer = make_buffer(cfg, feed)
-    first = list(feed(group))
-    sequence = _seconds(lambda: first.extend(feed(_GROUPS * group))) / (_GROUPS * group)
+    if world_size() > 1:
+        raise UserError("--dry-run estimates for one process; start it without torchrun.")
+    setup = prepare(job)
+    job, cfg, d_model = setup.job, setup.job.shared, setup.lm.d_model
+    cache, feed = open_cache(setup, write=False), make_feed(setup)
+    buffer = make_buffer(setup, feed)
+    first = list(feed(job.forward_batch))
+    timed = _GROUPS * job.forward_batch
+    sequence = _seconds(lambda: first.extend(feed(timed))) / timed
     sample = ActivationBatch(torch.cat([part.x for part in first]), torch.cat([part.segments for part in first]))
-    estimated = InputNormalizer.estimate(*sample)
-    picks = torch.arange(cfg.batch) % len(sample.x)
-    batch = ActivationBatch(sample.x[picks], sample.segments[picks])
-    steps = [_step(each, estimated, lm, device, batch) for each in cfgs.values()]
+    step = sum(_step(each, sample, setup) for each in job.runs.values())
 
-    wanted = -(-demand(cfg) // cfg.buffer.reuse)
-    cached = 0 if cache is None else min(cache.groups * group, wanted)
-    measured = {"harvest": (sequence, "per sequence"), "training": (sum(steps), "per step")}
-    seconds = {"harvest": (wanted - cached) * sequence, "training": cfg.steps * sum(steps)}
-    if cache is not None and cached:
-        measured["reading the cache"] = (_reading(cache), "per sequence")
-        seconds["reading the cache"] = cached * measured["reading the cache"][0]
-    disk = {"checkpoints": checkpoint_bytes(cfgs, buffer, lm.d_model, storage)}
-    free = {"checkpoints": _free(directory)}
+    cached = 0 if cache is None else min(cache.groups * job.forward_batch, job.sequences_harvested)
+    missing = job.sequences_harvested - cached
+    measured = {"harvest": (sequence, "per sequence"), "training": (step, "per step")}
+    seconds = {"harvest": missing * sequence, "training": cfg.steps * step}
+    disk = {"checkpoints": checkpoint_bytes(job.runs, buffer, d_model, setup.storage_dtype)}
+    free = {"checkpoints": _free(job.directory)}
     if cache is not None:
-        missing = cache_bytes(cfg, lm.d_model, storage) * (wanted - cached) // wanted
-        disk["cache, to be added"], free["cache, to be added"] = missing, _free(cache.directory)
-    memory = memory_parts(cfgs, lm, buffer, storage, autocast=uses_autocast(cfg, device))
+        added = cache_bytes(cfg, d_model, setup.storage_dtype) * missing // job.sequences_harvested
+        disk["cache, to be added"], free["cache, to be added"] = added, _free(cache.directory)
+        if cached:
+            reading = _reading(cache)
+            measured["reading the cache"] = (reading, "per sequence")
+            seconds["reading the cache"] = cached * reading
+    memory = memory_parts(job.runs, setup.lm, buffer, setup.storage_dtype, autocast=setup.uses_autocast(cfg))
     return Estimate(memory, disk, free, seconds, measured)
 
 
@@ -96,12 +86,13 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _step(
-    cfg: TrainConfig, estimated: InputNormalizer, lm: LanguageModel, device: torch.device, batch: ActivationBatch
-) -> float:
+def _step(cfg: TrainConfig, sample: ActivationBatch, setup: Setup) -> float:
     """Seconds of a step, the median of a few."""
-    normalizer = estimated if cfg.normalize else InputNormalizer.identity(lm.d_model)
-    trainer = Trainer(cfg, normalizer, device, autocast=uses_autocast(cfg, device))
+    device = setup.device
+    normalizer = InputNormalizer.estimate(*sample) if cfg.normalize else InputNormalizer.identity(setup.lm.d_model)
+    trainer = Trainer(cfg, normalizer, device, autocast=setup.uses_autocast(cfg))
+    picks = torch.arange(cfg.batch) % len(sample.x)
+    batch = ActivationBatch(sample.x[picks], sample.segments[picks])
 
     def step() -> None:
         trainer.train_step(batch)
@@ -129,7 +120,7 @@ def _free(directory: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-def print_estimate(estimate: Estimate, cfg: TrainConfig) -> None:
+def print_estimate(estimate: Estimate, job: Job) -> None:
     """The estimate as a table on the terminal."""
     table = Table(title="Dry run: nothing was written", title_justify="left")
     table.add_column("part")
@@ -145,7 +136,7 @@ def print_estimate(estimate: Estimate, cfg: TrainConfig) -> None:
     for name, value in estimate.seconds.items():
         measured, unit = estimate.measured[name]
         table.add_row(f"time: {name}", _duration(value), f"{1000 * measured:.1f} ms {unit}, measured")
-    tokens = cfg.steps * cfg.batch * LENGTH
+    tokens = job.sequences_trained * LENGTH
     total = sum(estimate.seconds.values())
     table.add_row("time, in all", _duration(total), f"{tokens:,} tokens; without evaluation and report", style="bold")
     Console().print(table)

@@ -1,4 +1,4 @@
-"""The optimizer and what happens to gradients and weights around its step."""
+"""The optimizer, and what is done to gradients and weights around its step."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def threshold_parameters(sae: SparseAutoencoder) -> list[torch.nn.Parameter]:
 
 
 def build_optimizer(sae: SparseAutoencoder, cfg: OptimizerConfig) -> torch.optim.Optimizer:
-    """Adam or AdamW over the autoencoder's parameters, fused. Weight decay leaves learned thresholds alone: they are
-    logarithms, for which 0 is no natural value."""
+    """Fused Adam or AdamW over the parameters of the autoencoder. Learned thresholds have no weight decay: they are
+    logarithms, for which 0 is not a neutral value."""
     kind = torch.optim.AdamW if cfg.name == "adamw" else torch.optim.Adam
     extra = {"weight_decay": cfg.weight_decay} if cfg.name == "adamw" else {}
     parameters: Any = list(sae.parameters())
@@ -35,15 +35,15 @@ def build_optimizer(sae: SparseAutoencoder, cfg: OptimizerConfig) -> torch.optim
 
 @torch.no_grad()
 def add_l0_lagrangian_gradient(sae: SparseAutoencoder, l0_gradients: Sequence[Tensor]) -> None:
-    """Add the L0 penalty's gradient to the learned thresholds' at the price that leaves their common factor alone.
+    """Add the L0 penalty's gradient to that of the learned thresholds, at the price that keeps their common factor.
 
-    Where a controller holds the mean L0, the thresholds' common factor is not the loss's to choose, and the weight of
-    the L0 penalty not a free number: it is the Lagrange multiplier ``lambda >= 0`` with
+    While a controller holds the mean L0, the loss does not determine the common factor of the thresholds, and the
+    weight of the L0 penalty is not free: it is the Lagrange multiplier ``lambda >= 0`` with
 
         sum_j (dL / dlog theta_j + lambda dL0 / dlog theta_j) = 0
 
-    the worth of one more active feature at the margin. A threshold then falls where its feature is worth more than
-    that, and rises where it is worth less.
+    the marginal value of one more active feature. A threshold falls if its feature is worth more than that, and rises
+    if it is worth less.
 
     l0_gradients: dL0 / dp for each of `threshold_parameters`, whose ``grad`` holds dL / dp
     """
@@ -63,8 +63,8 @@ def add_l0_lagrangian_gradient(sae: SparseAutoencoder, l0_gradients: Sequence[Te
 def add_gradient_noise(sae: SparseAutoencoder, std: float, generator: torch.Generator) -> None:
     """Add N(0, (std * RMS of that parameter's gradient)^2) to every gradient (Neelakantan et al. 2015).
 
-    ``std`` is relative: `tsae.training.schedules.noise_std`. Of a dictionary that is split, every process
-    draws the whole and takes its part.
+    ``std`` is relative: `tsae.training.schedules.noise_std`. With a sharded dictionary every process draws
+    the noise of all features and uses its shard.
     """
     features = sae.ranks.features
     for name, parameter in sae.trained().items():
@@ -81,7 +81,7 @@ def add_gradient_noise(sae: SparseAutoencoder, std: float, generator: torch.Gene
 
 @torch.no_grad()
 def sum_gradients(sae: SparseAutoencoder, data: Axis) -> None:
-    """Make every gradient that of the whole batch, from those of its shares."""
+    """Sum every gradient over the shards of the batch."""
     for parameter in sae.trained().values():
         if parameter.grad is not None:
             data.sum_in_place(local(parameter.grad))
@@ -89,7 +89,7 @@ def sum_gradients(sae: SparseAutoencoder, data: Axis) -> None:
 
 @torch.no_grad()
 def clip_gradients(sae: SparseAutoencoder, limit: float) -> Tensor:
-    """Scale all gradients so that their common norm is at most ``limit``; returns the norm before, a scalar."""
+    """Scale all gradients so that their global norm is at most ``limit``; returns the norm before, a scalar."""
     if sae.ranks.features.size == 1:
         return torch.nn.utils.clip_grad_norm_(list(sae.parameters()), limit)
     gradients = {name: local(p.grad) for name, p in sae.trained().items() if p.grad is not None}
@@ -105,12 +105,12 @@ def clip_gradients(sae: SparseAutoencoder, limit: float) -> Tensor:
 
 @torch.no_grad()
 def project_decoder_gradient(sae: SparseAutoencoder) -> None:
-    """Take the component along each decoder row out of its gradient (TC-SAE section 4, unit-norm constraint)."""
+    """Remove from the gradient of each decoder row its component along the row (TC-SAE section 4, unit norm)."""
     grad = sae.trained()["W_dec"].grad
     if grad is not None:
         grad, W_dec = local(grad), sae.W_dec
         square = torch.linalg.vecdot(W_dec, W_dec).clamp_(min=1e-24)
-        share = torch.linalg.vecdot(grad, W_dec) / square  # in rows' lengths
+        share = torch.linalg.vecdot(grad, W_dec) / square
         grad.addcmul_(W_dec, share[:, None], value=-1)
 
 

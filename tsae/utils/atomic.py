@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under another name and renamed."""
+"""Atomic writes: a file is written under a temporary name and renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _CHUNK = 1 << 20  # bytes read at once for a checksum
 
 
 class WriteError(UserError):
-    """A file could not be written, as on a full disk.
+    """A file could not be written, for example on a full disk.
 
-    reason: in the system's words
+    reason: the message of the operating system
     """
 
     def __init__(self, path: Path, reason: str, advice: str = "make room there, and start or resume again") -> None:
@@ -31,13 +31,13 @@ class WriteError(UserError):
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Within the block a write that fails raises `WriteError`, which names ``path``."""
+    """Within the block a failed write raises `WriteError` with ``path``."""
     try:
         yield
     except OSError as error:
         raise WriteError(path, error.strerror or str(error)) from None
     except Exception as error:
-        said = re.search(r"(?:.*: )?(.*) \(os error \d+\)", str(error))  # by a library in Rust
+        said = re.search(r"(?:.*: )?(.*) \(os error \d+\)", str(error))  # of a library in Rust
         if said is None:
             raise
         raise WriteError(path, said[1]) from None
@@ -45,10 +45,10 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary neighbour of ``path`` that takes its place when the block ends without an error.
+    """Yield a temporary path beside ``path`` that replaces it when the block ends without an error.
 
-    Its name is always the same, so that the next write takes up what a killed one left; ``path`` has one writer.
-    A write that fails raises `WriteError`, and leaves what was there.
+    The temporary name is fixed, so that the next write overwrites what a killed one left; ``path`` has one writer.
+    A failed write raises `WriteError` and leaves ``path`` unchanged.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
@@ -61,7 +61,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold what was written to a file, or the names in a directory."""
+    """Flush a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -70,14 +70,14 @@ def sync(path: Path) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write ``values`` as JSON; NaN and infinities raise `ValueError`, as JSON has none."""
+    """Write ``values`` as JSON; NaN and infinities raise `ValueError`."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def save_pickle(values: Any, path: Path) -> None:
-    """`torch.save`, with the system's own error where the file cannot be written."""
-    with path.open("wb") as file:  # in place of the path, for which PyTorch reports a position alone
+    """`torch.save` that raises the `OSError` of a file that cannot be written."""
+    with path.open("wb") as file:  # given a path, PyTorch reports only a position
         try:
             torch.save(values, file)
         except RuntimeError as error:
@@ -87,7 +87,7 @@ def save_pickle(values: Any, path: Path) -> None:
 
 
 def checksum(path: Path) -> str:
-    """XXH3 (128 bits) of a file, in hexadecimal digits."""
+    """XXH3 (128 bits) of a file, hexadecimal."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -96,5 +96,5 @@ def checksum(path: Path) -> str:
 
 
 def checksum_of(values: Any) -> str:
-    """The same of plain JSON values, however they are laid out in a file."""
+    """XXH3 (128 bits) of JSON values, independent of their layout in a file."""
     return xxhash.xxh3_128(json.dumps(values, sort_keys=True).encode()).hexdigest()

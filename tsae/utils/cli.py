@@ -1,4 +1,4 @@
-"""What the command lines share: parsing into dataclasses, and errors as one sentence."""
+"""Command lines: parsing into dataclasses, and errors as one sentence."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import TypeVar
 import tyro
 
 from tsae.errors import UserError
-from tsae.parallel.environment import is_rank0
 from tsae.utils.interrupts import Interrupted, at_once
+from tsae.utils.torchrun import is_rank0
 
 T = TypeVar("T")
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # of writing
-RESUME = "; continue with --resume and the run's directory"  # the advice of commands that can
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+RESUME = "; continue with --resume and the run's directory"  # advice of commands that have --resume
 
 
 @dataclass
@@ -33,7 +33,7 @@ def parse(cls: type[T], argv: list[str], default: T | None, prog: str) -> T:
     """Parse ``argv`` into the dataclass ``cls``; ``--help`` prints and exits.
 
     Raises:
-        UserError: an unknown option or a value of the wrong type, in tyro's words on one line.
+        UserError: an unknown option or a value of the wrong type; tyro's message on one line.
     """
     captured = io.StringIO()
     try:
@@ -47,18 +47,18 @@ def parse(cls: type[T], argv: list[str], default: T | None, prog: str) -> T:
 
 
 def _sentence(box: str) -> str:
-    """What tyro says in the first part of its box: below the title, above the first rule that is not the title's."""
+    """The first part of tyro's error box: below the title, above the first rule that is not the title's."""
     lines = [re.sub(r"^│ ?|│$", "", line).strip() for line in box.splitlines()]
     lines = [line for line in lines if line][1:]
     is_rule = [re.fullmatch(r"[╰╯─-]+", line) is not None for line in lines]
-    if is_rule[:1] == [True]:  # in ASCII the title has one of its own
+    if is_rule[:1] == [True]:  # in ASCII the title has a rule
         lines, is_rule = lines[1:], is_rule[1:]
     text = " ".join(lines[: is_rule.index(True)] if True in is_rule else lines).rstrip(".")
     return re.sub(r"\. Expected ", "; expected ", text[:1].upper() + text[1:])
 
 
 def only_options(argv: list[str], allowed: tuple[str, ...], why: str) -> None:
-    """Raise `UserError`, a sentence that begins with ``why``, if ``argv`` has other options than those ``allowed``."""
+    """Raise `UserError`, a sentence that begins with ``why``, if ``argv`` has options other than ``allowed``."""
     others = [a for a in argv if a.startswith("-") and a.split("=")[0] not in allowed]
     if others:
         raise UserError(f"{why}; leave out {' '.join(others)}.")
@@ -66,10 +66,10 @@ def only_options(argv: list[str], allowed: tuple[str, ...], why: str) -> None:
 
 @contextlib.contextmanager
 def report_errors(advice: str = "") -> Iterator[Status]:
-    """Turns a `UserError`, and a disk that is full or fails, into a sentence on stderr and status 2, an interruption
-    into status 130 or 143. Of several processes, which torchrun starts, only the first says a `UserError`.
+    """Turn a `UserError`, a full or failing disk, and lack of memory into a sentence on stderr and status 2, and an
+    interruption into status 130 or 143. With several processes only rank 0 prints.
 
-    advice: said after an interruption that brings none of its own
+    advice: printed after an interruption that has no advice
     """
     status = Status()
     try:
@@ -80,7 +80,7 @@ def report_errors(advice: str = "") -> Iterator[Status]:
             sys.stderr.write(f"error: {error}\n")
         status.code = 2
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in CANNOT_WRITE:
             raise
         where = f" ({error.filename})" if error.filename else ""
         sys.stderr.write(f"error: {error.strerror}{where}; what was complete is kept: start or resume again.\n")

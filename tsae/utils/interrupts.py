@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: at once where nothing can be lost, else when the work in hand is done."""
+"""SIGINT and SIGTERM: immediate while nothing can be lost, else deferred until the state can be saved."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Handler = Callable[[int, FrameType | None], None]
 class Interrupted(KeyboardInterrupt):
     """A signal asked the process to end.
 
-    advice: a sentence on how to go on, for the user; empty where there is none
+    advice: what the user can do next, the end of a sentence; may be empty
     """
 
     def __init__(self, number: int, advice: str = "") -> None:
@@ -29,12 +29,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 class AtSafePoint(Interrupted):
-    """Raised where all state is consistent, so that it can be saved."""
+    """Raised where the state is consistent and can be saved."""
 
 
 @contextmanager
 def _handled(handler: Handler) -> Iterator[None]:
-    """``handler`` for both signals within the block; elsewhere than in the main thread Python allows none."""
+    """Handle both signals with ``handler`` within the block; no effect outside the main thread, as Python requires."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -48,7 +48,7 @@ def _handled(handler: Handler) -> Iterator[None]:
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """Within the block a signal raises `Interrupted`, so that temporary files are removed on the way out."""
+    """Within the block a signal raises `Interrupted`, so that `finally` blocks remove temporary files."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)
@@ -59,22 +59,22 @@ def at_once() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[Callable[[], None]]:
-    """Within the block a signal is noted, and raises `AtSafePoint` when the yielded function is called next.
+    """Within the block a signal is recorded; it raises `AtSafePoint` at the next call of the yielded function.
 
-    One that was noted and not raised is raised when the block ends without an error. A second signal raises
-    `Interrupted` at once.
+    A recorded signal is raised at the latest when the block ends without an error. A second signal raises `Interrupted`
+    immediately.
     """
-    noted: list[int] = []
+    received: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
-        if noted:
+    def record(number: int, frame: FrameType | None) -> None:
+        if received:
             raise Interrupted(number)
-        noted.append(number)
+        received.append(number)
 
     def check() -> None:
-        if noted:
-            raise AtSafePoint(noted[0])
+        if received:
+            raise AtSafePoint(received[0])
 
-    with _handled(note):
+    with _handled(record):
         yield check
         check()

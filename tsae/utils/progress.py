@@ -30,7 +30,7 @@ class _Rate(ProgressColumn):
 
 
 class _Done(ProgressColumn):
-    """Units done, of how many."""
+    """Units done, and the total."""
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.completed:>9,.0f}" + ("" if task.total is None else f"/{task.total:,.0f}"))
@@ -38,10 +38,11 @@ class _Done(ProgressColumn):
 
 @contextmanager
 def bar(description: str, total: float | None, unit: str = "tokens") -> Iterator[Callable[[float], None]]:
-    """A bar on stderr; the yielded function takes the units done since its last call.
+    """A progress bar on stderr; the yielded function takes the units done since its last call.
 
-    total: units in all; None where that is known at the end only
-    On a terminal the bar moves; elsewhere one line is written when the part ends.
+    total: None if it is unknown
+
+    Without a terminal one line is written at the end.
     """
     columns = (
         TextColumn("{task.description:<10}"),

@@ -1,0 +1,47 @@
+"""What training prints before the first step and after the last."""
+
+from __future__ import annotations
+
+from tsae.config import LENGTH
+from tsae.data.buffer import ActivationBuffer
+from tsae.training.assemble import Setup
+from tsae.training.memory import BUFFER, check_memory, memory_parts
+from tsae.utils.progress import console
+
+
+def announce(setup: Setup, buffer: ActivationBuffer) -> None:
+    """Print the job in four lines: model and runs, buffer, estimated memory, processes.
+
+    Raises:
+        UserError: it needs more memory than the machine has.
+    """
+    job, cfg, lm, world = setup.job, setup.job.shared, setup.lm, setup.ranks.world
+    autocast = setup.uses_autocast(cfg)
+    parts = memory_parts(job.runs, lm, buffer, setup.storage_dtype, autocast=autocast)
+    what = f"{len(job.runs)} autoencoders"
+    if len(job.runs) == 1:
+        what = f"{cfg.sae.d_sae} {cfg.sae.activation} features" + (" (bfloat16 autocast)" if autocast else "")
+    console.print(
+        f"{cfg.preset}: {lm.name} layer {cfg.layer} ({str(lm.dtype).removeprefix('torch.')}) on {setup.device}, "
+        f"{what}, {cfg.steps} steps of {cfg.batch} x {LENGTH} tokens."
+    )
+    console.print(
+        f"Activation buffer: at most {buffer.capacity} sequences, {parts[BUFFER] / 2**20:,.0f} MiB "
+        f"({str(setup.storage_dtype).removeprefix('torch.')}); each is trained on {cfg.buffer.reuse} times."
+    )
+    sizes = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items())
+    where = "" if world.size == 1 else " for a single process"
+    console.print(f"Memory, estimated{where}, in MiB: {sizes}; in all {sum(parts.values()) / 2**20:,.0f}.")
+    if world.size == 1:
+        check_memory(parts, setup.device)
+    else:
+        data, features = setup.ranks.data.size, setup.ranks.features.size
+        console.print(f"{world.size} processes: the batch in {data} shards, the dictionary in {features}.")
+
+
+def print_waiting(before: float, during: float, seconds: float) -> None:
+    """Print the seconds that training waited for activations: before its first step, and of its ``seconds``."""
+    console.print(
+        f"Waited for activations: {before:.1f} s before the first step, {during:.1f} s of the {seconds:.1f} s of "
+        f"training ({during / max(seconds, 1e-9):.0%})."
+    )
