@@ -30,17 +30,17 @@ class Command(TrainConfig):
     """
 
     preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")] = "demo"
-    """Configuration to start from: demo, tsae-gemma-2-2b, tcsae-pythia-70m."""
+    """Configuration to start from: demo, tsae-gemma-2-2b or tcsae-pythia-70m."""
     config: Path | None = None
-    """Start from this JSON file instead, such as a run's config.json."""
+    """Start from this JSON file instead, such as the config.json of a run."""
     out: Path | None = None
     """Run directory; default runs/PRESET/TIMESTAMP."""
     overwrite: bool = False
-    """Replace the run that --out already holds."""
+    """Replace an existing run in --out."""
     resume: Path | None = None
-    """Continue this directory of a run or a sweep from its last checkpoint, with its own configuration."""
+    """Resume the run or the sweep in this directory from its last checkpoint, with its own configuration."""
     dry_run: bool = False
-    """Print what the run would take in memory, on disk and in time, and stop; nothing is written."""
+    """Estimate memory, disk space and time, print them, and stop; writes nothing."""
     sweep: Path | None = None
     """Train every run of this YAML file on one stream of activations, into --out or runs/sweep-NAME/TIMESTAMP."""
 
@@ -50,7 +50,7 @@ PARALLEL = ("--parallel.features", "--parallel.timeout")  # what --resume may ch
 
 
 def command(argv: list[str]) -> tuple[TrainConfig, Command]:
-    """The configuration that the command line asks for, and the command itself (its preset "" where none is named).
+    """The configuration of the run, and the command line itself (preset "" if none is given).
 
     Options override the file of ``--config``, which overrides the preset.
     """
@@ -59,7 +59,7 @@ def command(argv: list[str]) -> tuple[TrainConfig, Command]:
     start = parse(Command, without_help, replace(_default(preset("demo")), preset=""), PROG)
     if start.config is not None:
         base = from_dict(TrainConfig, load_json(start.config))
-        base = replace(base, text=replace(base.text, threshold=None))  # of that run's text, which may not be this one's
+        base = replace(base, text=replace(base.text, threshold=None))  # the split of that run's text
     else:
         base = preset(start.preset or "demo")
     # --help alone: tyro leaves arguments that are given out of the help.
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         from tsae.utils.progress import console
 
         runs = _runs(cfg, asked, argv)
-        with processes(Job(runs, Path()).shared.parallel.timeout):
+        with processes(max(each.parallel.timeout for each in runs.values())):
             job = Job(runs, asked.resume or broadcast_from_rank0(lambda: _new_directory(cfg, asked)))
             if asked.dry_run:
                 from tsae.training.dry_run import dry_run, print_estimate
@@ -104,7 +104,7 @@ def _runs(cfg: TrainConfig, asked: Command, argv: list[str]) -> dict[str, TrainC
         only_options(argv, ("--resume", *PARALLEL), "--resume takes the sweep's own configuration")
         return {name: _on_other_processes(each, asked, argv) for name, each in read_runs(asked.resume).items()}
     if asked.sweep is not None:
-        only_options(argv, ("--sweep", "--out", "--overwrite", "--dry-run"), "The options of a sweep stand in its file")
+        only_options(argv, ("--sweep", "--out", "--overwrite", "--dry-run"), "The options of a sweep are in its file")
         return read_sweep(asked.sweep)
     return {"": cfg if asked.resume is None else _resumed(asked.resume, asked, argv)}
 
