@@ -6,7 +6,6 @@ from pathlib import Path
 
 from tsae.config import TrainConfig
 from tsae.errors import UserError
-from tsae.parallel.environment import is_rank0
 from tsae.reports.table import print_comparison
 from tsae.rundir import layout
 from tsae.rundir.directory import new_directory, start_run
@@ -15,6 +14,7 @@ from tsae.training.loop import Outcome
 from tsae.training.run import run_job
 from tsae.utils.atomic import write_json
 from tsae.utils.config_json import from_dict, load_json
+from tsae.utils.torchrun import is_rank0
 
 
 def sweep_directory(name: str, out: Path | None, *, overwrite: bool) -> Path:
