@@ -127,7 +127,7 @@ def against_plain(found: dict[str, list[dict[str, Any]]]) -> str:
         return average(name, "temporal.persistence_excess") - average(name, "temporal.persistence_excess_shuffled")
 
     lines = [
-        "| against plain | EV | CE score | L0 | alive | excess | excess less control | lag 1 pooled | per feature |"
+        "| against plain | EV | CE score | L0 | alive | excess | excess minus control | lag 1 pooled | per feature |"
         " smoothness |",
         "| --- " * 10 + "|",
     ]
