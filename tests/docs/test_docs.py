@@ -17,6 +17,7 @@ import linecache
 import re
 import shlex
 import shutil
+import subprocess
 import tomllib
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -173,7 +174,7 @@ def run_page(page: Path) -> None:
                 run_command(*call)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name)
 def test_every_command_of_a_page_is_one(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for block in blocks(page):
         if block.language == "bash":
@@ -248,6 +249,35 @@ def test_links_of_the_docs_stay_inside_them() -> None:
         if not re.match(r"[a-z]+:", target) and not (page.parent / target).resolve().is_relative_to(docs)
     }
     assert outside == set()
+
+
+def test_files_named_in_the_docs_exist() -> None:
+    """Inline code that is the path of a file or a folder of the repository."""
+    path = re.compile(r"`((?:benchmarks|csrc|docs|examples|experiments|tests|tools|tsae|tsae_kernels)/[\w./-]*)`")
+    missing = {f"{name(page)}: {found}" for page in PAGES for found in path.findall(page.read_text(encoding="utf-8"))}
+    assert {each for each in missing if not (ROOT / each.split(": ")[1]).exists()} == set()
+
+
+def files_of_the_tree() -> set[str]:
+    """The files that the tree in docs/architecture.md lists."""
+    found, folders = set(), []
+    page = ROOT / "docs" / "architecture.md"
+    for line in next(block for block in blocks(page) if block.language == "text").code.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        entry = line.split()[0]
+        folders = folders[:depth]
+        if entry.endswith("/"):
+            folders.append(entry)
+        else:
+            found.add("".join(folders) + entry)
+    return found
+
+
+def test_the_architecture_page_lists_every_source_file() -> None:
+    sources = ("tsae", "tsae_kernels", "csrc", "tools", "benchmarks")
+    tracked = subprocess.run(["git", "ls-files", *sources], cwd=ROOT, text=True, capture_output=True, check=True)
+    expected = {file for file in tracked.stdout.split() if Path(file).name not in ("__init__.py", "py.typed")}
+    assert files_of_the_tree() == expected
 
 
 def test_the_reference_covers_every_package() -> None:
