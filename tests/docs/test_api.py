@@ -25,8 +25,8 @@ OBVIOUS = {"progress", "mode", "other"}  # explained by the function's summary, 
 
 
 def undocumented(path: Path) -> list[str]:
-    """The public functions, classes and methods of a source file without a docstring. A method may have it in an earlier
-    class of the file, such as a protocol."""
+    """The public functions, classes and methods of a source file without a docstring. A method may inherit it from an
+    earlier class of the file, such as a protocol."""
     described, missing = set(), []
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         inside = node.body if isinstance(node, ast.ClassDef) else []

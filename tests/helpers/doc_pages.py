@@ -16,7 +16,7 @@ LANGUAGES = (
     "yaml",
     "json",
     "text",
-)  # an unknown one is an error, or its block would be skipped silently
+)  # others are an error: a typo would hide a block
 _FENCE = re.compile(r"^ *```(\S*)\s*$")
 _NOT_RUN = re.compile(r"^<!-- not run: (\S.*?) -->$")
 _SHELL = {"|", "||", "&&", ";", "for", "do", "done", "if", ">", "<"}
