@@ -288,6 +288,16 @@ def test_the_architecture_page_lists_every_source_file() -> None:
     assert files_of_the_tree() == expected
 
 
+def test_the_readme_lists_every_folder() -> None:
+    tree = next(block for block in blocks(ROOT / "README.md") if block.language == "text").code
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, text=True, capture_output=True, check=True).stdout.split()
+    parents = [Path(file).parts[:-1] for file in tracked if not file.startswith(".")]
+    folders = {parts[0] for parts in parents if parts} | {
+        parts[1] for parts in parents if parts[1:] and parts[0] == "tsae"
+    }
+    assert {folder for folder in folders if not re.search(rf"(^|\s){folder}/", tree)} == set()
+
+
 def test_the_reference_covers_every_package() -> None:
     pages = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "reference").glob("*.md"))
     documented = set(re.findall(r"^::: (\S+)$", pages, re.M))
