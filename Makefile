@@ -18,7 +18,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml setup.py constraints.txt MANIFEST.in $(wildcard csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel ninja torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[demo,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[demo,dev,docs]"
 	touch $@
 
 # The libraries whose formats are read and written, in an environment of their own on top of $(VENV): it uses what is
@@ -52,9 +52,9 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The API reference, from the docstrings; a test fails where it is stale.
+# The documentation site, with the API reference from the docstrings, in site/. A broken link is an error.
 docs: install
-	$(BIN)/python docs/build_api.py
+	$(BIN)/mkdocs build --strict --quiet
 
 # After `make peers` with SAELens's training step among what is timed.
 bench: install
@@ -81,4 +81,4 @@ gpu-check:
 	bash benchmarks/gpu_check.sh
 
 clean:
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info runs
+	rm -rf $(VENV) $(PEERS) build dist site *.egg-info runs

@@ -249,7 +249,7 @@ def main() -> None:
     print(json.dumps(about))
     print(table(results, arguments.tokens))
     if arguments.json:
-        arguments.json.write_text(json.dumps(about | {"results": results}, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(about | {"results": results}) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from benchmarks.results import Measurement, Row, read_json, table
+from benchmarks.results import Measurement, Row, read_json, table, write_json
 
 COLOURS = {"copy": "#6F7780", "backend": "#009E73", "alternative": "#0072B2", "step": "#009E73", "peer": "#E69F00"}
 NAMES = {
@@ -99,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("file", type=Path, help="what `pytest benchmarks --benchmark-json=FILE` wrote")
     parser.add_argument("--out", type=Path, help="draw the figure into this file, such as docs/figures/benchmarks.png")
+    parser.add_argument("--json", type=Path, help="write the measurements in compact form, as docs/results keeps them")
     chosen = parser.parse_args(arguments)
     try:
         measurements, machine = read_json(chosen.file)
@@ -108,6 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"{chosen.file} holds no measurement of benchmarks/: was it a run of other tests?")
     print(heading(measurements, machine) + "\n")
     print(table(measurements))
+    if chosen.json is not None:
+        write_json(chosen.json, measurements, machine)
     if chosen.out is not None:
         chosen.out.parent.mkdir(parents=True, exist_ok=True)
         figure = draw(measurements, machine)

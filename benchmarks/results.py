@@ -88,6 +88,13 @@ def read_json(path: Path) -> tuple[list[Measurement], dict[str, Any]]:
     return [Measurement.from_dict(m) for m in found], values.get("machine_info", {})
 
 
+def write_json(path: Path, measurements: list[Measurement], machine: dict[str, Any]) -> None:
+    """Write what `read_json` reads and nothing else, one measurement per line."""
+    about = {key: machine[key] for key in ("device", "torch", "python_version", "smoke") if key in machine}
+    lines = ",\n".join(json.dumps({"extra_info": {"measurement": m.to_dict()}}) for m in measurements)
+    path.write_text(f'{{"machine_info": {json.dumps(about)},\n"benchmarks": [\n{lines}\n]}}\n')
+
+
 def table(measurements: list[Measurement]) -> str:
     """A Markdown table of every variant of every case, its columns padded so that it reads as plain text too.
 

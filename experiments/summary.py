@@ -1,9 +1,10 @@
-"""What sweeps found: a Markdown table of means over seeds, and the frontier as a figure.
+"""Summarize sweeps: a Markdown table of means over seeds, and explained variance against persistence as a figure.
 
-    python experiments/summary.py SWEEP_DIRECTORY ... [--figure docs/figures/frontier.png]
+    python experiments/summary.py SWEEP ... [--figure docs/figures/frontier.png] [--json docs/results/frontier.json]
 
-The mean over runs that differ in the seed alone, and half the distance between the extremes. `plain` is the yardstick.
-What `python -m tsae.evaluate RUN --release-ratio R` found of a run stands beside it, as RUN@R.
+SWEEP is a sweep's directory or a file that `--json` wrote. Runs that differ in the seed alone are averaged; ± is half
+the range over seeds. The second table compares every configuration with `plain`. Measurements of a run at another
+release ratio (`python -m tsae.evaluate RUN --release-ratio R`) are listed as RUN@R.
 """
 # ruff: noqa: T201
 
@@ -41,27 +42,67 @@ COLOURS = {
 OTHER = "#CC79A7"
 
 
-def collect(directories: list[Path]) -> dict[str, list[dict[str, Any]]]:
-    """Configuration -> the metrics of its seeds, of runs that ended well and of their other release ratios."""
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for directory in directories:
-        for name, run in json.loads((directory / "sweep.json").read_text())["runs"].items():
-            if run.get("metrics") is None:
-                print(f"{name}: {run.get('error') or 'not finished'}")
+Runs = dict[str, dict[str, Any]]  # name -> metrics
+
+
+def read_sweep_directory(directory: Path) -> Runs:
+    """The metrics of every finished run of a sweep, and of its evaluations at other release ratios (RUN@R)."""
+    found: Runs = {}
+    for name, run in json.loads((directory / "sweep.json").read_text())["runs"].items():
+        if run.get("metrics") is None:
+            print(f"{name}: {run.get('error') or 'not finished'}")
+            continue
+        found[name] = run["metrics"]
+        for path in sorted((directory / name).glob("eval-release-*.json")):
+            measured = json.loads(path.read_text())
+            if measured["source"]:
+                print(f"{path}: measured on other text, {measured['source']['data']}; left out")
                 continue
-            configuration = re.sub(r"-seed\d+$", "", name)
-            found[configuration].append(run["metrics"])
-            for path in sorted((directory / name).glob("eval-release-*.json")):
-                measured = json.loads(path.read_text())
-                if measured["source"]:
-                    print(f"{path}: of other text, {measured['source']['data']}; left out")
-                    continue
-                found[f"{configuration}@{measured['release']['ratio']:g}"].append(measured)
+            found[f"{name}@{measured['release']['ratio']:g}"] = measured
+    return found
+
+
+def read_sweeps(paths: list[Path]) -> dict[str, Runs]:
+    """Sweep -> its runs, from sweep directories and from files that `write_json` wrote."""
+    sweeps: dict[str, Runs] = {}
+    for path in paths:
+        sweeps |= {path.name: read_sweep_directory(path)} if path.is_dir() else json.loads(path.read_text())
+    return sweeps
+
+
+def write_json(sweeps: dict[str, Runs], path: Path) -> None:
+    """Write the metrics that this script reads, one run per line."""
+
+    def line(run: dict[str, Any]) -> dict[str, Any]:
+        kept: dict[str, Any] = {}
+        for _, key, _ in COLUMNS:
+            *parents, leaf = key.split(".")
+            inner = kept
+            for parent in parents:
+                inner = inner.setdefault(parent, {})
+            inner[leaf] = float(f"{metric(run, key):.6g}")
+        return kept
+
+    blocks = [
+        f"{json.dumps(sweep)}: {{\n"
+        + ",\n".join(f"{json.dumps(name)}: {json.dumps(line(run))}" for name, run in runs.items())
+        + "\n}"
+        for sweep, runs in sweeps.items()
+    ]
+    path.write_text("{" + ",\n".join(blocks) + "}\n")
+
+
+def by_configuration(sweeps: dict[str, Runs]) -> dict[str, list[dict[str, Any]]]:
+    """Configuration (a run's name without its seed) -> the metrics of its seeds."""
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for runs in sweeps.values():
+        for name, run in runs.items():
+            found[re.sub(r"-seed\d+(?=$|@)", "", name)].append(run)
     return dict(found)
 
 
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
-    """One row a configuration: means, and half ranges where there is more than one seed."""
+    """One row per configuration: the mean, and ± half the range if there are several seeds."""
     lines = [
         "| run | seeds | " + " | ".join(heading for heading, _, _ in COLUMNS) + " |",
         "| --- " * (len(COLUMNS) + 2) + "|",
@@ -77,7 +118,7 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def against_plain(found: dict[str, list[dict[str, Any]]]) -> str:
-    """Every configuration against `plain`, ratios and differences of means."""
+    """Every configuration against `plain`: differences and ratios of means."""
 
     def average(name: str, key: str) -> float:
         return mean(metric(run, key) for run in found[name])
@@ -86,7 +127,7 @@ def against_plain(found: dict[str, list[dict[str, Any]]]) -> str:
         return average(name, "temporal.persistence_excess") - average(name, "temporal.persistence_excess_shuffled")
 
     lines = [
-        "| against plain | EV | CE score | L0 | alive | excess | excess less control | lag 1 pooled | per feature |"
+        "| against plain | EV | CE score | L0 | alive | excess | excess minus control | lag 1 pooled | per feature |"
         " smoothness |",
         "| --- " * 10 + "|",
     ]
@@ -108,7 +149,7 @@ def against_plain(found: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def figure(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Explained variance against persistence beyond chance; points of one family are joined."""
+    """Explained variance against persistence beyond chance; a line joins the points of one family."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -140,9 +181,13 @@ def figure(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", type=Path, nargs="+")
-    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--figure", type=Path, help="draw explained variance against persistence into this file")
+    parser.add_argument("--json", type=Path, help="write the metrics of every run in compact form into this file")
     arguments = parser.parse_args()
-    found = collect(arguments.sweeps)
+    sweeps = read_sweeps(arguments.sweeps)
+    if arguments.json:
+        write_json(sweeps, arguments.json)
+    found = by_configuration(sweeps)
     print(table(found))
     if "plain" in found:
         print("\n" + against_plain(found))

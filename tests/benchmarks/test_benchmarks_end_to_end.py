@@ -52,6 +52,14 @@ def test_the_table_has_shares_rates_and_the_ratio() -> None:
     assert "2.00 times as fast" in found
 
 
+@pytest.mark.parametrize("reuse", [1, 12])
+def test_the_tables_in_the_docs_are_those_of_the_kept_results(reuse: int) -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    kept = json.loads((docs / "results" / f"end-to-end-reuse-{reuse}.json").read_text())
+    rows = table(kept["results"], kept["tokens"]).partition("\n\n")[0]
+    assert rows in (docs / "scale.md").read_text(encoding="utf-8")
+
+
 def test_documents_are_enough_and_both_sides_read_them(tmp_path: Path) -> None:
     path = tmp_path / "text.jsonl"
     write_documents(path, 1000)

@@ -13,13 +13,14 @@ from torch import Tensor
 from benchmarks import alternatives, gate, measure
 from benchmarks.measure import Timing, Variant
 from benchmarks.report import draw, floor, heading, main
-from benchmarks.results import Measurement, read_json, table
+from benchmarks.results import Measurement, read_json, table, write_json
 from benchmarks.workload import Workload, backends
 from tsae_kernels import MULTISCALE, activate_with_stats
 
 CPU = torch.device("cpu")
 BOTH = "forward + backward"
 SHAPE = (2, 40, 16)
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +256,18 @@ def test_a_measurement_survives_json(tmp_path: Path) -> None:
     assert heading(found, machine) == (
         "a CPU, 2 threads, torch 2.13.0, Python 3.12.1, SMOKE MODE: these times mean nothing"
     )
+
+
+def test_the_compact_form_holds_every_measurement(tmp_path: Path) -> None:
+    found, machine = read_json(write(tmp_path / "a.json", example(), step_example()))
+    write_json(tmp_path / "b.json", found, machine | {"cpu": {"flags": ["avx2"]}})
+    assert read_json(tmp_path / "b.json") == (found, machine)
+    assert len((tmp_path / "b.json").read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("benchmarks-*.json")), ids=lambda file: file.stem)
+def test_the_tables_in_the_docs_are_those_of_the_kept_results(file: Path) -> None:
+    assert table(read_json(file)[0]) in file.with_suffix(".md").read_text(encoding="utf-8")
 
 
 def test_the_report_prints_the_table_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

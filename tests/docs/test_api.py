@@ -1,4 +1,4 @@
-"""The API reference is made of docstrings: every public name has one, and in the main modules every parameter."""
+"""Every public name has a docstring, and in the main modules every parameter is described."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ import tsae
 import tsae_kernels
 
 PACKAGES = (tsae, tsae_kernels)
-# In these the parameters are described, too.
+# Modules whose parameters must be described.
 STRICT = (
     *("tsae_kernels", "tsae.sae.model", "tsae.evaluation.evaluator", "tsae.evaluation.metrics"),
     *("tsae.formats", "tsae.hub"),
 )
-OBVIOUS = {"progress", "mode", "other"}  # said by the function's own text, or by PyTorch
+OBVIOUS = {"progress", "mode", "other"}  # explained by the function's summary, or by PyTorch
 
 
 def undocumented(path: Path) -> list[str]:
-    """The public functions, classes and methods of a source file that have no docstring; a method of the same name in
-    a class above, such as a protocol, may have it."""
+    """The public functions, classes and methods of a source file without a docstring. A method may inherit it from an
+    earlier class of the file, such as a protocol."""
     described, missing = set(), []
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         inside = node.body if isinstance(node, ast.ClassDef) else []
@@ -42,13 +42,13 @@ def undocumented(path: Path) -> list[str]:
 
 def test_every_public_name_has_a_docstring() -> None:
     files = [path for package in PACKAGES for path in Path(package.__file__).parent.rglob("*.py")]
-    files = [path for path in files if path.parent.name != "integrations"]  # they override other libraries' methods
+    files = [path for path in files if path.parent.name != "integrations"]  # these override other libraries' methods
     assert len(files) > 80
     assert [name for path in files for name in undocumented(path)] == []
 
 
 def exported(module: str) -> Iterator[tuple[str, Any]]:
-    """The public functions that a module defines (a package: that it exports), and the methods of its classes."""
+    """The public functions that a module defines or a package exports, and the methods of its classes."""
     found = importlib.import_module(module)
     wanted = getattr(found, "__all__", None)
     for name, value in vars(found).items():

@@ -1,12 +1,11 @@
-"""The code in README.md and docs/ runs.
+"""The code, commands, links and file names in README.md and docs/ are valid.
 
-* `python` blocks run in order, page by page, each page in a namespace and a folder of its own. The folder holds what
-  the pages speak of: `my-model/`, a tiny language model with random weights; `my-texts/`, made-up text; `runs/latest`,
-  a finished run on them.
-* `python -m tsae...` in `bash` blocks is parsed by the real command line, on every page. In the quick start and the
-  how-to pages it also runs, in its place among the page's Python blocks. A training command then gets `STAND_INS`
-  before its own options and `SIZES` after them, and nothing else is changed.
-* A block that cannot run has `<!-- not run: reason -->` before it; it is parsed all the same, and `NOT_RUN` lists it.
+* `python` blocks run in order, each page in its own namespace and folder. The folder holds `my-model/`, a tiny language
+  model with random weights; `my-texts/`, generated text; and `runs/latest`, a finished run on them.
+* `python -m tsae...` in `bash` blocks is parsed by the real command line. In the quick start and the how-to pages it
+  also runs, in order with the page's Python blocks; a training command gets `STAND_INS` before its own options and
+  `SIZES` after them.
+* A block that cannot run is preceded by `<!-- not run: reason -->`; it is still parsed, and `NOT_RUN` counts it.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import linecache
 import re
 import shlex
 import shutil
+import subprocess
 import tomllib
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -36,16 +36,16 @@ from tsae_kernels import TemporalStats, activate_with_stats
 
 GUIDES = [page for page in PAGES if name(page) == "docs/quickstart.md" or "howto" in page.parts]
 
-# What a training command takes where its page names no model and no text of its own ...
+# Model and text of a training command whose page names none ...
 STAND_INS = shlex.split("--model my-model --data my-texts")
-# ... and the sizes it runs at, whatever its page says.
+# ... and the sizes at which it runs, overriding the page.
 SIZES = shlex.split(
     "--layer 1 --steps 4 --batch 2 --device cpu --sae.d-sae 48 --sae.k 6 --buffer.sequences 8 --buffer.reuse 1"
     " --buffer.estimate-sequences 8 --evaluation.sequences 4 --evaluation.ce-sequences 2 --text.evaluation-share 0.2"
 )
-SINGLE_PROCESS = ("--resume", "--sweep")  # take no other options
+WITHOUT_OPTIONS = ("--resume", "--sweep")
 
-# Every block that does not run, so that they stay few.
+# Blocks that do not run, per page.
 NOT_RUN = {
     "docs/quickstart.md": 1,
     "docs/howto/own-model.md": 1,
@@ -58,7 +58,7 @@ NOT_RUN = {
 
 @pytest.fixture(scope="session")
 def prepared(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that the pages speak of."""
+    """The folder that the pages refer to."""
     from tsae.train import main
 
     folder = tmp_path_factory.mktemp("pages") / "folder"
@@ -74,7 +74,7 @@ def prepared(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def folder(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of it to work in, with PyTorch's random numbers seeded."""
+    """A copy of it as working directory, with PyTorch's generator seeded."""
     place = tmp_path / "page"
     shutil.copytree(prepared, place, symlinks=True)
     monkeypatch.chdir(place)
@@ -83,7 +83,7 @@ def folder(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
         yield place
 
 
-class Parsed(Exception):  # noqa: N818  (no error: it ends a command once its options are read)
+class Parsed(Exception):  # noqa: N818  (ends a command once its options are parsed)
     pass
 
 
@@ -97,7 +97,7 @@ def main_of(module: str) -> tuple[Any, Callable[[list[str]], int]]:
 
 
 def parse_command(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read the arguments by the command line they are for, and no more."""
+    """Parse the arguments with the module's command line, without running it."""
     if module == "tsae_kernels":
         assert not arguments, "python -m tsae_kernels takes no options"
         return
@@ -118,11 +118,11 @@ def parse_command(module: str, arguments: list[str], monkeypatch: pytest.MonkeyP
             status = main(arguments)
         except Parsed:
             return
-    raise AssertionError(f"{module} refused its arguments with status {status}")  # and said why on stderr
+    raise AssertionError(f"{module} refused its arguments with status {status}")  # the reason is on stderr
 
 
 def check_other_command(words: list[str], page: Path) -> None:
-    """What can be said of a command that is not `python -m tsae...`."""
+    """Check a command other than `python -m tsae...`: its targets, files, modules and extras exist."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     match words:
         case ["make", target]:
@@ -140,11 +140,11 @@ def check_other_command(words: list[str], page: Path) -> None:
         case ["git" | "cd" | "wait" | "source", *_]:
             pass
         case _:
-            raise AssertionError(f"{name(page)}: nothing checks the command {words[0]!r}; teach it to this test")
+            raise AssertionError(f"{name(page)}: this test does not know the command {words[0]!r}")
 
 
 def run_command(module: str, arguments: list[str]) -> None:
-    if module == "tsae.train" and arguments[:1] and arguments[0] in SINGLE_PROCESS:
+    if module == "tsae.train" and arguments[:1] and arguments[0] in WITHOUT_OPTIONS:
         pass
     elif module == "tsae.train":
         arguments = [*STAND_INS, *arguments, *SIZES]
@@ -153,13 +153,13 @@ def run_command(module: str, arguments: list[str]) -> None:
 
 
 def run_python(block: Block, namespace: dict[str, Any]) -> None:
-    code = "\n" * (block.line - 1) + block.code  # so that a traceback names the page's line
+    code = "\n" * (block.line - 1) + block.code  # so that tracebacks show the page's line
     linecache.cache[str(block.page)] = (len(code), None, block.page.read_text().splitlines(True), str(block.page))
     exec(compile(code, str(block.page), "exec"), namespace)
 
 
 def run_page(page: Path) -> None:
-    """Everything of a page that is to run, in the current folder."""
+    """Run a page in the current folder."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks(page):
         if block.not_run is not None:
@@ -173,8 +173,8 @@ def run_page(page: Path) -> None:
                 run_command(*call)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
-def test_every_command_of_a_page_is_one(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name)
+def test_every_command_of_a_page_is_valid(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for block in blocks(page):
         if block.language == "bash":
             for words in commands(block.code):
@@ -205,7 +205,7 @@ def test_the_code_of_a_page_runs(page: Path, folder: Path) -> None:
 
 
 def test_the_guides_are_there_and_run() -> None:
-    """A how-to page without code that runs is not one."""
+    """These pages contain code that runs."""
     assert {"docs/quickstart.md", "docs/howto/own-model.md", "docs/howto/own-text.md", "docs/howto/own-loss.md"} <= {
         name(page) for page in RUNNABLE
     }
@@ -217,22 +217,93 @@ def test_blocks_that_do_not_run_are_few() -> None:
     assert {page: count for page, count in found.items() if count} == NOT_RUN
 
 
-LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)")
+LINK = re.compile(r"\]\(([^)\s#]*)(?:#([^)\s]*))?\)")
+
+
+def links(page: Path) -> Iterator[tuple[Path, str, str]]:
+    """File, link and anchor of every link of a page to a file."""
+    prose = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for target, anchor in LINK.findall(prose):
+        if not re.match(r"[a-z]+:", target):
+            yield (page.parent / target if target else page).resolve(), target, anchor
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them; the site's build checks its own."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_every_link_to_a_file_leads_to_one(page: Path) -> None:
-    prose = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
-    for target in LINK.findall(prose):
-        if not re.match(r"[a-z]+:", target):
-            assert (page.parent / target).exists(), f"{name(page)} links to {target}, which is not there"
+def test_every_link_has_a_target(page: Path) -> None:
+    for file, target, anchor in links(page):
+        assert file.exists(), f"{name(page)} links to {target}, which is not there"
+        assert not anchor or anchor in anchors(file), f"{name(page)}: {target} has no heading for #{anchor}"
 
 
-def test_the_map_names_every_page() -> None:
-    index = ROOT / "docs" / "index.md"
-    linked = {(index.parent / target).resolve() for target in LINK.findall(index.read_text(encoding="utf-8"))}
-    api = {page for page in PAGES if "api" in page.parts and page.name != "index.md"}  # which its own index names
-    assert {name(page) for page in set(PAGES) - linked - api - {index}} == set()
+def test_the_indexes_link_every_page() -> None:
+    home, reference = ROOT / "docs" / "index.md", ROOT / "docs" / "reference" / "index.md"
+    linked = {file for index in (home, reference) for file, _, _ in links(index)}
+    assert sorted(map(name, set(PAGES) - linked - {home, ROOT / "README.md"})) == []
+
+
+def test_links_of_the_docs_stay_inside_them() -> None:
+    """The site holds docs/ alone; other files are named in inline code."""
+    docs = ROOT / "docs"
+    outside = [
+        (name(page), target)
+        for page in docs.rglob("*.md")
+        for file, target, _ in links(page)
+        if not file.is_relative_to(docs)
+    ]
+    assert outside == []
+
+
+def test_files_named_in_the_docs_exist() -> None:
+    """Inline code that is the path of a file or a folder of the repository."""
+    path = re.compile(r"`((?:benchmarks|csrc|docs|examples|experiments|tests|tools|tsae|tsae_kernels)/[\w./-]*)`")
+    missing = {f"{name(page)}: {found}" for page in PAGES for found in path.findall(page.read_text(encoding="utf-8"))}
+    assert {each for each in missing if not (ROOT / each.split(": ")[1]).exists()} == set()
+
+
+def files_of_the_tree() -> set[str]:
+    """The files that the tree in docs/architecture.md lists."""
+    found, folders = set(), []
+    page = ROOT / "docs" / "architecture.md"
+    for line in next(block for block in blocks(page) if block.language == "text").code.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        entry = line.split()[0]
+        folders = folders[:depth]
+        if entry.endswith("/"):
+            folders.append(entry)
+        else:
+            found.add("".join(folders) + entry)
+    return found
+
+
+def test_the_architecture_page_lists_every_source_file() -> None:
+    sources = ("tsae", "tsae_kernels", "csrc", "tools", "benchmarks")
+    tracked = subprocess.run(["git", "ls-files", *sources], cwd=ROOT, text=True, capture_output=True, check=True)
+    expected = {file for file in tracked.stdout.split() if Path(file).name not in ("__init__.py", "py.typed")}
+    assert files_of_the_tree() == expected
+
+
+def test_the_readme_lists_every_folder() -> None:
+    tree = next(block for block in blocks(ROOT / "README.md") if block.language == "text").code
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, text=True, capture_output=True, check=True).stdout.split()
+    parents = [Path(file).parts[:-1] for file in tracked if not file.startswith(".")]
+    folders = {parts[0] for parts in parents if parts} | {
+        parts[1] for parts in parents if parts[1:] and parts[0] == "tsae"
+    }
+    assert {folder for folder in folders if not re.search(rf"(^|\s){folder}/", tree)} == set()
+
+
+def test_the_reference_covers_every_package() -> None:
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "reference").glob("*.md"))
+    documented = set(re.findall(r"^::: (\S+)$", pages, re.M))
+    top = {f"tsae.{path.stem}" for path in (ROOT / "tsae").glob("*.py") if path.stem != "__init__"}
+    packages = {f"tsae.{path.parent.name}" for path in (ROOT / "tsae").glob("*/__init__.py")}
+    assert documented == {"tsae", "tsae_kernels"} | top | packages
 
 
 def test_the_loss_that_people_copy_is_slowness() -> None:
@@ -260,7 +331,7 @@ def test_the_loss_that_people_copy_is_slowness() -> None:
     assert (value.item(), float(torch.autograd.grad(value, off)[0].abs().sum())) == (0.0, 0.0)
 
 
-# The tests of the tests: a page that is wrong does not pass.
+# Tests of these tests: a wrong page fails.
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The code in README.md and docs/: fenced blocks, and the commands of a shell block."""
+"""Parse README.md and docs/: fenced blocks, and the commands of a shell block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
-LANGUAGES = ("python", "bash", "yaml", "json", "text")  # a misspelt one would hide its block from the tests
+LANGUAGES = (
+    "python",
+    "bash",
+    "yaml",
+    "json",
+    "text",
+)  # others are an error: a typo would hide a block
 _FENCE = re.compile(r"^ *```(\S*)\s*$")
 _NOT_RUN = re.compile(r"^<!-- not run: (\S.*?) -->$")
 _SHELL = {"|", "||", "&&", ";", "for", "do", "done", "if", ">", "<"}
@@ -22,11 +28,11 @@ class Block:
 
     page: Path
     line: int
-    """Of its first line of code, from 1."""
+    """Line number of its first line of code, from 1."""
     language: str
     code: str
     not_run: str | None
-    """The reason, where `<!-- not run: reason -->` stands before the block."""
+    """The reason in a preceding `<!-- not run: reason -->`."""
 
     def __str__(self) -> str:
         return f"{name(self.page)}:{self.line}"
@@ -40,7 +46,7 @@ def blocks(page: Path) -> list[Block]:
     """The page's fenced blocks, in order.
 
     Raises:
-        ValueError: a fence of no known language, or one that does not end.
+        ValueError: unknown language, or a block without an end.
     """
     found, code, before = [], [], ""
     language: str | None = None
@@ -69,7 +75,7 @@ def commands(code: str) -> list[list[str]]:
     """The words of each command, without comments, leading `NAME=value` and a trailing `&`.
 
     Raises:
-        ValueError: more shell than one command a line.
+        ValueError: shell syntax beyond one command per line.
     """
     found = []
     for line in code.replace("\\\n", " ").splitlines():

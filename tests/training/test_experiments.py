@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from experiments.summary import against_plain, collect, figure, table
+from experiments.summary import against_plain, by_configuration, figure, read_sweeps, table, write_json
 from tsae.training.sweep_file import read_sweep
 
-EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: file.stem)
@@ -45,7 +46,7 @@ def found(tmp_path: Path) -> dict[str, list[dict[str, Any]]]:
         "lost": {"metrics": None, "error": "step 3: the temporal term of the loss is nan"},
     }
     (tmp_path / "sweep.json").write_text(json.dumps({"runs": runs}))
-    return collect([tmp_path])
+    return by_configuration(read_sweeps([tmp_path]))
 
 
 def test_means_over_seeds_and_what_stands_against_plain(
@@ -68,13 +69,32 @@ def test_other_release_ratios_stand_beside_their_run(tmp_path: Path, capsys: pyt
         (tmp_path / name).mkdir(exist_ok=True)
         values = metrics(0.8, excess) | {"release": {"ratio": ratio}, "source": source}
         (tmp_path / name / f"eval-release-{ratio}.json").write_text(json.dumps(values))
-    found = collect([tmp_path])
+    found = by_configuration(read_sweeps([tmp_path]))
     assert list(found) == ["plain", "plain@0.4", "schmitt"]
     assert [run["temporal"]["persistence_excess"] for run in found["plain@0.4"]] == [0.2, 0.3]
-    assert "of other text, other.txt; left out" in capsys.readouterr().out
+    assert "on other text, other.txt; left out" in capsys.readouterr().out
     assert "| plain@0.4 | -0.1000 |" in against_plain(found)
 
 
 def test_the_figure_is_drawn(found: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
     figure(found | {"schmitt-0.4+other-words": found["plain"]}, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
+
+
+def test_the_compact_file_gives_the_same_tables(found: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
+    sweeps = read_sweeps([tmp_path])
+    write_json(sweeps, tmp_path / "kept.json")
+    kept = by_configuration(read_sweeps([tmp_path / "kept.json"]))
+    assert (table(kept), against_plain(kept)) == (table(found), against_plain(found))
+
+
+@pytest.mark.parametrize(
+    ("file", "sweep", "make"),
+    [("frontier-2026-11-26", "frontier", against_plain), ("sweeps-2026-11-25", "default", table)],
+)
+def test_tables_in_the_docs_are_those_of_the_kept_results(file: str, sweep: str, make: Any) -> None:
+    runs = read_sweeps([ROOT / "docs" / "results" / f"{file}.json"])[sweep]
+    if sweep == "default":  # the page has the rows of several seeds
+        runs = {name: run for name, run in runs.items() if "-seed" in name}
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert make(by_configuration({sweep: runs})) in page
