@@ -11,7 +11,7 @@ def _patch_triton_once_a_launch():
     time of these tests. Once a launch and function does."""
     from tsae_kernels.backends.triton import launch
 
-    if launch.problem() or not launch.interpreting():
+    if launch.unavailable_reason() or not launch.interpreting():
         yield
         return
     from triton.runtime import interpreter

@@ -12,7 +12,7 @@ from torch.utils import _pytree
 
 import tsae_kernels
 from tsae_kernels import available_backends
-from tsae_kernels.backends.registry import _DEVICES
+from tsae_kernels.backends.registry import _DEVICE_TYPES
 from tsae_kernels.backends.triton import launch
 
 _STATES = available_backends()
@@ -20,7 +20,7 @@ FAST = ("eager", "cpp", "cuda", "triton")  # the backends under test; `reference
 HERE = tuple(name for name in ("reference", *FAST) if _STATES[name] == "ok")
 
 INTERPRETED = _STATES["triton"] == "ok" and launch.interpreting()
-DEVICE = {name: _DEVICES.get(name, "cpu") if _STATES[name] == "ok" else "cpu" for name in FAST}
+DEVICE = {name: _DEVICE_TYPES.get(name, "cpu") if _STATES[name] == "ok" else "cpu" for name in FAST}
 
 
 def too_slow(backend, reason):

@@ -17,12 +17,12 @@ from tsae_kernels import (
     temporal_stats,
     window_consistency,
 )
-from tsae_kernels.backends.registry import _DEVICES, choose_backend
+from tsae_kernels.backends.registry import _DEVICE_TYPES, choose_backend
 
 _STATE = available_backends()["cuda"]
 pytestmark = pytest.mark.skipif(_STATE != "ok", reason=f"cuda is {_STATE}")
 
-DEVICE = _DEVICES["cuda"]
+DEVICE = _DEVICE_TYPES["cuda"]
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="emulated on the host")
 
 RTOL = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}

@@ -15,7 +15,7 @@ from tsae_kernels.backends import extension
 PACKAGE = Path(tsae_kernels.__file__).parent
 ROOT = PACKAGE.parent
 BUILT = extension._find("_cpu")
-needs_library = pytest.mark.skipif(bool(extension.load_library().problem), reason=extension.load_library().problem)
+needs_library = pytest.mark.skipif(bool(extension.load_library().error), reason=extension.load_library().error)
 
 
 def run(*command, root, **variables):
@@ -47,9 +47,9 @@ def put_in_place(kind, library):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("0.5", "is cut off"),
-        ("0.999", "is cut off"),
-        ("0.00005", "is cut off"),
+        ("0.5", "is truncated"),
+        ("0.999", "is truncated"),
+        ("0.00005", "is truncated"),
         ("empty", "does not load"),
         ("text", "does not load"),
         ("foreign", "does not load"),
@@ -59,18 +59,18 @@ def test_a_broken_library_is_a_problem_with_a_remedy(monkeypatch, tmp_path, kind
     library = tmp_path / "_cpu.abi3.so"
     put_in_place(kind, library)
     monkeypatch.setattr(extension, "_find", lambda name: [library])
-    problem = extension.load_library.__wrapped__().problem
+    problem = extension.load_library.__wrapped__().error
     assert reason in problem
     assert problem.endswith(f"`rm {library}`, then {extension.REMEDY}")
 
 
 @needs_library
-def test_with_a_library_cut_off_everything_else_works(package):
+def test_with_a_truncated_library_everything_else_works(package):
     put_in_place("0.5", package / "tsae_kernels" / "_cpu.abi3.so")
     out = run("-m", "tsae_kernels", root=package)
     assert out.returncode == 0, out.stderr
     (line,) = [line for line in out.stdout.splitlines() if line.split()[:1] == ["cpp"]]
-    assert "is cut off" in line
+    assert "is truncated" in line
     assert "pip install --no-build-isolation ." in line
     assert "default on cpu: eager" in out.stdout
 
@@ -93,8 +93,8 @@ def test_without_a_library_eager_is_the_default_and_tsae_imports(package):
 @needs_library
 def test_a_library_of_other_sources_is_not_used(monkeypatch):
     monkeypatch.setattr(extension, "INTERFACE", -1)
-    problem = extension.load_library.__wrapped__().problem
-    assert "was built from other sources" in problem
+    problem = extension.load_library.__wrapped__().error
+    assert "was built from another version of the sources" in problem
     assert extension.REMEDY in problem
 
 
@@ -110,7 +110,7 @@ _RESULTS = """
 import sys, torch
 import tsae_kernels as tk
 from tsae_kernels.backends.extension import load_library
-results = [load_library().chosen]
+results = [load_library().selected]
 for pre, bias in torch.load(sys.argv[1]):  # torch's random numbers depend on the instruction set
     for options in ({}, {"threshold": 0.6, "release": 0.2}, {"activation": "gelu"}):
         leaves = [pre.clone().requires_grad_(), bias.clone().requires_grad_()]

@@ -13,7 +13,8 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tsae_kernels import count_positions, temporal_loss_from_stats
-from tsae_kernels.backends.registry import implementation
+from tsae_kernels.backends.interface import Activation, Gradients
+from tsae_kernels.backends.registry import get_backend
 
 ops = torch.ops.tsae_kernels
 SEGMENTS = torch.tensor([[0, 0, 1, 1, -1, 2]] * 2)
@@ -120,18 +121,19 @@ def test_eager_does_work_linear_in_time(segmented):
     def elements(backend, T):
         threshold, release = torch.tensor(0.5), torch.tensor(0.2)
         pre, grad_h, weights = torch.randn(1, T, 3), torch.randn(1, T, 3), torch.rand(1, T)
-        grads = torch.randn(1, 2, 3), torch.randn(1, 3), torch.randn(1, 3)
+        grads = Gradients(grad_h, torch.randn(1, 2, 3), torch.randn(1, 3), torch.randn(1, 3))
         bands, segments = bands_over(T), segments_over(T) if segmented else None
         with Work() as work:
-            h, *_ = backend.activate_with_stats(pre, None, "relu", threshold, release, bands, segments)
+            schmitt = Activation("relu", None, threshold, release)
+            h, *_ = backend.activate_with_stats(pre, schmitt, bands, segments)
             backend.temporal_stats(h, bands, segments)
-            backend.activate_with_stats_backward(h, None, grad_h, *grads, "relu", bands, segments)
+            backend.activate_with_stats_backward(h, grads, Activation("relu"), bands, segments)
             backend.step_energy(h, weights)
             backend.step_energy_backward(h, weights, torch.ones(()))
         return work.elements
 
     def growth(name):
-        return elements(implementation(name), 256) / elements(implementation(name), 128)
+        return elements(get_backend(name), 256) / elements(get_backend(name), 128)
 
     assert 1.9 < growth("eager") < 2.1
     assert growth("reference") > 3

@@ -10,6 +10,7 @@ import torch
 from kernels_oracle import activate_with_stats, temporal_stats, window_consistency
 
 from tsae_kernels import MULTISCALE, available_backends
+from tsae_kernels.backends.interface import Activation, Gradients
 from tsae_kernels.backends.registry import choose_backend
 from tsae_kernels.backends.triton import launch
 
@@ -183,15 +184,15 @@ def test_no_tensor_is_copied_and_nothing_waits():
         def __getitem__(self, grid):
             return lambda *args, **kwargs: recorded.append(args)
 
-    kernels = [launch._kernels()[i] for i in range(2)]
+    folder = "tsae_kernels.backends.triton"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(kernels[0], "forward_kernel", Recorder())
-        monkeypatch.setattr(kernels[1], "backward_kernel", Recorder())
+        monkeypatch.setattr(f"{folder}.forward.forward_kernel", Recorder())
+        monkeypatch.setattr(f"{folder}.backward.backward_kernel", Recorder())
         x = torch.empty(6, 4, 9, device="meta").permute(1, 2, 0)
         ids = torch.empty(4, 9, dtype=torch.int64, device="meta")
         shared = torch.empty(1, 3, 6, device="meta").expand(4, 3, 6)
-        launch.activate_with_stats(x, None, "relu", None, None, MULTISCALE, ids)
-        launch.activate_with_stats_backward(x, None, x, shared, None, None, "relu", MULTISCALE, ids)
+        launch.activate_with_stats(x, Activation("relu"), MULTISCALE, ids)
+        launch.activate_with_stats_backward(x, Gradients(x, shared, None, None), Activation("relu"), MULTISCALE, ids)
     forward, backward = recorded
     assert forward[0] is x
     assert [backward[i] is y for i, y in ((0, x), (2, x), (3, shared))] == [True] * 3
@@ -222,4 +223,4 @@ def test_it_is_never_chosen_unasked_on_a_cpu():
 
 def test_without_triton_the_reason_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert launch.problem() == "Triton is not installed: run `pip install triton`"
+    assert launch.unavailable_reason() == "Triton is not installed: run `pip install triton`"

@@ -11,6 +11,6 @@ from tsae_kernels.backends import registry
 from tsae_kernels.backends.compiled import cuda
 
 torch.ops.load_library(os.environ["TSAE_EMULATED_LIBRARY"])
-registry._IMPLEMENTATIONS["cuda"] = cuda
+registry._AVAILABLE["cuda"] = cuda
 registry._UNAVAILABLE.pop("cuda", None)
-registry._DEVICES["cuda"] = "cpu"
+registry._DEVICE_TYPES["cuda"] = "cpu"
