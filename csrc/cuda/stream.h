@@ -1,4 +1,4 @@
-// PyTorch's current stream on a tensor's device, which is made the current device meanwhile.
+// PyTorch's current stream on a tensor's device, and a guard that makes that device current.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

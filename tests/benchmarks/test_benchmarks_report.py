@@ -199,7 +199,7 @@ def test_peak_memory_counts_what_a_call_touches() -> None:
 
     peak = measure.peak_memory(call, CPU)
     if peak is None:
-        pytest.skip("this system does not tell a process its peak memory")
+        pytest.skip("this system does not report peak memory")
     assert 1.4 * size < peak < 1.7 * size
 
 
@@ -281,11 +281,11 @@ def test_the_figure_has_labelled_log_axes_and_the_floor() -> None:
 
 
 def test_the_report_refuses_other_files(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="holds no measurement"):
+    with pytest.raises(SystemExit, match="contains no measurement"):
         main([str(write(tmp_path / "empty.json"))])
     other = tmp_path / "other.json"
     other.write_text("[]")
-    with pytest.raises(SystemExit, match="is not a file of"):
+    with pytest.raises(SystemExit, match="is not the output of"):
         main([str(other)])
-    with pytest.raises(SystemExit, match="is not a file of"):
+    with pytest.raises(SystemExit, match="is not the output of"):
         main([str(tmp_path / "absent.json")])

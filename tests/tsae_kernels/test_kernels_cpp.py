@@ -96,7 +96,7 @@ def test_features_that_go_in_step_get_what_they_get_alone():
 def test_windows_do_not_drift_over_a_long_walk():
     walk = torch.randn(1, 4096, 8, generator=torch.Generator().manual_seed(1)).cumsum(1)
     got = temporal_stats(walk, backend="cpp").differences
-    rtol = 1e-4 if load_library().selected == "baseline" else 5e-5  # without fused multiply-add a product is rounded, too
+    rtol = 1e-4 if load_library().selected == "baseline" else 5e-5  # no fused multiply-add
     torch.testing.assert_close(got, temporal_stats(walk, backend="reference").differences, rtol=rtol, atol=0)
 
 

@@ -104,7 +104,7 @@ def test_a_spill_in_the_compilers_report_is_found():
 @pytest.mark.skipif(compile_cuda.find_nvcc() is None, reason="there is no nvcc")
 def test_the_smallest_source_compiles_without_a_warning(tmp_path):
     """`make cuda-compile` does them all; this one takes seconds."""
-    source = compile_cuda.SOURCES / "runs.cu"
+    source = compile_cuda.SOURCES / "segment_ends.cu"
     (kernel,) = compile_cuda.compile_kernels(compile_cuda.find_nvcc(), source, "90a", tmp_path)
-    assert "find_runs" in kernel.name
+    assert "segment_ends" in kernel.name
     assert kernel.stack == kernel.spills == 0

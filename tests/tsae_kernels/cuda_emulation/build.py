@@ -13,7 +13,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
-SOURCES = ("ops.cpp", "forward.cu", "backward.cu", "steps.cu", "runs.cu")
+SOURCES = ("ops.cpp", "forward.cu", "backward.cu", "step_energy.cu", "segment_ends.cu")
 
 
 def compiler() -> str | None:
