@@ -208,7 +208,7 @@ def table(results: dict[str, dict[str, float]], tokens: int) -> str:
         lines.append(f"| {part} | " + " | ".join(cells) + " |")
     lines.append("| tokens/s | " + " | ".join(f"{tokens / r['in all']:,.0f} | " for r in results.values()) + " |")
     lines.append(f"| {LOADING} | " + " | ".join(f"{r[LOADING]:.1f} | " for r in results.values()) + " |")
-    ratio = results["SAELens"]["in all"] / results["tsae"]['in all']
+    ratio = results["SAELens"]["in all"] / results["tsae"]["in all"]
     return "\n".join(lines) + f"\n\nFrom text to a trained autoencoder tsae is {ratio:.2f} times as fast."
 
 

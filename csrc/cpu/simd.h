@@ -31,29 +31,20 @@ struct Mask {
   Vector v[kVectors];
 };
 
-#define TSAE_OPERATOR(op)                                              \
+#define TSAE_OPERATOR(Type, op)                                        \
   template <class E>                                                   \
-  TSAE_INLINE Pack<E> operator op(const Pack<E>& a, const Pack<E>& b) { \
-    Pack<E> out;                                                       \
+  TSAE_INLINE Type<E> operator op(const Type<E>& a, const Type<E>& b) { \
+    Type<E> out;                                                       \
     TSAE_EACH_VECTOR out.v[i] = a.v[i] op b.v[i];                      \
     return out;                                                        \
   }
-TSAE_OPERATOR(+)
-TSAE_OPERATOR(-)
-TSAE_OPERATOR(*)
-TSAE_OPERATOR(/)
+TSAE_OPERATOR(Pack, +)
+TSAE_OPERATOR(Pack, -)
+TSAE_OPERATOR(Pack, *)
+TSAE_OPERATOR(Pack, /)
+TSAE_OPERATOR(Mask, &)
+TSAE_OPERATOR(Mask, |)
 #undef TSAE_OPERATOR
-
-#define TSAE_MASK_OPERATOR(op)                                         \
-  template <class E>                                                   \
-  TSAE_INLINE Mask<E> operator op(const Mask<E>& a, const Mask<E>& b) { \
-    Mask<E> out;                                                       \
-    TSAE_EACH_VECTOR out.v[i] = a.v[i] op b.v[i];                      \
-    return out;                                                        \
-  }
-TSAE_MASK_OPERATOR(&)
-TSAE_MASK_OPERATOR(|)
-#undef TSAE_MASK_OPERATOR
 
 template <class E>
 TSAE_INLINE Pack<E> splat(E value) {

@@ -6,7 +6,7 @@
 #include "../shared/arguments.h"
 #include "kernels.h"
 
-// Provides the current stream; the tests replace it along with the device.
+// Provides CurrentStream, and the library's name and dispatch key; the tests replace it along with the device.
 #ifndef TSAE_STREAM_HEADER
 #define TSAE_STREAM_HEADER "stream.h"
 #endif
@@ -166,9 +166,10 @@ TSAE_EXPORT const char* tsae_built_for() { return "torch " TORCH_VERSION ", " TS
 TSAE_EXPORT const char* tsae_cuda_version() { return tsae::cuda::built_for(); }
 TSAE_EXPORT const char* tsae_architectures() { return tsae::cuda::architectures(); }
 
-STABLE_TORCH_LIBRARY(tsae_kernels_cuda, library) { tsae::define_operators(library); }
+#define TSAE_DEFINE_LIBRARY(name) STABLE_TORCH_LIBRARY(name, library)  // expands the name first
+TSAE_DEFINE_LIBRARY(TSAE_LIBRARY) { tsae::define_operators(library); }
 
-STABLE_TORCH_LIBRARY_IMPL(tsae_kernels_cuda, TSAE_DISPATCH_KEY, library) {
+STABLE_TORCH_LIBRARY_IMPL(TSAE_LIBRARY, TSAE_DISPATCH_KEY, library) {
   library.impl("forward", TORCH_BOX(&tsae::cuda::forward_op));
   library.impl("backward", TORCH_BOX(&tsae::cuda::backward_op));
   library.impl("step_energy", TORCH_BOX(&tsae::cuda::step_energy_op));

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 
+#define TSAE_LIBRARY tsae_kernels_cuda
 #define TSAE_DISPATCH_KEY CUDA
 
 namespace tsae::cuda {
