@@ -138,22 +138,7 @@ def sae_lens(text: Path, tokens: int, reuse: int, scratch: Path) -> dict[str, fl
     cached = None
     if reuse > 1:
         cached = str(scratch / "activations")
-        passes = -(-tokens // (reuse * HARVEST_BATCH * LENGTH))
-        harvested = passes * HARVEST_BATCH * (LENGTH + 1)  # including BOS
-        runner = sae_lens.CacheActivationsRunner(
-            sae_lens.CacheActivationsRunnerConfig(
-                **common,
-                d_in=WIDTH,
-                training_tokens=harvested,
-                model_batch_size=HARVEST_BATCH,
-                new_cached_activations_path=cached,
-                dtype="float32",
-                buffer_size_gb=(harvested + 0.5) * WIDTH * 4 / 1e9,  # it only harvests complete buffers
-            ),
-            override_dataset=documents,
-        )
-        parts.wrap(runner, "_create_shard", STORED)
-        runner.run()
+        _cache_activations(common, documents, -(-tokens // reuse), cached, parts)
     cfg: Any = sae_lens.LanguageModelSAERunnerConfig(
         **common,
         sae=sae_lens.TopKTrainingSAEConfig(d_in=WIDTH, d_sae=D_SAE, k=K),
@@ -176,6 +161,28 @@ def sae_lens(text: Path, tokens: int, reuse: int, scratch: Path) -> dict[str, fl
     runner = sae_lens.LanguageModelSAETrainingRunner(cfg, override_dataset=documents)
     runner.run()
     return _measured(parts, time.perf_counter() - start)
+
+
+def _cache_activations(common: dict[str, Any], documents: Any, tokens: int, folder: str, parts: Parts) -> None:
+    """Write the activations of at least ``tokens`` tokens with SAELens's `CacheActivationsRunner`."""
+    import sae_lens
+
+    batches = -(-tokens // (HARVEST_BATCH * LENGTH))
+    harvested = batches * HARVEST_BATCH * (LENGTH + 1)  # including BOS
+    runner = sae_lens.CacheActivationsRunner(
+        sae_lens.CacheActivationsRunnerConfig(
+            **common,
+            d_in=WIDTH,
+            training_tokens=harvested,
+            model_batch_size=HARVEST_BATCH,
+            new_cached_activations_path=folder,
+            dtype="float32",
+            buffer_size_gb=(harvested + 0.5) * WIDTH * 4 / 1e9,  # it only harvests complete buffers
+        ),
+        override_dataset=documents,
+    )
+    parts.wrap(runner, "_create_shard", STORED)
+    runner.run()
 
 
 def _measured(parts: Parts, total: float) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The bookkeeping of the benchmarks that run whole jobs; the jobs themselves are not run here."""
+"""The reporting of the benchmarks that run complete jobs; the jobs themselves are not run here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Job:
 
 def test_a_part_within_a_part_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("outer", "inner", "fail"):
-        monkeypatch.setattr(Job, name, getattr(Job, name))  # so that the wrapping is undone
+        monkeypatch.setattr(Job, name, getattr(Job, name))  # so that the wrapping is undone at teardown
     parts = Parts()
     parts.wrap(Job, "outer", TRAINING)
     parts.wrap(Job, "inner", MODEL)

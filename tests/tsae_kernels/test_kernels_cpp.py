@@ -1,24 +1,10 @@
 """Tests of the `cpp` backend beyond those that all backends share."""
 
+import backend_checks as checks
 import kernels_oracle as oracle
 import pytest
 import torch
-from backend_checks import (
-    ACTIVATIONS,
-    EIGHT_BANDS,
-    RTOL,
-    SCHMITT,
-    assert_same_bits,
-    check_16_bit_conversions,
-    check_against_reference,
-    check_every_output_is_written,
-    check_gelu_accuracy,
-    check_gradient_strides,
-    check_refusals,
-    check_strides,
-    everything,
-    window_loss,
-)
+from backend_checks import ACTIVATIONS, RTOL, SCHMITT, assert_same_bits, everything
 
 from tsae_kernels import activate_with_stats, available_backends, temporal_stats
 from tsae_kernels.backends.extension import load_library
@@ -35,8 +21,8 @@ def test_eight_bands_and_every_gradient(activation, segmented, shared, k):
     generator = torch.Generator().manual_seed(k)
     pre, bias = torch.randn(3, 150, k, generator=generator), torch.randn(k, generator=generator)
     segments = oracle.random_segments(3, 150, generator) if segmented else None
-    options = {"bias": bias, "segments": segments, "bands": EIGHT_BANDS, "shared": shared}
-    check_against_reference(pre, "cpp", **options, **ACTIVATIONS[activation])
+    options = {"bias": bias, "segments": segments, "bands": checks.EIGHT_BANDS, "shared": shared}
+    checks.check_against_reference(pre, "cpp", **options, **ACTIVATIONS[activation])
 
 
 @pytest.mark.parametrize("dtype", RTOL)
@@ -44,8 +30,8 @@ def test_long_sequences(dtype):
     pre = (torch.randn(1, 4096, 70, generator=torch.Generator().manual_seed(0)) + 3).to(dtype)
     segments = torch.where(torch.arange(4096) < 4000, 0, 1)[None]
     for ids in (None, segments):
-        check_against_reference(pre, "cpp", segments=ids)
-        check_against_reference(pre, "cpp", segments=ids, activation="identity")
+        checks.check_against_reference(pre, "cpp", segments=ids)
+        checks.check_against_reference(pre, "cpp", segments=ids, activation="identity")
 
 
 @pytest.mark.parametrize("reach", [1, 2, 31, 32, 63, 64, 95, 96, 127, 300])
@@ -54,7 +40,7 @@ def test_ring_buffers_of_every_size(reach):
     pre = torch.randn(1, 700, 3, generator=torch.Generator().manual_seed(reach))
     ids = torch.where(torch.arange(700) < 610, 0, 1)[None]
     for bands in (((1, reach),), ((reach, reach),)):
-        check_against_reference(pre, "cpp", segments=ids, bands=bands)
+        checks.check_against_reference(pre, "cpp", segments=ids, bands=bands)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +60,7 @@ def test_every_number_of_windows_and_pairs(bands):
     ends = torch.tensor([[3, 64, 67, 130, 192, 250, 256, 640]])
     ids = (torch.arange(700)[:, None] >= ends).sum(1).repeat(2, 1)
     ids[1] = 0
-    check_against_reference(pre, "cpp", segments=ids, bands=bands)
+    checks.check_against_reference(pre, "cpp", segments=ids, bands=bands)
 
 
 def test_grouped_tiles_get_the_same_results_as_single_ones():
@@ -89,7 +75,7 @@ def test_grouped_tiles_get_the_same_results_as_single_ones():
         part = slice(begin, begin + 50)
         h_part, stats_part = activate_with_stats(pre[..., part].contiguous(), **options)
         assert_same_bits([x[..., part] for x in (h, *stats)], [h_part, *stats_part])
-    check_against_reference(pre, "cpp", segments=ids)
+    checks.check_against_reference(pre, "cpp", segments=ids)
 
 
 def test_windows_do_not_drift_over_a_long_walk():
@@ -101,7 +87,7 @@ def test_windows_do_not_drift_over_a_long_walk():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_16_bit_number_converts_as_in_torch(dtype):
-    check_16_bit_conversions(dtype, "cpp")
+    checks.check_16_bit_conversions(dtype, "cpp")
 
 
 @pytest.mark.parametrize("k", [1, 33, 320])
@@ -114,7 +100,7 @@ def test_two_runs_and_any_number_of_threads_give_the_same_bits(k):
         for number in (1, 2, 2, 3):
             torch.set_num_threads(number)
             run = everything(pre, bias, segments, backend="cpp", **SCHMITT)
-            results.append([*run, *window_loss(pre, 4, segments, "cpp")])
+            results.append([*run, *checks.window_loss(pre, 4, segments, "cpp")])
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -125,22 +111,22 @@ def test_two_runs_and_any_number_of_threads_give_the_same_bits(k):
 def test_every_output_is_written(shape):
     segments = oracle.random_segments(*shape[:2])
     segments[0] = -1
-    check_every_output_is_written(torch.randn(shape), torch.randn(shape[2]), segments, "cpp")
+    checks.check_every_output_is_written(torch.randn(shape), torch.randn(shape[2]), segments, "cpp")
 
 
 def test_strided_features_and_gradients_give_the_same_bits():
     x = torch.randn(4, 40, 3, 50)[:, :, 1]
-    check_strides([x, x.transpose(0, 1).contiguous().transpose(0, 1)], "cpp")
+    checks.check_strides([x, x.transpose(0, 1).contiguous().transpose(0, 1)], "cpp")
     grads = torch.full((), 0.3).expand(x.shape), torch.randn(4, 40, 1).expand(x.shape)
-    check_gradient_strides(x, [*grads, torch.randn(50, 40, 4).permute(2, 1, 0)], "cpp")
+    checks.check_gradient_strides(x, [*grads, torch.randn(50, 40, 4).permute(2, 1, 0)], "cpp")
 
 
 def test_operators_refuse_out_of_bounds_arguments():
-    check_refusals(torch.ops.tsae_kernels_cpp)
+    checks.check_refusals(torch.ops.tsae_kernels_cpp)
 
 
 def test_gelu_is_as_accurate_as_in_torch():
-    check_gelu_accuracy(100_001, "cpp")
+    checks.check_gelu_accuracy(100_001, "cpp")
 
 
 def test_it_is_the_default_on_a_cpu_only():

@@ -3,25 +3,11 @@
 `test_kernels_cuda_emulation.py` also runs this file, with the kernels compiled for the host.
 """
 
+import backend_checks as checks
 import kernels_oracle as oracle
 import pytest
 import torch
-from backend_checks import (
-    ACTIVATIONS,
-    EIGHT_BANDS,
-    RTOL,
-    SCHMITT,
-    assert_same_bits,
-    check_16_bit_conversions,
-    check_against_reference,
-    check_every_output_is_written,
-    check_gelu_accuracy,
-    check_gradient_strides,
-    check_refusals,
-    check_strides,
-    everything,
-    window_loss,
-)
+from backend_checks import ACTIVATIONS, RTOL, SCHMITT, assert_same_bits, everything
 
 from tsae_kernels import (
     MULTISCALE,
@@ -42,7 +28,7 @@ on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="emulated on the host")
 
 
 def agrees(pre, **options):
-    check_against_reference(pre.to(DEVICE), "cuda", **options)
+    checks.check_against_reference(pre.to(DEVICE), "cuda", **options)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -54,7 +40,7 @@ def test_eight_bands_and_every_gradient_cuda(activation, segmented, k):
     options = {"bias": torch.randn(k, generator=generator).to(DEVICE), "shared": segmented}
     if segmented:
         options["segments"] = oracle.random_segments(2, 130, generator).to(DEVICE)
-    agrees(pre, bands=EIGHT_BANDS, **options, **ACTIVATIONS[activation])
+    agrees(pre, bands=checks.EIGHT_BANDS, **options, **ACTIVATIONS[activation])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -141,7 +127,7 @@ def test_nan_is_seen_in_its_feature_alone_cuda(bands):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bands", [MULTISCALE, ()])
 def test_every_16_bit_number_converts_as_in_torch_cuda(dtype, bands):
-    check_16_bit_conversions(dtype, "cuda", DEVICE, bands)
+    checks.check_16_bit_conversions(dtype, "cuda", DEVICE, bands)
 
 
 @pytest.mark.parametrize("k", [2, 33, 66])
@@ -149,7 +135,7 @@ def test_two_runs_give_the_same_bits_cuda(k):
     pre, bias = torch.randn(3, 150, k).to(DEVICE), torch.randn(k).to(DEVICE)
     segments = oracle.random_segments(3, 150).to(DEVICE)
     first, second = (
-        [*everything(pre, bias, segments, backend="cuda", **SCHMITT), *window_loss(pre, 4, segments, "cuda")]
+        [*everything(pre, bias, segments, backend="cuda", **SCHMITT), *checks.window_loss(pre, 4, segments, "cuda")]
         for _ in range(2)
     )
     assert_same_bits(first, second)
@@ -171,7 +157,7 @@ def test_every_output_is_written_cuda(shape, bands):
     pre, bias = torch.randn(shape).to(DEVICE), torch.randn(shape[2]).to(DEVICE)
     segments = oracle.random_segments(*shape[:2])
     segments[0] = -1
-    check_every_output_is_written(pre, bias, segments.to(DEVICE), "cuda", bands=bands)
+    checks.check_every_output_is_written(pre, bias, segments.to(DEVICE), "cuda", bands=bands)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -181,14 +167,14 @@ def test_strided_and_unaligned_features_give_the_same_bits_cuda(dtype, activatio
     x = base[:, :, 1]
     unaligned = [base[:, :, 0, begin : begin + 66] for begin in (1, 2, 4)]  # rows that begin at any address
     views = [x, x.transpose(0, 1).contiguous().transpose(0, 1), *unaligned]
-    check_strides(views, "cuda", **ACTIVATIONS[activation])
+    checks.check_strides(views, "cuda", **ACTIVATIONS[activation])
     grads = (
         torch.full((), 0.3, dtype=dtype, device=DEVICE).expand(x.shape),
         torch.randn(3, 40, 1).to(x).expand(x.shape),
         torch.randn(72, 40, 3).to(x).permute(2, 1, 0),
         torch.randn(3, 40, 73).to(x)[:, :, 1:],
     )
-    check_gradient_strides(x, grads, "cuda", **ACTIVATIONS[activation])
+    checks.check_gradient_strides(x, grads, "cuda", **ACTIVATIONS[activation])
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "identity"])
@@ -218,14 +204,14 @@ def test_operators_refuse_out_of_bounds_arguments_cuda():
         lambda: ops.forward(h, None, 1, None, None, nine_bands, None, True),
         lambda: ops.backward(h, None, h, None, None, None, 1, nine_bands, None),
     )
-    check_refusals(ops, DEVICE, too_many)
+    checks.check_refusals(ops, DEVICE, too_many)
     with pytest.raises(RuntimeError, match="at most 8, got 9"):
         temporal_stats(torch.ones(2, 6, 3, device=DEVICE), tuple((i, i) for i in range(1, 10)), backend="cuda")
 
 
 @pytest.mark.parametrize("bands", [MULTISCALE, ()])
 def test_gelu_is_as_accurate_as_in_torch_cuda(bands):
-    check_gelu_accuracy(20_000, "cuda", DEVICE, bands)
+    checks.check_gelu_accuracy(20_000, "cuda", DEVICE, bands)
 
 
 @on_gpu

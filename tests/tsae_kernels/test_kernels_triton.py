@@ -4,10 +4,11 @@ import os
 import subprocess
 import sys
 
-import backend_checks
+import backend_checks as checks
 import kernels_oracle as oracle
 import pytest
 import torch
+from backend_checks import ACTIVATIONS, SCHMITT
 from kernels_oracle import activate_with_stats, temporal_stats
 
 from tsae_kernels import MULTISCALE, available_backends
@@ -17,13 +18,10 @@ from tsae_kernels.backends.triton import launch
 
 pytestmark = pytest.mark.skipif(available_backends()["triton"] != "ok", reason=available_backends()["triton"])
 
-SCHMITT = {"activation": "relu", "threshold": 0.6, "release": 0.2}
-ACTIVATIONS = {name: {"activation": name} for name in ("relu", "gelu", "identity")} | {"schmitt": SCHMITT}
-
 
 def check_against_reference(pre, rtol=None, **options):
     pre, options = oracle.carried((pre, options), "triton")
-    backend_checks.check_against_reference(pre, "triton", rtol, **options)
+    checks.check_against_reference(pre, "triton", rtol, **options)
 
 
 def weighted_sum(pre, bias, segments, **options):
@@ -97,19 +95,7 @@ def test_long_sequences_without_drift():
     walk = torch.randn(1, T, 4, generator=torch.Generator().manual_seed(1)).cumsum(1)
     bands = ((1, 3), (5, 20), (30, 45))
     for ids in (None, (torch.arange(T) >= T - 20).int()[None]):
-        backend_checks.assert_as_reference(
-            *(
-                backend_checks.everything(
-                    *oracle.carried((walk,), "triton"),
-                    segments=oracle.carried(ids, "triton"),
-                    bands=bands,
-                    activation="identity",
-                    backend=name,
-                )
-                for name in ("triton", "reference")
-            ),
-            rtol=5e-5,
-        )
+        check_against_reference(walk, 5e-5, stats_rtol=5e-5, bands=bands, segments=ids, activation="identity")
 
 
 @pytest.mark.skipif(oracle.INTERPRETED, reason="takes Triton's interpreter too long")
@@ -117,7 +103,7 @@ def test_long_sequences_in_every_precision():
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         pre = (torch.randn(1, 4096, 70, generator=torch.Generator().manual_seed(0)) + 3).to(dtype)
         for bands in (MULTISCALE, ((1, 3), (4, 2000)), ((1, 5000),)):
-            check_against_reference(pre, bands=bands, rtol=max(backend_checks.RTOL[dtype], 1e-5))
+            check_against_reference(pre, bands=bands, rtol=max(checks.RTOL[dtype], 1e-5))
 
 
 def test_windows_are_summed_afresh(monkeypatch):
@@ -133,14 +119,12 @@ def test_windows_are_summed_afresh(monkeypatch):
 def test_every_output_is_written():
     pre, bias = torch.randn(1, 13, 140), torch.randn(140)  # two programs
     segments = torch.tensor([[0] * 6 + [-1] * 4 + [0] * 3])
-    backend_checks.check_every_output_is_written(
-        *oracle.carried((pre, bias, segments), "triton"), backend="triton", **SCHMITT
-    )
+    checks.check_every_output_is_written(*oracle.carried((pre, bias, segments), "triton"), backend="triton", **SCHMITT)
 
 
 def test_strided_features_give_the_same_bits():
     x = oracle.carried(torch.randn(2, 9, 3, 5), "triton")[:, :, 1]
-    backend_checks.check_strides([x, x.permute(2, 0, 1).contiguous().permute(1, 2, 0)], "triton")
+    checks.check_strides([x, x.permute(2, 0, 1).contiguous().permute(1, 2, 0)], "triton")
 
 
 def test_no_tensor_is_copied_and_nothing_waits():
