@@ -5,14 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from tsae_kernels.dtypes import DTYPES, dtype_of_stats
+
 ACTIVATIONS = ("relu", "gelu", "identity")
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-def dtype_of_stats(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the statistics and of all arithmetic on features of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _describe(value: object) -> str:

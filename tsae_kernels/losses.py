@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tsae_kernels.arguments import check_features, check_segments, check_tensor, dtype_of_stats
+from tsae_kernels.arguments import check_features, check_segments, check_tensor
 from tsae_kernels.backends.registry import choose_backend
 from tsae_kernels.bands import MULTISCALE, Bands, check_bands
+from tsae_kernels.dtypes import dtype_of_stats
 from tsae_kernels.functions import TemporalStats, temporal_stats
 from tsae_kernels.segments import count_positions, find_runs
 

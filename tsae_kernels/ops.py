@@ -22,10 +22,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tsae_kernels.arguments import dtype_of_stats
 from tsae_kernels.backends.interface import Activation, Gradients
 from tsae_kernels.backends.registry import get_backend
 from tsae_kernels.bands import unflatten_bands
+from tsae_kernels.dtypes import dtype_of_stats
 
 _SCHEMAS = {
     "activate_with_stats": "(Tensor pre, Tensor? bias, str activation, Tensor? threshold, Tensor? release, "

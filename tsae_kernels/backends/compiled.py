@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsae_kernels.arguments import ACTIVATIONS, dtype_of_stats
+from tsae_kernels.arguments import ACTIVATIONS
 from tsae_kernels.backends.interface import Activation, Gradients
 from tsae_kernels.bands import Bands, flatten_bands
+from tsae_kernels.dtypes import dtype_of_stats
 
 _CODES = {"identity": 0, "relu": 1, "gelu": 2}  # enum Activation in csrc/shared/operands.h
 assert set(_CODES) == set(ACTIVATIONS)

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsae_kernels.arguments import dtype_of_stats
 from tsae_kernels.backends.interface import Activation, Gradients
-from tsae_kernels.backends.windows import ChunkSegments, WindowSums, rows_by_time, sum_scale
+from tsae_kernels.backends.windows import ChunkSegments, WindowSums, rows_by_time
 from tsae_kernels.bands import Bands
+from tsae_kernels.dtypes import dtype_of_stats, sum_scale
 from tsae_kernels.segments import find_runs
 
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsae_kernels.arguments import dtype_of_stats
 from tsae_kernels.backends.interface import Activation, Gradients
 from tsae_kernels.bands import Bands
+from tsae_kernels.dtypes import dtype_of_stats
 
 
 def segment_numbers(h: Tensor, segments: Tensor | None) -> Tensor:

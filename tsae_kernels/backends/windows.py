@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tsae_kernels.bands import Bands
+from tsae_kernels.dtypes import sum_scale
 from tsae_kernels.segments import Runs
 
 
@@ -36,14 +37,6 @@ class ChunkSegments:
         Multiplying by 0 would keep an inf or NaN in the padding.
         """
         return x if self.excluded[t] is None else x.index_fill(0, self.excluded[t], 0)
-
-
-def sum_scale(dtype: torch.dtype) -> float:
-    """A power of two that scales terms before they are summed, so that no sum overflows before its result does.
-
-    Scaling by a power of two is exact. The C++ counterpart is kSumScale in csrc/shared/recurrence.h.
-    """
-    return 1.0 if dtype == torch.float64 else 2.0**-16
 
 
 class WindowSums:

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsae_kernels.arguments import dtype_of_stats
 from tsae_kernels.backends.interface import Activation, Gradients
-from tsae_kernels.backends.windows import sum_scale
 from tsae_kernels.bands import Bands
+from tsae_kernels.dtypes import dtype_of_stats, sum_scale
 
 INTERPRETER_VARIABLE = "TRITON_INTERPRET"  # Triton's own
-HINT = f"use CUDA tensors, or set {INTERPRETER_VARIABLE}=1 before Python starts to run on the CPU, slowly"
+HINT = f"use CUDA tensors, or set {INTERPRETER_VARIABLE}=1 before starting Python to run (slowly) on the CPU"
 
 _CHUNK = 8  # rows loaded at a time
 _PAIRS = 4  # bands within this reach are summed pair by pair, see band_block in csrc/shared/recurrence.h
