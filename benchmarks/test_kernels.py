@@ -165,16 +165,9 @@ def test_time_per_element(benchmark: Any, record: Record, device: torch.device, 
 # The speed requirements ("bars"), one test each, so that a failure reports its figure.
 
 
-@pytest.fixture
-def on_cpu(device: torch.device) -> None:
-    if device.type != "cpu":
-        pytest.skip("a requirement for the CPU")
-
-
-@pytest.fixture
-def on_gpu(device: torch.device) -> None:
-    if device.type != "cuda":
-        pytest.skip("a requirement for GPUs, and no GPU is available")
+def only_on(device: torch.device, type_: str) -> None:
+    if device.type != type_:
+        pytest.skip(f"a requirement for {type_}, and the benchmarks run on {device.type}")
 
 
 def slower(m: Measurement, variant: str) -> float:
@@ -187,22 +180,25 @@ def best_alternative(m: Measurement, *, compiled_only: bool = False) -> Row:
     return min(rows, key=lambda row: row.seconds)
 
 
-@pytest.mark.usefixtures("on_cpu")
-def test_bar_120_times_faster_than_the_eager_loop(measured: Find) -> None:
+@pytest.mark.parametrize(("type_", "least"), [("cpu", 120), ("cuda", 50)])
+def test_bar_faster_than_the_eager_loop(measured: Find, device: torch.device, type_: str, least: int) -> None:
+    only_on(device, type_)
     factor = slower(measured(RELU), "eager loop")
-    assert factor >= 120, f"{factor:.1f} times faster than the eager loop, not 120"
+    assert factor >= least, f"{factor:.1f} times faster than the eager loop, not {least}"
 
 
-@pytest.mark.usefixtures("on_cpu")
-def test_bar_4_times_faster_than_the_best_of_torch(measured: Find) -> None:
+@pytest.mark.parametrize(("type_", "least"), [("cpu", 4), ("cuda", 3)])
+def test_bar_faster_than_the_best_of_torch(measured: Find, device: torch.device, type_: str, least: int) -> None:
+    """On a GPU, than the best compiled alternative."""
+    only_on(device, type_)
     m = measured(RELU)
-    best = best_alternative(m)
+    best = best_alternative(m, compiled_only=type_ == "cuda")
     factor = slower(m, best.variant)
-    assert factor >= 4, f"{factor:.2f} times faster than {best.variant}, not 4"
+    assert factor >= least, f"{factor:.2f} times faster than {best.variant}, not {least}"
 
 
-@pytest.mark.usefixtures("on_cpu")
-def test_bar_at_most_8_copies(measured: Find) -> None:
+def test_bar_at_most_8_copies(measured: Find, device: torch.device) -> None:
+    only_on(device, "cpu")
     m = measured(RELU)
     copies = m.copies(m.row(m.own))
     assert copies is not None
@@ -234,31 +230,17 @@ def test_bar_nothing_of_the_size_of_h(measured: Find, case: str) -> None:
     assert beyond < 0.25, f"{beyond:.2f} times the size of h beyond h and grad_pre"
 
 
-@pytest.mark.usefixtures("on_gpu")
 @pytest.mark.parametrize("case", ["statistics, forward", "relu, forward", "relu, backward"])
-def test_bar_85_percent_of_copy_bandwidth(measured: Find, case: str) -> None:
+def test_bar_85_percent_of_copy_bandwidth(measured: Find, device: torch.device, case: str) -> None:
+    only_on(device, "cuda")
     m = measured(case)
     share = m.bandwidth_share(m.row(m.own))
     assert share is not None
     assert share >= 0.85, f"{case}: {share:.1%} of the copy's bandwidth, not 85 %"
 
 
-@pytest.mark.usefixtures("on_gpu")
-def test_bar_50_times_the_eager_loop_on_a_gpu(measured: Find) -> None:
-    factor = slower(measured(RELU), "eager loop")
-    assert factor >= 50, f"{factor:.1f} times faster than the eager loop, not 50"
-
-
-@pytest.mark.usefixtures("on_gpu")
-def test_bar_3_times_the_best_compiled_on_a_gpu(measured: Find) -> None:
-    m = measured(RELU)
-    best = best_alternative(m, compiled_only=True)
-    factor = slower(m, best.variant)
-    assert factor >= 3, f"{factor:.2f} times faster than {best.variant}, not 3"
-
-
-@pytest.mark.usefixtures("on_gpu")
-def test_bar_the_default_is_the_fastest_backend(measured: Find) -> None:
+def test_bar_the_default_is_the_fastest_backend(measured: Find, device: torch.device) -> None:
+    only_on(device, "cuda")
     m = measured(RELU)
     rows = m.of_kind("backend")
     assert {"cuda", "triton"} <= {row.variant for row in rows}, "cuda and triton must both be available"
