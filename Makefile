@@ -65,8 +65,8 @@ bench-smoke: install
 
 # The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer: C++, and CUDA as run on the host.
 asan: install
-	tools/check_memory.sh $(BIN)/python
-	tools/check_memory_cuda.sh $(BIN)/python
+	tools/check_memory.sh cpu $(BIN)/python
+	tools/check_memory.sh cuda $(BIN)/python
 
 # The CUDA kernels for every architecture, without a GPU: fails on a warning or a register spill. Needs nvcc.
 cuda-compile:
@@ -78,7 +78,7 @@ triton-compile: install
 
 # Build, tests, compute-sanitizer and benchmarks on a machine with a GPU, in one go, with its own Python environment.
 gpu-check:
-	bash benchmarks/gpu_check.sh
+	bash tools/gpu_check.sh
 
 clean:
 	rm -rf $(VENV) $(PEERS) build dist site *.egg-info runs

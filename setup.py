@@ -1,8 +1,8 @@
-"""Builds the compiled kernels of tsae_kernels; all metadata is in pyproject.toml.
+"""Builds the compiled kernels of tsae_kernels. All metadata is in pyproject.toml.
 
-TSAE_BUILD = cuda | cpu | none forces or skips them: `cuda` builds the kernels for GPUs and for CPUs, `cpu` those for
-CPUs alone. Unset, whatever torch and the compilers here allow is built, and if that is nothing the package is pure
-Python, with every function on PyTorch. Nothing is downloaded. TORCH_CUDA_ARCH_LIST chooses the GPU architectures.
+TSAE_BUILD selects what to build: `cpu` the CPU kernels, `cuda` both the CUDA and the CPU kernels, `none` nothing. If it
+is unset, the build includes what the installed torch and compilers allow. Without any kernels the package is pure
+Python and computes everything in PyTorch. Nothing is downloaded. TORCH_CUDA_ARCH_LIST selects the GPU architectures.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ CXX_FLAGS = ["-g0", "-fvisibility=hidden", "-Wno-psabi"]
 
 
 def headers(*folders: str) -> list[str]:
-    """Every header in these folders of csrc/: the build is repeated when one of them changes, also without ninja."""
+    """Every header in these folders of csrc/. A change to any of them triggers a rebuild, even without ninja."""
     return sorted(str(path) for folder in folders for path in Path("csrc", folder).glob("*.*h"))
 
 
-def reason_not_to_build() -> str:
-    """Why there can be no extension here, with what would help; "" if there can be one."""
+def why_no_cpu_build() -> str:
+    """Why the compiled kernels cannot be built here and how to fix that; "" if they can."""
     try:
         import torch
     except ModuleNotFoundError as error:
@@ -43,15 +43,15 @@ def reason_not_to_build() -> str:
     return ""
 
 
-def reason_not_to_build_for_gpus() -> str:
-    """The same for the CUDA kernels, where the others can be built. Whether a GPU is visible does not matter."""
+def why_no_cuda_build() -> str:
+    """Why the CUDA kernels cannot be built here, if the CPU kernels can. A visible GPU is not required."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
     if torch.version.cuda is None:
         return (
-            f"torch {torch.__version__} is a build without CUDA, which the library cannot be linked with. "
-            "Install a CUDA build of torch; `make cuda-compile` compiles the kernels without one"
+            f"torch {torch.__version__} is a build without CUDA, and the library must be linked with one. "
+            "Install a CUDA build of torch. (`make cuda-compile` only checks that the kernels compile.)"
         )
     if CUDA_HOME is None or not os.path.exists(os.path.join(CUDA_HOME, "bin", "nvcc")):
         return (
@@ -60,27 +60,26 @@ def reason_not_to_build_for_gpus() -> str:
     return ""
 
 
-def extensions(for_gpus: bool) -> list[Any]:
+def extensions(with_cuda: bool) -> list[Any]:
+    """The CPU extension and, if requested, the CUDA extension."""
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    folder = "csrc/cpu"
     built = [
         CppExtension(
             "tsae_kernels._cpu",
-            [f"{folder}/{name}.cpp" for name in ("ops", "sparse_ops", "baseline", "avx2", "avx512")],
+            [f"csrc/cpu/{name}.cpp" for name in ("ops", "sparse_ops", "baseline", "avx2", "avx512")],
             depends=headers("cpu", "shared"),
             extra_compile_args=FLAGS + CXX_FLAGS,
             py_limited_api=True,
         )
     ]
-    if for_gpus:
-        # torch's own default is what GPUs it sees, and it fails where it sees none.
+    if with_cuda:
+        # By default torch builds for the visible GPUs, and fails if there are none.
         os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
-        folder = "csrc/cuda"
         built.append(
             CUDAExtension(
                 "tsae_kernels._cuda",
-                [f"{folder}/ops.cpp"] + [f"{folder}/{name}.cu" for name in ("forward", "backward", "steps", "runs")],
+                ["csrc/cuda/ops.cpp", *sorted(map(str, Path("csrc/cuda").glob("*.cu")))],
                 depends=headers("cuda", "shared"),
                 extra_compile_args={
                     "cxx": [*FLAGS, *CXX_FLAGS, "-DUSE_CUDA"],
@@ -93,26 +92,27 @@ def extensions(for_gpus: bool) -> list[Any]:
 
 
 def build_arguments() -> dict[str, Any]:
+    """The arguments of `setup` for the kernels that are requested and can be built."""
     choice = os.environ.get("TSAE_BUILD", "")
     if choice not in ("", "cpu", "none", "cuda"):
         sys.exit(f"error: TSAE_BUILD must be cuda, cpu or none (or unset), got {choice!r}")
     if choice == "none":
         return {}
-    reason = reason_not_to_build()
-    reason_for_gpus = "" if reason or choice == "cpu" else reason_not_to_build_for_gpus()
-    if (reason and choice) or (reason_for_gpus and choice == "cuda"):
-        sys.exit(f"error: TSAE_BUILD={choice}, but {reason or reason_for_gpus}")
+    reason = why_no_cpu_build()
+    reason_no_cuda = "" if reason or choice == "cpu" else why_no_cuda_build()
+    if (reason and choice) or (reason_no_cuda and choice == "cuda"):
+        sys.exit(f"error: TSAE_BUILD={choice}, but {reason or reason_no_cuda}")
     if reason:
-        print(f"warning: tsae_kernels without its compiled kernels: {reason}", file=sys.stderr)  # noqa: T201
+        print(f"warning: building tsae_kernels without compiled kernels: {reason}", file=sys.stderr)  # noqa: T201
         return {}
-    for_gpus = choice != "cpu" and not reason_for_gpus
-    if choice == "" and not for_gpus:
-        print(f"note: tsae_kernels without its CUDA kernels: {reason_for_gpus}", file=sys.stderr)  # noqa: T201
+    with_cuda = choice != "cpu" and not reason_no_cuda
+    if choice == "" and not with_cuda:
+        print(f"note: building tsae_kernels without CUDA kernels: {reason_no_cuda}", file=sys.stderr)  # noqa: T201
 
     from torch.utils.cpp_extension import BuildExtension
 
     return {
-        "ext_modules": extensions(for_gpus),
+        "ext_modules": extensions(with_cuda),
         "cmdclass": {"build_ext": BuildExtension},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }

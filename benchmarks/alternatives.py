@@ -1,9 +1,9 @@
-"""What one would write in PyTorch instead of the kernels: the honest alternatives to `activate_with_stats`.
+"""Alternatives to `activate_with_stats` in plain PyTorch, with ordinary autograd, as baselines for the kernels.
 
-Plain functions of the pre-activation with ordinary autograd. They are as careful as the kernels: differences are taken
-of centred features, since float32 is wrong without that as soon as a feature's mean is a hundred times its spread, and
-the gate refuses it. And they are as fast as one can write them: lagged products are shared, band matrices are made
-once, and `total` and `square`, which no loss differentiates here, are taken of detached features.
+They are as accurate as the kernels: features are centred first, because float32 differences are otherwise wrong once a
+feature's mean is a hundred times its standard deviation (`gate.py` rejects such results). They are also as fast as we
+could make them: lagged products are shared, band matrices are built once, and `total` and `square`, which no loss here
+differentiates, are computed from detached features.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Differences = Callable[[Tensor], Tensor]
 """h [B, T, k] -> the squared differences of each band, [B, S, k] float32."""
 
 DifferencesFor = Callable[[int, torch.device, torch.dtype, Bands], Differences]
-"""T, device, dtype of h, bands -> the function, with what it can make beforehand made."""
+"""T, device, dtype of h, bands -> the function, with everything precomputed that does not depend on h."""
 
 States = Callable[[Tensor, Tensor, Tensor], Tensor]
 """pre [B, T, k], threshold [k], release [k] -> where the Schmitt trigger is on, [B, T, k] bool."""
 
 
 class Output(NamedTuple):
-    """What `activate_with_stats` returns, flat."""
+    """The results of `activate_with_stats` in one tuple."""
 
     h: Tensor  # [B, T, k]
     differences: Tensor  # [B, S, k]
@@ -36,7 +36,7 @@ class Output(NamedTuple):
 
 
 def eager_loop(T: int, device: torch.device, dtype: torch.dtype, bands: Bands) -> Differences:
-    """The formula as it stands: a difference of slices for every offset."""
+    """The definition: a difference of slices for every offset."""
 
     def differences(h: Tensor) -> Tensor:
         x = h.float()
@@ -52,10 +52,10 @@ def eager_loop(T: int, device: torch.device, dtype: torch.dtype, bands: Bands) -
 
 
 def prefix_sums(T: int, device: torch.device, dtype: torch.dtype, bands: Bands) -> Differences:
-    """Linear in T: D = sum_t degree_t y_t^2 - 2 sum_t y_t (sum of y over the band before t), by running sums.
+    """Linear in T: D = sum_t degree_t y_t^2 - 2 sum_t y_t (sum of y over the band before t).
 
-    The sum over the band (a, b) before t is P[t - a] - P[t - b - 1] with the running sum P, so neighbouring bands share
-    a lagged product.
+    The sum over the band (a, b) before t is P[t - a] - P[t - b - 1] for the prefix sum P, so adjacent bands share a
+    lagged product.
     """
     degrees = [_adjacency(T, band, device).sum(1, keepdim=True) for band in bands]  # [T, 1] each
     lags = sorted({lag for first, last in bands for lag in (first, last + 1)})
@@ -75,7 +75,7 @@ def prefix_sums(T: int, device: torch.device, dtype: torch.dtype, bands: Bands) 
 
 
 def banded_laplacian(T: int, device: torch.device, dtype: torch.dtype, bands: Bands) -> Differences:
-    """Quadratic in T, but three matrix products [T, T] @ [B, T, k]: D = y' L y. Autograd takes three more."""
+    """Quadratic in T: one matrix product [T, T] @ [B, T, k] per band, D = y' L y. Autograd needs another per band."""
     laplacians = _laplacians(T, device, dtype, bands)
 
     def differences(h: Tensor) -> Tensor:
@@ -87,14 +87,14 @@ def banded_laplacian(T: int, device: torch.device, dtype: torch.dtype, bands: Ba
 
 
 def banded_laplacian_once(T: int, device: torch.device, dtype: torch.dtype, bands: Bands) -> Differences:
-    """The same with three products in all: L is symmetric, so the gradient 2 L y is at hand from the forward pass."""
+    """`banded_laplacian` without products in the backward pass: the forward pass has the gradient 2 L y already."""
     laplacians = _laplacians(T, device, dtype, bands)
 
     def differences(h: Tensor) -> Tensor:
         y = _centred(h)
         fixed = y.detach()
         operand = fixed.to(h.dtype)
-        # Of value y and derivative 2: (2 y - y) L y is D, and its gradient 2 L y.
+        # Has the value y and the derivative 2, so that (2 y - y) L y is D and its gradient is 2 L y.
         doubled = 2 * y - fixed
         return torch.stack([(doubled * (L @ operand)).sum(1) for L in laplacians], 1)
 
@@ -102,7 +102,7 @@ def banded_laplacian_once(T: int, device: torch.device, dtype: torch.dtype, band
 
 
 def loop_over_time(pre: Tensor, threshold: Tensor, release: Tensor) -> Tensor:
-    """The trigger as it is defined: T steps, each on [B, k]."""
+    """The definition of the Schmitt trigger: T steps on [B, k]."""
     above, holds = pre > threshold, pre > release
     on = above[:, 0]
     states = [on]
@@ -113,11 +113,11 @@ def loop_over_time(pre: Tensor, threshold: Tensor, release: Tensor) -> Tensor:
 
 
 def two_cumulative_maxima(pre: Tensor, threshold: Tensor, release: Tensor) -> Tensor:
-    """On where nothing has failed to hold since the trigger was last set (docs/mathematics.md, section 7)."""
+    """On where pre has stayed above the release since it exceeded the threshold (docs/mathematics.md, section 7)."""
     t = torch.arange(pre.shape[1], device=pre.device, dtype=torch.int32)[:, None]  # [T, 1]
-    was_set = torch.where(pre > threshold, t, -1).cummax(1).values
-    failed = torch.where(pre > release, -1, t).cummax(1).values
-    return (was_set >= 0) & (was_set >= failed)
+    exceeded = torch.where(pre > threshold, t, -1).cummax(1).values
+    released = torch.where(pre > release, -1, t).cummax(1).values
+    return (exceeded >= 0) & (exceeded >= released)
 
 
 DIFFERENCES: dict[str, DifferencesFor] = {
@@ -133,7 +133,7 @@ STATES: dict[str, States] = {
 
 
 def statistics(h: Tensor, differences: Differences) -> Output:
-    """`temporal_stats` of h; the first field is h itself."""
+    """h and its `temporal_stats`."""
     x = h.detach().float()
     return Output(h, differences(h), x.sum(1), x.square().sum(1))
 
@@ -141,8 +141,7 @@ def statistics(h: Tensor, differences: Differences) -> Output:
 def activation_with_statistics(
     pre: Tensor, threshold: Tensor | None, release: Tensor | None, differences: Differences, states: States | None
 ) -> Output:
-    """`activate_with_stats` of relu; with a threshold [k]; with a release [k] too and one of `STATES`, of the Schmitt
-    trigger."""
+    """`activate_with_stats` of relu, with a threshold [k], or of a Schmitt trigger with one of `STATES`."""
     if threshold is None:
         h = pre.relu()
     elif release is None or states is None:
@@ -166,6 +165,6 @@ def _adjacency(T: int, band: tuple[int, int], device: torch.device) -> Tensor:
 
 
 def _laplacians(T: int, device: torch.device, dtype: torch.dtype, bands: Bands = MULTISCALE) -> list[Tensor]:
-    """[T, T] for every band: degrees on the diagonal, -1 for a pair. Integers, exact in bfloat16 up to 256."""
+    """[T, T] for every band: degrees on the diagonal, -1 for each pair. Integers, exact in bfloat16 up to 256."""
     adjacencies = [_adjacency(T, band, device) for band in bands]
     return [(adjacency.sum(1).diag() - adjacency).to(dtype) for adjacency in adjacencies]

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: smoke mode, the device, the model, what was measured and the table at the end."""
+"""Fixtures of the benchmarks: smoke mode, device, model, recorded measurements; and the table at the end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.measure import keep_freed_memory
 from benchmarks.results import Measurement, table
 
 SMOKE = bool(os.environ.get("TSAE_BENCH_SMOKE"))
-"""Small sizes and one round: checks that the suite runs, measures nothing worth quoting."""
+"""Small sizes and few rounds: checks that the suite runs; the times mean nothing."""
 
 MEASURED = pytest.StashKey[dict[str, Measurement]]()
 
@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's with the number of threads PyTorch uses."""
+    """The name of the GPU, or of the processor with PyTorch's number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -47,15 +47,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     terminalreporter.section("measured")
     if SMOKE:
-        terminalreporter.line("smoke mode: tiny sizes, one round; these times mean nothing")
+        terminalreporter.line("smoke mode: tiny sizes, few rounds; these times mean nothing")
     terminalreporter.line(f"{measured[0].device}, torch {torch.__version__}")
     terminalreporter.line("")
     for line in table(measured).splitlines():
         terminalreporter.line(line)
     terminalreporter.line("")
-    terminalreporter.line(
-        "x copy: in times of h.clone(); x own: in times of the variant in bold; peak: memory beyond the inputs"
-    )
+    terminalreporter.line("x copy: relative to h.clone(); x own: to the bold variant; peak: memory beyond the inputs")
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +68,7 @@ def device() -> torch.device:
 
 @pytest.fixture
 def record(benchmark: Any, pytestconfig: pytest.Config) -> Callable[[Measurement], None]:
-    """Keeps a measurement for the table, for the bars, and in the file of `--benchmark-json`."""
+    """Records a measurement for the table, for the speed requirements and for the `--benchmark-json` file."""
 
     def keep(measurement: Measurement) -> None:
         pytestconfig.stash[MEASURED][measurement.case] = measurement
@@ -81,11 +79,11 @@ def record(benchmark: Any, pytestconfig: pytest.Config) -> Callable[[Measurement
 
 @pytest.fixture
 def measured(smoke: bool, pytestconfig: pytest.Config) -> Callable[[str], Measurement]:
-    """A case's measurement, for a bar to be checked; skips in smoke mode, and where the case did not run."""
+    """A case's measurement, to check a requirement; skips in smoke mode and if the case did not run."""
 
     def find(case: str) -> Measurement:
         if smoke:
-            pytest.skip("smoke mode measures nothing")
+            pytest.skip("times in smoke mode mean nothing")
         found = pytestconfig.stash[MEASURED].get(case)
         if found is None:
             pytest.skip(f"the case {case!r} was not measured in this session")
@@ -96,7 +94,7 @@ def measured(smoke: bool, pytestconfig: pytest.Config) -> Callable[[str], Measur
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random-weight Gemma 2 decoder: the demo model's width and depth, a small vocabulary; tiny in smoke mode."""
+    """A random Gemma 2 decoder of the demo model's width and depth with a small vocabulary; tiny in smoke mode."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4} if SMOKE else {}

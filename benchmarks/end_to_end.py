@@ -1,18 +1,18 @@
-"""From text to a trained autoencoder: tsae against SAELens's runner on the same text, model, layer, sizes and tokens.
+"""Time from text to a trained autoencoder: tsae and SAELens on the same text, model, layer, sizes and tokens.
 
     make peers
     python -m benchmarks.end_to_end [--tokens 65536] [--reuse 1] [--rounds 2] [--json FILE]
 
-Each side is a process of its own, in turn. Both read the same documents (the Python installation's text, as JSON
-lines), run Gemma-3-270m to layer 9 in the same dtype (SAELens through its default, a `HookedTransformer`, which stops
-at the layer as ours does), and train 2,560 features, 36 of them active, on the same number of tokens in batches of
-1,024 under the same autocast. Ours has hysteresis and the demo's temporal objective, SAELens's TopK has neither.
+Each side runs in its own process, one after the other. Both read the same documents (the Python installation's text, as
+JSON lines), run Gemma-3-270m to layer 9 in the same dtype (SAELens in its default `HookedTransformer`, which also stops
+at that layer), and train 2,560 features, 36 of them active, on the same number of tokens in batches of 1,024 under the
+same autocast. tsae uses hysteresis and the demo's temporal objective; SAELens's TopK uses neither.
 
-With --reuse R > 1 one token in R is harvested and each is trained on R times: ours from its
-buffer, SAELens from the activations that its `CacheActivationsRunner` has written, which is how it can.
+With --reuse R > 1, one token in R is harvested and trained on R times: by tsae from its buffer, by SAELens from the
+activations that its `CacheActivationsRunner` writes to disk.
 
-Seconds count from the start of the run to the saved autoencoder, without the import of libraries and the loading of the
-language model, which stand on a line of their own.
+The total counts from the start of the run to the saved autoencoder, without importing libraries and without loading the
+language model, which is reported separately.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from typing import Any
 
 LAYER, WIDTH, D_SAE, K = 9, 640, 2560, 36
 BATCH, LENGTH = 8, 128  # sequences, tokens
-HARVEST_BATCH = 16  # sequences of a forward pass
+HARVEST_BATCH = 16  # sequences per forward pass
 LOADING, TEXT, MODEL, TRAINING = "loading the language model", "text to tokens", "language model", "training"
 STORED = "activations to and from disk"
 PARTS = (TEXT, MODEL, STORED, TRAINING)
 REST = "the rest"
-PEER_NAME = "google/gemma-3-270m"  # by which TransformerLens knows the architecture
+PEER_NAME = "google/gemma-3-270m"  # the name from which TransformerLens infers the architecture
 
 
 class Parts:
-    """Seconds spent in wrapped functions, by part; what one of them calls counts for itself."""
+    """Seconds spent in wrapped functions, by part. A wrapped function called by another one counts only once."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -67,7 +67,7 @@ class Parts:
 
 
 def ours(text: Path, tokens: int, reuse: int, scratch: Path) -> dict[str, float]:
-    """Our run, as `python -m tsae.train demo` makes it, without evaluation and checkpoints."""
+    """A run of `python -m tsae.train demo`, without evaluation and checkpoints."""
     from dataclasses import replace
 
     import tsae.data.sequences
@@ -78,7 +78,7 @@ def ours(text: Path, tokens: int, reuse: int, scratch: Path) -> dict[str, float]
     parts.wrap(tsae.lm.loading, "load_language_model", LOADING)
     parts.wrap(tsae.lm.hooks, "activations", MODEL)
     parts.wrap(tsae.data.sequences.SequenceStream, "next_batch", TEXT)
-    import tsae.training.run  # after the wrapping, so that it sees the wrapped functions
+    import tsae.training.run  # after wrapping, so that it imports the wrapped functions
     import tsae.training.trainer
     from tsae.presets import preset
 
@@ -99,7 +99,7 @@ def ours(text: Path, tokens: int, reuse: int, scratch: Path) -> dict[str, float]
 
 
 def sae_lens(text: Path, tokens: int, reuse: int, scratch: Path) -> dict[str, float]:
-    """SAELens's `LanguageModelSAETrainingRunner`, after its `CacheActivationsRunner` where tokens are used again."""
+    """A run of SAELens's `LanguageModelSAETrainingRunner`, after its `CacheActivationsRunner` if tokens are reused."""
     import sae_lens
     import sae_lens.cache_activations_runner
     import sae_lens.llm_sae_training_runner
@@ -114,7 +114,7 @@ def sae_lens(text: Path, tokens: int, reuse: int, scratch: Path) -> dict[str, fl
     dtype = default_dtype("cpu")
     (scratch / "google").mkdir()
     (scratch / PEER_NAME).symlink_to(model_folder())
-    os.chdir(scratch)  # its loader takes a relative folder for the name of a model that it knows
+    os.chdir(scratch)  # so that its loader finds the folder under the model's hub name
     parts = Parts()
     parts.wrap(sae_lens.llm_sae_training_runner, "load_model", LOADING)
     parts.wrap(sae_lens.cache_activations_runner, "load_model", LOADING)
@@ -127,7 +127,7 @@ def sae_lens(text: Path, tokens: int, reuse: int, scratch: Path) -> dict[str, fl
     common: dict[str, Any] = {
         "model_name": PEER_NAME,
         "hook_name": f"blocks.{LAYER}.hook_resid_post",
-        "context_size": LENGTH + 1,  # the first position is BOS, which is left out below
+        "context_size": LENGTH + 1,  # the first position is BOS, excluded below
         "streaming": False,
         "prepend_bos": True,
         "model_from_pretrained_kwargs": {"dtype": str(dtype).removeprefix("torch.")},
@@ -138,22 +138,7 @@ def sae_lens(text: Path, tokens: int, reuse: int, scratch: Path) -> dict[str, fl
     cached = None
     if reuse > 1:
         cached = str(scratch / "activations")
-        passes = -(-tokens // (reuse * HARVEST_BATCH * LENGTH))
-        harvested = passes * HARVEST_BATCH * (LENGTH + 1)  # BOS counts
-        runner = sae_lens.CacheActivationsRunner(
-            sae_lens.CacheActivationsRunnerConfig(
-                **common,
-                d_in=WIDTH,
-                training_tokens=harvested,
-                model_batch_size=HARVEST_BATCH,
-                new_cached_activations_path=cached,
-                dtype="float32",
-                buffer_size_gb=(harvested + 0.5) * WIDTH * 4 / 1e9,  # it harvests whole buffers
-            ),
-            override_dataset=documents,
-        )
-        parts.wrap(runner, "_create_shard", STORED)
-        runner.run()
+        _cache_activations(common, documents, -(-tokens // reuse), cached, parts)
     cfg: Any = sae_lens.LanguageModelSAERunnerConfig(
         **common,
         sae=sae_lens.TopKTrainingSAEConfig(d_in=WIDTH, d_sae=D_SAE, k=K),
@@ -178,6 +163,28 @@ def sae_lens(text: Path, tokens: int, reuse: int, scratch: Path) -> dict[str, fl
     return _measured(parts, time.perf_counter() - start)
 
 
+def _cache_activations(common: dict[str, Any], documents: Any, tokens: int, folder: str, parts: Parts) -> None:
+    """Write the activations of at least ``tokens`` tokens with SAELens's `CacheActivationsRunner`."""
+    import sae_lens
+
+    batches = -(-tokens // (HARVEST_BATCH * LENGTH))
+    harvested = batches * HARVEST_BATCH * (LENGTH + 1)  # including BOS
+    runner = sae_lens.CacheActivationsRunner(
+        sae_lens.CacheActivationsRunnerConfig(
+            **common,
+            d_in=WIDTH,
+            training_tokens=harvested,
+            model_batch_size=HARVEST_BATCH,
+            new_cached_activations_path=folder,
+            dtype="float32",
+            buffer_size_gb=(harvested + 0.5) * WIDTH * 4 / 1e9,  # it only harvests complete buffers
+        ),
+        override_dataset=documents,
+    )
+    parts.wrap(runner, "_create_shard", STORED)
+    runner.run()
+
+
 def _measured(parts: Parts, total: float) -> dict[str, float]:
     loading = parts.seconds.pop(LOADING, 0.0)
     out = {part: parts.seconds.get(part, 0.0) for part in PARTS}
@@ -188,20 +195,20 @@ SIDES = {"tsae": ours, "SAELens": sae_lens}
 
 
 def write_documents(path: Path, tokens: int) -> None:
-    """Documents of the Python installation as JSON lines, amply more than ``tokens``, at four letters each."""
+    """Write documents of the Python installation as JSON lines, well over ``tokens`` at four characters each."""
     from tsae.data.text import TextConfig, open_text
 
-    letters = 0
+    characters = 0
     with path.open("w") as file:
         for document in open_text("python-docs", part="train", seed=0, config=TextConfig(), epoch=0):
             file.write(json.dumps({"text": document.text}) + "\n")
-            letters += len(document.text)
-            if letters > 8 * tokens + 100_000:
+            characters += len(document.text)
+            if characters > 8 * tokens + 100_000:
                 break
 
 
 def table(results: dict[str, dict[str, float]], tokens: int) -> str:
-    """Medians over the rounds, as Markdown."""
+    """A Markdown table of both sides' seconds by part."""
     lines = ["| part | " + " | ".join(f"{side}, s | share" for side in results) + " |", "| --- " + "| --- " * 4 + "|"]
     for part in (*PARTS, REST, "in all"):
         cells = [f"{r[part]:.1f} | {r[part] / r['in all']:.0%}" for r in results.values()]
@@ -213,10 +220,10 @@ def table(results: dict[str, dict[str, float]], tokens: int) -> str:
 
 
 def main() -> None:
-    """Run both sides in turn and print the table."""
+    """Run both sides alternately and print the medians over the rounds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=65_536, help="trained on, in all")
-    parser.add_argument("--reuse", type=int, default=1, help="times that each harvested token is trained on")
+    parser.add_argument("--tokens", type=int, default=65_536, help="tokens to train on in total")
+    parser.add_argument("--reuse", type=int, default=1, help="times to train on each harvested token")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""No speed for a wrong result: every variant is compared with the definition in float64 before it is timed."""
+"""Correctness check before timing: every variant is compared with the definition in float64."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 from tsae_kernels import MULTISCALE, Bands, activate_with_stats
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
-"""Largest `largest_error`, by the dtype of the input."""
+"""The largest relative error allowed, by the dtype of the input."""
 
 
 class WrongResultError(AssertionError):
-    """A variant does not compute what it is timed for."""
+    """A variant computes a wrong result, so its time means nothing."""
 
 
 def reference(
@@ -24,14 +24,13 @@ def reference(
     grad_differences: Tensor | None,
     bands: Bands = MULTISCALE,
 ) -> dict[str, Tensor]:
-    """The definition, offset by offset in float64, block by block: rows and features know nothing of each other.
+    """The definition in float64, in blocks of rows and features to limit memory.
 
-    x: [B, T, k]; threshold, release: [k] or None; the gradients are those of h [B, T, k] and of the differences [S, k],
-        None without backward pass
-    out: `h`, `differences`, `total`, `square`, and `grad` with one of the gradients
+    x: [B, T, k]; threshold, release: [k] or None; grad_h: [B, T, k] or None; grad_differences: [S, k] or None
+    out: `h`, `differences`, `total`, `square`, and `grad` if there is a gradient
     """
     B, T, k = x.shape
-    elements = 2**17 if x.device.type == "cpu" else 2**27  # of a block: stays in a CPU's cache, bounds a GPU's memory
+    elements = 2**17 if x.device.type == "cpu" else 2**27  # per block: fits a CPU's cache, limits a GPU's memory
     columns = min(k, max(1, elements // T))
     rows = max(1, elements // (T * columns))
     blocks: list[list[dict[str, Tensor]]] = []
@@ -57,20 +56,22 @@ def reference(
 
 
 def check(variant: str, found: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Raise `WrongResultError`, naming variant, quantity and error, unless all that was found is right and finite."""
+    """Raise `WrongResultError` with the variant, quantity and error unless every result is accurate and finite."""
     allowed = TOLERANCE[dtype]
     for name, value in found.items():
         wanted = expected[name]
         if value.shape != wanted.shape:
             raise WrongResultError(f"{variant}: {name} is {list(value.shape)}, not {list(wanted.shape)}")
         error = largest_error(name, value, wanted)
-        if not error <= allowed:  # so that NaN fails too
+        if not error <= allowed:  # not `>`, so that NaN fails too
             raise WrongResultError(f"{variant}: {name} is off by {error:.1e}, allowed is {allowed:.0e}")
 
 
 def largest_error(name: str, value: Tensor, wanted: Tensor) -> float:
-    """Relative to the value wanted or to its usual size, whichever is larger: that of the feature over time for `h` and
-    `grad`, that of the median feature for statistics."""
+    """The largest error relative to the expected value or its typical magnitude, whichever is larger.
+
+    The typical magnitude is the feature's RMS over time for `h` and `grad`, and the median feature's for statistics.
+    """
     if name in ("h", "grad"):
         usual = wanted.square().mean(1, keepdim=True).sqrt()
     else:

@@ -1,14 +1,13 @@
-"""Memory and time of training steps with large dictionaries, ours in pieces and SAELens's trainer on the same job.
+"""Memory and time of training steps with large dictionaries: tsae, also in chunks of the batch, and SAELens's trainer.
 
     make peers
     python -m benchmarks.large_dictionary [--sizes 16384 65536] [--batch 16] [--chunk 0 2] [--json FILE]
 
-Width 2,304, 16 sequences of 128 tokens a step, 32 active features, bfloat16 autocast, random activations. Ours with
-TopK or BatchTopK and the temporal statistics of TSAE's three bands in its loss, SAELens's TopK with its defaults and no
-temporal term. Every measurement is a process of its own: its peak resident memory less what it had before the
-autoencoder was made, and the median time of the steps after the first. Beside them stands what
-`tsae.training.memory` expects. `StepTime` is the formula of docs/scale.md for the time; `--fit FILE` prints it for what
-`--json` wrote.
+Width 2,304, 16 sequences of 128 tokens per step, 32 active features, bfloat16 autocast, random activations. tsae uses
+TopK or BatchTopK and the temporal statistics of TSAE's three bands in its loss; SAELens uses its default TopK without a
+temporal term. Every measurement runs in its own process and reports the peak resident memory beyond that before the
+autoencoder was created, the median time of the steps after the first, and the memory that `tsae.training.memory`
+predicts. `StepTime` is the formula for the time in docs/scale.md; `--fit FILE` fits it to the output of `--json`.
 """
 
 from __future__ import annotations
@@ -22,26 +21,20 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from benchmarks.measure import status
+
 WIDTH, LENGTH, K = 2304, 128, 32
 STEPS = 3
 OURS = ("topk", "batchtopk")
 PEER = "SAELens TopK"
 
 
-def status(field: str) -> int:
-    """Bytes of ``VmRSS`` (resident now) or ``VmHWM`` (at most so far) of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
-
-
 class StepTime(NamedTuple):
-    """Seconds of a step: ``tokens d_sae feature + weights (weight + piece (pieces - 1))``.
+    """Seconds per step: ``tokens d_sae feature + weights (weight + piece (chunks - 1))``.
 
-    feature: of a token and feature, the encoder's product (2 d_in operations) and all passes over the features
-    weight: of a weight, its gradient, clipping, Adam and the norms
-    piece: of a weight, its gradient written and added once more
+    feature: per token and feature: the encoder's product (2 d_in operations) and all passes over the features
+    weight: per weight: its gradient, clipping, Adam and the norms
+    piece: per weight and additional chunk: writing and adding its gradient once more
     """
 
     feature: float
@@ -50,14 +43,14 @@ class StepTime(NamedTuple):
 
     @staticmethod
     def terms(row: dict[str, Any]) -> tuple[float, float, float]:
-        """What the three are multiplied by in a measured row."""
+        """The factors of the three coefficients for a measured row."""
         tokens, weights = row["batch"] * LENGTH, 2.0 * WIDTH * row["d_sae"]
-        pieces = -(-row["batch"] // row["chunk"]) if row["chunk"] else 1
-        return float(tokens * row["d_sae"]), weights, weights * (pieces - 1)
+        chunks = -(-row["batch"] // row["chunk"]) if row["chunk"] else 1
+        return float(tokens * row["d_sae"]), weights, weights * (chunks - 1)
 
     @classmethod
     def fitted(cls, rows: list[dict[str, Any]]) -> StepTime:
-        """The least squares of relative errors over measured rows."""
+        """Least squares of the relative errors over measured rows."""
         import torch
 
         terms = torch.tensor([cls.terms(row) for row in rows], dtype=torch.float64)
@@ -68,12 +61,12 @@ class StepTime(NamedTuple):
         return cls(*(found / scale).tolist())
 
     def seconds(self, row: dict[str, Any]) -> float:
-        """Of a step like the row's."""
+        """The predicted time of a row's step."""
         return sum(a * b for a, b in zip(self, self.terms(row), strict=True))
 
 
 def config(activation: str, d_sae: int, batch: int, chunk: int) -> Any:
-    """Of a run of ours."""
+    """The tsae configuration of one measurement."""
     from tsae.config import ObjectiveConfig, OptimizerConfig, SAEConfig, TrainConfig
 
     sae = SAEConfig(d_in=WIDTH, d_sae=d_sae, k=K, activation=activation)  # type: ignore[arg-type]
@@ -82,7 +75,7 @@ def config(activation: str, d_sae: int, batch: int, chunk: int) -> Any:
 
 
 def ours(activation: str, d_sae: int, batch: int, chunk: int) -> dict[str, float]:
-    """Steps of `tsae.training.trainer.Trainer`."""
+    """Measure steps of `tsae.training.trainer.Trainer`."""
     import torch
 
     from tsae.data.harvest import ActivationBatch
@@ -100,7 +93,7 @@ def ours(activation: str, d_sae: int, batch: int, chunk: int) -> dict[str, float
 
 
 def sae_lens(d_sae: int, batch: int) -> dict[str, float]:
-    """Steps of SAELens's `SAETrainer`."""
+    """Measure steps of SAELens's `SAETrainer`."""
     import torch
 
     from benchmarks.peers import sae_lens_topk_step
@@ -112,7 +105,7 @@ def sae_lens(d_sae: int, batch: int) -> dict[str, float]:
 
 
 def measured(step: Any, before: int) -> dict[str, float]:
-    """Peak bytes beyond ``before``, and the median seconds of the steps after the first."""
+    """Peak resident bytes beyond ``before``, and the median seconds of the steps after the first."""
     seconds = []
     for _ in range(STEPS):
         start = time.perf_counter()
@@ -122,8 +115,8 @@ def measured(step: Any, before: int) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The measurements as Markdown."""
-    lines = ["| features | trainer | sequences | at once | peak, GiB | expected | s a step |", "| --- " * 7 + "|"]
+    """A Markdown table of the measurements."""
+    lines = ["| features | trainer | sequences | chunk | peak, GiB | predicted | s/step |", "| --- " * 7 + "|"]
     for row in rows:
         cells = [f"{row['d_sae']:,}", row["trainer"], str(row["batch"]), str(row["chunk"] or "all")]
         if "error" in row:
@@ -136,7 +129,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def fit(rows: list[dict[str, Any]]) -> str:
-    """`StepTime` of each of our trainers, and what it makes of every row, as text."""
+    """`StepTime` for each tsae activation, with the measured and the predicted time of every row."""
     lines = []
     for trainer in OURS:
         measured_rows = [row for row in rows if row["trainer"] == trainer and "seconds" in row]
@@ -145,20 +138,20 @@ def fit(rows: list[dict[str, Any]]) -> str:
         found = StepTime.fitted(measured_rows)
         lines.append(f"{trainer}: " + ", ".join(f"{name} {1e12 * x:.1f} ps" for name, x in found._asdict().items()))
         for row in measured_rows:
-            size = f"{row['d_sae']:>9,} features, {row['batch']:2} sequences, {row['chunk'] or 'all':>3} at once"
-            lines.append(f"  {size}: {row['seconds']:5.1f} s, by the formula {found.seconds(row):5.1f}")
+            size = f"{row['d_sae']:>9,} features, {row['batch']:2} sequences, chunk {row['chunk'] or 'all':>3}"
+            lines.append(f"  {size}: {row['seconds']:5.1f} s, predicted {found.seconds(row):5.1f}")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Run every measurement in a process of its own and print the table."""
+    """Run every measurement in its own process and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[16_384, 65_536], help="features")
-    parser.add_argument("--batch", type=int, default=16, help="sequences a step")
-    parser.add_argument("--chunk", type=int, nargs="+", default=[0, 2], help="sequences at once; 0: all")
+    parser.add_argument("--batch", type=int, default=16, help="sequences per step")
+    parser.add_argument("--chunk", type=int, nargs="+", default=[0, 2], help="sequences per chunk; 0: full batch")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--trainers", nargs="+", default=[*OURS, PEER])
-    parser.add_argument("--fit", type=Path, metavar="FILE", help="the formula of time for what --json wrote")
+    parser.add_argument("--fit", type=Path, metavar="FILE", help="fit the time formula to the output of --json")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.fit:
@@ -178,7 +171,7 @@ def main() -> None:
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
                 row = {"d_sae": d_sae, "trainer": trainer, "batch": arguments.batch, "chunk": chunk}
                 if done.returncode:
-                    row["error"] = f"ended with {done.returncode}"
+                    row["error"] = f"exit code {done.returncode}"
                 else:
                     row |= json.loads(done.stdout.splitlines()[-1])
                 rows.append(row)

@@ -1,4 +1,4 @@
-"""Timing and memory: variants take turns, inputs rotate, first calls do not count."""
+"""Timing and peak memory: variants are interleaved, inputs rotate, and warm-up calls are not counted."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from typing import Any, NamedTuple
 import torch
 
 SLOW_BUDGET = 6.0
-"""Seconds that one slow variant may take in one case; it then sits out some rounds, but has at least `FEWEST`."""
+"""Seconds per case for a slow variant: it skips rounds to stay below, but runs at least `FEWEST`."""
 
 FEWEST = 3
 
 Call = Callable[[int], object]
-"""One execution on the inputs of that number (modulo how many there are)."""
+"""One execution on the inputs of that index (modulo the number of inputs)."""
 
 
 class Variant(NamedTuple):
-    """What is timed.
+    """A function to time.
 
     kind: "copy", "backend", "alternative" or "step"
-    bytes: what an implementation that touches memory once must read and write, 0 if not stated
+    bytes: the minimum memory traffic, with every tensor read or written once; 0 if unspecified
     """
 
     name: str
@@ -48,20 +48,20 @@ class Timing(NamedTuple):
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Have the C library keep what is freed, as PyTorch's CUDA allocator does.
+    """Make the C library keep freed memory, as PyTorch's CUDA allocator does.
 
-    Otherwise a call that allocates large tensors may or may not pay for page faults, which cost several times as much
-    as the copy that everything is compared with, depending on what ran before it.
+    Otherwise, depending on what ran before, a call that allocates large tensors may incur page faults that cost several
+    times as much as the copy that everything is compared with.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # glibc; the constants are those of malloc.h
+    if mallopt is not None:  # glibc; constants from malloc.h
         m_trim_threshold, m_mmap_max = -1, -4
         mallopt(m_trim_threshold, 2**31 - 1)
         mallopt(m_mmap_max, 0)
 
 
 def seconds_of(call: Call, turn: int, device: torch.device) -> float:
-    """Of one call. On a GPU between two events, behind work that keeps it busy until everything is launched."""
+    """Seconds of one call. On a GPU between two events, after work that keeps it busy until everything is launched."""
     if device.type != "cuda":
         start = time.perf_counter()
         result = call(turn)
@@ -79,14 +79,14 @@ def seconds_of(call: Call, turn: int, device: torch.device) -> float:
 
 @functools.cache
 def _gpu_scratch(device: torch.device) -> torch.Tensor:
-    return torch.empty(2**30, dtype=torch.uint8, device=device)  # also empties the caches
+    return torch.empty(2**30, dtype=torch.uint8, device=device)  # also evicts the caches
 
 
 def peak_memory(call: Call, device: torch.device) -> int | None:
-    """Bytes in use at the peak of one call beyond those before it; its results count. None where unknown.
+    """Peak bytes during one call beyond those in use before it, including its results. None if unknown.
 
-    On a CPU it is the rise of the process's resident memory (Linux: VmHWM after resetting it), so that buffers behind
-    PyTorch's back count too; memory that was freed before is given back first. Good to about a page per thread.
+    On a CPU this is the increase of the process's resident memory (Linux: VmHWM after a reset), which includes buffers
+    that PyTorch does not know; freed memory is returned to the system first. Accurate to about a page per thread.
     """
     gc.collect()
     if device.type == "cuda":
@@ -106,28 +106,29 @@ def peak_memory(call: Call, device: torch.device) -> int | None:
         reset.write_text("5")
     except OSError:
         return None
-    before = _status("VmRSS")
+    before = status("VmRSS")
     result = call(0)
-    peak = _status("VmHWM") - before
+    peak = status("VmHWM") - before
     del result
     return peak
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
+    """Bytes of `VmRSS` (resident now) or `VmHWM` (peak resident) of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise KeyError(field)
+    raise OSError(f"/proc/self/status has no {field}")
 
 
 def compare(
     benchmark: Any, own: Variant, others: list[Variant], device: torch.device, rounds: int, *, memory: bool = True
 ) -> dict[str, Timing]:
-    """Time `own` with pytest-benchmark, and between its rounds every one of `others` in turn.
+    """Time `own` with pytest-benchmark and, between its rounds, each of `others`.
 
-    So a noisy neighbour hits all alike, and no variant finds the caches as it left them. Their order is another one in
-    every round, as a call takes a few percent longer after a slow one. Each is called for its memory (if asked for) and
-    once more before the first round.
+    Interleaving exposes all variants to the same noise and to caches filled by others. The order changes every round,
+    because a call takes a few percent longer after a slow one. Before the first round, each variant is called once for
+    its peak memory (if `memory`) and once to estimate its time.
     """
     variants = [own, *others]
     peaks = {v.name: peak_memory(v.call, device) if memory else None for v in variants}
@@ -139,7 +140,7 @@ def compare(
     seconds: dict[str, list[float]] = {v.name: [] for v in variants}
     turns, number, order = itertools.count(), itertools.count(), random.Random(0)
 
-    def the_others() -> None:
+    def run_others() -> None:
         round_ = next(number)
         for variant in order.sample(others, len(others)):
             if round_ % every[variant.name] == 0:
@@ -148,12 +149,12 @@ def compare(
     def one_round() -> None:
         seconds[own.name].append(seconds_of(own.call, next(turns), device))
 
-    benchmark.pedantic(one_round, setup=the_others, rounds=rounds)
+    benchmark.pedantic(one_round, setup=run_others, rounds=rounds)
     return {name: Timing(times, peaks[name]) for name, times in seconds.items()}
 
 
 def interleaved(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, the variants taking turns, so that a noisy neighbour hits all alike."""
+    """Seconds of each call, interleaved so that all variants are exposed to the same noise."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for call in variants.values():
         call()

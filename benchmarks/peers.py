@@ -1,4 +1,4 @@
-"""SAELens's own trainer step, from the real package (`make peers`)."""
+"""SAELens's trainer step, from the installed package (`make peers`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABSENT = "sae-lens is not installed; make peers"
+ABSENT = "sae-lens is not installed; run `make peers`"
 
 
 def have_sae_lens() -> bool:
@@ -22,8 +22,8 @@ def sae_lens_topk_step(
 ) -> Callable[[Tensor], Any]:
     """One step of `SAETrainer` on a batch [tokens, d_in]: TopK, auxiliary loss (no feature is dead), Adam, clipping.
 
-    sparse: `use_sparse_activations`, which SAELens recommends for float32 without autocast. It fails in the backward
-    pass together with the default `rescale_acts_by_decoder_norm`, which is off then.
+    sparse: sets `use_sparse_activations`, which SAELens recommends for float32 without autocast, and turns off
+        `rescale_acts_by_decoder_norm`, with which its backward pass fails
     """
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig

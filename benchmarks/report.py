@@ -1,6 +1,6 @@
-"""`python -m benchmarks.report FILE.json [--out docs/figures/benchmarks.png]`: what was measured, for the docs.
+"""`python -m benchmarks.report FILE.json [--out docs/figures/benchmarks.png]`: benchmark results as table and figure.
 
-FILE.json is what `pytest benchmarks --benchmark-json=FILE.json` wrote; the Markdown table goes to standard output.
+FILE.json is the output of `pytest benchmarks --benchmark-json=FILE.json`. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -22,18 +22,12 @@ from matplotlib.patches import Patch
 from benchmarks.results import Measurement, Row, read_json, table, write_json
 
 COLOURS = {"copy": "#6F7780", "backend": "#009E73", "alternative": "#0072B2", "step": "#009E73", "peer": "#E69F00"}
-NAMES = {
-    "copy": "a copy of h",
-    "backend": "tsae_kernels",
-    "alternative": "PyTorch",
-    "step": "tsae",
-    "peer": "SAELens",
-}
+NAMES = {"copy": "copy of h", "backend": "tsae_kernels", "alternative": "PyTorch", "step": "tsae", "peer": "SAELens"}
 INK = "#20252B"
 
 
 def heading(measurements: list[Measurement], machine: dict[str, Any]) -> str:
-    """Device, versions, date: one line."""
+    """Device and versions in one line."""
     version = f"torch {machine['torch']}" if "torch" in machine else "torch of unknown version"
     python = f"Python {machine['python_version']}" if "python_version" in machine else ""
     smoke = "SMOKE MODE: these times mean nothing" if machine.get("smoke") else ""
@@ -41,13 +35,13 @@ def heading(measurements: list[Measurement], machine: dict[str, Any]) -> str:
 
 
 def floor(m: Measurement) -> float | None:
-    """Copies of h that no implementation can be faster than: what must be read and written, at the copy's speed."""
+    """The lower bound on a case's time, in copies of h: its minimum memory traffic at the copy's bandwidth."""
     needed = {row.bytes for row in m.rows if row.kind == "backend" and row.variant == m.own}
     return max(needed) / (2 * m.tensor_bytes) if needed and m.tensor_bytes and max(needed) else None
 
 
 def draw(measurements: list[Measurement], machine: dict[str, Any]) -> Figure:
-    """A panel for every case: bars of time, in copies of h where the case has one, else in milliseconds; log axes."""
+    """A panel of bars per case on log axes: time in copies of h if the case has a copy, else in milliseconds."""
     heights = [len(m.rows) for m in measurements]
     figure, axes = pyplot.subplots(
         len(measurements),
@@ -61,8 +55,7 @@ def draw(measurements: list[Measurement], machine: dict[str, Any]) -> Figure:
         _panel(axis, m)
     kinds = list(dict.fromkeys(row.kind for m in measurements for row in m.rows))
     handles = [Patch(color=COLOURS[kind], label=label) for kind, label in NAMES.items() if kind in kinds]
-    unique = {handle.get_label(): handle for handle in handles}
-    figure.legend(handles=list(unique.values()), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.suptitle(heading(measurements, machine), fontsize=9.5, color=INK)
     return figure
 
@@ -97,16 +90,16 @@ def _panel(axis: Axes, m: Measurement) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("file", type=Path, help="what `pytest benchmarks --benchmark-json=FILE` wrote")
-    parser.add_argument("--out", type=Path, help="draw the figure into this file, such as docs/figures/benchmarks.png")
-    parser.add_argument("--json", type=Path, help="write the measurements in compact form, as docs/results keeps them")
+    parser.add_argument("file", type=Path, help="output of `pytest benchmarks --benchmark-json=FILE`")
+    parser.add_argument("--out", type=Path, help="write the figure to this file")
+    parser.add_argument("--json", type=Path, help="write the measurements in the compact form of docs/results")
     chosen = parser.parse_args(arguments)
     try:
         measurements, machine = read_json(chosen.file)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        sys.exit(f"{chosen.file} is not a file of `pytest benchmarks --benchmark-json=FILE`: {error!r}")
+        sys.exit(f"{chosen.file} is not the output of `pytest benchmarks --benchmark-json=FILE`: {error!r}")
     if not measurements:
-        sys.exit(f"{chosen.file} holds no measurement of benchmarks/: was it a run of other tests?")
+        sys.exit(f"{chosen.file} contains no measurement from benchmarks/")
     print(heading(measurements, machine) + "\n")
     print(table(measurements))
     if chosen.json is not None:

@@ -1,4 +1,4 @@
-"""What a benchmark found: plain values that fit into JSON, and the table made of them."""
+"""Measurements, which can be stored as JSON, and the Markdown table of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HEADER = ("case", "variant", "ms", "x copy", "x own", "peak MiB", "x h", "of cop
 
 @dataclass
 class Row:
-    """One variant. seconds: the median; bytes: what it must read and write, 0 if that is not the question."""
+    """One variant. seconds: the median; bytes: the minimum memory traffic, or 0 if unspecified."""
 
     variant: str
     kind: str
@@ -27,11 +27,11 @@ class Row:
 
 @dataclass
 class Measurement:
-    """One case: all its variants took turns in one process.
+    """One case, whose variants were interleaved in one process.
 
     own: the variant that the others are compared with
     tensor_bytes: size of h, which the copy reads once and writes once; 0 if the case has no copy
-    notes: further numbers by name
+    notes: other numbers by name
     """
 
     case: str
@@ -59,7 +59,7 @@ class Measurement:
 
     @property
     def copy_seconds(self) -> float | None:
-        """Of `h.clone()`; None if the case has none."""
+        """The time of `h.clone()`, or None if the case has no copy."""
         copies = self.of_kind("copy")
         return copies[0].seconds if copies else None
 
@@ -68,7 +68,7 @@ class Measurement:
         return row.seconds / self.copy_seconds if self.copy_seconds else None
 
     def bandwidth_share(self, row: Row) -> float | None:
-        """Bytes per second, as a share of those of the copy, which moves twice the size of h."""
+        """Bandwidth as a fraction of the copy's, which reads and writes h."""
         if not self.copy_seconds or not row.bytes:
             return None
         return (row.bytes / row.seconds) / (2 * self.tensor_bytes / self.copy_seconds)
@@ -96,19 +96,15 @@ def write_json(path: Path, measurements: list[Measurement], machine: dict[str, A
 
 
 def table(measurements: list[Measurement]) -> str:
-    """A Markdown table of every variant of every case, its columns padded so that it reads as plain text too.
+    """A Markdown table of every variant of every case, with padded columns.
 
-    What the others are compared with is in bold: `x own` is the time in times of its time.
+    `own` is in bold, and `x own` is a variant's time relative to it.
     """
-    header = list(HEADER)
-    lines = [header]
-    for m in measurements:
-        for row in m.rows:
-            lines.append(_cells(m, row))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    lines = [HEADER, *(_cells(m, row) for m in measurements for row in m.rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rule = ["-" * widths[0], "-" * widths[1], *("-" * (w - 1) + ":" for w in widths[2:])]
     out = []
-    for line in (header, rule, *lines[1:]):
+    for line in (HEADER, rule, *lines[1:]):
         padded = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
         out.append(f"| {' | '.join(padded)} |")
     return "\n".join(out)

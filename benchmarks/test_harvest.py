@@ -1,4 +1,4 @@
-"""What harvesting costs over the bare forward pass to the hooked layer: at most 10 %."""
+"""Harvesting activations takes at most 10 % longer than the bare forward pass to the hooked layer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LENGTH = 128
 
 
 class FixedStream:
-    """Random tokens in place of text: the harvest's share of tokenizing is not the forward pass's business."""
+    """Random tokens instead of text, so that tokenization is not timed."""
 
     length = LENGTH
 
@@ -36,7 +36,7 @@ def test_harvest_over_bare_forward(benchmark: Any, model_folder: Path, smoke: bo
     lm = LanguageModel(model=model, tokenizer=None, name="random", dtype=torch.float32, device=device)
     stream: Any = FixedStream()
     harvester = Harvester(lm, layer, stream, batch=batch)
-    truncated = copy.deepcopy(model.model)  # the bare pass: a decoder that ends at that layer
+    truncated = copy.deepcopy(model.model)  # a decoder that ends at the hooked layer
     truncated.layers = truncated.layers[: layer + 1]
     tokens = stream.next_batch(batch).tokens.to(device)
 
@@ -51,4 +51,4 @@ def test_harvest_over_bare_forward(benchmark: Any, model_folder: Path, smoke: bo
     benchmark.extra_info["tokens_per_second"] = batch * LENGTH / statistics.median(times["harvest"])
     benchmark.pedantic(lambda: harvester.take(batch), rounds=1 if smoke else 3)
     if not smoke:
-        assert ratio <= 1.10, f"the harvest takes {ratio:.3f} x the bare forward pass"
+        assert ratio <= 1.10, f"harvesting takes {ratio:.3f} x the bare forward pass"

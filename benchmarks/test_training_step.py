@@ -1,7 +1,7 @@
-"""A whole training step: ours with Schmitt trigger and temporal loss, ours with neither, and SAELens's.
+"""A complete training step: tsae with Schmitt trigger and temporal loss, tsae with neither, and SAELens.
 
-On a CPU d = 640, d_sae = 2560 and 3072 tokens, on a GPU d = 2304, d_sae = 18432 and 8192 tokens, in float32 and under
-bfloat16 autocast, both sides alike. A learning rate of almost 0 leaves the weights, and so what is active, as they are.
+On a CPU d = 640, d_sae = 2560 and 3072 tokens, on a GPU d = 2304, d_sae = 18432 and 8192 tokens; in float32 and under
+bfloat16 autocast. A learning rate of almost 0 keeps the weights, and so the active features, as they are.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def size(smoke: bool, device: torch.device) -> Size:
 
 @pytest.fixture(scope="module")
 def batches(size: Size, device: torch.device) -> list[ActivationBatch]:
-    """Activations of unit variance whose neighbours correlate by 0.7, so that the trigger has something to hold."""
+    """Activations of unit variance with lag-1 correlation 0.7, so that the trigger keeps features on."""
     generator = torch.Generator().manual_seed(0)
     out = []
     for _ in range(4):
@@ -67,8 +67,11 @@ def batches(size: Size, device: torch.device) -> list[ActivationBatch]:
 def make_trainer(
     size: Size, batches: list[ActivationBatch], device: torch.device, *, temporal: bool, autocast: bool
 ) -> Trainer:
-    """With Schmitt trigger and the multi-scale loss at full weight; or with a plain threshold (the two thresholds of
-    the trigger are one) and no temporal loss. The threshold is steered to the wanted sparsity beforehand."""
+    """A trainer whose threshold is already adjusted to `k` active features.
+
+    temporal: with a Schmitt trigger and the multi-scale loss at full weight; else with a single threshold (release =
+        threshold) and no temporal loss
+    """
     config = TrainConfig(
         sae=SAEConfig(
             d_in=size.d_in,
@@ -104,7 +107,7 @@ def test_training_step(
     smoke: bool,
     precision: str,
 ) -> None:
-    """Where bfloat16 is emulated a step takes tens of seconds, so it is measured once."""
+    """Where bfloat16 is emulated, a step takes tens of seconds, so it is measured once."""
     autocast = precision != "float32"
     trainers = {
         OURS: make_trainer(size, batches, device, temporal=True, autocast=autocast),
@@ -138,13 +141,13 @@ def test_training_step(
 
 @torch.no_grad()
 def active_features(trainer: Trainer, batch: ActivationBatch) -> float:
-    """Per token, without autocast."""
+    """Mean L0, without autocast."""
     h, _ = trainer.sae.activate(trainer.sae.pre_activation(trainer.normalizer(batch.x)))
     return mean_l0(h).item()
 
 
 def check_step(name: str, step: Callable[[torch.Tensor], Any], batch: ActivationBatch) -> None:
-    """On one sequence: a peer's time counts only if its loss is a number."""
+    """Require a finite loss on one sequence before a peer is timed."""
     loss = step(batch.x[:1].flatten(0, 1)).loss
     assert torch.isfinite(loss), f"{name}: the loss is {loss.item()}"
 
@@ -162,7 +165,7 @@ def test_bar_trigger_and_temporal_loss_at_most_15_percent(
     ("precision", "peer"), [("bfloat16 autocast", PEER), ("float32", PEER), ("float32", PEER_SPARSE)]
 )
 def test_bar_at_most_60_percent_of_sae_lens(measured: Callable[[str], Measurement], precision: str, peer: str) -> None:
-    """The bar is the first; the others say where float32 stands, against SAELens's default and its faster way."""
+    """The requirement is the first case; the others compare float32 with SAELens's default and with its sparse mode."""
     if not have_sae_lens():
         pytest.skip(ABSENT)
     m = measured(f"training step, {precision}")

@@ -1,4 +1,4 @@
-"""Inputs of the kernel benchmarks, and the variants of each case on them, gated."""
+"""Inputs of the kernel benchmarks, and the variants of each case, checked by `gate.py`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Function = Callable[[Tensor], Output]
 
 THRESHOLD, RELEASE = 1.0, 0.3
 FAR = 100.0
-"""Mean of every eighth feature, in standard deviations: what does not centre is wrong there."""
+"""Mean of every eighth feature, in standard deviations: a variant that does not centre is inaccurate there."""
 
 DEVICES = {"eager": ("cpu", "cuda"), "cpp": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
-"""Where each backend is meant to run; `reference` is the definition, and Triton's interpreter no product."""
+"""Device types to benchmark each backend on; neither `reference` nor Triton's interpreter is made for speed."""
 
 
 def backends(device: torch.device) -> list[str]:
-    """The available backends meant for the device, the fastest last."""
+    """The available backends to benchmark on the device, the fastest last."""
     states = available_backends()
     return [name for name, devices in DEVICES.items() if device.type in devices and states.get(name) == "ok"]
 
@@ -31,8 +31,8 @@ def backends(device: torch.device) -> list[str]:
 class Workload:
     """Rotating inputs [B, T, k] and gradients, and variants that run on them.
 
-    The gradient of h is dense, as the decoder's is, and that of the differences [S, k] is shared by the rows, as that
-    of a temporal loss over the batch is; `total` and `square` get none.
+    The gradient of h is dense, like the decoder's; that of the differences, [S, k], is shared by all rows, like that of
+    a temporal loss over the batch; `total` and `square` get none.
     """
 
     def __init__(
@@ -60,14 +60,14 @@ class Workload:
 
     @property
     def bytes(self) -> int:
-        """Size of h."""
+        """Size of h in bytes."""
         return self.pre[0].nbytes
 
     def copy(self) -> Variant:
         return Variant("h.clone()", "copy", lambda i: self.pre[i % self.rotation].detach().clone(), 2 * self.bytes)
 
     def levels(self, kind: str) -> tuple[Tensor | None, Tensor | None]:
-        """Threshold and release."""
+        """Threshold and release of a kind."""
         threshold = self.threshold if kind in ("threshold", "schmitt") else None
         return threshold, self.release if kind == "schmitt" else None
 
@@ -95,10 +95,10 @@ class Workload:
         return function
 
     def variant(self, name: str, family: str, function: Function, kind: str, passes: str) -> Variant:
-        """A gated variant of "forward", "backward" or "forward + backward"; raises `WrongResultError`.
+        """A variant for `passes`: "forward", "backward" or "forward + backward". Raises `WrongResultError`.
 
-        Bytes are those of one pass: the forward reads the input and, with an activation, writes h; the backward reads h
-        and the gradient of h (if h has one) and writes the input's.
+        Its bytes: the forward pass reads the input and, with an activation, writes h; the backward pass reads h and (if
+        there is one) the gradient of h, and writes the input's gradient.
         """
         tensors = {"forward": 1 if kind == "statistics" else 2, "backward": 2 if kind == "statistics" else 3}
         count = sum(n for pass_, n in tensors.items() if pass_ in passes)
@@ -148,7 +148,7 @@ class Workload:
         return call
 
     def _in_memory(self, call: Call, function: Function, kind: str, passes: str) -> Call:
-        """`call`, or on a GPU whose memory it exceeds the same in slices of the batch, half as many rows each time."""
+        """`call`; if it exceeds GPU memory, the same in slices of the batch, halved until they fit."""
         rows = self.shape[0]
         while True:
             try:

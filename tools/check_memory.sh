@@ -1,33 +1,69 @@
 #!/usr/bin/env bash
-# Builds the CPU library with AddressSanitizer and UndefinedBehaviorSanitizer in a temporary folder and runs its tests.
-# Usage: tools/check_memory.sh [python, with torch and pytest] [arguments for pytest]
+# Runs the kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer, on a CPU.
+# Usage: tools/check_memory.sh cpu|cuda [python with torch and pytest] [pytest arguments]
+#   cpu:  the CPU library, built in a temporary folder
+#   cuda: the CUDA kernels, compiled for the host (tests/tsae_kernels/cuda_emulation)
 set -euo pipefail
 
+library=${1:-}
+case $library in
+  cpu | cuda) ;;
+  *) echo "error: the first argument must be cpu or cuda, got '$library'" >&2; exit 2 ;;
+esac
 root=$(cd "$(dirname "$0")/.." && pwd)
-python=$(command -v "${1:-python3}")
-python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")  # absolute, but an environment's link stays one
+python=$(command -v "${2:-python3}")
+python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")  # absolute, keeping a virtual environment's symlink
+arguments=("${@:3}")
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cxx=${CXX:-g++}
-
-cp -r "$root"/{tsae_kernels,tests,csrc,pyproject.toml} "$folder"
-rm -f "$folder"/tsae_kernels/*.so
-torch=$("$python" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent)')
-printf '%s\n' ops sparse_ops baseline avx2 avx512 | xargs -P "$(nproc)" -I NAME \
-  "$cxx" -std=c++20 -O1 -g -fPIC -fvisibility=hidden -Wno-psabi -fno-omit-frame-pointer \
-  -fsanitize=address,undefined -fno-sanitize-recover=undefined -DTORCH_TARGET_VERSION=0x020b000000000000 \
-  -I"$folder/csrc" -isystem "$torch/include" -c "$folder/csrc/cpu/NAME.cpp" -o "$folder/NAME.o"
-"$cxx" -shared -fsanitize=address,undefined "$folder"/*.o -o "$folder/tsae_kernels/_cpu.abi3.so" \
-  -L"$torch/lib" -ltorch_cpu -lc10 -Wl,-rpath,"$torch/lib"
-
-cd "$folder"
-# Leaks are not looked for: Python frees little at its end. The sanitizer must be there before Python allocates.
+# No leak check, as Python does not free everything at exit. The sanitizer must be loaded before Python allocates.
+export PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0
 preload="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libstdc++.so)"
-export PYTHONPATH="$folder" PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0
-LD_PRELOAD="$preload" "$python" -c 'from tsae_kernels import available_backends as a; assert a()["cpp"] == "ok", a()["cpp"]'
-run() { LD_PRELOAD="$preload" "$python" -m pytest "$@"; }
-# test_kernels_ops.py compiles and measures time, test_kernels_arguments.py never reaches a kernel. Left out is what the
-# reference takes long for, and other backends.
-run tests/tsae_kernels/test_kernels_{activation,cpp,gradients,losses,properties,sparse,stats}.py "${@:2}" \
-  -k "(cpp or test_kernels_sparse) and not lengths_in_float32 and not (long_sequences and (dtype0 or dtype2 or dtype3))"
-ATEN_CPU_CAPABILITY=default run tests/tsae_kernels/test_kernels_cpp.py -k "eight_bands or written or strided" "${@:2}"
+sanitized_python() { LD_PRELOAD="$preload" "$python" "$@"; }
+
+# Not run: test_kernels_ops.py, which compiles and measures time, and test_kernels_arguments.py, which calls no kernel.
+test_files() {
+  local name
+  for name in "$@"; do printf '%s\n' "tests/tsae_kernels/test_kernels_$name.py"; done
+}
+
+check_cpu() {
+  local torch
+  cp -r "$root"/{tsae_kernels,tests,csrc,pyproject.toml} "$folder"
+  rm -f "$folder"/tsae_kernels/*.so
+  torch=$("$python" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent)')
+  printf '%s\n' ops sparse_ops baseline avx2 avx512 | xargs -P "$(nproc)" -I NAME \
+    "$cxx" -std=c++20 -O1 -g -fPIC -fvisibility=hidden -Wno-psabi -fno-omit-frame-pointer \
+    -fsanitize=address,undefined -fno-sanitize-recover=undefined -DTORCH_TARGET_VERSION=0x020b000000000000 \
+    -I"$folder/csrc" -isystem "$torch/include" -c "$folder/csrc/cpu/NAME.cpp" -o "$folder/NAME.o"
+  "$cxx" -shared -fsanitize=address,undefined "$folder"/*.o -o "$folder/tsae_kernels/_cpu.abi3.so" \
+    -L"$torch/lib" -ltorch_cpu -lc10 -Wl,-rpath,"$torch/lib"
+  cd "$folder"
+  export PYTHONPATH=$folder
+  sanitized_python -c 'from tsae_kernels import available_backends as a; assert a()["cpp"] == "ok", a()["cpp"]'
+  # Without the other backends, and without cases that the reference backend takes long for.
+  # shellcheck disable=SC2046  # one word per file
+  sanitized_python -m pytest $(test_files activation cpp gradients losses properties sparse stats) \
+    -k "(cpp or test_kernels_sparse) and not lengths_in_float32 and not (long_sequences and (dtype0 or dtype2 or dtype3))" \
+    "${arguments[@]}"
+  # shellcheck disable=SC2046
+  ATEN_CPU_CAPABILITY=default sanitized_python -m pytest $(test_files cpp) -k "eight_bands or written or strided" \
+    "${arguments[@]}"
+}
+
+check_cuda() {
+  local emulation=$root/tests/tsae_kernels/cuda_emulation
+  export TSAE_EMULATED_LIBRARY=$folder/emulated.so
+  "$python" "$emulation/build.py" --sanitize "$TSAE_EMULATED_LIBRARY"
+  cd "$root"
+  export PYTHONPATH=$root:$emulation
+  # shellcheck disable=SC2046
+  sanitized_python -m pytest -p emulated_backend -p no:cacheprovider -k cuda \
+    $(test_files activation cuda losses properties stats) "${arguments[@]}"
+  # shellcheck disable=SC2046
+  sanitized_python -m pytest -p emulated_backend -p no:cacheprovider -k "cuda and agree" \
+    $(test_files gradients) "${arguments[@]}"
+}
+
+"check_$library"

@@ -3,9 +3,9 @@
 
     tools/compile_cuda.py [FOLDER]
 
-Fails on any warning, and on a stack frame or a register spill in a kernel (but those of MAY_SPILL). Prints, per kernel
-and architecture, what ptxas says of it; the object files go to FOLDER (default: a temporary one). Needs nvcc (on the
-PATH or in CUDA_HOME) and g++; where torch is installed its headers serve to compile the operators, too.
+Fails on any warning, and on a stack frame or register spill in any kernel except those in MAY_SPILL. Prints each
+kernel's registers per architecture, as ptxas reports them. The object files go to FOLDER, by default a temporary one.
+Needs nvcc (on the PATH or in CUDA_HOME) and g++; if torch is installed, its headers are used to compile ops.cpp too.
 """
 # ruff: noqa: T201
 
@@ -25,7 +25,7 @@ from typing import NamedTuple
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 SOURCES = CSRC / "cuda"
 ARCHITECTURES = ("80", "90a", "100")
-# float64 with more than four windows keeps 64 doubles, which are more registers than a thread may have.
+# float64 with more than four windows keeps 64 doubles per thread, more than its registers hold.
 MAY_SPILL = ("backward_any<double, 16>",)
 
 _KERNEL = re.compile(
@@ -45,7 +45,7 @@ class Kernel(NamedTuple):
 
 
 def parse(report: str) -> list[Kernel]:
-    """The kernels in the output of `nvcc -Xptxas -v`, in order."""
+    """The kernels in the output of `nvcc -Xptxas -v`."""
     return [
         Kernel(m["name"], m["arch"], int(m["registers"]), int(m["stack"]), int(m["stores"]) + int(m["loads"]))
         for m in _KERNEL.finditer(report)
@@ -65,17 +65,17 @@ def _run(command: list[str]) -> str:
 
 
 def compile_kernels(nvcc: str, source: Path, arch: str, folder: Path) -> list[Kernel]:
-    """One source for one architecture; the longest take half a minute."""
+    """Compile one source for one architecture, which takes up to half a minute."""
     command = [nvcc, "-std=c++20", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas=-v"]
     command += ["-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror", f"-I{CSRC}"]
     return parse(_run([*command, "-c", str(source), "-o", str(folder / f"{source.stem}_{arch}.o")]))
 
 
 def compile_operators(folder: Path) -> str:
-    """What became of ops.cpp, which needs torch's headers."""
+    """Compile ops.cpp with torch's headers, if torch is installed; returns a line for the report."""
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
-        return "ops.cpp: not compiled, there is no torch here"
+        return "ops.cpp: not compiled, because torch is not installed"
     include = Path(torch.origin).parent / "include"
     command = [os.environ.get("CXX", "g++"), "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-DUSE_CUDA"]
     command += ["-Wall", "-Wextra", "-Werror", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{CSRC}"]
@@ -85,23 +85,17 @@ def compile_operators(folder: Path) -> str:
 
 
 def _readable(names: list[str]) -> dict[str, str]:
-    """Mangled -> `forward_multiscale<tsae::cuda::Half, 2>`."""
+    """Mangled name -> a short one, such as `forward_multiscale<Half, 2>`."""
     if not shutil.which("c++filt"):
         return {name: name for name in names}
     lines = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    for unwanted in (
-        r"\(anonymous namespace\)::",
-        r"tsae::(cuda::)?",
-        r"\((Mode|Activation)\)",
-        r"^void ",
-        r"\(\w+\)$",
-    ):
+    for unwanted in (r"\(anonymous namespace\)::|tsae::(cuda::)?", r"\((Mode|Activation)\)|^void |\(\w+\)$"):
         lines = re.sub(unwanted, "", lines, flags=re.MULTILINE)
     return dict(zip(names, lines.splitlines(), strict=True))
 
 
 def table(kernels: list[Kernel], names: dict[str, str]) -> str:
-    """A line per kernel; per architecture its registers, and what it keeps in local memory if it does."""
+    """A line per kernel with its registers on each architecture, and its local memory if it uses any."""
     cells: dict[str, dict[str, str]] = {}
     for kernel in kernels:
         local = f" ({kernel.stack} stack, {kernel.spills} spilled)" if kernel.stack or kernel.spills else ""
@@ -115,7 +109,7 @@ def table(kernels: list[Kernel], names: dict[str, str]) -> str:
 
 
 def spilling(kernels: list[Kernel], names: dict[str, str]) -> list[str]:
-    """The kernels with a stack frame or spills that should have none."""
+    """The kernels that have a stack frame or spills and are not in MAY_SPILL."""
     return [
         f"{names[kernel.name]} for sm_{kernel.arch}"
         for kernel in kernels
@@ -126,9 +120,7 @@ def spilling(kernels: list[Kernel], names: dict[str, str]) -> list[str]:
 def main() -> None:
     nvcc = find_nvcc()
     if nvcc is None:
-        sys.exit(
-            "error: there is no nvcc: install the CUDA toolkit (13.0 is what this was written with) or set CUDA_HOME"
-        )
+        sys.exit("error: nvcc not found: install the CUDA toolkit (tested with 13.0) or set CUDA_HOME")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(sys.argv[1] if len(sys.argv) > 1 else temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -139,12 +131,12 @@ def main() -> None:
             print(operators.result())
     kernels = [kernel for part in compiled for kernel in part]
     if not kernels:
-        sys.exit("error: nvcc named no kernel: has the form of its output changed?")
+        sys.exit("error: found no kernel in nvcc's output; its format may have changed")
     names = _readable(sorted({kernel.name for kernel in kernels}))
     print(table(kernels, names))
     bad = spilling(kernels, names)
     if bad:
-        sys.exit("error: a stack frame or register spills in " + ", ".join(bad))
+        sys.exit("error: stack frame or register spills in " + ", ".join(bad))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Compiles the Triton kernels for GPUs that are not there, as the launchers would launch them.
+"""Compiles the Triton kernels for the given compute capabilities, with the launchers' arguments, without a GPU.
 
     tools/compile_triton.py [CAPABILITY ...]    default: 80 90 100
 
-Prints one JSON line per kernel and capability. Fails if a kernel spills a register, or if one reads bfloat16 features
-singly. With the variable TSAE_KEEP_ASSEMBLY=FOLDER the PTX and SASS are kept there. Needs Triton and tsae_kernels.
+Prints one JSON line per kernel and capability. Fails if a kernel spills registers, or loads bfloat16 features one by
+one. TSAE_KEEP_ASSEMBLY=FOLDER keeps the PTX and SASS in FOLDER. Needs Triton and tsae_kernels.
 """
 # ruff: noqa: T201
 
@@ -18,11 +18,12 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)  # which would leave nothing to compile
+os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels are not compiled
 
 import torch
 import triton
@@ -30,6 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tsae_kernels import MULTISCALE
+from tsae_kernels.backends.interface import Activation, Gradients
 from tsae_kernels.backends.triton import launch
 
 _TYPES = {
@@ -42,7 +44,7 @@ _TYPES = {
 
 
 class Recorder:
-    """Stands for a kernel: keeps what it is launched with."""
+    """Replaces a kernel and records the arguments of its launches."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
@@ -53,7 +55,7 @@ class Recorder:
 
 
 def source_of(kernel: Any, args: tuple, kwargs: dict) -> tuple[ASTSource, dict]:
-    """What Triton's own launcher makes of these arguments: constants, types, divisibility by 16."""
+    """The specialization that Triton's launcher derives from the arguments: constants, types, divisibility by 16."""
     names = kernel.arg_names
     values = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}
     options = {name: value for name, value in kwargs.items() if name not in names}
@@ -73,7 +75,7 @@ def source_of(kernel: Any, args: tuple, kwargs: dict) -> tuple[ASTSource, dict]:
 
 
 def resources(cubin: bytes, name: str) -> dict[str, int]:
-    """Registers, and bytes of stack and local memory (spills), of the kernel in a cubin."""
+    """Registers of the kernel in a cubin, and its bytes of stack, local (spills) and shared memory."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -89,19 +91,17 @@ def resources(cubin: bytes, name: str) -> dict[str, int]:
 
 @functools.cache
 def launches() -> dict[str, tuple[Any, tuple, dict]]:
-    """Each variant's name -> kernel and arguments, of [2048, 128, 2304] features that take no memory."""
-    modules = {}
-    for name in ("forward", "backward", "steps"):
-        modules[name] = importlib.import_module(f"tsae_kernels.backends.triton.{name}")
+    """Variant name -> kernel and arguments, for [2048, 128, 2304] features on the meta device."""
     recorders = {}
-    for module in modules.values():
+    for module_name in ("forward", "backward", "steps"):
+        module = importlib.import_module(f"tsae_kernels.backends.triton.{module_name}")
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
             recorders[name] = Recorder(getattr(module, name))
             setattr(module, name, recorders[name])
     out = {}
 
-    def record(label: str, call) -> None:
-        call()
+    def record(label: str, function: Callable[..., Any], *arguments: Any) -> None:
+        function(*arguments)
         for recorder in recorders.values():
             for args, kwargs in recorder.launches:
                 out[label] = recorder.kernel, args, kwargs
@@ -112,38 +112,33 @@ def launches() -> dict[str, tuple[Any, tuple, dict]]:
 
     B, T, k, S = 2048, 128, 2304, len(MULTISCALE)
     bias, one = empty(k), empty(())
-    shared = empty(1, S, k).expand(B, S, k)
+    shared, sums = empty(1, S, k).expand(B, S, k), bias.expand(B, k)
+    forwards = {
+        "relu": Activation("relu", bias),
+        "schmitt": Activation("relu", bias, one, one),
+        "gelu": Activation("gelu", bias),
+    }
     for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "f32")):
-        x = empty(B, T, k, dtype=dtype)
+        x, weights = empty(B, T, k, dtype=dtype), empty(B, T)
+        backwards = {
+            "relu": (Gradients(x, shared, None, None), Activation("relu")),
+            "gelu": (Gradients(x, shared, None, None), Activation("gelu", bias)),
+            "stats": (Gradients(None, shared, sums, sums), Activation("identity")),
+        }
         for ids, suffix in ((None, ""), (empty(B, T, dtype=torch.int64), "-segments")):
-            calls = {
-                "relu": lambda x=x, ids=ids: launch.activate_with_stats(x, bias, "relu", None, None, MULTISCALE, ids),
-                "schmitt": lambda x=x, ids=ids: launch.activate_with_stats(x, bias, "relu", one, one, MULTISCALE, ids),
-                "gelu": lambda x=x, ids=ids: launch.activate_with_stats(x, bias, "gelu", None, None, MULTISCALE, ids),
-                "stats": lambda x=x, ids=ids: launch.temporal_stats(x, MULTISCALE, ids),
-                "relu-backward": lambda x=x, ids=ids: launch.activate_with_stats_backward(
-                    x, None, x, shared, None, None, "relu", MULTISCALE, ids
-                ),
-                "gelu-backward": lambda x=x, ids=ids: launch.activate_with_stats_backward(
-                    x, bias, x, shared, None, None, "gelu", MULTISCALE, ids
-                ),
-                "stats-backward": lambda x=x, ids=ids: launch.activate_with_stats_backward(
-                    x, None, None, shared, bias.expand(B, k), bias.expand(B, k), "identity", MULTISCALE, ids
-                ),
-            }
-            for name, call in calls.items():
-                record(f"{name}-{short}{suffix}", call)
-        weights = empty(B, T)
-        record(f"steps-{short}", lambda x=x, weights=weights: launch.step_energy(x, weights))
-        record(
-            f"steps-backward-{short}",
-            lambda x=x, weights=weights: launch.step_energy_backward(x, weights, one),
-        )
+            for name, activation in forwards.items():
+                record(f"{name}-{short}{suffix}", launch.activate_with_stats, x, activation, MULTISCALE, ids)
+            record(f"stats-{short}{suffix}", launch.temporal_stats, x, MULTISCALE, ids)
+            for name, arguments in backwards.items():
+                label = f"{name}-backward-{short}{suffix}"
+                record(label, launch.activate_with_stats_backward, x, *arguments, MULTISCALE, ids)
+        record(f"steps-{short}", launch.step_energy, x, weights)
+        record(f"steps-backward-{short}", launch.step_energy_backward, x, weights, one)
     return out
 
 
 def compiled(label: str, capability: int) -> dict[str, Any]:
-    """What one kernel takes of a GPU: registers, bytes of stack and local memory, loads of single bfloat16 features."""
+    """One kernel's registers, bytes of stack and local memory, and number of 16-bit loads."""
     folder = os.environ.get("TSAE_KEEP_ASSEMBLY")
     kernel, args, kwargs = launches()[label]
     source, options = source_of(kernel, args, kwargs)
@@ -156,12 +151,12 @@ def compiled(label: str, capability: int) -> dict[str, Any]:
     return {"kernel": label, "capability": capability, **resources(made.asm["cubin"], name), "single_loads": single}
 
 
-def problem(kernel: dict[str, Any]) -> str:
-    """What is wrong with a compiled kernel, or ""."""
+def defect(kernel: dict[str, Any]) -> str:
+    """Why a compiled kernel fails the check, or ""."""
     if kernel["stack"] or kernel["local"]:
         return "spills registers"
     if kernel["single_loads"]:
-        return "reads features singly"
+        return "loads features one by one"
     return ""
 
 
@@ -172,9 +167,9 @@ def main(capabilities: list[int]) -> int:
         os.environ["TRITON_CACHE_DIR"] = cache
         for kernel in pool.map(compiled, *zip(*jobs, strict=True)):
             print(json.dumps(kernel), flush=True)
-            if problem(kernel):
+            if defect(kernel):
                 found += 1
-                print(f"{kernel['kernel']} {problem(kernel)} on sm_{kernel['capability']}", file=sys.stderr)
+                print(f"{kernel['kernel']} {defect(kernel)} on sm_{kernel['capability']}", file=sys.stderr)
     return 1 if found else 0
 
 

@@ -1,4 +1,4 @@
-"""`python -m tsae_kernels`: the table of backends."""
+"""`python -m tsae_kernels` lists the backends and what is available."""
 # ruff: noqa: T201
 
 from importlib.metadata import version
@@ -12,16 +12,16 @@ from tsae_kernels.backends.triton import launch
 
 
 def main() -> None:
-    """Print what is available, what it was built for, what helps, and what runs by default."""
+    """Print every backend's state, what the compiled libraries were built for, and the default backends."""
     print(f"torch {torch.__version__}, CUDA {'available' if torch.cuda.is_available() else 'not available'}")
     for name, state in available_backends().items():
         print(f"  {name:<10} {state}")
     library = load_library()
     if library.built_for:
-        print(f"cpp: built for {library.built_for}, with {library.variants}; this processor runs {library.chosen}")
+        print(f"cpp: built for {library.built_for}, with {library.targets}; this processor runs {library.selected}")
     library = load_cuda_library()
     if library.built_for:
-        print(f"cuda: built for {library.built_for}, CUDA {library.chosen}, with {library.variants}")
+        print(f"cuda: built for {library.built_for}, CUDA {library.selected}, with {library.targets}")
     if available_backends()["triton"] == OK:
         where = "in its interpreter" if launch.interpreting() else "compiles for the GPU on first use"
         print(f"triton: version {version('triton')}, {where}")
@@ -29,7 +29,7 @@ def main() -> None:
     for device in devices:
         try:
             chosen = choose_backend(None, torch.device(device))
-        except (RuntimeError, ValueError) as error:  # what the variable asks for cannot run
+        except (RuntimeError, ValueError) as error:  # TSAE_BACKEND names a backend that cannot run
             print(f"default on {device}: none. {error}")
         else:
             print(f"default on {device}: {chosen} (set {BACKEND_VARIABLE} or backend= to change it)")

@@ -1,18 +1,14 @@
-"""Checks of public arguments: each error names the argument, what it was and what it should be."""
+"""Argument checks. Each error names the argument, the value it got and the value it wants."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from tsae_kernels.dtypes import DTYPES, dtype_of_stats
+
 ACTIVATIONS = ("relu", "gelu", "identity")
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-def dtype_of_stats(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics, and of all arithmetic, for features of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _describe(value: object) -> str:
@@ -22,7 +18,7 @@ def _describe(value: object) -> str:
 
 
 def check_features(name: str, value: Tensor) -> None:
-    """`value` must be a [B, T, k] tensor of a supported dtype with T, k >= 1."""
+    """Require a [B, T, k] tensor of a supported dtype with T, k >= 1."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a [B, T, k] tensor, got {_describe(value)}")
     if value.dtype not in DTYPES:
@@ -32,7 +28,7 @@ def check_features(name: str, value: Tensor) -> None:
 
 
 def check_tensor(name: str, value: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    """`value` must be a floating-point tensor of `shape` on `device`."""
+    """Require a floating-point tensor of `shape` on `device`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {list(shape)}, got {_describe(value)}")
     if value.dtype not in DTYPES:
@@ -44,7 +40,7 @@ def check_tensor(name: str, value: Tensor, shape: tuple[int, ...], device: torch
 
 
 def check_segments(segments: Tensor | None, like: Tensor) -> None:
-    """`segments` must be None or integer ids [B, T] on the features' device."""
+    """Require None or integer ids [B, T] on the features' device."""
     if segments is None:
         return
     shape = list(like.shape[:2])
@@ -57,28 +53,27 @@ def check_segments(segments: Tensor | None, like: Tensor) -> None:
 
 
 def check_activation(
-    pre: Tensor,
-    activation: str,
-    threshold: float | Tensor | None,
-    release: float | Tensor | None,
+    pre: Tensor, activation: str, threshold: float | Tensor | None, release: float | Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`threshold` and `release` as tensors, or the error."""
+    """Check the activation and return `threshold` and `release` as tensors."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
     if threshold is not None and activation != "relu":
-        raise ValueError(f"threshold must be None with activation={activation!r} (it belongs to 'relu')")
+        raise ValueError(f"threshold must be None with activation={activation!r}; it applies to 'relu' only")
     if release is not None and threshold is None:
-        raise ValueError("release must be None without a threshold: it is the lower of the two")
+        raise ValueError("release must be None without a threshold")
     B, T, k = pre.shape
-    level = _level("threshold", threshold, pre, [(), (k,), (B, T, 1)], "[], [k] or [B, T, 1]")
-    low = _level("release", release, pre, [(), (k,)], "[] or [k]")
+    tensors = (
+        _as_tensor("threshold", threshold, pre, {"[]": (), "[k]": (k,), "[B, T, 1]": (B, T, 1)}),
+        _as_tensor("release", release, pre, {"[]": (), "[k]": (k,)}),
+    )
     if release is not None:
         _check_release(threshold, release)
-    return level, low
+    return tensors
 
 
-def _level(
-    name: str, value: float | Tensor | None, pre: Tensor, shapes: list[tuple[int, ...]], wanted: str
+def _as_tensor(
+    name: str, value: float | Tensor | None, pre: Tensor, shapes: dict[str, tuple[int, ...]]
 ) -> Tensor | None:
     if value is None:
         return None
@@ -90,19 +85,20 @@ def _level(
         raise TypeError(f"{name} must be a number or a tensor, got {_describe(value)}")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be a floating-point tensor, got {_describe(value)}")
-    if tuple(value.shape) not in shapes:
+    if tuple(value.shape) not in shapes.values():
         features = f"features of shape {list(pre.shape)}"
-        raise ValueError(f"{name} must be a number or a {wanted} tensor for {features}, got {_describe(value)}")
+        raise ValueError(
+            f"{name} must be a number or a {' or '.join(shapes)} tensor for {features}, got {_describe(value)}"
+        )
     if value.device != pre.device:
         raise ValueError(f"{name} must be on {pre.device} like pre, got {_describe(value)}")
     return value.detach()
 
 
 def _check_release(threshold: float | Tensor, release: float | Tensor) -> None:
-    """0 <= release <= threshold, as far as it can be seen without waiting for a device.
+    """Require 0 <= release <= threshold, as far as that can be checked without waiting for a device.
 
-    A threshold per position may be anything (a TopK threshold can be negative): there min(release,
-    threshold) rules.
+    A per-position threshold is exempt, because a TopK threshold can be negative; the lower of the two then applies.
     """
     wanted = "release must satisfy 0 <= release <= threshold"
     if not isinstance(release, Tensor):

@@ -12,7 +12,7 @@ MULTISCALE: Bands = ((1, 3), (4, 15), (16, 127))
 
 
 def check_bands(bands: Bands) -> Bands:
-    """`bands` as a tuple of tuples of int, or a `TypeError`/`ValueError` that says what is wrong."""
+    """`bands` as a tuple of tuples of int. Raises `TypeError` or `ValueError` if they are not valid bands."""
     wanted = "a tuple of (first, last) offset pairs such as ((1, 3), (4, 15))"
     if not isinstance(bands, Sequence) or isinstance(bands, str):
         raise TypeError(f"bands must be {wanted}, got {type(bands).__name__}")
@@ -34,7 +34,7 @@ def check_bands(bands: Bands) -> Bands:
 
 
 def flatten_bands(bands: Bands) -> list[int]:
-    """((1, 3), (4, 15)) -> [1, 3, 4, 15]: the form an operator's schema can hold."""
+    """((1, 3), (4, 15)) -> [1, 3, 4, 15], because operator schemas have no nested lists."""
     return [offset for band in bands for offset in band]
 
 

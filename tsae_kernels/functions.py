@@ -1,4 +1,4 @@
-"""The public functions that look at [B, T, k]: activation and temporal statistics."""
+"""The public functions on [B, T, k] features: activation and temporal statistics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tsae_kernels.bands import MULTISCALE, Bands, check_bands, flatten_bands
 class TemporalStats(NamedTuple):
     """Sums over time, per sequence and feature; float32, or float64 for float64 features.
 
-    With bands (a_s, b_s), pairs and positions taken within segments and without excluded positions:
+    With bands (a_s, b_s), over pairs within a segment and over non-excluded positions:
 
     differences: [B, S, k]  sum over pairs (t, u) with a_s <= u - t <= b_s of (h[b,u,j] - h[b,t,j])^2
     total:       [B, k]     sum over t of h[b,t,j]
@@ -37,11 +37,11 @@ def temporal_stats(
     bands: disjoint ascending inclusive ranges of offsets >= 1; they may reach past T; at most 8 for `cuda`
     segments: [B, T] integers or None. A segment is a maximal run of equal non-negative ids; a negative id
         excludes the position. None: every row is one segment.
-    backend: a name from `available_backends()`; None for the fastest on h's device (or `TSAE_BACKEND`)
+    backend: a name from `available_backends()`; None for `TSAE_BACKEND` or, if unset, the fastest on h's device
     out: `TemporalStats`, in the square of h's unit (`total` in h's unit). Differentiable once in h.
 
-    Raises `TypeError` or `ValueError` for an argument that is not as above, `RuntimeError` for a backend that is not
-    available and for a second derivative.
+    Raises `TypeError` or `ValueError` for an invalid argument, `RuntimeError` for an unavailable backend and for a
+    second derivative.
     """
     check_features("h", h)
     bands = check_bands(bands)
@@ -61,40 +61,40 @@ def activate_with_stats(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, TemporalStats]:
-    """h = activation(pre + bias), and `temporal_stats(h, bands, segments)` in the same pass.
+    """h = activation(pre + bias) and `temporal_stats(h, bands, segments)` in one pass.
 
-    Statistics: TSAE, section 4.1. The Schmitt trigger is this package's own (docs/mathematics.md, section 7).
+    For the statistics see TSAE, section 4.1; for the Schmitt trigger, docs/mathematics.md, section 7.
 
     pre: [B, T, k] float64, float32, bfloat16 or float16; any strides; B may be 0
     bias: [k] floating point or None
     activation: "relu", "gelu" (erf) or "identity"
-    threshold: None, a number or [], [k] or [B, T, 1]; only with "relu", which then keeps pre + bias where
-        it is greater than max(threshold, 0). This is TopK (the (K+1)-th value of each token), BatchTopK
-        (one number) and the forward of JumpReLU.
-    release: None, a number or [], [k]; 0 <= release <= threshold. A Schmitt trigger along T: a feature
-        turns on above `threshold` and stays on while it is above `release`. The state starts off at every
-        segment's start. An excluded position neither reads nor passes on a state: it is kept if above
-        `threshold`. Where a [B, T, 1] threshold lies below `release`, the threshold alone decides.
+    threshold: None, a number or [], [k] or [B, T, 1]; only with "relu", which then keeps pre + bias where it is
+        greater than max(threshold, 0). This covers TopK (threshold: the (K+1)-th value of each token), BatchTopK (one
+        number) and the forward pass of JumpReLU.
+    release: None, a number or [], [k]; 0 <= release <= threshold. Makes the activation a Schmitt trigger along T: a
+        feature turns on above `threshold` and stays on while it is above `release`. Every segment starts off. An
+        excluded position neither reads nor passes on the state: it is kept if above `threshold`. Where a [B, T, 1]
+        threshold is below `release`, only the threshold applies.
     bands, segments, backend: as in `temporal_stats`
     out: h [B, T, k] in pre's dtype and unit, contiguous; `TemporalStats` of h as returned (rounded to pre's dtype)
 
-    Sum, comparison and activation are made in float32 (float64 for float64). NaN is kept, so that it is
-    seen. The gradient flows to pre and bias through kept entries, as in TopK; `threshold` and `release` get
-    none. Every output is differentiable, once.
+    Sum, comparison and activation are computed in float32 (float64 for float64), and NaN is kept. The gradient flows to
+    pre and bias through kept entries, as in TopK; `threshold` and `release` get none. Every output is differentiable
+    once.
 
-    Raises `TypeError` or `ValueError` for an argument that is not as above, `RuntimeError` for a backend that is not
-    available and for a second derivative. The values of `threshold` and `release` are not compared on an accelerator
-    and under torch.compile, where that would wait for the device.
+    Raises `TypeError` or `ValueError` for an invalid argument, `RuntimeError` for an unavailable backend and for a
+    second derivative. That release <= threshold is not checked on an accelerator or under torch.compile, where the
+    check would wait for the device.
     """
     check_features("pre", pre)
     if bias is not None:
         check_tensor("bias", bias, (pre.shape[2],), pre.device)
-    level, low = check_activation(pre, activation, threshold, release)
+    levels = check_activation(pre, activation, threshold, release)
     bands = check_bands(bands)
     check_segments(segments, pre)
     chosen = choose_backend(backend, pre.device)
     h, *stats = torch.ops.tsae_kernels.activate_with_stats(
-        pre, bias, activation, level, low, flatten_bands(bands), segments, chosen
+        pre, bias, activation, *levels, flatten_bands(bands), segments, chosen
     )
     return h, TemporalStats(*stats)
 
@@ -111,21 +111,21 @@ def encode_with_stats(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, TemporalStats]:
-    """`activate_with_stats(x @ weight, bias, ...)`: a whole encoder, h = activation(x W_enc + b_enc).
+    """The SAE encoder h = activation(x W_enc + b_enc): `activate_with_stats(x @ weight, bias, ...)`.
 
-    x: [B, T, d] activations of the language model, in a dtype of `activate_with_stats`
-    weight: [d, k], in x's dtype unless autocast is on, which then also chooses h's dtype
+    x: [B, T, d] language-model activations, in any dtype that `activate_with_stats` takes
+    weight: [d, k] in x's dtype, or in any dtype under autocast, which then also decides h's dtype
     bias, activation, threshold, release, bands, segments, backend, out: as in `activate_with_stats`;
         differentiable in x, weight and bias
 
-    Raises as `activate_with_stats`.
+    Raises the errors of `activate_with_stats`.
     """
     check_features("x", x)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[0] != x.shape[2]:
         shape = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
         raise ValueError(f"weight must be a tensor of shape [d, k] with d = {x.shape[2]}, got {shape}")
     if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"weight must be {x.dtype} like x (or autocast be on), got {weight.dtype}")
+        raise TypeError(f"weight must be {x.dtype} like x (or use autocast), got {weight.dtype}")
     check_tensor("weight", weight, tuple(weight.shape), x.device)
     return activate_with_stats(
         torch.matmul(x, weight), bias, activation, threshold, release, bands, segments, backend=backend

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tsae_kernels.arguments import check_features, check_segments, check_tensor, dtype_of_stats
+from tsae_kernels.arguments import check_features, check_segments, check_tensor
 from tsae_kernels.backends.registry import choose_backend
 from tsae_kernels.bands import MULTISCALE, Bands, check_bands
+from tsae_kernels.dtypes import dtype_of_stats
 from tsae_kernels.functions import TemporalStats, temporal_stats
 from tsae_kernels.segments import count_positions, find_runs
 
@@ -29,20 +30,20 @@ def temporal_loss(
         L_temp  = (1/N) sum_s weights_s sum_j omega_j sum_b differences[b, s, j]
         omega_j = var_j [var_j >= min_variance] / sum_i var_i [var_i >= min_variance]
 
-    with N the number of non-excluded positions of the batch.
+    where N is the number of non-excluded positions in the batch.
 
     h: [B, T, k] feature activations
     weights: one number per band, the paper's lambda
-    variance: [k] or None, in the square of h's unit. The estimate behind omega (the paper leaves open how it is made);
-        None takes the batch's own: the variance within each sequence, averaged over sequences (two passes over h, exact
-        for a large mean).
-    min_variance: features below it have no part in the loss and get exactly zero gradient from it
+    variance: [k] in the square of h's unit, or None. The variance estimate in omega, which the paper leaves open. None:
+        this batch's variance within each sequence, averaged over sequences (two passes over h, accurate for a large
+        mean).
+    min_variance: features below it are excluded from the loss and get exactly zero gradient from it
     bands, segments, backend: as in `temporal_stats`
     out: [] float32 (float64 for float64 h), in the square of h's unit; 0 with zero gradient if no feature passes. No
         gradient flows through omega.
 
-    Raises as `temporal_stats`, and `ValueError` for a number of weights that is not that of the bands.
-    A trainer that has the statistics already calls `temporal_loss_from_stats` and saves the pass.
+    Raises the errors of `temporal_stats`, and `ValueError` if there is not one weight per band. If the statistics are
+    already known, `temporal_loss_from_stats` saves the pass over h.
     """
     check_features("h", h)
     _check_weights(weights, len(check_bands(bands)))
@@ -61,14 +62,14 @@ def temporal_loss_from_stats(
     variance: Tensor | None = None,
     min_variance: float = 0.01,
 ) -> Tensor:
-    """`temporal_loss` of features whose statistics are known, at the cost of [B, S, k] work.
+    """`temporal_loss` from the statistics of the features, in O(B S k) work.
 
-    stats: from `activate_with_stats` or `temporal_stats`; its gradient is what their backward expects
-    positions: T, or with segments `count_positions(segments)`: [B] non-excluded positions of each row
-    weights, variance, min_variance, out: as in `temporal_loss`, but without `variance` the batch's own
-        comes from `within_sequence_variance(stats, positions)`, which see for its precision.
+    stats: from `activate_with_stats` or `temporal_stats`
+    positions: T, or with segments `count_positions(segments)`, the [B] number of non-excluded positions of each row
+    weights, variance, min_variance, out: as in `temporal_loss`, but the default variance is
+        `within_sequence_variance(stats, positions)`, which is less precise for a large mean
 
-    Raises `TypeError` or `ValueError` for an argument that is not as above. Nothing waits for a GPU.
+    Raises `TypeError` or `ValueError` for an invalid argument. Does not wait for the GPU.
     """
     _check_weights(weights, stats.differences.shape[1])
     if not isinstance(min_variance, (int, float)):
@@ -87,23 +88,23 @@ def temporal_loss_from_stats(
     passing = torch.where(passing >= min_variance, passing, 0)
     mass = passing.sum()
     omega = passing / torch.where(mass > 0, mass, 1)
-    per_band = stats.differences.sum(0)  # [S, k]; summed first: its gradient is one row for the whole batch
-    # A masked feature must not reach the loss even if its differences overflow.
+    per_band = stats.differences.sum(0)  # [S, k]; summed over b first, so that all sequences share one gradient
+    # A masked feature must not affect the loss even if its differences overflow.
     per_band = torch.where(omega > 0, per_band, 0)
     if not weights:
         return per_band.sum() / N
-    # Numbers, not a tensor of them: to copy one to a GPU would wait for it.
+    # The weights stay Python numbers: copying them to a GPU would wait for it.
     return (per_band * torch.stack([weight * omega for weight in weights])).sum() / N
 
 
 def within_sequence_variance(stats: TemporalStats, positions: int | Tensor) -> Tensor:
-    """The variance of each feature within a sequence, averaged over the sequences that have positions.
+    """The variance of each feature within a sequence, averaged over the sequences with non-excluded positions.
 
     stats: [B, ...] statistics. positions: T or [B], as in `temporal_loss_from_stats`
     out: [k] in the statistics' dtype and in the square of h's unit, without gradient: sigma_j^2 of TSAE, eq. 3
 
-    It is square/n - (total/n)^2, taken in float64 and not below 0. The statistics themselves are rounded:
-    in float32 a feature with mean m and standard deviation s has a relative error of about 1e-7 (m/s)^2.
+    Computed as square/n - (total/n)^2 in float64, clamped at 0. Because float32 statistics are rounded, the relative
+    error is about 1e-7 (m/s)^2 for a feature with mean m and standard deviation s.
     """
     total, square = stats.total.detach().double(), stats.square.detach().double()
     if isinstance(positions, Tensor):
@@ -116,7 +117,7 @@ def within_sequence_variance(stats: TemporalStats, positions: int | Tensor) -> T
 
 
 def _variance_of_features(h: Tensor, segments: Tensor | None) -> Tensor:
-    """`within_sequence_variance` from the features: centred before squaring. out: [k]"""
+    """`within_sequence_variance` computed from the features, which are centred before squaring. out: [k]"""
     x = h.detach().to(dtype_of_stats(h.dtype))
     B, T, _ = x.shape
     if segments is None:
@@ -133,16 +134,18 @@ def _variance_of_features(h: Tensor, segments: Tensor | None) -> Tensor:
 def window_consistency(
     h: Tensor, window: int = 3, segments: Tensor | None = None, *, backend: str | None = None
 ) -> Tensor:
-    """The sliding-window consistency loss (TC-SAE, eq. 3): the mean, over all windows of `window` positions
-    that lie within a segment, of 1/(window-1) * sum_{i=1}^{window-1} |f_{t+i} - f_{t+i-1}|^2.
+    """The sliding-window consistency loss (TC-SAE, eq. 3).
+
+    The mean, over all windows of `window` positions within a segment, of
+    1/(window-1) * sum_{i=1}^{window-1} |f_{t+i} - f_{t+i-1}|^2.
 
     h: [B, T, k] features f
-    window: at least 2 (the paper's is 3)
+    window: at least 2; 3 in the paper
     segments, backend: as in `temporal_stats`
-    out: [] float32 (float64 for float64 h), in the square of h's unit; 0 if no segment has room for a window.
-        Differentiable once. Exact at segment edges, where a pair lies in fewer windows.
+    out: [] float32 (float64 for float64 h), in the square of h's unit; 0 if every segment is shorter than a window.
+        Differentiable once. Exact at segment edges, where a pair is in fewer windows.
 
-    Raises as `temporal_stats`, and `TypeError` or `ValueError` for a window that is no integer of at least 2.
+    Raises the errors of `temporal_stats`, and `TypeError` or `ValueError` if `window` is not an integer of at least 2.
     """
     check_features("h", h)
     if isinstance(window, bool) or not isinstance(window, int):
@@ -156,9 +159,9 @@ def window_consistency(
 
 
 def window_weights(h: Tensor, window: int, segments: Tensor | None) -> Tensor:
-    """[B, T]: the weight of |f_{t+1} - f_t|^2 in `window_consistency`, 0 for pairs outside it (and at T - 1).
+    """[B, T]: the weight of |f_{t+1} - f_t|^2 in `window_consistency`; 0 across segments and at T - 1.
 
-    In a segment of n positions the pair at position r lies in min(r, n - w) - max(0, r - w + 2) + 1 of its
+    In a segment of n positions, the pair at position r is in min(r, n - w) - max(0, r - w + 2) + 1 of its
     n - w + 1 windows (none if n < w).
     """
     B, T, _ = h.shape

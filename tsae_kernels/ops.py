@@ -1,4 +1,4 @@
-"""The operators: schema, fake and autograd formula, in Python, so that they exist whatever is compiled.
+"""The operators: schema, fake implementation and autograd formula. In Python, so that they exist without a compiler.
 
     activate_with_stats(pre [B, T, k], bias [k]?, ...) -> h [B, T, k], and the statistics of h
     temporal_stats(h [B, T, k], ...)                   -> differences [B, S, k], total [B, k], square [B, k]
@@ -6,13 +6,13 @@
     step_energy(h [B, T, k], weights [B, T])           -> [], sum of weights[b, t] * (h[b, t+1, j] - h[b, t, j])^2
     step_energy_backward(h, weights, grad [])          -> grad_h [B, T, k]
 
-`bands` is the flat list [a_1, b_1, a_2, b_2, ...]; `backend` names the module that does the work and has
-the functions of `reference.py`. In the backward operator
+`bands` is the flat list [a_1, b_1, a_2, b_2, ...]; `backend` names the backend that computes the result. In the
+backward operator
 
-* `saved` is the output h for relu and identity (h > 0 says what was kept) and the input pre for gelu;
-* each gradient may be absent, and `grad_differences` may have stride 0 over the batch;
-* a feature whose `grad_differences` are all exactly 0, which is what a variance mask makes of it, gets
-  exactly act'(pre) * grad_h (and the terms of total and square): its window arithmetic is skipped.
+* `saved` is the output h for relu and identity (h > 0 shows which entries were kept) and the input pre for gelu;
+* each gradient is optional, and `grad_differences` may have stride 0 over the batch;
+* a feature whose `grad_differences` are all exactly 0, as a variance mask makes them, gets exactly act'(pre) * grad_h
+  plus the terms of total and square: its window arithmetic is skipped.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tsae_kernels.arguments import dtype_of_stats
-from tsae_kernels.backends.registry import implementation
+from tsae_kernels.backends.interface import Activation, Gradients
+from tsae_kernels.backends.registry import get_backend
 from tsae_kernels.bands import unflatten_bands
+from tsae_kernels.dtypes import dtype_of_stats
 
 _SCHEMAS = {
     "activate_with_stats": "(Tensor pre, Tensor? bias, str activation, Tensor? threshold, Tensor? release, "
@@ -39,9 +40,9 @@ _SCHEMAS = {
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"tsae_kernels::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
-_ONCE = (
-    "tsae_kernels is differentiable once: the gradients of its functions have no derivative here. "
-    "Do not differentiate through them (create_graph=True), or detach them first."
+_DIFFERENTIABLE_ONCE = (
+    "tsae_kernels is differentiable once: the gradients of its functions have no derivative. "
+    "Do not use create_graph=True through them, or detach the gradients first."
 )
 
 
@@ -69,9 +70,8 @@ def _fake(name: str):
 
 @_implement("activate_with_stats")
 def _(pre, bias, activation, threshold, release, bands, segments, backend):
-    return implementation(backend).activate_with_stats(
-        pre, bias, activation, threshold, release, unflatten_bands(bands), segments
-    )
+    arguments = Activation(activation, bias, threshold, release), unflatten_bands(bands), segments
+    return get_backend(backend).activate_with_stats(pre, *arguments)
 
 
 @_fake("activate_with_stats")
@@ -81,7 +81,7 @@ def _(pre, bias, activation, threshold, release, bands, segments, backend):
 
 @_implement("temporal_stats")
 def _(h, bands, segments, backend):
-    return implementation(backend).temporal_stats(h, unflatten_bands(bands), segments)
+    return get_backend(backend).temporal_stats(h, unflatten_bands(bands), segments)
 
 
 @_fake("temporal_stats")
@@ -91,17 +91,9 @@ def _(h, bands, segments, backend):
 
 @_implement("activate_with_stats_backward")
 def _(saved, bias, grad_h, grad_differences, grad_total, grad_square, activation, bands, segments, backend):
-    return implementation(backend).activate_with_stats_backward(
-        saved,
-        bias,
-        grad_h,
-        grad_differences,
-        grad_total,
-        grad_square,
-        activation,
-        unflatten_bands(bands),
-        segments,
-    )
+    grads = Gradients(grad_h, grad_differences, grad_total, grad_square)
+    arguments = Activation(activation, bias), unflatten_bands(bands), segments
+    return get_backend(backend).activate_with_stats_backward(saved, grads, *arguments)
 
 
 @_fake("activate_with_stats_backward")
@@ -111,7 +103,7 @@ def _(saved, bias, grad_h, grad_differences, grad_total, grad_square, activation
 
 @_implement("step_energy")
 def _(h, weights, backend):
-    return implementation(backend).step_energy(h, weights)
+    return get_backend(backend).step_energy(h, weights)
 
 
 @_fake("step_energy")
@@ -121,7 +113,7 @@ def _(h, weights, backend):
 
 @_implement("step_energy_backward")
 def _(h, weights, grad, backend):
-    return implementation(backend).step_energy_backward(h, weights, grad)
+    return get_backend(backend).step_energy_backward(h, weights, grad)
 
 
 @_fake("step_energy_backward")
@@ -137,19 +129,10 @@ def _save_activation(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _activation_backward(ctx, grad_h, grad_differences, grad_total, grad_square):
+def _activation_backward(ctx, *grads):
     saved, bias, segments = ctx.saved_tensors
     grad_pre, grad_bias = torch.ops.tsae_kernels.activate_with_stats_backward(
-        saved,
-        bias,
-        grad_h,
-        grad_differences,
-        grad_total,
-        grad_square,
-        ctx.activation,
-        ctx.bands,
-        segments,
-        ctx.backend,
+        saved, bias, *grads, ctx.activation, ctx.bands, segments, ctx.backend
     )
     wants_bias = ctx.bias_dtype is not None and ctx.needs_input_grad[1]
     return grad_pre, grad_bias.to(ctx.bias_dtype) if wants_bias else None, *[None] * 6
@@ -161,19 +144,10 @@ def _save_stats(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _stats_backward(ctx, grad_differences, grad_total, grad_square):
+def _stats_backward(ctx, *grads):
     h, segments = ctx.saved_tensors
     grad, _ = torch.ops.tsae_kernels.activate_with_stats_backward(
-        h,
-        None,
-        None,
-        grad_differences,
-        grad_total,
-        grad_square,
-        "identity",
-        ctx.bands,
-        segments,
-        ctx.backend,
+        h, None, None, *grads, "identity", ctx.bands, segments, ctx.backend
     )
     return grad, None, None, None
 
@@ -188,8 +162,8 @@ def _energy_backward(ctx, grad):
     return torch.ops.tsae_kernels.step_energy_backward(h, weights, grad, ctx.backend), None, None
 
 
-def _refuse(ctx, *grads):
-    raise RuntimeError(_ONCE)
+def _no_double_backward(ctx, *grads):
+    raise RuntimeError(_DIFFERENTIABLE_ONCE)
 
 
 def _register_autograd(name, backward, setup_context=None):
@@ -199,5 +173,5 @@ def _register_autograd(name, backward, setup_context=None):
 _register_autograd("activate_with_stats", _activation_backward, _save_activation)
 _register_autograd("temporal_stats", _stats_backward, _save_stats)
 _register_autograd("step_energy", _energy_backward, _save_energy)
-_register_autograd("activate_with_stats_backward", _refuse)
-_register_autograd("step_energy_backward", _refuse)
+_register_autograd("activate_with_stats_backward", _no_double_backward)
+_register_autograd("step_energy_backward", _no_double_backward)

@@ -1,7 +1,7 @@
-"""Segments: which positions of a row belong to the same stretch of text.
+"""Segments: the positions of a row that belong to the same document.
 
 A segment is a maximal run of equal, non-negative ids along T; a negative id excludes the position. An id that
-comes back after another one starts a new segment.
+recurs after a different one starts a new segment.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from torch import Tensor
 
 
 class Runs(NamedTuple):
-    """Where the segment of every position lies. All are [B, T]."""
+    """The bounds of every position's segment. All are [B, T]."""
 
-    start: Tensor  # int64, first position of the segment
-    end: Tensor  # int64, one past its last position; equal to `start` at excluded positions
+    start: Tensor  # int64, the segment's first position
+    end: Tensor  # int64, one past its last position; `start` where excluded
     valid: Tensor  # bool, False at excluded positions
 
 
 def find_runs(segments: Tensor) -> Runs:
-    """segments: [B, T] integer ids. out: the runs they form."""
+    """The runs of equal ids in `segments`, [B, T] integers."""
     positions = torch.arange(segments.shape[1], device=segments.device).expand(segments.shape)
-    first = torch.ones_like(segments, dtype=torch.bool)  # the position starts a run
+    first = torch.ones_like(segments, dtype=torch.bool)  # at positions that start a run
     first[:, 1:] = segments[:, 1:] != segments[:, :-1]
     last = first.roll(-1, dims=1)
     last[:, -1].fill_(True)
@@ -34,7 +34,7 @@ def find_runs(segments: Tensor) -> Runs:
 
 
 def count_positions(segments: Tensor) -> Tensor:
-    """How many positions of each row are in the statistics: the `positions` of `temporal_loss_from_stats`.
+    """The number of non-excluded positions in each row: `positions` of `temporal_loss_from_stats`.
 
     segments: [B, T] integer ids, negative where excluded
     out: [B] int64 on the same device

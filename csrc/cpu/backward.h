@@ -1,4 +1,4 @@
-// Backward: the gradient of activation and statistics of a tile.
+// The backward pass for a tile: the gradient through the activation and the statistics. docs/mathematics.md, section 2.
 #pragma once
 
 #include "gelu.h"
@@ -7,16 +7,16 @@
 namespace tsae {
 namespace TSAE_TARGET {
 
-// What a tile of the backward pass carries from block to block.
+// State of one tile in the backward pass, kept from block to block.
 template <class E>
 struct BackwardState {
   using V = Pack<E>;
-  V* rows;  // of the ring
+  V* rows;  // the ring buffer
   Window<V>* windows;
   V centre, accumulated;
-  Mask<E> masked;  // features whose coefficients are all 0 get no window term, not 0 times one that may be infinite
-  bool any;        // of the features is not masked
-  int seen;        // rows of the run that are in the ring, or were
+  Mask<E> masked;  // features whose coefficients are all 0: no window term, as 0 times an infinite one would be NaN
+  bool any;        // any feature is not masked
+  int seen;        // rows of the run written to the ring buffer so far
 };
 
 template <class E>
@@ -32,16 +32,15 @@ TSAE_INLINE void backward_start(const Backward& f, const Tile& tile, BackwardSta
   for (int64_t s = 0; s < f.S; ++s) at.masked = at.masked & equal(coefficient(s), V{});
   for (int lane = 0; lane < tile.count; ++lane) at.any |= !at.masked.v[lane / V::lanes][lane % V::lanes];
   if (!at.any) return;
-  for (int64_t r = 0; r < f.number_of_shares; ++r) {
-    const Share& share = f.shares[r];
-    at.windows[r].reach = share.reach;
-    at.windows[r].share = share.plus < 0 ? V{} : coefficient(share.plus);
-    if (share.minus >= 0) at.windows[r].share = at.windows[r].share - coefficient(share.minus);
+  for (int64_t r = 0; r < f.number_of_windows; ++r) {
+    const BackwardWindow& window = f.windows[r];
+    at.windows[r].reach = window.reach;
+    at.windows[r].weight = window.plus < 0 ? V{} : coefficient(window.plus);
+    if (window.minus >= 0) at.windows[r].weight = at.windows[r].weight - coefficient(window.minus);
   }
 }
 
-// The windows of a block, moved row by row. Their number is known when this is compiled, so that their sums stay in
-// registers.
+// The windows of a block, moved row by row. Their number is a compile-time constant, so their sums stay in registers.
 template <class E, int count>
 class Sliding {
   using V = Pack<E>;
@@ -67,7 +66,7 @@ class Sliding {
       counts[w] = of_block<E>(begin, end, [=](int t) TSAE_INLINE_LAMBDA { return E(window_count(t, n, reach)); });
     });
   }
-  TSAE_INLINE V pull(int t) {
+  TSAE_INLINE V window_term(int t) {
     const V y_t = now();
     V sum{};
     each([&](int w) TSAE_INLINE_LAMBDA {
@@ -109,25 +108,26 @@ TSAE_INLINE void backward_block(const Backward& f, const Run& run, int begin, co
         x = x + bias;
         x = widen<T>(narrow<T>(x * normal(x).distribution));
       }
-      const V shrunk = x * kShrink<E>;
+      const V shrunk = x * kSumScale<E>;
       y[t] = shrunk - centre;
       sum = sum + shrunk;
     }
     at.seen = until;
-    if (begin == 0) {  // any centre will do that is near
+    if (begin == 0) {  // any centre near the mean will do
       const V near = sum * (1 / E(until));
       for (int t = 0; t < until; ++t) y[t] = y[t] - near;
       at.centre = near;
-      for (int64_t w = 0; w < f.number_of_shares; ++w) open_window(y, n, windows[w]);
+      for (int64_t w = 0; w < f.number_of_windows; ++w) open_window(y, n, windows[w]);
     }
   }
   const auto write = [&](auto slide) TSAE_INLINE_LAMBDA {
     V accumulated = at.accumulated;
     for (int t = begin; t < end; ++t) {
       V grad = slide(t);
-      // h. To fetch for the next tile once more gains 6 to 15 % where a tile goes alone, and loses as much in step.
+      // h. Prefetching for the next tile a second time gains 6 to 15 % for single tiles, and loses as much for tile
+      // groups.
       V x = compare && f.T > kRowsKept ? saved.again(run.begin + t) : saved(run.begin + t);
-      [[maybe_unused]] V slope;  // of the activation
+      [[maybe_unused]] V slope;  // gelu'(z)
       if constexpr (activation == kGelu) {
         const V z = x + bias;
         const Normal<E> at_z = normal(z);
@@ -147,23 +147,26 @@ TSAE_INLINE void backward_block(const Backward& f, const Run& run, int begin, co
     at.accumulated = accumulated;
   };
   if (!compare) return write([](int) { return V{}; });
-  const auto gradient = [&](const V& pull) TSAE_INLINE_LAMBDA { return select(masked, V{}, pull * (1 / kShrink<E>)); };
+  const auto gradient = [&](const V& window_term) TSAE_INLINE_LAMBDA {
+    return select(masked, V{}, window_term * (1 / kSumScale<E>));
+  };
   const auto slide = [&]<int count>(NumberOfWindows<count>) TSAE_INLINE_LAMBDA {
     Sliding<E, count> sliding(y, begin, end, n, windows);
-    write([&](int t) TSAE_INLINE_LAMBDA { return gradient(sliding.pull(t)); });
+    write([&](int t) TSAE_INLINE_LAMBDA { return gradient(sliding.window_term(t)); });
     sliding.keep(windows);
   };
-  if constexpr (TSAE_VECTOR_BYTES == 64) {  // 32 registers: of 16 the windows would find none
-    switch (f.number_of_shares) {
+  if constexpr (TSAE_VECTOR_BYTES == 64) {  // has 32 registers; with 16, none would be left for the windows
+    switch (f.number_of_windows) {
       case 1: return slide(NumberOfWindows<1>{});
       case 2: return slide(NumberOfWindows<2>{});
       case 3: return slide(NumberOfWindows<3>{});
     }
   }
   write([&](int t) TSAE_INLINE_LAMBDA {
-    V pull{};
-    for (int64_t w = 0; w < f.number_of_shares; ++w) pull = pull + slide_window(y, y(t), t, n, windows[w]);
-    return gradient(pull);
+    V window_term{};
+    for (int64_t w = 0; w < f.number_of_windows; ++w)
+      window_term = window_term + slide_window(y, y(t), t, n, windows[w]);
+    return gradient(window_term);
   });
 }
 
@@ -172,7 +175,7 @@ void backward_tiles(const Backward& f, Runs runs, int64_t b, int64_t first, int6
   using V = Pack<E>;
   BackwardState<E> at[kTilesTogether];
   V* rows = static_cast<V*>(scratch);
-  for (int64_t i = 0; i < tiles; ++i, rows += f.ring + 3 * f.number_of_shares) {
+  for (int64_t i = 0; i < tiles; ++i, rows += f.ring + 3 * f.number_of_windows) {
     at[i].rows = rows;
     at[i].windows = reinterpret_cast<Window<V>*>(rows + f.ring);
     backward_start(f, Tile(f.k, V::width, b, first + i), at[i]);

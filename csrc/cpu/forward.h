@@ -1,6 +1,8 @@
-// Forward: activation and temporal statistics of a tile.
+// The forward pass for a tile: activation (with the Schmitt trigger) and temporal statistics. docs/mathematics.md,
+// sections 2 to 4 and 7.
 #pragma once
 
+#include "../shared/schmitt_trigger.h"
 #include "gelu.h"
 #include "tiles.h"
 
@@ -9,7 +11,7 @@ namespace TSAE_TARGET {
 
 enum class Mode { kIdentity, kRelu, kSchmitt, kGelu };
 
-// One tile's arguments of the forward pass.
+// The activation of one tile.
 template <class T, Mode mode, class E = compute_of<T>>
 struct Activate {
   using V = Pack<E>;
@@ -17,29 +19,29 @@ struct Activate {
   const Reader<T> pre;
   const Writer<T> h;
   const V bias, release;
-  V level;
-  const E* levels;  // per position
+  V threshold;
+  const E* thresholds;  // per position
 
   TSAE_INLINE Activate(const Forward& f, const Tile& tile)
       : f(f), pre(f.pre, tile), h(f.h, f.T, f.k, f.stream, tile),
-        bias(f.bias ? load_numbers<E>(f.bias, tile.j, tile.count) : splat(-E(0))),  // -0 changes no number, +0 does -0
+        bias(f.bias ? load_numbers<E>(f.bias, tile.j, tile.count) : splat(-E(0))),  // adding -0 changes nothing
         release(mode == Mode::kSchmitt ? load_numbers<E>(f.release, tile.j, tile.count) : V{}),
-        level(f.level && !f.level_per_position ? load_numbers<E>(f.level, tile.j, tile.count) : V{}),
-        levels(f.level_per_position ? static_cast<const E*>(f.level) + tile.b * f.T : nullptr) {}
+        threshold(f.threshold && !f.threshold_per_position ? load_numbers<E>(f.threshold, tile.j, tile.count) : V{}),
+        thresholds(f.threshold_per_position ? static_cast<const E*>(f.threshold) + tile.b * f.T : nullptr) {}
 
-  // Activates and writes positions [begin, end) of a run. The ring gets what was written less `centre`; total (times
-  // kShrink) and square have it added. `state` is the trigger's: where it is off.
+  // Computes and writes h at positions [begin, end) of a run. Puts h - centre into the ring buffer y, and adds h *
+  // kSumScale to total and h^2 to square. `state`: where the Schmitt trigger is off.
   TSAE_INLINE void operator()(const Run& run, int begin, int end, const V& centre, const Ring<E>& y, Mask<E>& state,
                               V& total, V& square) {
     Mask<E> off = state;
     for (int t = begin; t < end; ++t) {
       V z = pre(run.begin + t) + bias;
       if constexpr (mode == Mode::kRelu || mode == Mode::kSchmitt) {
-        if (levels) level = splat(levels[run.begin + t]);
+        if (thresholds) threshold = splat(thresholds[run.begin + t]);
         if constexpr (mode == Mode::kSchmitt) {
-          off = stays_off(z, level, release, run.excluded ? everywhere<E>() : off);
+          off = stays_off(z, threshold, release, run.excluded ? everywhere<E>() : off);
         } else {
-          off = less_equal(z, level);
+          off = less_equal(z, threshold);
         }
         z = select(off, V{}, z);
       } else if constexpr (mode == Mode::kGelu) {
@@ -49,22 +51,22 @@ struct Activate {
       if (f.h) h(run.begin + t, stored);
       const V value = widen<T>(stored);
       y[t] = value - centre;
-      total = total + value * kShrink<E>;
+      total = total + value * kSumScale<E>;
       square = square + value * value;
     }
     if constexpr (mode == Mode::kSchmitt) state = off;
   }
 };
 
-// What a tile of the forward pass carries from block to block.
+// State of one tile in the forward pass, kept from block to block.
 template <class E>
 struct ForwardState {
   using V = Pack<E>;
-  V* rows;     // of the ring
-  V* energy;   // of each band
+  V* rows;     // the ring buffer
+  V* energy;   // D of each band
   V* past;     // of each band, see band_block
   V centre, total, square;
-  Mask<E> off;  // the trigger's
+  Mask<E> off;  // where the Schmitt trigger is off
 };
 
 template <class E>
@@ -89,8 +91,8 @@ TSAE_INLINE void forward_block(const Forward& f, const Run& run, int begin, cons
   at.total = at.total + part;
   at.square = at.square + part_square;
   if (f.S == 0 || f.bands[0] >= n) return;
-  if (begin == 0) {  // any centre will do that is near; the mean of the first block needs no second walk
-    at.centre = part * (1 / (E(end) * kShrink<E>));
+  if (begin == 0) {  // any centre near the mean will do; the first block's mean needs no second pass
+    at.centre = part * (1 / (E(end) * kSumScale<E>));
     for (int t = 0; t < end; ++t) y[t] = y[t] - at.centre;
   }
   for (int64_t s = 0; s < f.S && f.bands[2 * s] < n; ++s)
@@ -100,8 +102,8 @@ TSAE_INLINE void forward_block(const Forward& f, const Run& run, int begin, cons
 template <class E>
 TSAE_INLINE void forward_finish(const Forward& f, const Tile& tile, const ForwardState<E>& at) {
   using V = Pack<E>;
-  // Rounding may leave a sum of squares below 0, and where the squares overflow infinities may have met. Without a NaN
-  // among the features (which square would show) the true value is then infinite.
+  // Rounding can make a sum of squares negative, and overflowing squares can give inf - inf = NaN. Unless a feature is
+  // NaN (then square is too), the true value is then infinite.
   const V infinity = splat(E(__builtin_inf()));
   const Mask<E> no_nan = equal(at.square, at.square);
   for (int64_t s = 0; s < f.S; ++s) {
@@ -109,7 +111,7 @@ TSAE_INLINE void forward_finish(const Forward& f, const Tile& tile, const Forwar
     D = select(equal(D, D), select(less_equal(D, V{}), V{}, D), select(no_nan, infinity, D));
     store_numbers<E>(f.differences, (tile.b * f.S + s) * f.k + tile.j, D, tile.count);
   }
-  store_numbers<E>(f.total, tile.b * f.k + tile.j, at.total * (1 / kShrink<E>), tile.count);
+  store_numbers<E>(f.total, tile.b * f.k + tile.j, at.total * (1 / kSumScale<E>), tile.count);
   store_numbers<E>(f.square, tile.b * f.k + tile.j, at.square, tile.count);
 }
 

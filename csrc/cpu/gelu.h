@@ -1,8 +1,8 @@
-// The normal distribution for gelu and its gradient, on packs.
+// gelu and its gradient on packs: the standard normal distribution and density.
 #pragma once
 
-#include "../shared/normal_tail.h"
-#include "pack.h"
+#include "../shared/gelu_coefficients.h"
+#include "simd.h"
 
 namespace tsae {
 namespace TSAE_TARGET {
@@ -25,7 +25,7 @@ TSAE_INLINE Normal<double> normal(const Pack<double>& z) {
   return out;
 }
 
-// In float both come from exp(-z^2/2), see normal.h.
+// In float both are computed from exp(-z^2/2), see gelu_coefficients.h.
 TSAE_INLINE Normal<float> normal(const Pack<float>& z) {
   constexpr float P[] = TSAE_TAIL;
   constexpr float reciprocals[] = {1 / 720.f, 1 / 120.f, 1 / 24.f, 1 / 6.f, 0.5f, 1.f, 1.f};  // of factorials
@@ -33,8 +33,8 @@ TSAE_INLINE Normal<float> normal(const Pack<float>& z) {
   TSAE_EACH_VECTOR {
     const Floats zero{}, x = z.v[i], magnitude = x < zero ? -x : x;
     const Floats exponent = x * x * -0.5f;
-    const Floats u = exponent < -87.f ? zero - 87.f : exponent;  // beyond, exp is not a normal number: taken as 0 below
-    // exp(u) = 2^n exp(u - n ln 2); adding 1.5 * 2^23 rounds to a whole number and leaves it in the low bits.
+    const Floats u = exponent < -87.f ? zero - 87.f : exponent;  // below -87 exp is subnormal: set to 0 below
+    // exp(u) = 2^n exp(u - n ln 2); adding 1.5 * 2^23 rounds to an integer, which is then in the low bits.
     const Floats shifted = u * 1.44269504f + 12582912.f, n = shifted - 12582912.f;
     const Floats rest = (u - n * 0.693145752f) - n * 1.42860677e-6f;
     Floats exponential = zero + reciprocals[0];

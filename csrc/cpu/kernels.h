@@ -1,11 +1,11 @@
-// What the operators (ops.cpp) and the kernels built for each instruction set (by_dtype.h) agree on.
+// The interface between the operators (ops.cpp) and the kernels compiled for each instruction set (kernel_table.h).
 #pragma once
 
 #include "../shared/operands.h"
 
 namespace tsae {
 
-// A maximal stretch [begin, end) of one sequence: a segment, or positions that are excluded.
+// A maximal run [begin, end) of equal ids in one sequence: a segment, or excluded positions.
 struct Run {
   int begin, end;
   bool excluded;
@@ -20,14 +20,14 @@ struct Forward {
   Features pre;
   Activation activation;
   const void* bias;      // [k] compute type, or null
-  const void* level;     // [k] or [B, T] compute type, >= 0, or null for 0
-  bool level_per_position;
+  const void* threshold;     // [k] or [B, T] compute type, >= 0, or null for 0
+  bool threshold_per_position;
   const void* release;   // [k] compute type, >= 0, or null: no Schmitt trigger
-  const int* bands;      // [S][2], reaches limited to T
+  const int* bands;      // [S][2], offsets clamped to T
   int64_t S;
-  int64_t ring;          // rows of the scratch ring
-  bool stream;           // write h past the caches
-  void* h;               // [B, T, k], or null: statistics alone
+  int64_t ring;          // rows of the ring buffer
+  bool stream;           // write h with streaming stores
+  void* h;               // [B, T, k], or null: statistics only
   void* differences;     // [B, S, k] compute type
   void* total;           // [B, k]
   void* square;          // [B, k]
@@ -41,13 +41,13 @@ struct Backward {
   const void* grad_differences;  // [1 or B, S, k] compute type, or null
   int64_t differences_batch;     // stride over the batch, may be 0
   int64_t S;
-  const Share* shares;
-  int64_t number_of_shares;
-  int reach;                // of the widest
-  int64_t ring;             // rows of the scratch ring
+  const BackwardWindow* windows;
+  int64_t number_of_windows;
+  int reach;                // of the widest window
+  int64_t ring;             // rows of the ring buffer
   const void* grad_total;   // [B, k] compute type or null
   const void* grad_square;  // [B, k] compute type or null
-  bool stream;              // write grad_pre past the caches
+  bool stream;              // write grad_pre with streaming stores
   void* grad_pre;           // [B, T, k]
   void* grad_bias;          // [B, k] compute type: summed over T, not yet over the batch
 };
@@ -58,18 +58,19 @@ struct Steps {
   const void* weights;  // [B, T] compute type; the last of each row is not used
   double scale;         // backward: gradient of the loss
   double* energy;       // forward: [B, tiles]
-  bool stream;          // backward: write grad_h past the caches
+  bool stream;          // backward: write grad_h with streaming stores
   void* grad_h;         // backward: [B, T, k]
 };
 
-// Up to so many rows a tile is walked from end to end alone. Of longer sequences a few neighbouring tiles go in step,
-// block by block: every row lies on pages of its own, which the processor then finds once for all of them.
+// A sequence of up to kRowsKept rows is processed one tile at a time. In longer sequences kTilesTogether adjacent tiles
+// are processed together, block by block: every row is on different memory pages, whose addresses the processor then
+// translates once for all these tiles.
 constexpr int kRowsKept = 512;
 constexpr int kTilesTogether = 6;
 
-// A tile is `width` neighbouring features of sequence b. `forward` and `backward` do `tiles` of them, at most
-// kTilesTogether, `scratch` having for each of them rows of `row_bytes` bytes, aligned to 64: `ring` of them, and 2 for
-// each band (forward) or 3 for each window (backward).
+// The kernels for one instruction set. A tile is `width` adjacent features of sequence b. `forward` and `backward`
+// process `tiles` tiles, at most kTilesTogether. For each tile, `scratch` has `ring` rows plus 2 per band (forward) or
+// 3 per window (backward), of `row_bytes` bytes each, aligned to 64 bytes.
 struct Kernels {
   const char* name;
   int64_t row_bytes;
@@ -78,7 +79,7 @@ struct Kernels {
   void (*backward)(Dtype, const Backward&, Runs, int64_t b, int64_t first, int64_t tiles, void* scratch);
   void (*step_energy)(Dtype, const Steps&, int64_t b, int64_t tile);
   void (*step_energy_backward)(Dtype, const Steps&, int64_t b, int64_t tile);
-  // On rows of float32, the first also of bfloat16; see sparse.h.
+  // On float32 rows (nonzeros: also bfloat16); see sparse.h.
   int64_t (*nonzeros)(Dtype, const void* x, int64_t n, int32_t* index, float* value);
   void (*weighted_sum)(const float* rows, int64_t d, const int32_t* index, const float* weight, int64_t count,
                        float* out);
@@ -86,7 +87,7 @@ struct Kernels {
                          float* out);
 };
 
-// Those for the widest instruction set of this processor, see ops.cpp.
+// The kernels for the widest instruction set of this processor, see ops.cpp.
 const Kernels& kernels();
 
 namespace baseline {

@@ -1,5 +1,5 @@
-// The operators of the `cpp` backend, on PyTorch's stable ABI. tsae_kernels/cpp.py calls them; the public operators,
-// their shapes for torch.compile and their gradients are in tsae_kernels/ops.py.
+// The operators of the `cpp` backend, on PyTorch's stable ABI. tsae_kernels/backends/compiled.py calls them; the public
+// operators, with autograd and fake implementations, are in tsae_kernels/ops.py.
 #include <cstdlib>
 #include <memory>
 #include <string>
@@ -10,8 +10,8 @@
 
 namespace tsae {
 
-// The widest instruction set of this processor, or a narrower one that ATEN_CPU_CAPABILITY asks for, PyTorch's own
-// variable for the same purpose.
+// The kernels for the widest instruction set of this processor, or for a narrower one selected with
+// ATEN_CPU_CAPABILITY, which PyTorch reads for the same purpose.
 const Kernels& kernels() {
   static const Kernels* chosen = [] {
 #if defined(__x86_64__)
@@ -30,27 +30,27 @@ const Kernels& kernels() {
 
 namespace {
 
-// Worth writing past the caches: larger than they are, and every tile's row starts on a cache line.
-bool to_be_streamed(const Tensor& result) {
+// Whether to write `result` with streaming stores: it exceeds the caches, and every tile's row starts on a cache line.
+bool use_streaming_stores(const Tensor& result) {
   constexpr int64_t cache = int64_t(4) << 20;
   const int64_t bytes = result.numel() * result.element_size(), row = result.size(2) * result.element_size();
   return bytes > cache && row % 64 == 0 && reinterpret_cast<uintptr_t>(result.const_data_ptr()) % 64 == 0;
 }
 
-// Rows of the ring in which a walk in blocks keeps what its windows need: `rows` beside a block, or all T.
+// Rows of the ring buffer: a block and the `rows` that its windows need besides, or all T.
 int64_t ring_of(int64_t rows, int64_t T) { return std::min(rows + kBlock, T); }
 
-// Runs f(b, tile, count, scratch, runs of b) for all tiles of all sequences, on PyTorch's threads; with `in_step` for a
-// few neighbouring ones at once where sequences are long. `rows` is the scratch of one tile. What a tile computes does
-// not depend on the thread it runs on, nor on those that it goes with.
+// Runs f(b, tile, count, scratch, runs of b) for all tiles of all sequences, on PyTorch's threads. With `grouped`, long
+// sequences are processed several adjacent tiles at a time. `rows`: scratch rows per tile. The result for a tile
+// depends neither on its thread nor on the tiles it is grouped with.
 template <class F>
-void for_each_tile(const Tensor& x, const std::optional<Tensor>& segments, bool in_step, int64_t rows, const F& f) {
+void for_each_tile(const Tensor& x, const std::optional<Tensor>& segments, bool grouped, int64_t rows, const F& f) {
   const int64_t B = x.size(0), T = x.size(1), k = x.size(2);
   const int64_t width = kernels().width(dtype_of(x)), tiles = (k + width - 1) / width;
   const auto* ids = static_cast<const int64_t*>(data_of("segments", segments, x, ScalarType::Long, {B, T}));
-  const int64_t together = in_step && T > kRowsKept ? kTilesTogether : 1;
+  const int64_t together = grouped && T > kRowsKept ? kTilesTogether : 1;
   rows *= together;
-  const int64_t worthwhile = std::max<int64_t>(1, 16384 / (T * width));  // tiles that a thread is woken for
+  const int64_t worthwhile = std::max<int64_t>(1, 16384 / (T * width));  // fewest tiles worth waking a thread for
   torch::stable::parallel_for(0, B * tiles, worthwhile, [&](int64_t begin, int64_t end) {
     constexpr size_t alignment = 64;
     std::unique_ptr<char[]> memory(new char[rows * kernels().row_bytes + alignment]);
@@ -74,9 +74,9 @@ void for_each_tile(const Tensor& x, const std::optional<Tensor>& segments, bool 
   });
 }
 
-// `level` is [k], or [B, T] for a threshold per position. `with_h` false: an empty tensor in h's place.
+// If `with_h` is false, h is an empty tensor.
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor pre, std::optional<Tensor> bias, int64_t activation,
-                                                   std::optional<Tensor> level, std::optional<Tensor> release,
+                                                   std::optional<Tensor> threshold, std::optional<Tensor> release,
                                                    Sizes bands, std::optional<Tensor> segments, bool with_h) {
   Tensor owner;
   Forward f{};
@@ -86,17 +86,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor pre, std::optional<Ten
   const ScalarType dtype = compute_type(pre);
   f.activation = checked_activation(activation);
   f.bias = data_of("bias", bias, pre, dtype, {f.k});
-  f.level_per_position = level && level->dim() == 2;
-  f.level = data_of("level", level, pre, dtype, f.level_per_position ? Sizes{B, f.T} : Sizes{f.k});
+  f.threshold_per_position = threshold && threshold->dim() == 2;
+  f.threshold = data_of("threshold", threshold, pre, dtype, f.threshold_per_position ? Sizes{B, f.T} : Sizes{f.k});
   f.release = data_of("release", release, pre, dtype, {f.k});
   const std::vector<int> limited = limited_bands(bands, f.T);
   f.bands = limited.data();
-  f.ring = ring_of(S > 0 ? limited.back() + 1 : 0, f.T);  // the widest window behind, and the row that leaves it
+  f.ring = ring_of(S > 0 ? limited.back() + 1 : 0, f.T);  // the widest window and the row leaving it
   Tensor h = empty(pre, with_h ? Sizes{B, f.T, f.k} : Sizes{0}, pre.scalar_type());
   Tensor differences = empty(pre, {B, S, f.k}, dtype), total = empty(pre, {B, f.k}, dtype),
          square = empty(pre, {B, f.k}, dtype);
   f.h = with_h ? h.mutable_data_ptr() : nullptr;
-  f.stream = with_h && to_be_streamed(h);
+  f.stream = with_h && use_streaming_stores(h);
   f.differences = differences.mutable_data_ptr();
   f.total = total.mutable_data_ptr();
   f.square = square.mutable_data_ptr();
@@ -108,8 +108,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor pre, std::optional<Ten
   return {h, differences, total, square};
 }
 
-// `grad_differences` is [1 or B, S, k]. The second result is [B, k]: grad_bias before the sum over the batch, which the
-// caller takes in a fixed order.
+// `grad_differences` is [1 or B, S, k]. The second result is grad_bias before the sum over the batch, [B, k]; the
+// caller sums it in a fixed order.
 std::tuple<Tensor, Tensor> backward(Tensor saved, std::optional<Tensor> bias, std::optional<Tensor> grad_h,
                                     std::optional<Tensor> grad_differences, std::optional<Tensor> grad_total,
                                     std::optional<Tensor> grad_square, int64_t activation, Sizes bands,
@@ -129,35 +129,39 @@ std::tuple<Tensor, Tensor> backward(Tensor saved, std::optional<Tensor> bias, st
   f.grad_total = data_of("grad_total", grad_total, saved, dtype, {B, f.k});
   f.grad_square = data_of("grad_square", grad_square, saved, dtype, {B, f.k});
 
-  const std::vector<Share> shares = shares_of(limited_bands(bands, f.T));
-  f.shares = shares.data();
-  f.number_of_shares = shares.size();
-  for (const Share& share : shares) f.reach = std::max(f.reach, share.reach);
-  f.ring = ring_of(2 * int64_t(f.reach) + 1, f.T);  // the widest window, and the row that leaves it
+  const std::vector<BackwardWindow> windows = backward_windows(limited_bands(bands, f.T));
+  f.windows = windows.data();
+  f.number_of_windows = windows.size();
+  for (const BackwardWindow& window : windows) f.reach = std::max(f.reach, window.reach);
+  f.ring = ring_of(2 * int64_t(f.reach) + 1, f.T);  // the widest window and the row leaving it
 
   Tensor grad_pre = empty(saved, {B, f.T, f.k}, saved.scalar_type()), grad_bias = empty(saved, {B, f.k}, dtype);
   f.grad_pre = grad_pre.mutable_data_ptr();
-  f.stream = to_be_streamed(grad_pre);
+  f.stream = use_streaming_stores(grad_pre);
   f.grad_bias = grad_bias.mutable_data_ptr();
   const Dtype stored = dtype_of(saved);
-  const int64_t rows = f.ring + 3 * f.number_of_shares;
+  const int64_t rows = f.ring + 3 * f.number_of_windows;
   for_each_tile(saved, segments, true, rows, [&](int64_t b, int64_t tile, int64_t tiles, void* scratch, Runs runs) {
     kernels().backward(stored, f, runs, b, tile, tiles, scratch);
   });
   return {grad_pre, grad_bias};
 }
 
-// The energy of every tile, [B, tiles] float64, which the caller sums in a fixed order.
-Tensor step_energy(Tensor h, Tensor weights) {
-  Tensor owner;
+Steps steps_of(const Tensor& h, const Tensor& weights, Tensor& owner) {
   Steps f{};
   f.h = features("h", h, h, owner);
-  const int64_t B = h.size(0);
   f.T = h.size(1), f.k = h.size(2);
-  f.weights = data_of("weights", weights, h, compute_type(h), {B, f.T});
+  f.weights = data_of("weights", weights, h, compute_type(h), {h.size(0), f.T});
+  return f;
+}
+
+// The energy of every tile, [B, tiles] float64; the caller sums it in a fixed order.
+Tensor step_energy(Tensor h, Tensor weights) {
+  Tensor owner;
+  Steps f = steps_of(h, weights, owner);
   const Dtype stored = dtype_of(h);
   const int64_t width = kernels().width(stored);
-  Tensor energy = empty(h, {B, (f.k + width - 1) / width}, ScalarType::Double);
+  Tensor energy = empty(h, {h.size(0), (f.k + width - 1) / width}, ScalarType::Double);
   f.energy = static_cast<double*>(energy.mutable_data_ptr());
   for_each_tile(h, std::nullopt, false, 0, [&](int64_t b, int64_t tile, int64_t, void*, Runs) {
     kernels().step_energy(stored, f, b, tile);
@@ -167,15 +171,11 @@ Tensor step_energy(Tensor h, Tensor weights) {
 
 Tensor step_energy_backward(Tensor h, Tensor weights, Tensor grad) {
   Tensor owner;
-  Steps f{};
-  f.h = features("h", h, h, owner);
-  const int64_t B = h.size(0);
-  f.T = h.size(1), f.k = h.size(2);
-  f.weights = data_of("weights", weights, h, compute_type(h), {B, f.T});
+  Steps f = steps_of(h, weights, owner);
   f.scale = *static_cast<const double*>(data_of("grad", grad, h, ScalarType::Double, {}));
-  Tensor grad_h = empty(h, {B, f.T, f.k}, h.scalar_type());
+  Tensor grad_h = empty(h, {h.size(0), f.T, f.k}, h.scalar_type());
   f.grad_h = grad_h.mutable_data_ptr();
-  f.stream = to_be_streamed(grad_h);
+  f.stream = use_streaming_stores(grad_h);
   const Dtype stored = dtype_of(h);
   for_each_tile(h, std::nullopt, false, 0, [&](int64_t b, int64_t tile, int64_t, void*, Runs) {
     kernels().step_energy_backward(stored, f, b, tile);
@@ -186,7 +186,7 @@ Tensor step_energy_backward(Tensor h, Tensor weights, Tensor grad) {
 }  // namespace
 }  // namespace tsae
 
-// To be raised with every change of an operator's signature: a library left over from older sources is then not used.
+// Raise this with every change of an operator's signature, so that a library built from older sources is not used.
 TSAE_EXPORT int tsae_interface() { return 3; }
 TSAE_EXPORT const char* tsae_built_for() { return "torch " TORCH_VERSION ", " TSAE_COMPILER; }
 TSAE_EXPORT const char* tsae_instruction_sets() {
@@ -198,16 +198,7 @@ TSAE_EXPORT const char* tsae_instruction_sets() {
 }
 TSAE_EXPORT const char* tsae_instruction_set() { return tsae::kernels().name; }
 
-STABLE_TORCH_LIBRARY(tsae_kernels_cpp, library) {
-  library.def(
-      "forward(Tensor pre, Tensor? bias, int activation, Tensor? level, Tensor? release, int[] bands, "
-      "Tensor? segments, bool with_h) -> (Tensor, Tensor, Tensor, Tensor)");
-  library.def(
-      "backward(Tensor saved, Tensor? bias, Tensor? grad_h, Tensor? grad_differences, Tensor? grad_total, "
-      "Tensor? grad_square, int activation, int[] bands, Tensor? segments) -> (Tensor, Tensor)");
-  library.def("step_energy(Tensor h, Tensor weights) -> Tensor");
-  library.def("step_energy_backward(Tensor h, Tensor weights, Tensor grad) -> Tensor");
-}
+STABLE_TORCH_LIBRARY(tsae_kernels_cpp, library) { tsae::define_operators(library); }
 
 STABLE_TORCH_LIBRARY_IMPL(tsae_kernels_cpp, CPU, library) {
   library.impl("forward", TORCH_BOX(&tsae::forward));

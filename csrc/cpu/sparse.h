@@ -1,13 +1,13 @@
-// Rows of float32 numbers, added and multiplied with a few weights. Included once per instruction set.
+// Kernels of the sparse products in sparse_ops.cpp: nonzero entries of a row, weighted sums and inner products of rows.
 #pragma once
 
 #include "kernels.h"
-#include "pack.h"
+#include "simd.h"
 
 namespace tsae {
 namespace TSAE_TARGET {
 
-// Bit i: lane i is not 0. NaN is not, -0 is.
+// Bit i is set if lane i is nonzero. NaN counts as nonzero, -0 as zero.
 TSAE_INLINE unsigned lanes_not_0(Floats x) {
 #if defined(__x86_64__) && TSAE_VECTOR_BYTES == 64
   return _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_NEQ_UQ);
@@ -22,7 +22,7 @@ TSAE_INLINE unsigned lanes_not_0(Floats x) {
 #endif
 }
 
-// The numbers of x [n] that are not 0, in order: how many there are, and where index is not null their places and values.
+// The number of nonzero entries of x [n]; if index is not null, also their indices and values, in order.
 template <class T>
 static int64_t nonzeros(const T* x, int64_t n, int32_t* index, float* value) {
   using V = Pack<float>;
@@ -49,8 +49,8 @@ static int64_t nonzeros(Dtype dtype, const void* x, int64_t n, int32_t* index, f
                             : nonzeros(static_cast<const float*>(x), n, index, value);
 }
 
-// out [d] = sum over i of weight[i] * rows[index[i]], rows [*, d]. Four rows at a time, as `out` is then loaded and
-// stored once for four products.
+// out [d] = sum over i of weight[i] * rows[index[i]], rows [*, d]. Four rows at a time, so that `out` is loaded and
+// stored once per four products.
 static void weighted_sum(const float* rows, int64_t d, const int32_t* index, const float* weight, int64_t count,
                          float* __restrict out) {
   for (int64_t x = 0; x < d; ++x) out[x] = 0;
@@ -68,7 +68,7 @@ static void weighted_sum(const float* rows, int64_t d, const int32_t* index, con
   }
 }
 
-// out[index[i]] = <g, rows[index[i]]> for every i; other numbers of `out` stay. g [d], rows [*, d].
+// out[index[i]] = <g, rows[index[i]]> for every i; the rest of `out` is unchanged. g [d], rows [*, d].
 static void inner_products(const float* rows, int64_t d, const int32_t* index, int64_t count, const float* g,
                            float* out) {
   using V = Pack<float>;

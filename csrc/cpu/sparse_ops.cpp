@@ -1,8 +1,8 @@
-// Products with features of which few are not 0, on a CPU: what tsae_kernels/sparse.py calls. The arithmetic is float32;
-// features and their gradient may be bfloat16.
+// Sparse matrix products on a CPU, for features that are mostly 0; tsae_kernels/sparse.py calls them. The arithmetic is
+// float32; features and their gradient may be bfloat16.
 //
-// Compressed rows, as everywhere: `offsets` [N + 1] int64, and for each number that is not 0 its column (int32) and its
-// value, row after row.
+// Compressed sparse rows (CSR): `offsets` [N + 1] int64, and row by row the column (int32) and value (float32) of each
+// nonzero entry.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -33,7 +33,7 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType d
   return torch::stable::new_empty(like, sizes, dtype);
 }
 
-// The pointers behind compressed rows whose columns are less than `width`.
+// The data of compressed rows, whose columns must be less than `width`.
 struct Rows {
   int64_t count, entries;
   const int64_t* offsets;
@@ -53,10 +53,10 @@ struct Rows {
   }
 };
 
-// A range of rows that a thread is woken for, where each costs about `work` numbers.
+// Fewest rows worth waking a thread for, if a row takes about `work` operations.
 int64_t grain(int64_t work) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work)); }
 
-uint16_t narrowed(float x) {  // to the nearest bfloat16, ties to even; NaN stays one
+uint16_t narrowed(float x) {  // to the nearest bfloat16, ties to even; NaN stays NaN
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   if (x != x) return uint16_t(bits >> 16 | 0x40);
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
@@ -89,7 +89,7 @@ Compressed compress(Tensor x) {
   return {offsets, columns, values};
 }
 
-// Of [N, k], as compressed rows of [k, N]; the entries of a row keep their order.
+// The transpose of [N, k] as compressed rows of [k, N], each in ascending order of columns.
 Compressed transpose(Tensor offsets, Tensor columns, Tensor values, int64_t k) {
   const Rows rows(offsets, columns, values, k);
   STD_TORCH_CHECK(rows.count < (int64_t(1) << 31), "there must be fewer than 2^31 rows");
@@ -130,8 +130,8 @@ Tensor matmul(Tensor offsets, Tensor columns, Tensor values, Tensor dense) {
   return out;
 }
 
-// left [N, d] @ right^T, right [k, d], at the entries of compressed rows [N, k]; 0 elsewhere. [N, k], dense; bfloat16 if
-// `half`, else float32.
+// left [N, d] @ right^T, right [k, d], at the nonzero positions of compressed rows [N, k]; 0 elsewhere. Out: dense [N,
+// k], bfloat16 if `half`, else float32.
 Tensor sampled_matmul(Tensor offsets, Tensor columns, Tensor values, Tensor left, Tensor right, bool half) {
   const float* from = data_of<float>("left", left, ScalarType::Float, 2);
   const float* data = data_of<float>("right", right, ScalarType::Float, 2);

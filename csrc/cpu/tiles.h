@@ -1,26 +1,21 @@
-// A tile, one pack of features of one sequence: how it is read, written and walked along T.
+// Tiles (one pack of features of one sequence): loads with prefetching, stores, and the iteration along T.
 //
-// A tile's row is a cache line or a few, so a walk along T reads the features once from memory. It goes block by block:
-// what the windows need of the rows before and ahead lies in a ring in `scratch`, in the first- or second-level cache
-// however long the sequence is.
+// A tile's row is one or a few cache lines, so an iteration along T reads the features once from memory. It proceeds
+// block by block: the rows before and after a block that the windows need are in a ring buffer in `scratch`, which
+// stays in the L1 or L2 cache however long the sequence is.
 #pragma once
 
 #include "kernels.h"
-#include "pack.h"
-#include "ring.h"
+#include "simd.h"
+#include "ring_buffer.h"
 
 namespace tsae {
 namespace TSAE_TARGET {
 
-// Centred float features are scaled by 2^-16 where they are only summed, so that no sum overflows before the result
-// does, even for bfloat16 of 3e38. Exact, as it is a power of two.
-template <class E>
-constexpr E kShrink = E(1) / 65536;
-
-struct Tile {  // `count` features of sequence b from j on
+struct Tile {  // `count` features of sequence b, starting at j
   int64_t b, j;
   int count;
-  int64_t ahead;  // elements from what is read to what is fetched
+  int64_t ahead;  // prefetch distance in elements
 
   TSAE_INLINE Tile(int64_t k, int64_t width, int64_t b, int64_t tile, int64_t ahead = 0)
       : b(b), j(tile * width), count(smaller(width, k - j)), ahead(ahead) {}
@@ -43,7 +38,7 @@ struct Reader {  // one tile of `Features`
       __builtin_prefetch(reinterpret_cast<const char*>(at + ahead) + i, 0, 2);
     return again(t);
   }
-  TSAE_INLINE V again(int64_t t) const {  // what was read before: there is nothing to fetch
+  TSAE_INLINE V again(int64_t t) const {  // a row that was read before, without prefetching
     const T* at = row + t * time;
     if (constant) {
       Stored<T> same;
@@ -72,9 +67,9 @@ struct Writer {  // one tile of a contiguous result
 
 // Calls block(i, run, begin, tile) for the blocks of all runs, each for tile first + i for i = 0 to tiles - 1.
 //
-// A tile's row is short and the next row a whole [k] away, which hardware prefetchers do not follow. While a row's page
-// is at hand the best to fetch is what the next tile will read of it, in this block if tiles go together; after the last
-// of those it is the first one's part of the next block.
+// A tile's row is short and the next row k elements away, a pattern that hardware prefetchers do not follow. So while a
+// row's page is in the TLB, each tile prefetches what the next tile reads from it; the last tile of a group prefetches the
+// first tile's part of the next block.
 template <int64_t width, class Block>
 TSAE_INLINE void block_by_block(const Features& x, int64_t T, int64_t k, Runs runs, int64_t b, int64_t first,
                                 int64_t tiles, const Block& block) {

@@ -1,20 +1,22 @@
-// The gradient in one pass: h (or for gelu pre) and grad_h are read once, grad_pre and grad_bias are written.
+// The backward pass: grad_pre and grad_bias from one read of h (for gelu, pre) and grad_h. docs/mathematics.md, section
+// 2.
 //
-// A block is one warp with its tile of h in shared memory; grad_h passes through registers. Bytes of bfloat16 [B, 128, k]:
-// 512 read, 256 written and 12 to 24 of coefficients and grad_bias a column.
-#include "tile.cuh"
+// A block is one warp with its tile of h in shared memory; grad_h passes through registers. Memory traffic per column
+// (b, j) of bfloat16 [B, 128, k]: 512 bytes read, 256 written, and 12 to 24 for coefficients and grad_bias.
+#include "activation.cuh"
 
 namespace tsae::cuda {
 namespace {
 
-// What all positions of this thread's features have in common, and what follows the window arithmetic at each.
+// The gradient of this thread's features, apart from the window terms: values shared by all positions, and the sum over
+// T.
 template <class T>
 struct Gradient {
   using E = compute_of<T>;
   using V = Pair<E>;
   const Backward& f;
   V bias, of_total, of_square;
-  Mask masked;  // features whose coefficients are all 0 get no window term, not 0 times one that may be infinite
+  Mask masked;  // features whose coefficients are all 0: no window term, as 0 times an infinite one would be NaN
   V accumulated{};
 
   __device__ __forceinline__ Gradient(const Backward& f, const Place& place) : f(f) {
@@ -33,11 +35,11 @@ struct Gradient {
   }
   __device__ __forceinline__ bool has_windows() const { return !(masked.a && masked.b); }
 
-  // pull: the window term times kShrink. h and slope: the activation's value and derivative.
+  // window_term: times kSumScale. h and slope: the activation's value and derivative.
   template <Activation activation>
-  __device__ __forceinline__ Stored<T> of_pre(const V& pull, const V& h, const V& slope, bool excluded,
+  __device__ __forceinline__ Stored<T> of_pre(const V& window_term, const V& h, const V& slope, bool excluded,
                                               const Stored<T>& grad_h) {
-    V grad = select(masked, V{}, pull * kGrow<E>);
+    V grad = select(masked, V{}, window_term * kInverseSumScale<E>);
     if (f.grad_total && !excluded) grad = grad + of_total;
     if (f.grad_square && !excluded) grad = grad + of_square * h;
     if (f.grad_h.x.data) grad = grad + widen<T>(grad_h);
@@ -51,22 +53,22 @@ struct Gradient {
   }
 };
 
-// For gelu the tile holds pre; the windows need h.
+// For gelu the tile holds pre, but the windows need h.
 template <class T>
 __device__ __forceinline__ void gelu_in_place(Stored<T>* column, int T_, const Pair<compute_of<T>>& bias) {
 #pragma unroll 4
   for (int t = 0; t < T_; ++t) column[t * kLanes] = Gelu<T>(widen<T>(column[t * kLanes]) + bias).value;
 }
 
-// ---- the tuned case: bands (1, 3), (4, 15) and one beyond ---------------------------------------------------------
+// ---- the tuned case: bands (1, 3), (4, 15) and one more -----------------------------------------------------------
 //
-// Windows of reach 3 and 15, and one that reaches as far as the third band: over the whole run if that is long enough.
-// Rows that slide out of the first window come from registers, all others are read again from the tile.
+// Windows of reach 3 and 15, and one with the third band's reach, which may cover the run. Rows that leave the first
+// window come from registers; all others are read again from the tile.
 
 constexpr int kStep = 8;  // rows at a time
 constexpr int kNear = 3, kFar = 15;
 
-// The next rows of a column, on their way while the current ones are worked on.
+// Loads the next rows of a column while the current ones are processed.
 template <class T>
 __device__ __forceinline__ void load_rows(const Column<T>& column, int begin, int end, Stored<T> (&rows)[kStep]) {
   if (column.paired && begin + kStep <= end) {
@@ -83,11 +85,11 @@ __device__ __forceinline__ void load_rows(const Column<T>& column, int begin, in
 
 template <class V>
 struct Windows {
-  V share[3];      // of the windows, what the bands that end or begin there contribute
+  V weight[3];     // g_s - g_{s+1} for each window
   V near, far, third;
-  V ring[kStep];   // ring[i]: the latest y whose row is i mod kStep, as far as t + 3
-  int reach;       // of the third
-  bool everywhere; // the third reaches everywhere
+  V ring[kStep];   // ring[i]: y of the latest row that is i mod kStep, up to row t + 3
+  int reach;       // of the third window
+  bool everywhere; // the third window covers the run
 };
 
 template <class V, class Rows>
@@ -109,7 +111,7 @@ __device__ __forceinline__ void open_windows(const Rows& y, int n, Windows<V>& w
   }
 }
 
-// Half of the window term at t, with t mod kStep = i. `complete`: the windows of reach 3 and 15 lie within the run.
+// Half of the window term at t, where t mod kStep = i. `complete`: the windows of reach 3 and 15 are within the run.
 template <bool complete, class V, class Rows>
 __device__ __forceinline__ V slide_windows(const Rows& y, int i, int t, int n, Windows<V>& w) {
   using E = element_of<V>;
@@ -128,8 +130,8 @@ __device__ __forceinline__ V slide_windows(const Rows& y, int i, int t, int n, W
   }
   const E near_count = complete ? E(2 * kNear + 1) : E(window_count(t, n, kNear));
   const E far_count = complete ? E(2 * kFar + 1) : E(window_count(t, n, kFar));
-  return w.share[0] * (now * near_count - w.near) + w.share[1] * (now * far_count - w.far) +
-         w.share[2] * (now * E(third_count) - w.third);
+  return w.weight[0] * (now * near_count - w.near) + w.weight[1] * (now * far_count - w.far) +
+         w.weight[2] * (now * E(third_count) - w.third);
 }
 
 template <class T, Activation activation>
@@ -140,7 +142,7 @@ __global__ void __launch_bounds__(kLanes, kResident<T>) backward_multiscale(cons
   fill_tile<T>(f.saved, f.T, f.k, place);
   Gradient<T> gradient(f, place);
   await_copies();
-  const bool any = __syncthreads_or(gradient.has_windows());  // of the features of this tile
+  const bool any = __syncthreads_or(gradient.has_windows());  // any feature of this tile
   if (place.count == 0) return;
 
   const TileColumn<T> tiled{tile<T>() + threadIdx.x};
@@ -154,9 +156,9 @@ __global__ void __launch_bounds__(kLanes, kResident<T>) backward_multiscale(cons
   if (any) {
     const V near = gradient.coefficient(place, 0), far = gradient.coefficient(place, 1);
     const V third = f.S > 2 ? gradient.coefficient(place, 2) : V{};
-    windows.share[0] = near - far;
-    windows.share[1] = far - third;
-    windows.share[2] = third;
+    windows.weight[0] = near - far;
+    windows.weight[1] = far - third;
+    windows.weight[2] = third;
   }
 
   for (int next = 0; next < f.T;) {
@@ -168,20 +170,20 @@ __global__ void __launch_bounds__(kLanes, kResident<T>) backward_multiscale(cons
     const Column<T> z = saved.from(run.begin), grad_h = incoming.from(run.begin);
     Stored<T> grads[kStep] = {}, later[kStep] = {};
     if (has_grad_h) load_rows(grad_h, 0, n, grads);
-    const Shrunk<TileColumn<T>, V> y{x, compare ? shrunk_level(x, n) : V{}};
+    const ScaledCentred<TileColumn<T>, V> y{x, compare ? scaled_centre_of(x, n) : V{}};
     if (compare) open_windows(y, n, windows);
 
     for (int begin = 0; begin < n; begin += kStep) {
       if (has_grad_h) load_rows(grad_h, begin + kStep, n, later);
-      const auto row = [&](int i, const V& pull) {
+      const auto row = [&](int i, const V& window_term) {
         const int t = begin + i;
         if constexpr (activation == kGelu) {
           const Gelu<T> gelu(z(t) + gradient.bias);
           *reinterpret_cast<Stored<T>*>(to) =
-              gradient.template of_pre<activation>(pull, widen<T>(gelu.value), gelu.slope, run.excluded, grads[i]);
+              gradient.template of_pre<activation>(window_term, widen<T>(gelu.value), gelu.slope, run.excluded, grads[i]);
         } else {
           *reinterpret_cast<Stored<T>*>(to) =
-              gradient.template of_pre<activation>(pull, x(t), V{}, run.excluded, grads[i]);
+              gradient.template of_pre<activation>(window_term, x(t), V{}, run.excluded, grads[i]);
         }
         to += f.k;
       };
@@ -203,7 +205,7 @@ __global__ void __launch_bounds__(kLanes, kResident<T>) backward_multiscale(cons
 
 // ---- any bands, any T ---------------------------------------------------------------------------------------------
 
-// h: from the tile or from global memory, for gelu from pre if there is no tile.
+// h from the tile or from global memory; for gelu without a tile, computed from pre.
 template <class T>
 struct Values {
   using V = Pair<compute_of<T>>;
@@ -234,13 +236,13 @@ __global__ void __launch_bounds__(kLanes, 8) backward_any(const __grid_constant_
   const Column<T> saved(f.saved, place), grad_h(f.grad_h, place), source = tiled ? Column<T>(column) : saved;
   const Output<T> grad_pre(f.grad_pre, f.T, f.k, f.paired, place);
   const int* ends = f.ends ? f.ends + place.b * f.T : nullptr;
-  Window<V> windows[kWindows];  // in registers: every index is a constant once the loops are unrolled
+  Window<V> windows[kWindows];  // in registers: with unrolled loops every index is a constant
   if (any) {
 #pragma unroll
     for (int w = 0; w < kWindows; ++w) {
       if (w < f.number_of_windows) {
         windows[w].reach = f.windows[w].reach;
-        windows[w].share = gradient.coefficient(place, f.windows[w].plus) - gradient.coefficient(place, f.windows[w].minus);
+        windows[w].weight = gradient.coefficient(place, f.windows[w].plus) - gradient.coefficient(place, f.windows[w].minus);
       }
     }
   }
@@ -250,7 +252,7 @@ __global__ void __launch_bounds__(kLanes, 8) backward_any(const __grid_constant_
     const int n = run.end - run.begin;
     const bool compare = any && !run.excluded && n > 1;
     const Values<T> x{source.from(run.begin), gelu && !tiled, gradient.bias};
-    const Shrunk<Values<T>, V> y{x, compare ? shrunk_level(x, n) : V{}};
+    const ScaledCentred<Values<T>, V> y{x, compare ? scaled_centre_of(x, n) : V{}};
     if (compare) {
 #pragma unroll
       for (int w = 0; w < kWindows; ++w) {
@@ -258,12 +260,12 @@ __global__ void __launch_bounds__(kLanes, 8) backward_any(const __grid_constant_
       }
     }
     for (int t = 0; t < n; ++t) {
-      V pull{};
+      V window_term{};
       if (compare) {
         const V now = y(t);
 #pragma unroll
         for (int w = 0; w < kWindows; ++w) {
-          if (w < f.number_of_windows) pull = pull + slide_window(y, now, t, n, windows[w]);
+          if (w < f.number_of_windows) window_term = window_term + slide_window(y, now, t, n, windows[w]);
         }
       }
       const int at = run.begin + t;
@@ -271,11 +273,11 @@ __global__ void __launch_bounds__(kLanes, 8) backward_any(const __grid_constant_
       const Stored<T> incoming = f.grad_h.x.data ? grad_h.stored(at) : Stored<T>{};
       if (gelu) {
         const Gelu<T> here(saved(at) + gradient.bias);
-        out = gradient.template of_pre<kGelu>(pull, widen<T>(here.value), here.slope, run.excluded, incoming);
+        out = gradient.template of_pre<kGelu>(window_term, widen<T>(here.value), here.slope, run.excluded, incoming);
       } else if (f.activation == kRelu) {
-        out = gradient.template of_pre<kRelu>(pull, source(at), V{}, run.excluded, incoming);
+        out = gradient.template of_pre<kRelu>(window_term, source(at), V{}, run.excluded, incoming);
       } else {
-        out = gradient.template of_pre<kIdentity>(pull, source(at), V{}, run.excluded, incoming);
+        out = gradient.template of_pre<kIdentity>(window_term, source(at), V{}, run.excluded, incoming);
       }
       grad_pre(at, out);
     }
@@ -302,12 +304,7 @@ const char* backward_of(const Backward& f, void* stream) {
 }  // namespace
 
 const char* backward(const Backward& f, void* stream) {
-  switch (f.dtype) {
-    case kDouble: return backward_of<double>(f, stream);
-    case kFloat: return backward_of<float>(f, stream);
-    case kBFloat16: return backward_of<BFloat16>(f, stream);
-    default: return backward_of<Half>(f, stream);
-  }
+  return with_dtype(f.dtype, [&](auto element) { return backward_of<decltype(element)>(f, stream); });
 }
 
 }  // namespace tsae::cuda

@@ -1,5 +1,5 @@
-// Everything the kernels ask of the GPU: launching, shared memory, asynchronous copies, conversions. The tests replace
-// this header by one that runs the same kernels on the host (tests/tsae_kernels/cuda_emulation).
+// All GPU-specific functions: launches, shared memory, asynchronous copies, conversions. The tests replace this header
+// with one that runs the same kernels on the host (tests/tsae_kernels/cuda_emulation).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,17 +8,16 @@
 
 #include <cstdint>
 
-
 namespace tsae::cuda {
 
-// Dynamic shared memory; at least as much as the launch asked for, aligned to 16 bytes.
+// Dynamic shared memory: at least as much as the launch requested, aligned to 16 bytes.
 __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(16) unsigned char tsae_shared_memory[];
   return tsae_shared_memory;
 }
 
-// 16 bytes from global to shared memory without passing through registers; the last 16 - `bytes` become 0 and are not
-// read. It has arrived after await_copies and a barrier.
+// Copies `bytes` bytes, at most 16, from global to shared memory without passing through registers, and zeros up to 16
+// bytes. Completes with await_copies and a barrier.
 __device__ __forceinline__ void copy_async(void* to, const void* from, int bytes) {
   const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(at), "l"(from), "r"(bytes) : "memory");
@@ -49,7 +48,7 @@ __device__ __forceinline__ uint32_t narrow_half(float first, float second) {
   return *reinterpret_cast<const uint32_t*>(&both);
 }
 
-// Launches `kernel` with one argument; null, or what went wrong.
+// Launches `kernel` with one argument. Returns null or an error message.
 template <class Argument>
 const char* launch(void (*kernel)(Argument), int64_t blocks, int threads, int64_t shared_bytes, void* stream,
                    const Argument& argument) {
@@ -57,7 +56,7 @@ const char* launch(void (*kernel)(Argument), int64_t blocks, int threads, int64_
   if (blocks > INT32_MAX) return "too many features for one launch";
   cudaError_t error = cudaSuccess;
   if (shared_bytes > 0) {
-    // As much of the multiprocessor's memory as can be shared, and more of it than a kernel gets unasked.
+    // The largest shared-memory carveout, and more dynamic shared memory than the default 48 KiB.
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
     if (error == cudaSuccess && shared_bytes > (48 << 10))
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));

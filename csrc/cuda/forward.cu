@@ -1,52 +1,19 @@
-// Activation and temporal statistics in one pass: pre is read once, h and the statistics are written.
+// The forward pass: activation and temporal statistics from one read of pre. docs/mathematics.md, sections 2 to 4.
 //
-// A block is one warp with its tile. Bytes of bfloat16 [B, 128, k] with three bands: 256 read, 256 written and 20 of
-// statistics a column; the statistics alone read 256 and write 20.
+// A block is one warp with its tile. Memory traffic per column (b, j) of bfloat16 [B, 128, k] with three bands: 256
+// bytes read, 256 written for h and 20 for the statistics; the statistics alone read 256 and write 20.
+#include "activation.cuh"
 #include "statistics.cuh"
 
 namespace tsae::cuda {
 namespace {
 
-enum class Mode { kIdentity, kRelu, kSchmitt, kGelu };
-
-// Activates one run. put(t, x) takes what is to be stored.
-template <class T, Mode mode, class Rows, class Put>
-__device__ __forceinline__ void activate(const Forward& f, const Place& place, const Run& run, const Rows& pre,
-                                         const Put& put) {
-  using E = compute_of<T>;
-  using V = Pair<E>;
-  const V bias = f.bias ? load_numbers<E>(f.bias, place.j, place.count) : splat(-E(0));  // -0 changes no number
-  V level = f.level && !f.level_per_position ? load_numbers<E>(f.level, place.j, place.count) : V{};
-  V release{};
-  if constexpr (mode == Mode::kSchmitt) {
-    // An excluded position takes no state over: nothing is above its release.
-    release = run.excluded ? splat(E(INFINITY)) : load_numbers<E>(f.release, place.j, place.count);
-  }
-  const E* levels = f.level_per_position ? static_cast<const E*>(f.level) + place.b * f.T : nullptr;
-  Mask off{true, true};
-  #pragma unroll 8
-  for (int t = run.begin; t < run.end; ++t) {
-    V z = pre(t) + bias;
-    if constexpr (mode == Mode::kGelu) {
-      put(t, Gelu<T>(z).value);
-      continue;
-    }
-    if constexpr (mode == Mode::kRelu || mode == Mode::kSchmitt) {
-      if (levels) level = splat(levels[t]);
-      if constexpr (mode == Mode::kSchmitt) off = stays_off(z, level, release, off);
-      else off = less_equal(z, level);
-      z = select(off, V{}, z);
-    }
-    put(t, narrow<T>(z));
-  }
-}
-
-// The sums of a sequence, to be written at its end.
+// Writes the sums of a complete sequence.
 template <class T, class E = compute_of<T>>
 __device__ __forceinline__ void write_moments(const Forward& f, const Place& place, const Pair<E>& total,
                                               const Pair<E>& square) {
   const int64_t at = place.b * f.k + place.j;
-  store_numbers(f.total, at, total * kGrow<E>, f.paired, place.count);
+  store_numbers(f.total, at, total * kInverseSumScale<E>, f.paired, place.count);
   store_numbers(f.square, at, square, f.paired, place.count);
 }
 
@@ -77,14 +44,14 @@ __global__ void __launch_bounds__(kLanes, kResident<T>) forward_multiscale(const
     if (run.excluded) continue;
     const int n = run.end - run.begin;
     const TileColumn<T> rows = x.from(run.begin);
-    const V level = shrunk_level(rows, n);
-    const Centred<TileColumn<T>, V> y{rows, level * kGrow<E>};
+    const V scaled_centre = scaled_centre_of(rows, n);
+    const Centred<TileColumn<T>, V> y{rows, scaled_centre * kInverseSumScale<E>};
     const Sums<V> sums = walk_multiscale<V>(y, n);
     const V run_near = sums.near * E(-2), run_far = sums.far * E(-2);
     near = near + run_near;
     far = far + run_far;
     if (f.S > 2 && n > kFarLast + 1) third = third + third_band(y, n, f.bands[5], run_near, run_far, sums);
-    add_moments(rows, n, level, sums, total, square);
+    add_moments(rows, n, scaled_centre, sums, total, square);
   }
   const int64_t at = place.b * f.S * f.k + place.j;
   store_numbers(f.differences, at, finished_energy(near, square), true, 2);
@@ -93,8 +60,8 @@ __global__ void __launch_bounds__(kLanes, kResident<T>) forward_multiscale(const
   write_moments<T>(f, place, total, square);
 }
 
-// Any bands, any T, one walk a band. The features are in a tile if it is small enough, else in global memory: `pre`, or h
-// where it is written, which this thread alone writes and reads.
+// Any bands and any T, with one pass per band. The features are in a tile if it is small enough, else in global memory:
+// pre, or h where it is written, whose column only this thread writes and reads.
 template <class T>
 __global__ void __launch_bounds__(kLanes, 8) forward_any(const __grid_constant__ Forward f) {
   using E = compute_of<T>;
@@ -136,8 +103,9 @@ __global__ void __launch_bounds__(kLanes, 8) forward_any(const __grid_constant__
     if (run.excluded) continue;
     const int n = run.end - run.begin;
     const Column<T> rows = x.from(run.begin);
-    const V level = shrunk_level(rows, n);
-    add_moments(rows, n, level, walk_moments<V>(Centred<Column<T>, V>{rows, level * kGrow<E>}, n), total, square);
+    const V scaled_centre = scaled_centre_of(rows, n);
+    const Centred<Column<T>, V> y{rows, scaled_centre * kInverseSumScale<E>};
+    add_moments(rows, n, scaled_centre, walk_moments<V>(y, n), total, square);
   }
   for (int s = 0; s < f.S; ++s) {
     const int first = f.bands[2 * s], last = f.bands[2 * s + 1];
@@ -148,7 +116,7 @@ __global__ void __launch_bounds__(kLanes, 8) forward_any(const __grid_constant__
       const int n = run.end - run.begin;
       if (run.excluded || n <= first) continue;
       const Column<T> rows = x.from(run.begin);
-      const Centred<Column<T>, V> y{rows, shrunk_level(rows, n) * kGrow<E>};
+      const Centred<Column<T>, V> y{rows, scaled_centre_of(rows, n) * kInverseSumScale<E>};
       energy = energy + band_energy<V>(y, n, first, last);
     }
     const int64_t at = (place.b * f.S + s) * f.k + place.j;
@@ -176,12 +144,7 @@ const char* forward_of(const Forward& f, void* stream) {
 }  // namespace
 
 const char* forward(const Forward& f, void* stream) {
-  switch (f.dtype) {
-    case kDouble: return forward_of<double>(f, stream);
-    case kFloat: return forward_of<float>(f, stream);
-    case kBFloat16: return forward_of<BFloat16>(f, stream);
-    default: return forward_of<Half>(f, stream);
-  }
+  return with_dtype(f.dtype, [&](auto element) { return forward_of<decltype(element)>(f, stream); });
 }
 
 }  // namespace tsae::cuda

@@ -1,4 +1,5 @@
-// What the operators (ops.cpp) and the kernels (*.cu) agree on. Nothing of PyTorch, so that the kernels compile without it.
+// The interface between the operators (ops.cpp) and the kernels (*.cu). Without PyTorch, so that the kernels compile
+// without it.
 #pragma once
 
 #include "../shared/operands.h"
@@ -8,17 +9,17 @@ namespace tsae::cuda {
 constexpr int kMostBands = 8;
 constexpr int kMostWindows = 2 * kMostBands;
 
-// A tile is the 64 features of one warp, two to a lane, at all T positions of one sequence.
+// A tile is 64 features of one sequence at all T positions: one warp, two features per lane.
 constexpr int kLanes = 32;
 constexpr int kTile = 2 * kLanes;
 
-// Tiles up to this many bytes go to shared memory: two of them still fit on one multiprocessor of every architecture.
+// Tiles up to this many bytes are in shared memory: two of them fit on a multiprocessor of every architecture.
 constexpr int64_t kMostTileBytes = 80 << 10;
 
 struct Source {  // features in global memory
   Features x;
-  bool whole;   // may be copied in pieces of 16 bytes
-  bool paired;  // a thread's two neighbours may be read at once
+  bool vectorized;  // rows can be copied in pieces of 16 bytes
+  bool paired;      // a thread's two features can be read in one load
 };
 
 struct Forward {
@@ -28,14 +29,14 @@ struct Forward {
   Source pre;
   Activation activation;
   const void* bias;        // [k] compute type, or null
-  const void* level;       // [k] or [B, T] compute type, >= 0, or null for 0
-  bool level_per_position;
+  const void* threshold;       // [k] or [B, T] compute type, >= 0, or null for 0
+  bool threshold_per_position;
   const void* release;     // [k] compute type, >= 0, or null: no Schmitt trigger
-  const int* ends;         // [B, T], from find_runs, or null: every sequence is one segment
+  const int* ends;         // [B, T], from find_segment_ends, or null: each sequence is one segment
   int S;
-  int bands[2 * kMostBands];  // [S][2], reaches limited to T
-  bool paired;             // results: a thread's two neighbours may be written at once, k is even
-  void* h;                 // [B, T, k], or null: statistics alone
+  int bands[2 * kMostBands];  // [S][2], offsets clamped to T
+  bool paired;             // results: k is even, so a thread's two features can be written in one store
+  void* h;                 // [B, T, k], or null: statistics only
   void* differences;       // [B, S, k] compute type
   void* total;             // [B, k]
   void* square;            // [B, k]
@@ -54,7 +55,7 @@ struct Backward {
   int S;
   int bands[2 * kMostBands];
   int number_of_windows;
-  Share windows[kMostWindows];
+  BackwardWindow windows[kMostWindows];
   const void* grad_total;   // [B, k] compute type or null
   const void* grad_square;  // [B, k] compute type or null
   bool paired;
@@ -76,22 +77,22 @@ struct Steps {
 constexpr int kStepThreads = 128;
 constexpr int64_t blocks_of_steps(int64_t k) { return (k + 2 * kStepThreads - 1) / (2 * kStepThreads); }
 
-// The case that the kernels are tuned for: bands (1, 3), (4, 15) and perhaps one from 16 on, pairs of features that can be
-// written at once, and a tile that fits. It depends on nothing else, so that the statistics of h are the same to the last
-// bit whether they come with the activation or alone.
+// Whether the tuned kernels apply: bands (1, 3), (4, 15) and optionally one that begins at 16, an even k, and a tile
+// that fits into shared memory. It depends on nothing else, so the statistics of h have the same bits whether they are
+// computed with the activation or alone.
 inline bool is_tuned(int S, const int* bands, int64_t k, int64_t tile_bytes) {
   const bool inner = S >= 2 && bands[0] == 1 && bands[1] == 3 && bands[2] == 4 && bands[3] == 15;
   return inner && (S == 2 || (S == 3 && bands[4] == 16)) && k % 2 == 0 && tile_bytes <= kMostTileBytes;
 }
 
-// Each puts its kernel on the stream (a cudaStream_t) and returns null, or what went wrong.
-const char* find_runs(const int64_t* ids, int64_t B, int T, int* ends, void* stream);
+// Each launches its kernel on `stream` (a cudaStream_t) and returns null or an error message.
+const char* find_segment_ends(const int64_t* ids, int64_t B, int T, int* ends, void* stream);
 const char* forward(const Forward& f, void* stream);
 const char* backward(const Backward& f, void* stream);
 const char* step_energy(const Steps& f, void* stream);
 const char* step_energy_backward(const Steps& f, void* stream);
 
-const char* built_for();      // version of CUDA
+const char* built_for();      // CUDA version
 const char* architectures();  // sm_80, ...
 
 }  // namespace tsae::cuda

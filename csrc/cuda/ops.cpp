@@ -1,12 +1,12 @@
-// The operators of the `cuda` backend, on PyTorch's stable ABI: those of csrc/cpu/ops.cpp, for tensors on a GPU.
-// tsae_kernels/cuda.py calls them; the public operators, their shapes for torch.compile and their gradients are in
-// tsae_kernels/ops.py. Nothing here waits for the GPU or looks at data on it.
+// The operators of the `cuda` backend, on PyTorch's stable ABI: the same operators as in csrc/cpu/ops.cpp, for tensors
+// on a GPU. tsae_kernels/backends/compiled.py calls them; the public operators, with autograd and fake implementations,
+// are in tsae_kernels/ops.py. Nothing here waits for the GPU or reads data on it.
 #include <tuple>
 
 #include "../shared/arguments.h"
 #include "kernels.h"
 
-// Where the current stream comes from; the tests replace it together with the device.
+// Provides CurrentStream, and the library's name and dispatch key; the tests replace it along with the device.
 #ifndef TSAE_STREAM_HEADER
 #define TSAE_STREAM_HEADER "stream.h"
 #endif
@@ -17,9 +17,9 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-void check_launch(const char* problem) {
-  STD_TORCH_CHECK(!problem, "tsae_kernels: a CUDA kernel could not be launched: ", problem, ". The library was built for ",
-                  architectures(), "; TORCH_CUDA_ARCH_LIST chooses others when it is built.");
+void check_launch(const char* error) {
+  STD_TORCH_CHECK(!error, "tsae_kernels: a CUDA kernel launch failed: ", error, ". The library was built for ",
+                  architectures(), "; set TORCH_CUDA_ARCH_LIST when building it for other architectures.");
 }
 
 bool divides(int64_t size, const void* address, std::initializer_list<int64_t> byte_strides) {
@@ -32,13 +32,14 @@ Source source(const char* name, const Tensor& x, const Tensor& like, Tensor& own
   Source out;
   out.x = features(name, x, like, owner);
   const int64_t size = x.element_size(), batch = out.x.batch * size, time = out.x.time * size;
-  const bool neighbours = out.x.feature == 1;
-  out.whole = neighbours && divides(16, out.x.data, {batch, time});
-  out.paired = neighbours && divides(2 * size, out.x.data, {batch, time});
+  const bool adjacent = out.x.feature == 1;
+  out.vectorized = adjacent && divides(16, out.x.data, {batch, time});
+  out.paired = adjacent && divides(2 * size, out.x.data, {batch, time});
   return out;
 }
 
-// Whether two neighbours of a contiguous [..., k] result may be written at once. PyTorch's allocations are aligned.
+// Whether two adjacent features of a contiguous [..., k] result can be written in one store. PyTorch's allocations are
+// aligned.
 bool even(int64_t k) { return k % 2 == 0; }
 
 int copy_bands(const Sizes& bands, int64_t T, int* to) {
@@ -49,20 +50,20 @@ int copy_bands(const Sizes& bands, int64_t T, int* to) {
   return int(limited.size() / 2);
 }
 
-// [B, T] for the kernels, which keep it in `owner` until they are queued; null without segments.
+// Segment ends [B, T], owned by `owner`, which must outlive the launches; null without segments.
 const int* ends_of(const OptionalTensor& segments, const Tensor& x, Tensor& owner, void* stream) {
   const int64_t B = x.size(0), T = x.size(1);
   const void* ids = data_of("segments", segments, x, ScalarType::Long, {B, T});
   if (!ids || B == 0) return nullptr;
   owner = empty(x, {B, T}, ScalarType::Int);
   int* ends = static_cast<int*>(owner.mutable_data_ptr());
-  check_launch(find_runs(static_cast<const int64_t*>(ids), B, int(T), ends, stream));
+  check_launch(find_segment_ends(static_cast<const int64_t*>(ids), B, int(T), ends, stream));
   return ends;
 }
 
-// `level` is [k], or [B, T] for a threshold per position. `with_h` false: an empty tensor in h's place.
+// If `with_h` is false, h is an empty tensor.
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_op(Tensor pre, OptionalTensor bias, int64_t activation,
-                                                      OptionalTensor level, OptionalTensor release, Sizes bands,
+                                                      OptionalTensor threshold, OptionalTensor release, Sizes bands,
                                                       OptionalTensor segments, bool with_h) {
   const CurrentStream stream(pre);
   Tensor owner, runs;
@@ -74,8 +75,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_op(Tensor pre, OptionalTensor
   f.S = copy_bands(bands, f.T, f.bands);
   const ScalarType dtype = compute_type(pre);
   f.bias = data_of("bias", bias, pre, dtype, {f.k});
-  f.level_per_position = level && level->dim() == 2;
-  f.level = data_of("level", level, pre, dtype, f.level_per_position ? Sizes{f.B, f.T} : Sizes{f.k});
+  f.threshold_per_position = threshold && threshold->dim() == 2;
+  f.threshold = data_of("threshold", threshold, pre, dtype, f.threshold_per_position ? Sizes{f.B, f.T} : Sizes{f.k});
   f.release = data_of("release", release, pre, dtype, {f.k});
   f.ends = ends_of(segments, pre, runs, stream.get());
   Tensor h = empty(pre, with_h ? Sizes{f.B, f.T, f.k} : Sizes{0}, pre.scalar_type());
@@ -90,8 +91,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_op(Tensor pre, OptionalTensor
   return {h, differences, total, square};
 }
 
-// `grad_differences` is [1 or B, S, k]. The second result is [B, k]: grad_bias before the sum over the batch, which the
-// caller takes in a fixed order.
+// `grad_differences` is [1 or B, S, k]. The second result is grad_bias before the sum over the batch, [B, k]; the
+// caller sums it in a fixed order.
 std::tuple<Tensor, Tensor> backward_op(Tensor saved, OptionalTensor bias, OptionalTensor grad_h,
                                        OptionalTensor grad_differences, OptionalTensor grad_total,
                                        OptionalTensor grad_square, int64_t activation, Sizes bands,
@@ -113,7 +114,7 @@ std::tuple<Tensor, Tensor> backward_op(Tensor saved, OptionalTensor bias, Option
   f.grad_total = data_of("grad_total", grad_total, saved, dtype, {f.B, f.k});
   f.grad_square = data_of("grad_square", grad_square, saved, dtype, {f.B, f.k});
   f.ends = ends_of(segments, saved, runs, stream.get());
-  const std::vector<Share> windows = shares_of(limited_bands(bands, f.T));
+  const std::vector<BackwardWindow> windows = backward_windows(limited_bands(bands, f.T));
   std::copy(windows.begin(), windows.end(), f.windows);
   f.number_of_windows = int(windows.size());
   Tensor grad_pre = empty(saved, {f.B, f.T, f.k}, saved.scalar_type()), grad_bias = empty(saved, {f.B, f.k}, dtype);
@@ -134,7 +135,7 @@ Steps steps_of(const Tensor& h, const Tensor& weights, Tensor& owner) {
   return f;
 }
 
-// The energy of every block, [B, blocks] float64, which the caller sums in a fixed order.
+// The energy of every block, [B, blocks] float64; the caller sums it in a fixed order.
 Tensor step_energy_op(Tensor h, Tensor weights) {
   const CurrentStream stream(h);
   Tensor owner;
@@ -159,24 +160,16 @@ Tensor step_energy_backward_op(Tensor h, Tensor weights, Tensor grad) {
 }  // namespace
 }  // namespace tsae::cuda
 
-// To be raised with every change of an operator's signature: a library left over from older sources is then not used.
+// Raise this with every change of an operator's signature, so that a library built from older sources is not used.
 TSAE_EXPORT int tsae_interface() { return 3; }
 TSAE_EXPORT const char* tsae_built_for() { return "torch " TORCH_VERSION ", " TSAE_COMPILER; }
 TSAE_EXPORT const char* tsae_cuda_version() { return tsae::cuda::built_for(); }
 TSAE_EXPORT const char* tsae_architectures() { return tsae::cuda::architectures(); }
 
-STABLE_TORCH_LIBRARY(tsae_kernels_cuda, library) {
-  library.def(
-      "forward(Tensor pre, Tensor? bias, int activation, Tensor? level, Tensor? release, int[] bands, "
-      "Tensor? segments, bool with_h) -> (Tensor, Tensor, Tensor, Tensor)");
-  library.def(
-      "backward(Tensor saved, Tensor? bias, Tensor? grad_h, Tensor? grad_differences, Tensor? grad_total, "
-      "Tensor? grad_square, int activation, int[] bands, Tensor? segments) -> (Tensor, Tensor)");
-  library.def("step_energy(Tensor h, Tensor weights) -> Tensor");
-  library.def("step_energy_backward(Tensor h, Tensor weights, Tensor grad) -> Tensor");
-}
+#define TSAE_DEFINE_LIBRARY(name) STABLE_TORCH_LIBRARY(name, library)  // expands the name first
+TSAE_DEFINE_LIBRARY(TSAE_LIBRARY) { tsae::define_operators(library); }
 
-STABLE_TORCH_LIBRARY_IMPL(tsae_kernels_cuda, TSAE_DISPATCH_KEY, library) {
+STABLE_TORCH_LIBRARY_IMPL(TSAE_LIBRARY, TSAE_DISPATCH_KEY, library) {
   library.impl("forward", TORCH_BOX(&tsae::cuda::forward_op));
   library.impl("backward", TORCH_BOX(&tsae::cuda::backward_op));
   library.impl("step_energy", TORCH_BOX(&tsae::cuda::step_energy_op));

@@ -1,10 +1,11 @@
-// PyTorch's current stream on a tensor's device, which is made the current device meanwhile.
+// PyTorch's current stream on a tensor's device, and a guard that makes that device current.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 
+#define TSAE_LIBRARY tsae_kernels_cuda
 #define TSAE_DISPATCH_KEY CUDA
 
 namespace tsae::cuda {

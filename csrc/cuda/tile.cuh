@@ -1,17 +1,17 @@
-// Where the features are: a warp's tile in shared memory, or columns of global memory; and the runs along T.
+// Access to features: a warp's tile in shared memory, columns of global memory, segments along T, and centred rows.
 #pragma once
 
-#include "pair.cuh"
+#include "feature_pair.cuh"
 
 namespace tsae::cuda {
 
-// The two features of this thread, j and j + 1, of sequence b. count: how many of them there are.
+// This thread's features, j and j + 1 of sequence b. count: how many of the two exist.
 struct Place {
-  int64_t b, first, j;  // first: of the whole block
+  int64_t b, first, j;  // first: the block's first feature
   int count;
 };
 __device__ __forceinline__ Place place_of(int64_t k, int width) {
-  const int64_t blocks = (k + width - 1) / width;  // of one sequence, neighbours in the grid: they read the same rows
+  const int64_t blocks = (k + width - 1) / width;  // of one sequence; adjacent in the grid, as they read the same rows
   Place at;
   at.b = blockIdx.x / blocks;
   at.first = (blockIdx.x % blocks) * width;
@@ -20,7 +20,7 @@ __device__ __forceinline__ Place place_of(int64_t k, int width) {
   return at;
 }
 
-// This thread's features at every t, in shared or global memory. Features that are not there read as 0.
+// This thread's features at every t, in shared or global memory. Features that do not exist read as 0.
 template <class T>
 struct Column {
   const T* at;
@@ -48,7 +48,7 @@ struct Column {
   }
 };
 
-// The same in this warp's tile, for the tuned kernels: the compiler sees that it is shared memory.
+// A column of this warp's tile, for the tuned kernels: the compiler knows that it is in shared memory.
 template <class T>
 struct TileColumn {
   Stored<T>* at;
@@ -65,31 +65,31 @@ TSAE_INLINE constexpr int64_t tile_bytes(int64_t T_) {
   return T_ * kTile * int64_t(sizeof(T));
 }
 
-// Blocks of one warp with tiles of 128 rows that one multiprocessor with 227 KB of shared memory holds at a time: the
-// registers of the tuned kernels are limited so that it does.
+// Resident blocks (one warp, 128 rows) that fit on a multiprocessor with 227 KB of shared memory. The tuned kernels'
+// register count is limited to allow as many.
 template <class T>
 constexpr int kResident = sizeof(T) == 2 ? 13 : 6;
 
-// Begins to fill the tile. It is there after await_copies and a barrier.
+// Starts copying the tile into shared memory. Completes with await_copies and a barrier.
 template <class T>
 __device__ __forceinline__ void fill_tile(const Source& source, int T_, int64_t k, const Place& place) {
-  if (source.whole) {
+  if (source.vectorized) {
     constexpr int row_bytes = kTile * sizeof(T), pieces = row_bytes / 16;
     static_assert(pieces <= kLanes);
     const int piece = threadIdx.x % pieces;
-    const int64_t missing = (place.first + kTile - k) * int64_t(sizeof(T));  // at the end of the row, or negative
+    const int64_t missing = (place.first + kTile - k) * int64_t(sizeof(T));  // past the end of the row; may be negative
     const int64_t bytes = row_bytes - piece * 16 - (missing > 0 ? missing : 0);
     const int present = bytes >= 16 ? 16 : bytes > 0 ? int(bytes) : 0;
     const int64_t stride = source.x.time * int64_t(sizeof(T));
     const char* from = source.x.data + (place.b * source.x.batch + place.first) * int64_t(sizeof(T));
     if (present > 0) from += piece * 16;
     unsigned char* to = shared_memory() + piece * 16;
-    #pragma unroll 4
+#pragma unroll 4
     for (int t = threadIdx.x / pieces; t < T_; t += kLanes / pieces) copy_async(to + t * row_bytes, from + t * stride, present);
   } else {
     const Column<T> column(source, place);
     Stored<T>* to = tile<T>() + threadIdx.x;
-    #pragma unroll 8
+#pragma unroll 8
     for (int t = 0; t < T_; ++t) to[t * kLanes] = column.stored(t);
   }
 }
@@ -116,7 +116,7 @@ struct Output {
   }
 };
 
-// Two numbers of compute type, `index` of the first; `missing` for those that are not there.
+// Two numbers of compute type, starting at `index`; `missing` for those that do not exist.
 template <class E>
 __device__ __forceinline__ Pair<E> load_numbers(const void* from, int64_t index, int count, E missing = 0) {
   const E* at = static_cast<const E*>(from) + index;
@@ -133,81 +133,45 @@ __device__ __forceinline__ void store_numbers(void* to, int64_t index, const Pai
   }
 }
 
-// A maximal stretch [begin, end) of one sequence: a segment, or positions that are excluded.
+// A maximal run [begin, end) of equal ids in one sequence: a segment, or excluded positions.
 struct Run {
   int begin, end;
   bool excluded;
 };
-// ends: of this sequence, written by find_runs where a run begins: its end, negative if it is excluded.
+// ends: of this sequence, from find_segment_ends. Where a run begins: its end, negative if it is excluded.
 __device__ __forceinline__ Run run_at(const int* ends, int begin, int T_) {
   if (!ends) return {0, T_, false};
   const int end = ends[begin];
   return {begin, end < 0 ? -end : end, end < 0};
 }
 
-// The level around which a run is centred: the mean of every eighth position (of all, up to 16), times kShrink. It is off
-// the mean by at most sqrt(7) standard deviations whatever the features are (mathematics, section 4), so that what centring
-// is for is kept: no product is much larger than the result.
+// The value to subtract from a segment's features, times kSumScale: the mean of every eighth position (of all, up to 16
+// positions). It differs from the mean by at most sqrt(7) standard deviations (docs/mathematics.md, section 4), which
+// is enough to keep every product from being much larger than the result.
 template <class Rows>
-__device__ __forceinline__ auto shrunk_level(const Rows& x, int n) {
+__device__ __forceinline__ auto scaled_centre_of(const Rows& x, int n) {
   using V = decltype(x(0));
   using E = element_of<V>;
   const int step = smaller(larger(n / 16, 1), 8);
   V sum{};
-  #pragma unroll 4
-  for (int t = 0; t < n; t += step) sum = fused(x(t), kShrink<E>, sum);
+#pragma unroll 4
+  for (int t = 0; t < n; t += step) sum = fused(x(t), kSumScale<E>, sum);
   return sum * (E(1) / E((n - 1) / step + 1));
 }
 
-// Rows of the recurrence: x - level, or the same times kShrink.
+// `Rows` of recurrence.h: x - centre, or the same times kSumScale.
 template <class Rows, class V>
 struct Centred {
   Rows x;
-  V level;
-  __device__ __forceinline__ V operator()(int t) const { return x(t) - level; }
+  V centre;
+  __device__ __forceinline__ V operator()(int t) const { return x(t) - centre; }
 };
 template <class Rows, class V>
-struct Shrunk {
+struct ScaledCentred {
   Rows x;
-  V level;  // times kShrink
+  V centre;  // times kSumScale
   __device__ __forceinline__ V operator()(int t) const {
-    return fused(x(t), kShrink<element_of<V>>, V{} - level);
-  }
-};
-
-// ---- activations --------------------------------------------------------------------------------------------------
-
-// Phi(z) and phi(z), distribution and density of the standard normal: gelu(z) = z Phi(z), gelu'(z) = Phi(z) + z phi(z).
-struct Normal {
-  float distribution, density;
-};
-__device__ __forceinline__ Normal normal(float z) {
-  constexpr float P[] = TSAE_TAIL;
-  const float magnitude = fabsf(z);
-  const float exponential = fast_exponential(z * z * -0.5f);
-  const float r = fast_reciprocal(1.f + TSAE_TAIL_SCALE * magnitude);
-  float tail = P[8];
-  #pragma unroll 8
-  for (int d = 7; d >= 0; --d) tail = fused(tail, r, P[d]);
-  tail = tail * r * exponential;
-  return {z > 0 ? 1.f - tail : tail, exponential * 0.398942280f};
-}
-struct Normal64 {
-  double distribution, density;
-};
-__device__ __forceinline__ Normal64 normal(double z) {
-  return {0.5 * (1 + erf(z * 0.70710678118654752440)), 0.39894228040143267794 * exp(-0.5 * z * z)};
-}
-
-// gelu(z), rounded as it is stored, and gelu'(z).
-template <class T, class E = compute_of<T>>
-struct Gelu {
-  Stored<T> value;
-  Pair<E> slope;
-  __device__ __forceinline__ explicit Gelu(const Pair<E>& z) {
-    const auto a = normal(z.a), b = normal(z.b);
-    value = narrow<T>({z.a * a.distribution, z.b * b.distribution});
-    slope = {a.distribution + z.a * a.density, b.distribution + z.b * b.density};
+    return fused(x(t), kSumScale<element_of<V>>, V{} - centre);
   }
 };
 

@@ -1,4 +1,4 @@
-// Operators' arguments: checked, and brought into the form that the kernels take. On PyTorch's stable ABI.
+// Checks the operators' arguments and converts them for the kernels; the operators' schemas. Uses PyTorch's stable ABI.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -40,7 +40,7 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
 }
 
-// The data of a contiguous tensor of the given dtype and shape beside `like`, null if there is none.
+// The data of a contiguous tensor of this dtype and shape on the device of `like`; null for nullopt.
 inline const void* data_of(const char* name, const std::optional<Tensor>& x, const Tensor& like, ScalarType dtype,
                            const Sizes& sizes) {
   if (!x) return nullptr;
@@ -50,7 +50,7 @@ inline const void* data_of(const char* name, const std::optional<Tensor>& x, con
   return x->const_data_ptr();
 }
 
-// Features of any strides; copied into `owner` if neighbours along k lie apart (but not if they are all the same).
+// Features of any strides. Copied into `owner` if the stride along k is neither 1 nor 0.
 inline Features features(const char* name, const Tensor& x, const Tensor& like, Tensor& owner) {
   STD_TORCH_CHECK(same_device(x, like) && x.dim() == 3 && x.scalar_type() == like.scalar_type(), name,
                   " must be a [B, T, k] tensor with the features' device and dtype");
@@ -68,7 +68,7 @@ inline Activation checked_activation(int64_t activation) {
   return Activation(activation);
 }
 
-// [S][2], limited to T: an offset of T or more finds no pair.
+// [S][2], with offsets clamped to T: no pair is further apart.
 inline std::vector<int> limited_bands(const Sizes& bands, int64_t T) {
   STD_TORCH_CHECK(bands.size() % 2 == 0, "bands must hold pairs of offsets");
   std::vector<int> out;
@@ -81,23 +81,36 @@ inline std::vector<int> limited_bands(const Sizes& bands, int64_t T) {
   return out;
 }
 
-// The windows of the backward pass: neighbouring bands share one, and that of reach 0 pulls nowhere (docs/mathematics.md,
-// section 2).
-inline std::vector<Share> shares_of(const std::vector<int>& limited) {
-  std::vector<Share> shares;
+// The windows of the backward pass. Adjacent bands share a window, and a window of reach 0 contributes nothing
+// (docs/mathematics.md, section 2).
+inline std::vector<BackwardWindow> backward_windows(const std::vector<int>& limited) {
+  std::vector<BackwardWindow> windows;
   for (int s = 0; s < int(limited.size() / 2); ++s) {
     const int inner = limited[2 * s] - 1, outer = limited[2 * s + 1];
-    if (!shares.empty() && shares.back().reach == inner) shares.back().minus = s;
-    else if (inner > 0) shares.push_back({inner, -1, s});
-    shares.push_back({outer, s, -1});
+    if (!windows.empty() && windows.back().reach == inner) windows.back().minus = s;
+    else if (inner > 0) windows.push_back({inner, -1, s});
+    windows.push_back({outer, s, -1});
   }
-  return shares;
+  return windows;
+}
+
+// The schemas of both libraries. `threshold` is [k], or [B, T] for one threshold per position.
+template <class Library>
+void define_operators(Library& library) {
+  library.def(
+      "forward(Tensor pre, Tensor? bias, int activation, Tensor? threshold, Tensor? release, int[] bands, "
+      "Tensor? segments, bool with_h) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "backward(Tensor saved, Tensor? bias, Tensor? grad_h, Tensor? grad_differences, Tensor? grad_total, "
+      "Tensor? grad_square, int activation, int[] bands, Tensor? segments) -> (Tensor, Tensor)");
+  library.def("step_energy(Tensor h, Tensor weights) -> Tensor");
+  library.def("step_energy_backward(Tensor h, Tensor weights, Tensor grad) -> Tensor");
 }
 
 }  // namespace
 }  // namespace tsae
 
-// What the loader (tsae_kernels/backends/extension.py) asks of a library before it uses it.
+// Functions that the loader (tsae_kernels/backends/extension.py) calls before it uses a library.
 #define TSAE_EXPORT extern "C" __attribute__((visibility("default")))
 #if defined(__clang__)
 #define TSAE_COMPILER "clang " __clang_version__

@@ -1,11 +1,12 @@
-// The sliding-window recurrence over one segment, shared by host and device kernels.
+// The sliding-window recurrences over one segment, for host and device kernels: band sums D (forward pass) and window
+// sums (backward pass). Derivations: docs/mathematics.md, sections 2 to 4.
 //
-// Derivations: docs/mathematics.md, sections 2 to 4 and 7. `V` is the value of one feature, or of several neighbouring
-// features at once: a number on the device, a pack of SIMD vectors on the host. It needs + - *, a product with its
-// element type, and the functions `less_equal` and `select`. `Rows` gives y(t), the segment's centred features.
+// `V` holds adjacent features at one position: a pair on the device, a pack of SIMD vectors on the host. It needs + -
+// *, a product with its element type, and the functions `less_equal` and `select`. `Rows` is a callable: y(t) is the
+// segment's centred features at t.
 //
-// Nothing here has a symbol of its own: the host kernels are compiled once per instruction set,
-// and a function that the linker could share between them might run instructions that the machine lacks.
+// Everything is inlined or in the namespace TSAE_TARGET, because the host kernels are compiled once per instruction
+// set: a function that the linker merged across them could execute instructions that the processor lacks.
 #pragma once
 
 #include "operands.h"
@@ -31,24 +32,24 @@ struct ElementOf {
 template <class V>
 using element_of = typename ElementOf<V>::type;
 
-// A window that slides is summed afresh after this many steps, before rounding has made it drift.
+// A sliding window is summed afresh after this many steps, to stop rounding errors from accumulating.
 constexpr int kRefresh = 4 * kBlock;
 
 TSAE_INLINE int smaller(int a, int b) { return a < b ? a : b; }
 TSAE_INLINE int larger(int a, int b) { return a > b ? a : b; }
 
-// How many positions u of a segment of n have |u - t| <= reach.
+// The number of positions u in a segment of length n with |u - t| <= reach.
 TSAE_INLINE int window_count(int t, int n, int reach) { return smaller(t + reach, n - 1) - larger(t - reach, 0) + 1; }
 
-// Schmitt trigger: off at this position? `off_before` must be true where no state is carried over. Written with <=
-// so that NaN stays on and is seen.
-template <class V, class Mask>
-TSAE_INLINE Mask stays_off(const V& z, const V& level, const V& release, const Mask& off_before) {
-  return less_equal(z, level) & (less_equal(z, release) | off_before);
-}
+// Terms are scaled by this power of two before they are summed, so that no sum overflows before its result does, even
+// for bfloat16 of 3e38. Scaling by a power of two is exact.
+template <class E>
+constexpr E kSumScale = E(1) / 65536;
+template <class E>
+constexpr E kInverseSumScale = E(65536);
 
-// What a walk along T reads, row after row. A kind of rows may have a quicker way, by an overload of `in_turn` or of
-// `half_degrees`: the host's are in cpu/ring.h.
+// Reads rows t, t + 1, ... in turn. `in_turn` and `half_degrees` can be overloaded for rows that have a faster way;
+// those of the host are in cpu/ring_buffer.h.
 template <class Rows>
 struct InTurn {
   const Rows* y;
@@ -61,7 +62,8 @@ TSAE_INLINE InTurn<Rows> in_turn(const Rows& y, int t) {
   return {&y, t};
 }
 
-// Half of how many positions the band (first, last) compares t with, for t in [begin, end).
+// Half the degree of t in the band (first, last), i.e. of the number of positions compared with t, for t in [begin,
+// end).
 template <class E>
 struct HalfDegrees {
   int n, first, last;
@@ -102,13 +104,13 @@ TSAE_INLINE V pairs_block(const Rows& y, int begin, int end, int first) {
   return energy;
 }
 
-// The part of one block, t in [begin, end), of D of the band (first, last) over a segment of n positions. A segment's
-// blocks are to be asked for in turn, the first with `past` 0; all but the last have kBlock positions.
+// The terms t in [begin, end) of D of the band (first, last), over a segment of n positions. Call for a segment's
+// blocks in order, starting with `past` = 0; all blocks but the last have kBlock positions.
 template <class V, class Rows>
 TSAE_INLINE V band_block(const Rows& y, int begin, int end, int n, int first, int last, V& past) {
   using E = element_of<V>;
-  // Up to four offsets are summed pair by pair: as fast as the window, and exact to rounding even where a feature changes
-  // so slowly that the differences are far smaller than the feature (mathematics, section 4).
+  // Up to four offsets are summed pair by pair, which is as fast as the window, and accurate even for a feature that
+  // changes so slowly that the differences are far smaller than the feature (docs/mathematics.md, section 4).
   switch (last - first) {
     case 0: return pairs_block<1, V>(y, begin, end, first);
     case 1: return pairs_block<2, V>(y, begin, end, first);
@@ -144,11 +146,11 @@ TSAE_INLINE V band_energy(const Rows& y, int n, int first, int last) {
   return energy;
 }
 
-// One window of the backward pass: share * (count * y_t - sum of y over |u - t| <= reach).
+// One window of the backward pass. Its term is weight * (count * y_t - sum of y over |u - t| <= reach).
 template <class V>
 struct Window {
   int reach;
-  V share;  // what the bands that end or begin here contribute, g_s - g_{s+1}
+  V weight;  // g_s - g_{s+1}, from the bands that end and begin here
   V sum;    // S_reach(t)
 };
 
@@ -158,8 +160,8 @@ TSAE_INLINE void open_window(const Rows& y, int n, Window<V>& window) {
   for (int t = 0; t < smaller(window.reach, n); ++t) window.sum = window.sum + y(t);
 }
 
-// One window's part of the pull at t, where the features are y_t, `entering` is row t + reach, `leaving` row
-// t - reach - 1 and `count` how many positions the window has. To be called for t = 0, 1, ...
+// The window's term at t, and the window moved to t. y_t: the features at t; entering: row t + reach; leaving: row
+// t - reach - 1; count: the number of positions in the window. Call for t = 0, 1, ...
 template <class V, class InTurn>
 TSAE_INLINE V slide_window(const V& y_t, int t, int n, const InTurn& entering, const InTurn& leaving,
                            element_of<V> count, Window<V>& window) {
@@ -167,7 +169,7 @@ TSAE_INLINE V slide_window(const V& y_t, int t, int n, const InTurn& entering, c
   if (t + window.reach < n) sum = sum + entering();
   if (t - window.reach - 1 >= 0) sum = sum - leaving();
   window.sum = sum;
-  return window.share * (y_t * count - sum);
+  return window.weight * (y_t * count - sum);
 }
 template <class V, class Rows>
 TSAE_INLINE V slide_window(const Rows& y, const V& y_t, int t, int n, Window<V>& window) {

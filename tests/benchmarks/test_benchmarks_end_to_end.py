@@ -1,4 +1,4 @@
-"""The bookkeeping of the benchmarks that run whole jobs; the jobs themselves are not run here."""
+"""The reporting of the benchmarks that run complete jobs; the jobs themselves are not run here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Job:
 
 def test_a_part_within_a_part_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("outer", "inner", "fail"):
-        monkeypatch.setattr(Job, name, getattr(Job, name))  # so that the wrapping is undone
+        monkeypatch.setattr(Job, name, getattr(Job, name))  # so that the wrapping is undone at teardown
     parts = Parts()
     parts.wrap(Job, "outer", TRAINING)
     parts.wrap(Job, "inner", MODEL)
@@ -72,9 +72,9 @@ def test_a_measurement_of_memory_beside_what_is_expected() -> None:
     common = {"d_sae": 65536, "batch": 16}
     rows = [
         common | {"trainer": "topk", "chunk": 4, "peak": 2.0 * 2**30, "seconds": 1.25, "expected": 1.5 * 2**30},
-        common | {"trainer": "SAELens TopK", "chunk": 0, "error": "ended with -9"},
+        common | {"trainer": "SAELens TopK", "chunk": 0, "error": "exit code -9"},
     ]
     lines = large_dictionary.table(rows).splitlines()
     assert lines[2] == "| 65,536 | topk | 16 | 4 | 2.00 | 1.50 | 1.2 |"
-    assert lines[3] == "| 65,536 | SAELens TopK | 16 | all | ended with -9 |  |  |"
+    assert lines[3] == "| 65,536 | SAELens TopK | 16 | all | exit code -9 |  |  |"
     assert large_dictionary.status("VmHWM") >= large_dictionary.status("VmRSS") > 0

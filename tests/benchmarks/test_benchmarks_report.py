@@ -1,4 +1,4 @@
-"""The benchmarks' own honesty: the gate refuses wrong results, and table and figure say what the numbers say."""
+"""The benchmarks' tools: the gate rejects wrong results, timing, and the table and figure of the report."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_backends_are_gated_and_meant_for_the_device(workload: Workload) -> None
 
 
 def test_bytes_that_a_pass_must_move(workload: Workload) -> None:
-    """Statistics read h; the activation reads pre and writes h; the backward reads h and its gradient."""
+    """Statistics read h; the activation reads pre and writes h; the backward pass reads h and its gradient."""
     expected = {
         ("statistics", "forward"): 1,
         ("statistics", "backward"): 2,
@@ -148,7 +148,7 @@ def test_what_exceeds_the_gpu_runs_in_slices_of_the_batch(monkeypatch: pytest.Mo
         return correct(pre)
 
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    w.variant("loop", "alternative", short_of_memory, "relu", BOTH)  # and it passes the gate
+    w.variant("loop", "alternative", short_of_memory, "relu", BOTH)  # must pass the gate
     assert rows[:3] == [4, 2, 1]
     assert set(rows[2:]) == {1}
 
@@ -175,10 +175,10 @@ def test_variants_take_turns_on_rotating_inputs() -> None:
     benchmark = FakeBenchmark()
     others = [variant("a"), variant("b")]
     timings = measure.compare(benchmark, variant("own"), others, CPU, rounds=20, memory=False)
-    assert calls[:3] == [("own", 0), ("a", 0), ("b", 0)]  # the first calls, which do not count
+    assert calls[:3] == [("own", 0), ("a", 0), ("b", 0)]  # warm-up calls
     assert [i for _, i in calls[3:]] == list(range(60))
     rounds = {tuple(name for name, _ in calls[i : i + 3]) for i in range(3, 63, 3)}
-    assert rounds == {("a", "b", "own"), ("b", "a", "own")}  # what follows a slow variant is not always the same one
+    assert rounds == {("a", "b", "own"), ("b", "a", "own")}  # the order varies
     assert benchmark.rounds == 20
     assert {name: len(t.seconds) for name, t in timings.items()} == {"own": 20, "a": 20, "b": 20}
 
@@ -200,7 +200,7 @@ def test_peak_memory_counts_what_a_call_touches() -> None:
 
     peak = measure.peak_memory(call, CPU)
     if peak is None:
-        pytest.skip("this system does not tell a process its peak memory")
+        pytest.skip("this system does not report peak memory")
     assert 1.4 * size < peak < 1.7 * size
 
 
@@ -243,7 +243,7 @@ def test_the_table_says_what_was_measured() -> None:
 
 
 def write(path: Path, *measurements: Measurement) -> Path:
-    """As pytest-benchmark does, with a benchmark that is not ours."""
+    """Write a file like pytest-benchmark's, with one foreign benchmark."""
     benchmarks = [{"extra_info": {"measurement": m.to_dict()}} for m in measurements] + [{"extra_info": {}}]
     machine = {"device": "a CPU", "torch": "2.13.0", "python_version": "3.12.1", "smoke": True}
     path.write_text(json.dumps({"benchmarks": benchmarks, "machine_info": machine}))
@@ -294,11 +294,11 @@ def test_the_figure_has_labelled_log_axes_and_the_floor() -> None:
 
 
 def test_the_report_refuses_other_files(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="holds no measurement"):
+    with pytest.raises(SystemExit, match="contains no measurement"):
         main([str(write(tmp_path / "empty.json"))])
     other = tmp_path / "other.json"
     other.write_text("[]")
-    with pytest.raises(SystemExit, match="is not a file of"):
+    with pytest.raises(SystemExit, match="is not the output of"):
         main([str(other)])
-    with pytest.raises(SystemExit, match="is not a file of"):
+    with pytest.raises(SystemExit, match="is not the output of"):
         main([str(tmp_path / "absent.json")])

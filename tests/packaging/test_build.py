@@ -1,4 +1,4 @@
-"""What `pip install` and `python -m build` make of the source tree; nothing is compiled here."""
+"""Wheels, source distributions and build errors of setup.py; nothing is compiled here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NO_TORCH = ("-c", "import sys; sys.modules['torch'] = None; " + SETUP[1])  # as 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what the builds need, because they write beside it."""
+    """A copy of the files that builds need, because builds write into the source tree."""
     folder = tmp_path_factory.mktemp("tree")
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
@@ -34,7 +34,7 @@ def run(tree: Path, *command: str, **variables: str) -> subprocess.CompletedProc
 
 
 def wheel(tree: Path, out: Path, *how: str, **variables: str) -> tuple[Path, str]:
-    """The wheel, and what was said while it was built."""
+    """The wheel, and the build's stderr."""
     shutil.rmtree(tree / "build", ignore_errors=True)
     result = run(tree, *how, "-q", "bdist_wheel", "--dist-dir", str(out), **variables)
     assert result.returncode == 0, result.stderr
@@ -50,20 +50,20 @@ runpy.run_path("setup.py", run_name="__main__")
 
 
 def test_every_header_rebuilds_the_extension() -> None:
-    """Without ninja setuptools looks at these files alone."""
+    """Without ninja, setuptools only checks these files."""
     result = run(ROOT, "-c", LIST_DEPENDENCIES, TSAE_BUILD="cpu")
     assert result.returncode == 0, result.stderr
     known = set(result.stdout.split())
     headers = {
         str(path.relative_to(ROOT)) for folder in ("cpu", "shared") for path in (ROOT / "csrc" / folder).glob("*.h")
     }
-    assert "csrc/cpu/ring.h" in headers
+    assert "csrc/cpu/ring_buffer.h" in headers
     assert headers <= known
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 def test_no_header_has_the_name_of_a_system_header() -> None:
-    """One that has shadows the C library's where its folder is on the include path."""
+    """Such a header shadows the C library's if its folder is on the include path."""
     names = {path.name for path in (ROOT / "csrc").rglob("*.*h")}
     source = "".join(f"#if __has_include(<{name}>)\n#error {name}\n#endif\n" for name in sorted(names))
     result = subprocess.run(["c++", "-E", "-x", "c++", "-"], input=source, capture_output=True, text=True)
@@ -72,7 +72,7 @@ def test_no_header_has_the_name_of_a_system_header() -> None:
         ["c++", "-E", "-x", "c++", "-"], input="#if __has_include(<features.h>)\n#error features.h\n#endif\n",
         capture_output=True, text=True,
     )  # fmt: skip
-    assert control.returncode != 0, "this C library has no <features.h>, so the test shows nothing"
+    assert control.returncode != 0, "this C library has no <features.h>, so this test proves nothing"
 
 
 @pytest.mark.parametrize(("how", "choice"), [(SETUP, "none"), (NO_TORCH, "")], ids=["none", "without torch"])
@@ -89,7 +89,7 @@ def test_the_wheel_of_python_alone_is_for_every_machine(tree: Path, tmp_path: Pa
 
 
 def test_the_wheel_with_a_library_is_for_every_python(tree: Path, tmp_path: Path) -> None:
-    """Its tag: with --skip-build nothing is compiled."""
+    """Only its tag is checked: --skip-build compiles nothing."""
     shutil.rmtree(tree / "build", ignore_errors=True)
     command = ("-q", "bdist_wheel", "--skip-build", "--dist-dir", str(tmp_path))
     result = run(tree, *SETUP, *command, TSAE_BUILD="cpu")

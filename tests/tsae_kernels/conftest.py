@@ -6,12 +6,14 @@ import pytest
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _patch_triton_once_a_launch():
-    """The interpreter patches Triton's language at every call of a device function, which takes it 3 ms and half of the
-    time of these tests. Once a launch and function does."""
+def _patch_triton_once_per_launch():
+    """Patch Triton's language once per launch and function instead of at every call of a device function.
+
+    The interpreter's patching takes 3 ms per call, half of these tests' time.
+    """
     from tsae_kernels.backends.triton import launch
 
-    if launch.problem() or not launch.interpreting():
+    if launch.unavailable_reason() or not launch.interpreting():
         yield
         return
     from triton.runtime import interpreter
@@ -24,11 +26,11 @@ def _patch_triton_once_a_launch():
             patched[function] = patch(function)
         return patched[function]
 
-    def launch_afresh(self, *args, **kwargs):
+    def launch_and_clear(self, *args, **kwargs):
         patched.clear()
         return launch(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
-        monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_afresh)
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_and_clear)
         yield

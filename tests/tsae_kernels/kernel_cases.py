@@ -1,7 +1,7 @@
-"""Generated calls of `activate_with_stats` for every backend, and what must come out of them.
+"""Random calls of `activate_with_stats` for every backend, and their expected results.
 
-What is right comes from the definition over pairs in float64; how exact a result must be from the same computation made
-with PyTorch's operations in the backend's own precision.
+The expected results come from the definition over pairs in float64, and the tolerances from the same computation in
+PyTorch in the backend's precision.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ IDS = (torch.int64, torch.int32, torch.int16, torch.int8)
 
 
 def arranged(x: Tensor, layout: str) -> Tensor:
-    """x [B, T, k] with the strides of a layout; what lies between its elements is NaN."""
+    """x [B, T, k] with the strides of a layout; the memory between its elements is NaN."""
     if layout == "time first":
         return x.transpose(0, 1).contiguous().transpose(0, 1)
     if layout == "features first":
@@ -36,7 +36,7 @@ def arranged(x: Tensor, layout: str) -> Tensor:
 
 @dataclass
 class Case:
-    """Arguments of one call, and the gradients that come in; tensors on the CPU."""
+    """The arguments of one call and the incoming gradients, on the CPU."""
 
     pre: Tensor  # [B, T, k]
     bias: Tensor | None  # [k]
@@ -47,7 +47,7 @@ class Case:
     segments: Tensor | None  # [B, T]
     layout: str
     grad_layout: str
-    used: tuple[str, ...]  # the outputs that the loss looks at
+    used: tuple[str, ...]  # the outputs that the loss uses
     grads: dict[str, Tensor]  # of every output
     wanted: tuple[str, ...]  # "pre", "bias": what requires a gradient
 
@@ -80,15 +80,15 @@ class Case:
     def name(self) -> str:
         return "relu" if self.activation in ("threshold", "schmitt") else self.activation
 
-    # ---- what must come out ----
+    # ---- expected results ----
 
     def argument(self) -> Tensor:
-        """z = pre + bias, as every backend adds them; thresholds are compared with it."""
+        """z = pre + bias in the precision in which every backend compares it with thresholds."""
         z = self.pre.to(self.compute)
         return z if self.bias is None else z + self.bias.to(self.compute)
 
     def on(self) -> Tensor:
-        """[B, T, k] bool, position after position: the features that are not switched off."""
+        """[B, T, k] bool: which features are on."""
         z = self.argument()
         if self.name != "relu":
             return torch.ones_like(z, dtype=torch.bool)
@@ -103,7 +103,7 @@ class Case:
         return on
 
     def connected(self) -> Tensor:
-        """[B, T, T] bool: t and u lie in one segment."""
+        """[B, T, T] bool: t and u are in one segment."""
         B, T, _ = self.pre.shape
         if self.segments is None:
             return torch.ones(B, T, T, dtype=torch.bool)
@@ -113,23 +113,23 @@ class Case:
         return (run[:, :, None] == run[:, None]) & (ids >= 0)[:, None]
 
     def pairs(self, first: int, last: int) -> Tensor:
-        """[B, T, T] of 0 and 1, symmetric: positions of one segment that lie so far apart."""
+        """[B, T, T] bool, symmetric: pairs in one segment with offsets from first to last."""
         t = torch.arange(self.pre.shape[1])
         offset = (t[:, None] - t).abs()
         return self.connected() & (offset >= first) & (offset <= last)
 
     def included(self, h: Tensor) -> Tensor:
-        """[B, T, 1] of 0 and 1."""
+        """[B, T, 1]: 1 where not excluded, else 0."""
         return self.connected().diagonal(0, 1, 2)[..., None].to(h.dtype)
 
     def centred(self, h: Tensor) -> Tensor:
-        """h less the mean of each position's segment, which no difference sees; 0 at excluded positions."""
+        """h minus the mean of each position's segment, which leaves differences unchanged; 0 where excluded."""
         weights = self.connected().to(h.dtype)
         mean = (weights @ h.detach()) / weights.sum(2, keepdim=True).clamp_min(1)
         return (h - mean) * self.included(h)
 
     def stats(self, h: Tensor, *, in_matrices: bool) -> dict[str, Tensor]:
-        """The statistics of h in h's precision: pair by pair, or as products with each band's matrix."""
+        """The statistics of h in h's precision, pair by pair or as products with each band's matrix."""
         differences = []
         for band in self.bands:
             mask = self.pairs(*band).to(h.dtype)
@@ -145,7 +145,7 @@ class Case:
         return {"differences": stacked, "total": x.sum(1), "square": x.square().sum(1)}
 
     def expected(self, h: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What `run` must return if it returned this h: by definition in float64, else with PyTorch's operations."""
+        """The expected results of `run` given its h: by definition in float64, else with matrix products."""
         z = self.argument().to(dtype)
         value = z * self.on() if self.name != "gelu" else F.gelu(z)
         leaf = h.to(dtype).requires_grad_()
@@ -166,8 +166,10 @@ class Case:
         return {name: x.detach() for name, x in out.items()}
 
     def sizes(self, h: Tensor) -> dict[str, float]:
-        """How large the terms are that each result is a sum of: what rounding errors are in proportion to. A band's
-        gradient is the difference of two windows."""
+        """The largest sum of absolute terms of each result, which rounding errors are proportional to.
+
+        A band's gradient is the difference of two windows.
+        """
         h = h.double()
         x, y = (h * self.included(h)).abs(), self.centred(h).abs()
 
@@ -199,7 +201,7 @@ class Case:
 
 @st.composite
 def cases(draw: Any, longest: int = 48, widest: int = 40, dtypes: tuple[torch.dtype, ...] = ()) -> Case:
-    """One call: shape, strides, dtype, bands, segments, activation, thresholds, and which gradients are asked for."""
+    """One call: shape, strides, dtype, bands, segments, activation, thresholds, and the gradients to compute."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
 
     def normal(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Brute force over pairs and windows in float64: what the kernels must agree with, without their code."""
+"""Brute-force statistics, activations and losses that the kernels must agree with, and the backends under test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils import _pytree
 
 import tsae_kernels
 from tsae_kernels import available_backends
-from tsae_kernels.backends.registry import _DEVICES
+from tsae_kernels.backends.registry import _DEVICE_TYPES
 from tsae_kernels.backends.triton import launch
 
 _STATES = available_backends()
@@ -20,23 +20,23 @@ FAST = ("eager", "cpp", "cuda", "triton")  # the backends under test; `reference
 HERE = tuple(name for name in ("reference", *FAST) if _STATES[name] == "ok")
 
 INTERPRETED = _STATES["triton"] == "ok" and launch.interpreting()
-DEVICE = {name: _DEVICES.get(name, "cpu") if _STATES[name] == "ok" else "cpu" for name in FAST}
+DEVICE = {name: _DEVICE_TYPES.get(name, "cpu") if _STATES[name] == "ok" else "cpu" for name in FAST}
 
 
 def too_slow(backend, reason):
-    """Skip a case that takes Triton's interpreter too long: about a millisecond a row, operation and program."""
+    """Skip a case that takes Triton's interpreter too long: it needs about 1 ms per row, operation and program."""
     if backend == "triton" and INTERPRETED and reason:
         pytest.skip("takes Triton's interpreter too long")
 
 
 def carried(tree, backend):
-    """`tree` with its tensors on the device of the backend; `backend` None for back to the CPU."""
+    """`tree` with its tensors on the backend's device, or on the CPU if `backend` is None."""
     device = DEVICE.get(backend, "cpu")
     return _pytree.tree_map_only(Tensor, lambda x: x.to(device), tree)
 
 
 def _carried(function):
-    """`function` on the device of the backend it is called for, with arguments and results on the CPU."""
+    """`function` on the device of its backend, with arguments and results on the CPU."""
 
     @functools.wraps(function)
     def call(*args, backend=None, **kwargs):
@@ -56,7 +56,7 @@ window_consistency = _carried(tsae_kernels.window_consistency)
 
 
 def parameters(names):
-    """To parametrize a test with: a backend that is not available here is skipped with the reason."""
+    """Parameters of a test: unavailable backends are skipped with the reason."""
     return [
         pytest.param(name, marks=pytest.mark.skipif(_STATES[name] != "ok", reason=f"{name} is {_STATES[name]}"))
         for name in names
@@ -65,12 +65,12 @@ def parameters(names):
 
 BACKENDS = parameters(("reference", *FAST))
 FAST_BACKENDS = parameters(FAST)
-# For tests of many generated samples: test_kernels_triton.py has its own, smaller ones.
+# For tests of many random samples; test_kernels_triton.py has smaller ones.
 SAMPLED_BACKENDS = parameters([name for name in ("reference", *FAST) if not (name == "triton" and INTERPRETED)])
 
 
 def same_segment(ids, t, u) -> bool:
-    """Positions t <= u of one row lie in one maximal run of equal, non-negative ids. ids: list or None."""
+    """Whether positions t <= u are in one maximal run of equal, non-negative ids. ids: a row's list, or None."""
     return ids is None or (ids[t] >= 0 and all(ids[v] == ids[t] for v in range(t, u + 1)))
 
 
@@ -127,7 +127,7 @@ def activation(pre, bias=None, name="relu", threshold=None, release=None, segmen
 
 
 def window_loss(h, window, segments=None):
-    """Every window, one after another."""
+    """The mean over all windows, one by one."""
     h = h.detach().double()
     B, T, _ = h.shape
     losses = []
@@ -160,7 +160,7 @@ def paper_loss(h, weights, bands, variance=None, min_variance=0.01, segments=Non
 
 
 def random_segments(B, T, generator=None, longest=40):
-    """Runs of random length with ids that come back, and excluded stretches."""
+    """Segments of random length with ids that recur, and excluded runs."""
     rows = []
     for _ in range(B):
         row = []

@@ -1,4 +1,4 @@
-"""The activations, and above all the Schmitt trigger, against an entry-by-entry walk."""
+"""The activations, including the Schmitt trigger and its reset at segment starts, against an entry-by-entry loop."""
 
 import kernels_oracle as oracle
 import pytest
@@ -58,7 +58,7 @@ def test_schmitt_trigger(backend, T, threshold, ratio, segmented, seed):
     assert torch.equal(h, oracle.activation(pre, None, "relu", threshold, release, segments))
 
 
-def test_release_keeps_a_feature_on_and_the_segment_turns_it_off():
+def test_the_trigger_is_reset_at_segment_starts_and_excluded_positions():
     pre = torch.tensor([0.5, 1.5, 0.5, 0.5, 0.1, 0.5, 1.5, 0.5, 0.5, 0.5]).reshape(1, 10, 1)
     segments = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 1, -1, 1]])
     for backend in oracle.HERE:
@@ -122,7 +122,7 @@ def test_encoder_under_autocast(backend):
     with torch.autocast(oracle.DEVICE.get(backend, "cpu"), torch.bfloat16):
         h, stats = encode_with_stats(x, weight, bias, backend=backend)
         loss = h.float().sum() + stats.differences.sum()
-        loss.backward()  # inside autocast on purpose: the window arithmetic must stay in float32
+        loss.backward()  # inside autocast on purpose: window sums must stay in float32
     assert h.dtype == torch.bfloat16
     assert stats.differences.dtype == torch.float32
     assert weight.grad.dtype == bias.grad.dtype == torch.float32

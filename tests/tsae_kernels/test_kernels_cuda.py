@@ -1,12 +1,13 @@
-"""What the CUDA backend promises beyond the results that all backends share: on a GPU, or emulated on the host.
+"""Tests of the `cuda` backend beyond those that all backends share, on a GPU or emulated on the host.
 
-`test_kernels_cuda_emulation.py` runs this file, too, with the kernels compiled for the host.
+`test_kernels_cuda_emulation.py` also runs this file, with the kernels compiled for the host.
 """
 
+import backend_checks as checks
 import kernels_oracle as oracle
 import pytest
 import torch
-from compiled_checks import EIGHT_BANDS, assert_as_reference, everything
+from backend_checks import ACTIVATIONS, RTOL, SCHMITT, assert_same_bits, everything
 
 from tsae_kernels import (
     MULTISCALE,
@@ -17,30 +18,17 @@ from tsae_kernels import (
     temporal_stats,
     window_consistency,
 )
-from tsae_kernels.backends.registry import _DEVICES, choose_backend
+from tsae_kernels.backends.registry import _DEVICE_TYPES, choose_backend, get_backend
 
 _STATE = available_backends()["cuda"]
 pytestmark = pytest.mark.skipif(_STATE != "ok", reason=f"cuda is {_STATE}")
 
-DEVICE = _DEVICES["cuda"]
+DEVICE = _DEVICE_TYPES["cuda"]
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="emulated on the host")
 
-RTOL = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-ACTIVATIONS = {
-    "relu": {"activation": "relu"},
-    "gelu": {"activation": "gelu"},
-    "identity": {"activation": "identity"},
-    "schmitt": {"activation": "relu", "threshold": 0.8, "release": 0.2},
-}
 
-
-def agrees(pre, *, rtol=None, **options):
-    """Every output and gradient, statistics to 1e-5 whatever the features' dtype."""
-    rtol = rtol or RTOL[pre.dtype]
-    results, reference = (everything(pre.to(DEVICE), backend=name, **options) for name in ("cuda", "reference"))
-    assert_as_reference(results, reference, rtol)
-    if options.get("activation") == "identity" and "bias" not in options:  # else h may be rounded the other way
-        assert_as_reference(results[1:4], reference[1:4], min(rtol, 1e-5))
+def agrees(pre, **options):
+    checks.check_against_reference(pre.to(DEVICE), "cuda", **options)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -52,7 +40,7 @@ def test_eight_bands_and_every_gradient_cuda(activation, segmented, k):
     options = {"bias": torch.randn(k, generator=generator).to(DEVICE), "shared": segmented}
     if segmented:
         options["segments"] = oracle.random_segments(2, 130, generator).to(DEVICE)
-    agrees(pre, bands=EIGHT_BANDS, **options, **ACTIVATIONS[activation])
+    agrees(pre, bands=checks.EIGHT_BANDS, **options, **ACTIVATIONS[activation])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -89,13 +77,13 @@ def test_tiles_up_to_the_largest_and_beyond_cuda(dtype, T, segmented):
     agrees(torch.randn(1, T, 6, generator=generator).to(dtype), activation="gelu", rtol=8e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", RTOL)
 def test_long_sequences_cuda(dtype):
     generator = torch.Generator().manual_seed(0)
     pre = (torch.randn(1, 4096, 3, generator=generator) + 3).to(dtype)
     agrees(pre, activation="identity")
     segments = torch.where(torch.arange(4096) < 4000, 0, 1)[None].to(DEVICE)
-    agrees(pre, bands=((1, 3), (7, 100)), segments=segments, **ACTIVATIONS["schmitt"])
+    agrees(pre, bands=((1, 3), (7, 100)), segments=segments, **SCHMITT)
 
 
 @pytest.mark.parametrize("T", [640, 2000])
@@ -115,35 +103,15 @@ def test_float32_statistics_of_awkward_features_cuda(kind, T):
         "mean": noise + 1e3,
         "walk": noise.cumsum(1),
         "ramp": (0.37 * time).expand(2, T, 20),
-        "spike": 0.01 * noise + 1e3 * (time == 64),  # on the grid of positions that give the level,
+        "spike": 0.01 * noise + 1e3 * (time == 64),  # on the grid of positions that the centre is computed from,
         "rare spike": 0.01 * noise + 1e3 * (time == 67),  # and off it
         "constant": torch.full((2, T, 20), 3.3),
-        "period 8": noise + 1e3 * (time % 8 == 0),  # every position that gives the level is off the mean
+        "period 8": noise + 1e3 * (time % 8 == 0),  # all of these positions are far from the mean
     }[kind].to(DEVICE)
     got, reference = (temporal_stats(h, backend=name) for name in ("cuda", "reference"))
     for ours, wanted in zip(got, reference, strict=True):
         # The window's sum over a ramp grows with T, and its rounding with it: docs/mathematics.md, section 4.
         torch.testing.assert_close(ours, wanted, rtol=5e-5 if kind == "ramp" else 1e-5, atol=1e-9)
-
-
-@pytest.mark.parametrize("bands", [MULTISCALE, ((1, 2), (5, 200))])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_values_up_to_the_end_of_the_range_make_no_nan_cuda(dtype, bands):
-    generator = torch.Generator().manual_seed(0)
-    largest = torch.finfo(dtype).max
-    h = ((torch.rand(2, 128, 6, generator=generator) - 0.5) * 2 * largest).to(dtype)
-    h[..., 1] = largest
-    h[..., 2] = torch.where(torch.arange(128) % 2 == 0, largest, -largest)
-    h[..., 3] = torch.where(torch.arange(128) < 64, largest, -largest)
-    h = h.to(DEVICE).requires_grad_()
-    out, stats = activate_with_stats(h, activation="identity", bands=bands, backend="cuda")
-    wanted = temporal_stats(h, bands, backend="reference")
-    assert torch.equal(stats.differences.isinf(), wanted.differences.isinf())
-    assert torch.equal(stats.square.isinf(), wanted.square.isinf())
-    torch.testing.assert_close(stats.total[:, :3], wanted.total[:, :3], rtol=1e-5, atol=1e-5 * largest)
-    assert not any(s.isnan().any() for s in (out, *stats))
-    (grad,) = torch.autograd.grad(stats.differences, h, torch.full_like(stats.differences, 1e-6))
-    assert not grad.isnan().any()
 
 
 @pytest.mark.parametrize("bands", [MULTISCALE, ((2, 9),)])
@@ -158,30 +126,19 @@ def test_nan_is_seen_in_its_feature_alone_cuda(bands):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bands", [MULTISCALE, ()])
-def test_every_number_of_16_bits_converts_as_in_torch_cuda(dtype, bands):
-    bits = torch.arange(-(2**15), 2**15).to(torch.int16).to(DEVICE)
-    x = bits.view(dtype).reshape(1, 1, -1)
-    out, _ = activate_with_stats(x, activation="identity", bands=bands, backend="cuda")
-    assert torch.equal(out.view(torch.int16)[~x.isnan()], x.view(torch.int16)[~x.isnan()])
-    assert out[x.isnan()].isnan().all()
-    generator = torch.Generator().manual_seed(0)
-    scale = 10.0 ** torch.randint(-9, 5, bits.shape, generator=generator)
-    bias = (torch.randn(x.shape[2], generator=generator) * scale).to(DEVICE)
-    out, _ = activate_with_stats(x, bias, "identity", bands=bands, backend="cuda")
-    torch.testing.assert_close(out, (x.float() + bias).to(dtype), rtol=0, atol=0, equal_nan=True)
+def test_every_16_bit_number_converts_as_in_torch_cuda(dtype, bands):
+    checks.check_16_bit_conversions(dtype, "cuda", DEVICE, bands)
 
 
 @pytest.mark.parametrize("k", [2, 33, 66])
 def test_two_runs_give_the_same_bits_cuda(k):
     pre, bias = torch.randn(3, 150, k).to(DEVICE), torch.randn(k).to(DEVICE)
     segments = oracle.random_segments(3, 150).to(DEVICE)
-    results = []
-    for _ in range(2):
-        run = everything(pre, bias, segments, threshold=0.6, release=0.1, backend="cuda")
-        leaf = pre.clone().requires_grad_()
-        loss = window_consistency(leaf, 4, segments, backend="cuda")
-        results.append([*run, loss.detach(), *torch.autograd.grad(loss, leaf)])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    first, second = (
+        [*everything(pre, bias, segments, backend="cuda", **SCHMITT), *checks.window_loss(pre, 4, segments, "cuda")]
+        for _ in range(2)
+    )
+    assert_same_bits(first, second)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -191,56 +148,33 @@ def test_statistics_are_the_same_bits_with_the_activation_and_alone_cuda(dtype, 
     for segments in (None, oracle.random_segments(2, 150, longest=100).to(DEVICE)):
         h, stats = activate_with_stats(pre, None, "relu", 0.4, 0.1, segments=segments, backend="cuda")
         alone = temporal_stats(h, segments=segments, backend="cuda")
-        assert all(torch.equal(a, b) for a, b in zip(stats, alone, strict=True))
+        assert_same_bits(stats, alone)
 
 
 @pytest.mark.parametrize("shape", [(2, 9, 5), (1, 130, 64), (3, 40, 130)])
 @pytest.mark.parametrize("bands", [MULTISCALE, ((1, 7),)])
 def test_every_output_is_written_cuda(shape, bands):
-    """With deterministic algorithms PyTorch fills what it allocates with NaN."""
     pre, bias = torch.randn(shape).to(DEVICE), torch.randn(shape[2]).to(DEVICE)
     segments = oracle.random_segments(*shape[:2])
     segments[0] = -1
-    segments = segments.to(DEVICE)
-    clean = everything(pre, bias, segments, bands, backend="cuda")
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.utils.deterministic.fill_uninitialized_memory
-        poisoned = everything(pre, bias, segments, bands, backend="cuda")
-        leaf = pre.clone().requires_grad_()
-        loss = window_consistency(leaf, 3, segments, backend="cuda")
-        (grad,) = torch.autograd.grad(loss, leaf)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(a, b) for a, b in zip(clean, poisoned, strict=True))
-    assert loss.isfinite()
-    assert grad.isfinite().all()
+    checks.check_every_output_is_written(pre, bias, segments.to(DEVICE), "cuda", bands=bands)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", ["gelu", "schmitt"])
 def test_strided_and_unaligned_features_give_the_same_bits_cuda(dtype, activation):
-    options = ACTIVATIONS[activation] | {"backend": "cuda"}
     base = torch.randn(3, 40, 3, 72).to(dtype).to(DEVICE)
-    wanted = everything(base[:, :, 1].contiguous(), **options)
-    for view in (base[:, :, 1], base[:, :, 1].transpose(0, 1).contiguous().transpose(0, 1)):
-        assert not view.is_contiguous()
-        assert all(torch.equal(a, b) for a, b in zip(everything(view, **options), wanted, strict=True))
-    for begin in (1, 2, 4):  # rows that begin at any address
-        view = base[:, :, 0, begin : begin + 66]
-        wanted = everything(view.contiguous(), **options)
-        assert all(torch.equal(a, b) for a, b in zip(everything(view, **options), wanted, strict=True))
-    x = base[:, :, 1].clone().requires_grad_()
-    for grad_h in (
+    x = base[:, :, 1]
+    unaligned = [base[:, :, 0, begin : begin + 66] for begin in (1, 2, 4)]  # rows that begin at any address
+    views = [x, x.transpose(0, 1).contiguous().transpose(0, 1), *unaligned]
+    checks.check_strides(views, "cuda", **ACTIVATIONS[activation])
+    grads = (
         torch.full((), 0.3, dtype=dtype, device=DEVICE).expand(x.shape),
         torch.randn(3, 40, 1).to(x).expand(x.shape),
         torch.randn(72, 40, 3).to(x).permute(2, 1, 0),
         torch.randn(3, 40, 73).to(x)[:, :, 1:],
-    ):
-        grads = [
-            torch.autograd.grad(activate_with_stats(x, **options)[0], x, g)[0] for g in (grad_h, grad_h.contiguous())
-        ]
-        assert torch.equal(*grads)
+    )
+    checks.check_gradient_strides(x, grads, "cuda", **ACTIVATIONS[activation])
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "identity"])
@@ -264,47 +198,20 @@ def test_features_without_coefficients_get_no_window_term_cuda(activation, bands
         assert not others or not torch.equal(grad[..., others], plain[..., others])
 
 
-def test_operators_refuse_what_they_would_read_past_cuda():
-    ops, h = torch.ops.tsae_kernels_cuda, torch.randn(2, 6, 3, device=DEVICE)
-    zeros = lambda *shape, **options: torch.zeros(*shape, device=DEVICE, **options)  # noqa: E731
-    calls = (
-        lambda: ops.forward(h, zeros(2), 1, None, None, [], None, True),
-        lambda: ops.forward(h, None, 1, zeros(2, 5), None, [], None, True),
-        lambda: ops.forward(h, None, 7, None, None, [], None, True),
-        lambda: ops.forward(h, None, 1, None, None, [0, 3], None, True),
-        lambda: ops.forward(h, None, 1, None, None, [1, 3], zeros(2, 5, dtype=torch.int64), True),
-        lambda: ops.forward(h, None, 1, None, None, list(range(1, 19)), None, True),
-        lambda: ops.forward(h[:, :0], None, 1, None, None, [1, 3], None, True),
-        lambda: ops.backward(h, None, h[:1], None, None, None, 1, [1, 3], None),
-        lambda: ops.backward(h, None, h, zeros(1, 2, 3), None, None, 1, [1, 3], None),
-        lambda: ops.backward(h, None, h, None, None, None, 1, list(range(1, 19)), None),
-        lambda: ops.step_energy(h, zeros(2, 6, dtype=torch.float64)),
-        lambda: ops.step_energy_backward(h, zeros(2, 6), zeros(())),
+def test_operators_refuse_out_of_bounds_arguments_cuda():
+    ops, nine_bands = get_backend("cuda")._ops, list(range(1, 19))
+    too_many = lambda h: (  # noqa: E731
+        lambda: ops.forward(h, None, 1, None, None, nine_bands, None, True),
+        lambda: ops.backward(h, None, h, None, None, None, 1, nine_bands, None),
     )
-    for call in calls:
-        with pytest.raises(RuntimeError):
-            call()
+    checks.check_refusals(ops, DEVICE, too_many)
     with pytest.raises(RuntimeError, match="at most 8, got 9"):
-        temporal_stats(h, tuple((i, i) for i in range(1, 10)), backend="cuda")
+        temporal_stats(torch.ones(2, 6, 3, device=DEVICE), tuple((i, i) for i in range(1, 10)), backend="cuda")
 
 
 @pytest.mark.parametrize("bands", [MULTISCALE, ()])
 def test_gelu_is_as_accurate_as_in_torch_cuda(bands):
-    tails = torch.tensor([0.0, -0.0, 60.0, -60.0, 1e30, -1e30, 3e38, -3e38])
-    z = torch.cat([torch.linspace(-14, 14, 20_000), tails]).reshape(1, 1, -1).to(DEVICE)
-
-    def error(function):
-        x = z.clone().requires_grad_()
-        out = function(x)
-        exact = z.double().requires_grad_()
-        wanted = torch.nn.functional.gelu(exact)
-        (grad,), (wanted_grad,) = torch.autograd.grad(out.sum(), x), torch.autograd.grad(wanted.sum(), exact)
-        scale = z.abs().clamp_min(1)
-        return ((out - wanted).abs() / scale).max(), (grad - wanted_grad).abs().max()
-
-    of_torch = error(torch.nn.functional.gelu)
-    of_cuda = error(lambda x: activate_with_stats(x, activation="gelu", bands=bands, backend="cuda")[0])
-    assert all(ours <= 2 * theirs for ours, theirs in zip(of_cuda, of_torch, strict=True))
+    checks.check_gelu_accuracy(20_000, "cuda", DEVICE, bands)
 
 
 @on_gpu
@@ -345,7 +252,7 @@ def test_nothing_waits_for_the_gpu_and_a_graph_can_capture_it_cuda(backend):
     pre.copy_(torch.randn_like(pre))
     graph.replay()
     changed = [x.clone() for x in captured]
-    assert all(torch.equal(a, b) for a, b in zip(changed, step(), strict=True))
+    assert_same_bits(changed, step())
     assert not torch.equal(changed[0], wanted[0])
 
 
@@ -358,5 +265,5 @@ def test_more_than_two_to_the_31_features_cuda():
     h[-1] = torch.randn(128, 2304, device=DEVICE)
     stats = temporal_stats(h, backend="cuda")
     alone = temporal_stats(h[-1:].clone(), backend="cuda")
-    assert all(torch.equal(a[-1:], b) for a, b in zip(stats, alone, strict=True))
+    assert_same_bits([s[-1:] for s in stats], alone)
     assert (stats.square[:-1] == 0).all()

@@ -1,7 +1,4 @@
-"""The CUDA kernels without a GPU: the same sources compiled for the host, thread by thread, and all tests of backends.
-
-Also the script that compiles them for the GPU.
-"""
+"""The CUDA kernels without a GPU, compiled for the host: all tests of backends; and tools/compile_cuda.py."""
 
 import importlib.util
 import os
@@ -15,7 +12,7 @@ from cuda_emulation.build import build, compiler
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
-needs_compiler = pytest.mark.skipif(compiler() is None, reason="there is no g++ to compile the kernels for the host")
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="g++ is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +41,7 @@ def run(library, *command, **variables):
 )
 def test_the_backends_tests_pass_on_the_emulated_kernels(library, parts):
     files = [str(HERE / f"test_kernels_{part}.py") for part in parts]
-    # What torch.compile sees is the same for all backends.
+    # torch.compile works the same for all backends.
     selection = ("-k", "cuda and not compiles_without", "-p", "emulated_backend", "-p", "no:cacheprovider")
     out = run(library, "-m", "pytest", *selection, *files)
     assert "passed" in out
@@ -52,7 +49,7 @@ def test_the_backends_tests_pass_on_the_emulated_kernels(library, parts):
 
 _DIGEST = """
 import hashlib, emulated_backend, torch
-from compiled_checks import everything
+from backend_checks import everything
 from tsae_kernels import window_consistency
 torch.manual_seed(0)
 digest = hashlib.sha256()
@@ -101,10 +98,10 @@ def test_a_spill_in_the_compilers_report_is_found():
     assert "168 (16 stack, 32 spilled)" in compile_cuda.table(kernels, names)
 
 
-@pytest.mark.skipif(compile_cuda.find_nvcc() is None, reason="there is no nvcc")
+@pytest.mark.skipif(compile_cuda.find_nvcc() is None, reason="nvcc is not installed")
 def test_the_smallest_source_compiles_without_a_warning(tmp_path):
-    """`make cuda-compile` does them all; this one takes seconds."""
-    source = compile_cuda.SOURCES / "runs.cu"
+    """`make cuda-compile` compiles all; this one takes seconds."""
+    source = compile_cuda.SOURCES / "segment_ends.cu"
     (kernel,) = compile_cuda.compile_kernels(compile_cuda.find_nvcc(), source, "90a", tmp_path)
-    assert "find_runs" in kernel.name
+    assert "segment_ends" in kernel.name
     assert kernel.stack == kernel.spills == 0

@@ -1,4 +1,4 @@
-"""A compiled library that cannot be used is "not available", with the reason and the command that helps."""
+"""A compiled library that cannot be used is unavailable, with the reason and the command that fixes it."""
 
 import os
 import shutil
@@ -15,24 +15,25 @@ from tsae_kernels.backends import extension
 PACKAGE = Path(tsae_kernels.__file__).parent
 ROOT = PACKAGE.parent
 BUILT = extension._find("_cpu")
-needs_library = pytest.mark.skipif(bool(extension.load_library().problem), reason=extension.load_library().problem)
+needs_library = pytest.mark.skipif(bool(extension.load_library().error), reason=extension.load_library().error)
 
 
 def run(*command, root, **variables):
-    environment = {**os.environ, "PYTHONPATH": str(root), "TSAE_BACKEND": "", **variables}
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "TSAE_BACKEND": "", **variables}
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=root)
 
 
 @pytest.fixture
 def package(tmp_path):
-    """A copy of the packages without compiled libraries; what is put in the place of one is up to the test."""
+    """A copy of the packages without compiled libraries, in which tests put their own."""
     for folder in (PACKAGE, ROOT / "tsae"):
         shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return tmp_path
 
 
-def put_in_place(kind, library):
-    if kind == "foreign":  # loads, but is nothing of ours
+def write_library(kind, library):
+    if kind == "foreign":  # a valid library without our functions
         shutil.copy(Path(torch.__file__).parent / "lib" / "libshm.so", library)
     elif kind == "text":
         library.write_text("not a library\n")
@@ -47,36 +48,36 @@ def put_in_place(kind, library):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("0.5", "is cut off"),
-        ("0.999", "is cut off"),
-        ("0.00005", "is cut off"),
+        ("0.5", "is truncated"),
+        ("0.999", "is truncated"),
+        ("0.00005", "is truncated"),
         ("empty", "does not load"),
         ("text", "does not load"),
         ("foreign", "does not load"),
     ],
 )
-def test_a_broken_library_is_a_problem_with_a_remedy(monkeypatch, tmp_path, kind, reason):
+def test_a_broken_library_is_reported_with_a_remedy(monkeypatch, tmp_path, kind, reason):
     library = tmp_path / "_cpu.abi3.so"
-    put_in_place(kind, library)
+    write_library(kind, library)
     monkeypatch.setattr(extension, "_find", lambda name: [library])
-    problem = extension.load_library.__wrapped__().problem
-    assert reason in problem
-    assert problem.endswith(f"`rm {library}`, then {extension.REMEDY}")
+    error = extension.load_library.__wrapped__().error
+    assert reason in error
+    assert error.endswith(f"`rm {library}`, then {extension.REMEDY}")
 
 
 @needs_library
-def test_with_a_library_cut_off_everything_else_works(package):
-    put_in_place("0.5", package / "tsae_kernels" / "_cpu.abi3.so")
+def test_with_a_truncated_library_everything_else_works(package):
+    write_library("0.5", package / "tsae_kernels" / "_cpu.abi3.so")
     out = run("-m", "tsae_kernels", root=package)
     assert out.returncode == 0, out.stderr
     (line,) = [line for line in out.stdout.splitlines() if line.split()[:1] == ["cpp"]]
-    assert "is cut off" in line
+    assert "is truncated" in line
     assert "pip install --no-build-isolation ." in line
     assert "default on cpu: eager" in out.stdout
 
 
 def test_without_a_library_eager_is_the_default_and_tsae_imports(package):
-    pytest.importorskip("tsae", reason="the requirements of tsae are not installed")
+    pytest.importorskip("tsae.sae.model", reason="the requirements of tsae are not installed")
     code = (
         "import torch, tsae, tsae.sae.model, tsae_kernels as tk\n"
         "h, stats = tk.activate_with_stats(torch.randn(2, 9, 3, requires_grad=True), threshold=0.5, release=0.1)\n"
@@ -93,12 +94,12 @@ def test_without_a_library_eager_is_the_default_and_tsae_imports(package):
 @needs_library
 def test_a_library_of_other_sources_is_not_used(monkeypatch):
     monkeypatch.setattr(extension, "INTERFACE", -1)
-    problem = extension.load_library.__wrapped__().problem
-    assert "was built from other sources" in problem
-    assert extension.REMEDY in problem
+    error = extension.load_library.__wrapped__().error
+    assert "was built from another version of the sources" in error
+    assert extension.REMEDY in error
 
 
-def test_the_table_is_printed_even_if_the_variable_asks_for_what_is_not_there():
+def test_the_table_is_printed_even_if_the_variable_is_invalid():
     out = run("-m", "tsae_kernels", root=ROOT, TSAE_BACKEND="nonsense")
     assert out.returncode == 0, out.stderr
     assert "default on cpu: none. TSAE_BACKEND" in out.stdout
@@ -110,7 +111,7 @@ _RESULTS = """
 import sys, torch
 import tsae_kernels as tk
 from tsae_kernels.backends.extension import load_library
-results = [load_library().chosen]
+results = [load_library().selected]
 for pre, bias in torch.load(sys.argv[1]):  # torch's random numbers depend on the instruction set
     for options in ({}, {"threshold": 0.6, "release": 0.2}, {"activation": "gelu"}):
         leaves = [pre.clone().requires_grad_(), bias.clone().requires_grad_()]
@@ -124,7 +125,8 @@ torch.save(results, sys.argv[2])
 
 @needs_library
 def test_every_instruction_set_of_this_processor_gives_the_same_results(tmp_path):
-    """Chosen at run time, with PyTorch's own variable for the purpose; all other tests run the widest."""
+    """Selected at run time with PyTorch's own variable. All other tests run the widest."""
+    torch.manual_seed(0)
     inputs = [
         (torch.randn(2, 140, k).to(dtype), torch.randn(k))
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)

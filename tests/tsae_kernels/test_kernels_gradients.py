@@ -1,4 +1,4 @@
-"""Every returned tensor against finite differences, and what the gradient promises beside its value."""
+"""Gradients of every output against finite differences; variance masking; no double backward."""
 
 import kernels_oracle as oracle
 import pytest
@@ -75,7 +75,7 @@ def test_a_loss_on_one_output_alone(backend):
 
 @pytest.mark.parametrize("backend", oracle.BACKENDS)
 def test_a_masked_feature_gets_exactly_the_activation_gradient(backend):
-    """Even if its statistics overflow: the window arithmetic is skipped, not multiplied by zero."""
+    """Even if its statistics overflow, because its window arithmetic is skipped, not multiplied by zero."""
     for masked in ([1], [0, 1, 2, 3], []):
         pre = torch.randn(3, 30, 4)
         pre[0, 3, masked] = float("inf")
@@ -106,7 +106,7 @@ def test_one_gradient_for_the_batch_and_one_per_row_agree(backend):
 
 
 @pytest.mark.parametrize("backend", oracle.BACKENDS)
-def test_double_backward_says_no(backend):
+def test_double_backward_raises(backend):
     h = torch.randn(2, 6, 3, requires_grad=True)
     functions = (
         lambda: temporal_stats(h, backend=backend).differences.sum(),

@@ -1,4 +1,4 @@
-"""The two papers' losses against brute force."""
+"""The losses of TSAE and TC-SAE against brute force."""
 
 import kernels_oracle as oracle
 import pytest
@@ -23,7 +23,7 @@ def test_temporal_loss(backend, segmented, own_variance):
     h = torch.randn(3, 25, 4, dtype=torch.float64, generator=generator) * torch.tensor([1.0, 0.05, 2.0, 0.0])
     segments = oracle.random_segments(3, 25, generator, longest=12) if segmented else None
     if segmented:
-        segments[2] = -1  # a row that is nothing but padding
+        segments[2] = -1  # a row of padding only
     variance = None if own_variance else torch.tensor([0.3, 0.02, 0.0, 0.01], dtype=torch.float64)
     loss = temporal_loss(h, WEIGHTS, BANDS, variance, 0.01, segments, backend=backend)
     wanted = oracle.paper_loss(h, WEIGHTS, BANDS, variance, 0.01, segments)
@@ -137,7 +137,7 @@ class _Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("segmented", [False, True])
 def test_a_loss_needs_nothing_from_the_host(segmented):
-    """On a GPU these operators would wait for it, and no graph could capture them."""
+    """On a GPU these operators would wait for the device, and CUDA graphs could not capture them."""
     h = torch.randn(2, 20, 3, requires_grad=True)
     segments = oracle.random_segments(2, 20) if segmented else None
     positions = 20 if segments is None else count_positions(segments)

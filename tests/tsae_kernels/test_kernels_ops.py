@@ -1,4 +1,4 @@
-"""Registration, compilation, cost, and what importing the package brings with it."""
+"""Operator registration, torch.compile, linear cost in T, and imports of the package."""
 
 import subprocess
 import sys
@@ -13,7 +13,8 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tsae_kernels import count_positions, temporal_loss_from_stats
-from tsae_kernels.backends.registry import implementation
+from tsae_kernels.backends.interface import Activation, Gradients
+from tsae_kernels.backends.registry import get_backend
 
 ops = torch.ops.tsae_kernels
 SEGMENTS = torch.tensor([[0, 0, 1, 1, -1, 2]] * 2)
@@ -96,7 +97,7 @@ class Work(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if not func.is_view:
             name = func.overloadpacket.__name__
-            read = args[1:] if name == "index_select" else args  # which reads no more than it writes
+            read = args[1:] if name == "index_select" else args  # reads no more than it writes
             tensors = [x for x in _pytree.tree_leaves((read, kwargs, out)) if isinstance(x, torch.Tensor)]
             self.elements += 1 + sum(x.numel() for x in tensors)
             if name in ("mm", "bmm", "addmm", "baddbmm"):
@@ -105,7 +106,7 @@ class Work(TorchDispatchMode):
 
 
 def bands_over(T):
-    """Which reach over all of T: with the offsets of the default ones every way of counting pairs is linear in T."""
+    """Bands over all offsets: with a fixed largest offset, every algorithm is linear in T."""
     return (1, T // 8), (T // 8 + 1, T - 1)
 
 
@@ -115,23 +116,24 @@ def segments_over(T):
 
 @pytest.mark.parametrize("segmented", [False, True])
 def test_eager_does_work_linear_in_time(segmented):
-    """Counted, not timed; the definition, which walks over all offsets, shows that the count tells the two apart."""
+    """Counted, not timed. The reference, which loops over all offsets, shows that the count detects quadratic work."""
 
     def elements(backend, T):
         threshold, release = torch.tensor(0.5), torch.tensor(0.2)
         pre, grad_h, weights = torch.randn(1, T, 3), torch.randn(1, T, 3), torch.rand(1, T)
-        grads = torch.randn(1, 2, 3), torch.randn(1, 3), torch.randn(1, 3)
+        grads = Gradients(grad_h, torch.randn(1, 2, 3), torch.randn(1, 3), torch.randn(1, 3))
         bands, segments = bands_over(T), segments_over(T) if segmented else None
         with Work() as work:
-            h, *_ = backend.activate_with_stats(pre, None, "relu", threshold, release, bands, segments)
+            schmitt = Activation("relu", None, threshold, release)
+            h, *_ = backend.activate_with_stats(pre, schmitt, bands, segments)
             backend.temporal_stats(h, bands, segments)
-            backend.activate_with_stats_backward(h, None, grad_h, *grads, "relu", bands, segments)
+            backend.activate_with_stats_backward(h, grads, Activation("relu"), bands, segments)
             backend.step_energy(h, weights)
             backend.step_energy_backward(h, weights, torch.ones(()))
         return work.elements
 
     def growth(name):
-        return elements(implementation(name), 256) / elements(implementation(name), 128)
+        return elements(get_backend(name), 256) / elements(get_backend(name), 128)
 
     assert 1.9 < growth("eager") < 2.1
     assert growth("reference") > 3
@@ -143,7 +145,7 @@ def test_linear_in_time(backend, segmented):
     oracle.too_slow(backend, True)
 
     def seconds(T):
-        h = torch.randn(1, T, 1024, requires_grad=True)  # so that the work outweighs the calls
+        h = torch.randn(1, T, 1024, requires_grad=True)  # so that the work outweighs the call overhead
         bands, segments = bands_over(T), segments_over(T) if segmented else None
         begin = time.process_time()
         activated, stats = activate_with_stats(

@@ -1,4 +1,4 @@
-"""Every backend on the same generated calls: the definition, as exact as PyTorch's operations, every output written."""
+"""Every backend on random calls: as accurate as PyTorch operations, and every output is written."""
 
 import kernels_oracle as oracle
 import pytest
@@ -8,13 +8,15 @@ from kernel_cases import cases
 
 from tsae_kernels import activate_with_stats
 
-# Triton takes a millisecond a row and operation in its interpreter, and seconds on a GPU for each new set of bands.
+# Triton takes 1 ms per row and operation in its interpreter, and on a GPU seconds to compile each new set of bands.
 EXAMPLES = {"reference": 15, "eager": 40, "cpp": 80, "cuda": 60, "triton": 8 if oracle.INTERPRETED else 15}
 
 
 def assert_as_exact_as_torch(name, found, right, in_torch, size):
-    """The error is at most twice that of PyTorch's operations; these are exact now and then, so a few roundings of the
-    terms are allowed beside it, and one of the result."""
+    """Require at most twice the error of PyTorch's operations, plus a few roundings of the terms and one of the result.
+
+    The extra roundings are for cases in which PyTorch's result happens to be exact.
+    """
     if right.numel() == 0:
         return
     compute = torch.float64 if found.dtype == torch.float64 else torch.float32
@@ -24,7 +26,7 @@ def assert_as_exact_as_torch(name, found, right, in_torch, size):
 
 
 def check(case, backend):
-    torch.use_deterministic_algorithms(True)  # PyTorch then fills with NaN what it allocates
+    torch.use_deterministic_algorithms(True)  # PyTorch then fills new tensors with NaN
     try:
         assert torch.utils.deterministic.fill_uninitialized_memory
         found = case.run(activate_with_stats, backend, oracle.DEVICE.get(backend, "cpu"))

@@ -1,4 +1,4 @@
-"""The compiled products that skip zeros: against dense ones, at odd shapes, and with what they must refuse."""
+"""The sparse products against dense ones, at various shapes, and their errors."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
             assert torch.equal(a, b)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_mismatched_arguments_raise() -> None:
     rows = compress(sparse_matrix(7, 33))
     with pytest.raises(RuntimeError, match="columns must be less than 5"):
         matmul(rows, torch.randn(5, 3))

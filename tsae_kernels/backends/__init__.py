@@ -1,1 +1,1 @@
-"""The implementations of the operators, and the choice between them."""
+"""The backends, which implement the operators of `ops.py`, and the registry that selects one."""

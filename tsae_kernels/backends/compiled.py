@@ -1,7 +1,7 @@
-"""The compiled backends, `cpp` (csrc/cpu/ops.cpp) and `cuda` (csrc/cuda/ops.cpp); both have the same operators.
+"""The compiled backends, `cpp` (csrc/cpu/ops.cpp) and `cuda` (csrc/cuda/ops.cpp), which have the same operators.
 
-Small tensors are converted here; the features go as they are, with any strides that leave neighbours along k
-together (others are copied). Nothing waits for a device.
+Small tensors are converted here. Features are passed as they are: the operators take any strides, but copy features
+whose neighbours along k are not adjacent in memory. Nothing waits for a device.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsae_kernels.arguments import ACTIVATIONS, dtype_of_stats
+from tsae_kernels.arguments import ACTIVATIONS
+from tsae_kernels.backends.interface import Activation, Gradients
 from tsae_kernels.bands import Bands, flatten_bands
+from tsae_kernels.dtypes import dtype_of_stats
 
-_CODES = {"identity": 0, "relu": 1, "gelu": 2}
+_CODES = {"identity": 0, "relu": 1, "gelu": 2}  # enum Activation in csrc/shared/operands.h
 assert set(_CODES) == set(ACTIVATIONS)
 
 
@@ -26,8 +28,8 @@ def _ids(segments: Tensor | None) -> Tensor | None:
     return None if segments is None else segments.to(torch.int64).contiguous()
 
 
-def _level(value: Tensor | None, like: Tensor) -> Tensor | None:
-    """A threshold as [B, T] if it is [B, T, 1], else as [k]."""
+def _threshold(value: Tensor | None, like: Tensor) -> Tensor | None:
+    """A threshold or release, at least 0: [B, T] if it is [B, T, 1], else [k]."""
     if value is None:
         return None
     value = value.to(dtype_of_stats(like.dtype)).clamp_min(0)
@@ -35,7 +37,7 @@ def _level(value: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 class CompiledBackend:
-    """The functions of `reference.py` on the operators of one library.
+    """`interface.Backend` on the operators of one library.
 
     namespace: of the operators `forward`, `backward`, `step_energy` and `step_energy_backward` in `torch.ops`
     """
@@ -47,68 +49,42 @@ class CompiledBackend:
     def _ops(self) -> Any:
         return getattr(torch.ops, self._namespace)
 
+    def _forward(self, x: Tensor, activation: Activation, bands: Bands, segments: Tensor | None, with_h: bool) -> Any:
+        name, bias, threshold, release = activation
+        bias, threshold, release = _compute(bias, x), _threshold(threshold, x), _threshold(release, x)
+        offsets, ids = flatten_bands(bands), _ids(segments)
+        return self._ops.forward(x, bias, _CODES[name], threshold, release, offsets, ids, with_h)
+
     def activate_with_stats(
-        self,
-        pre: Tensor,
-        bias: Tensor | None,
-        activation: str,
-        threshold: Tensor | None,
-        release: Tensor | None,
-        bands: Bands,
-        segments: Tensor | None,
+        self, pre: Tensor, activation: Activation, bands: Bands, segments: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """h [B, T, k] = activation(pre + bias) and its statistics; see `ops.py`."""
-        return self._ops.forward(
-            pre,
-            _compute(bias, pre),
-            _CODES[activation],
-            _level(threshold, pre),
-            _level(release, pre),
-            flatten_bands(bands),
-            _ids(segments),
-            True,
-        )
+        """See `interface.Backend`."""
+        return self._forward(pre, activation, bands, segments, True)
 
     def temporal_stats(self, h: Tensor, bands: Bands, segments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """differences [B, S, k], total [B, k] and square [B, k] of h [B, T, k]; see `ops.py`."""
-        identity = _CODES["identity"]
-        _, *stats = self._ops.forward(h, None, identity, None, None, flatten_bands(bands), _ids(segments), False)
+        """See `interface.Backend`."""
+        _, *stats = self._forward(h, Activation("identity"), bands, segments, False)
         return tuple(stats)
 
     def activate_with_stats_backward(
-        self,
-        saved: Tensor,
-        bias: Tensor | None,
-        grad_h: Tensor | None,
-        grad_differences: Tensor | None,
-        grad_total: Tensor | None,
-        grad_square: Tensor | None,
-        activation: str,
-        bands: Bands,
-        segments: Tensor | None,
+        self, saved: Tensor, grads: Gradients, activation: Activation, bands: Bands, segments: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """grad_pre [B, T, k] and grad_bias [k]; `saved` is h, or for gelu pre; see `ops.py`."""
-        if grad_differences is not None and grad_differences.shape[0] > 0 and grad_differences.stride(0) == 0:
-            grad_differences = grad_differences[:1]  # one gradient for the whole batch, as a sum over b gives
-        grad_pre, grad_bias = self._ops.backward(
-            saved,
-            _compute(bias, saved),
-            None if grad_h is None else grad_h.to(saved.dtype),
-            _compute(grad_differences, saved),
-            _compute(grad_total, saved),
-            _compute(grad_square, saved),
-            _CODES[activation],
-            flatten_bands(bands),
-            _ids(segments),
-        )
+        """See `interface.Backend`."""
+        differences = grads.differences
+        if differences is not None and differences.shape[0] > 0 and differences.stride(0) == 0:
+            differences = differences[:1]  # one gradient for the whole batch, as a sum over b gives
+        stats = (_compute(grad, saved) for grad in (differences, grads.total, grads.square))
+        grad_h = None if grads.h is None else grads.h.to(saved.dtype)
+        how = _CODES[activation.name], flatten_bands(bands), _ids(segments)
+        grad_pre, grad_bias = self._ops.backward(saved, _compute(activation.bias, saved), grad_h, *stats, *how)
         return grad_pre, grad_bias.sum(0)
 
     def step_energy(self, h: Tensor, weights: Tensor) -> Tensor:
-        """[]: the sum of weights[b, t] * (h[b, t+1, j] - h[b, t, j])^2."""
+        """See `interface.Backend`."""
         return self._ops.step_energy(h, _compute(weights, h)).sum().to(dtype_of_stats(h.dtype))
 
     def step_energy_backward(self, h: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
-        """grad_h [B, T, k] for the gradient of the energy, a [] tensor."""
+        """See `interface.Backend`."""
         return self._ops.step_energy_backward(h, _compute(weights, h), grad.double())
 
 

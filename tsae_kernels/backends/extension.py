@@ -1,4 +1,4 @@
-"""The compiled libraries of the `cpp` and `cuda` backends: found in the package, loaded once, or why not."""
+"""Loads the compiled libraries of the `cpp` and `cuda` backends, or says why they cannot be loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-INTERFACE = 3  # must equal the libraries': see tsae_interface in csrc/cpu/ops.cpp and csrc/cuda/ops.cpp
+INTERFACE = 3  # must equal tsae_interface in csrc/cpu/ops.cpp and csrc/cuda/ops.cpp
 REMEDY = "with torch and a C++ compiler run `pip install --no-build-isolation .` in the source tree"
 CUDA_REMEDY = (
     "with a CUDA build of torch and its version of nvcc run `TSAE_BUILD=cuda pip install --no-build-isolation .` "
@@ -19,38 +19,37 @@ CUDA_REMEDY = (
 
 
 class Library(NamedTuple):
-    """problem: "" if the library can be used, else why not and what to do.
+    """A compiled library, or why it cannot be used.
 
-    The rest is empty for a library that is not loaded:
-
+    error: "" if the library is loaded, else the reason and the command that fixes it; the other fields are then empty
     built_for: versions of torch and the compiler
-    variants: the instruction sets of the CPU library, the architectures of the CUDA library
-    chosen: the instruction set that this processor runs; the version of CUDA
+    targets: instruction sets (CPU) or GPU architectures (CUDA) that it was compiled for
+    selected: the instruction set used on this processor; for CUDA, the CUDA version
     """
 
-    problem: str
+    error: str
     built_for: str = ""
-    variants: str = ""
-    chosen: str = ""
+    targets: str = ""
+    selected: str = ""
 
 
 @functools.cache
 def load_library() -> Library:
-    """Load the CPU library into PyTorch; its operators are then in `torch.ops.tsae_kernels_cpp`."""
+    """Load the CPU library, which registers its operators as `torch.ops.tsae_kernels_cpp`."""
     return _load("_cpu", REMEDY, "tsae_instruction_sets", "tsae_instruction_set")
 
 
 @functools.cache
 def load_cuda_library() -> Library:
-    """The same with the CUDA library and `torch.ops.tsae_kernels_cuda`; it needs a GPU that torch sees, too."""
+    """Load the CUDA library, which registers `torch.ops.tsae_kernels_cuda` and needs a GPU that torch sees."""
     if not _find("_cuda"):
         return Library(f"not built: {CUDA_REMEDY}")
     if torch.version.cuda is None:
         return Library(f"built, but torch {torch.__version__} has no CUDA: {CUDA_REMEDY}")
     library = _load("_cuda", CUDA_REMEDY, "tsae_architectures", "tsae_cuda_version")
-    if not library.problem and not torch.cuda.is_available():
+    if not library.error and not torch.cuda.is_available():
         return library._replace(
-            problem="built, but torch sees no GPU (torch.cuda.is_available() is False): check `nvidia-smi`"
+            error="built, but torch sees no GPU (torch.cuda.is_available() is False): check `nvidia-smi`"
         )
     return library
 
@@ -59,34 +58,36 @@ def _find(name: str) -> list[Path]:
     return sorted(Path(__file__).parents[1].glob(f"{name}*.so"))
 
 
-def _is_cut_off(path: Path) -> bool:
-    """Whether an ELF file is shorter than its header says: to load such a file ends the process (SIGBUS)."""
+def _is_truncated(path: Path) -> bool:
+    """Whether an ELF file is shorter than its header says. Loading such a file kills the process (SIGBUS)."""
     with path.open("rb") as file:
         header = file.read(64)
-    if header[:6] != b"\x7fELF\x02\x01":  # 64 bits, little-endian; the loader knows what to do with all others
+    if header[:6] != b"\x7fELF\x02\x01":  # not 64-bit little-endian ELF: the loader reports an error
         return False
     if len(header) < 64:
         return True
     (table,), (entry_bytes, entries) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
-    return table + entry_bytes * entries > path.stat().st_size  # the table of sections, which linkers write last
+    return table + entry_bytes * entries > path.stat().st_size  # linkers write the section table last
 
 
-def _load(name: str, remedy: str, variants: str, chosen: str) -> Library:
+def _load(name: str, remedy: str, targets: str, selected: str) -> Library:
     built = _find(name)
     if not built:
         return Library(f"not built: {remedy}")
     path = built[0]
-    # Where an old file lies the build may take it for the new one.
+    # The build may mistake an old file for the new one, so remove it first.
     remedy = f"`rm {path}`, then {remedy}"
     try:
-        if _is_cut_off(path):
-            return Library(f"{path.name} is cut off: {remedy}")
+        if _is_truncated(path):
+            return Library(f"{path.name} is truncated: {remedy}")
         library = ctypes.CDLL(str(path))
         interface = library.tsae_interface()
         if interface != INTERFACE:
-            return Library(f"{path.name} was built from other sources (interface {interface}): {remedy}")
+            return Library(
+                f"{path.name} was built from another version of the sources (interface {interface}): {remedy}"
+            )
         torch.ops.load_library(str(path))
-    except (OSError, AttributeError) as error:  # another torch or platform
+    except (OSError, AttributeError) as error:  # built for another torch or platform
         return Library(f"{path.name} does not load ({error}): {remedy}")
 
     def text(function_name: str) -> str:
@@ -94,4 +95,4 @@ def _load(name: str, remedy: str, variants: str, chosen: str) -> Library:
         function.restype = ctypes.c_char_p
         return function().decode()
 
-    return Library("", text("tsae_built_for"), text(variants), text(chosen))
+    return Library("", text("tsae_built_for"), text(targets), text(selected))

@@ -1,7 +1,7 @@
-"""The definition, offset by offset: the oracle of every other backend. Nothing here is fast.
+"""The definition, offset by offset, which every other backend is tested against. Slow.
 
-Backends share this interface (see `ops.py`, which documents the operators). `dtype_of_stats` is float32, or
-float64 for float64 input; activations are decided in it, and sums are taken in float64 here.
+Activations are compared with their thresholds in `dtype_of_stats`, as in every backend; sums here are float64.
+`interface.Backend` documents the functions.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsae_kernels.arguments import dtype_of_stats
+from tsae_kernels.backends.interface import Activation, Gradients
 from tsae_kernels.bands import Bands
+from tsae_kernels.dtypes import dtype_of_stats
 
 
 def segment_numbers(h: Tensor, segments: Tensor | None) -> Tensor:
-    """[B, T]: equal numbers for positions of one segment, -1 for excluded ones."""
+    """[B, T]: a number for each segment, the same at all its positions; -1 where excluded."""
     if segments is None:
         return torch.zeros(h.shape[:2], dtype=torch.int64, device=h.device)
     changes = torch.zeros_like(segments, dtype=torch.int64)
@@ -29,26 +30,20 @@ def pair_mask(numbers: Tensor, offset: int) -> Tensor:
     return ((early == late) & (early >= 0))[..., None].double()
 
 
-def activate(
-    pre: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    threshold: Tensor | None,
-    release: Tensor | None,
-    segments: Tensor | None,
-) -> Tensor:
-    """h [B, T, k], in pre's dtype."""
+def activate(pre: Tensor, activation: Activation, segments: Tensor | None) -> Tensor:
+    """h [B, T, k] = activation(pre + bias), in pre's dtype."""
+    name, bias, threshold, release = activation
     z = pre.to(dtype_of_stats(pre.dtype))
     if bias is not None:
         z = z + bias.to(z.dtype)
-    if activation == "identity":
+    if name == "identity":
         return z.to(pre.dtype, copy=True)
-    if activation == "gelu":
+    if name == "gelu":
         return F.gelu(z).to(pre.dtype)
     on_threshold = torch.zeros((), dtype=z.dtype, device=z.device)
     if threshold is not None:
         on_threshold = threshold.to(z.dtype).clamp_min(0)
-    off = z <= on_threshold  # [B, T, k]; written so that NaN stays on and is seen
+    off = z <= on_threshold  # [B, T, k]; NaN compares false, so it stays on and visible
     if release is not None:
         numbers = segment_numbers(pre, segments)
         below_release = z <= release.to(z.dtype).clamp_min(0)
@@ -59,7 +54,7 @@ def activate(
 
 
 def temporal_stats(h: Tensor, bands: Bands, segments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """differences [B, S, k], total [B, k] and square [B, k] of h [B, T, k]; see `ops.py`."""
+    """See `interface.Backend`."""
     numbers = segment_numbers(h, segments)
     x = h.double().masked_fill(numbers[..., None] < 0, 0)
     B, T, k = h.shape
@@ -73,63 +68,49 @@ def temporal_stats(h: Tensor, bands: Bands, segments: Tensor | None) -> tuple[Te
 
 
 def activate_with_stats(
-    pre: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    threshold: Tensor | None,
-    release: Tensor | None,
-    bands: Bands,
-    segments: Tensor | None,
+    pre: Tensor, activation: Activation, bands: Bands, segments: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """h [B, T, k] = activation(pre + bias) and its statistics; see `ops.py`."""
-    h = activate(pre, bias, activation, threshold, release, segments)
+    """See `interface.Backend`."""
+    h = activate(pre, activation, segments)
     return h, *temporal_stats(h, bands, segments)
 
 
 def activate_with_stats_backward(
-    saved: Tensor,
-    bias: Tensor | None,
-    grad_h: Tensor | None,
-    grad_differences: Tensor | None,
-    grad_total: Tensor | None,
-    grad_square: Tensor | None,
-    activation: str,
-    bands: Bands,
-    segments: Tensor | None,
+    saved: Tensor, grads: Gradients, activation: Activation, bands: Bands, segments: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """grad_pre [B, T, k] and grad_bias [k]; `saved` is h, or for gelu pre; see `ops.py`."""
-    h = activate(saved, bias, "gelu", None, None, segments) if activation == "gelu" else saved
+    """See `interface.Backend`."""
+    h = activate(saved, activation, segments) if activation.name == "gelu" else saved
     numbers = segment_numbers(h, segments)
     excluded = numbers[..., None] < 0
     x = h.double().masked_fill(excluded, 0)
     grad = torch.zeros_like(x)  # with respect to h
-    if grad_differences is not None:
+    if grads.differences is not None:
         for s, (first, last) in enumerate(bands):
             for offset in range(first, min(last, x.shape[1] - 1) + 1):
                 step = x[:, offset:] - x[:, :-offset]
-                pull = 2 * grad_differences[:, s, None].double() * pair_mask(numbers, offset) * step
-                pull = torch.where(grad_differences[:, s, None] == 0, 0, pull)  # masked: inf stays out
+                pull = 2 * grads.differences[:, s, None].double() * pair_mask(numbers, offset) * step
+                pull = torch.where(grads.differences[:, s, None] == 0, 0, pull)  # a zero gradient masks inf and NaN
                 grad[:, offset:] += pull
                 grad[:, :-offset] -= pull
-    if grad_total is not None:
-        grad += grad_total.double()[:, None].masked_fill(excluded, 0)
-    if grad_square is not None:
-        grad += 2 * x * grad_square.double()[:, None]
-    if grad_h is not None:
-        grad += grad_h
-    if activation == "relu":
+    if grads.total is not None:
+        grad += grads.total.double()[:, None].masked_fill(excluded, 0)
+    if grads.square is not None:
+        grad += 2 * x * grads.square.double()[:, None]
+    if grads.h is not None:
+        grad += grads.h
+    if activation.name == "relu":
         grad = grad.masked_fill(h <= 0, 0)
-    elif activation == "gelu":
+    elif activation.name == "gelu":
         z = saved.to(dtype_of_stats(saved.dtype)).double()
-        if bias is not None:
-            z = z + bias
+        if activation.bias is not None:
+            z = z + activation.bias
         cdf = 0.5 * (1 + torch.erf(z / 2**0.5))
         grad = grad * (cdf + z * torch.exp(-0.5 * z**2) / (2 * torch.pi) ** 0.5)
     return grad.to(saved.dtype), grad.sum((0, 1)).to(dtype_of_stats(saved.dtype))
 
 
 def step_energy(h: Tensor, weights: Tensor) -> Tensor:
-    """[]: the sum of weights[b, t] * (h[b, t+1, j] - h[b, t, j])^2."""
+    """See `interface.Backend`."""
     x = h.double()
     energy = x.new_zeros(())
     for t in range(h.shape[1] - 1):
@@ -139,7 +120,7 @@ def step_energy(h: Tensor, weights: Tensor) -> Tensor:
 
 
 def step_energy_backward(h: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
-    """grad_h [B, T, k] for the gradient of the energy, a [] tensor."""
+    """See `interface.Backend`."""
     x = h.double()
     grad_h = torch.zeros_like(x)
     for t in range(h.shape[1] - 1):

@@ -1,4 +1,4 @@
-"""Compiles csrc/cuda for the host: the very sources of the GPU's kernels, run by `emulated_device.h`.
+"""Compiles csrc/cuda for the host: the sources of the CUDA kernels, run by `emulated_device.h`.
 
 `python tests/tsae_kernels/cuda_emulation/build.py [--sanitize] FILE` writes the library FILE.
 """
@@ -13,27 +13,23 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
-SOURCES = ("ops.cpp", "forward.cu", "backward.cu", "steps.cu", "runs.cu")
+SOURCES = ["ops.cpp", *(path.name for path in sorted((ROOT / "csrc/cuda").glob("*.cu")))]
 
 
 def compiler() -> str | None:
-    """g++ (for `_Float16`, and the sanitizers' runtime), or None if there is none."""
+    """The path of g++, required for `_Float16` and the sanitizers' runtime, or None."""
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
 def build(library: Path, sanitize: bool = False) -> None:
-    """Compile and link `library`. Raises `subprocess.CalledProcessError` with the compiler's words."""
+    """Compile and link `library`. Raises `subprocess.CalledProcessError` with the compiler's output."""
     import torch
 
     folder = Path(torch.__file__).parent
     flags = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off"]
-    # The kernels' hints on unrolling are the GPU compiler's, and an unused branch warns where it is not.
-    flags += [
-        "-Wno-unknown-pragmas",
-        "-Wno-psabi",
-        "-Wno-maybe-uninitialized",
-        "-DTORCH_TARGET_VERSION=0x020b000000000000",
-    ]
+    # The kernels' unroll pragmas are for nvcc, and g++ warns of unused branches.
+    flags += ["-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
     flags += ['-DTSAE_DEVICE_HEADER="emulated_device.h"', '-DTSAE_STREAM_HEADER="emulated_stream.h"', f"-I{HERE}"]
     flags += ["-isystem", str(folder / "include")]
     link = [f"-L{folder / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{folder / 'lib'}"]
@@ -42,16 +38,7 @@ def build(library: Path, sanitize: bool = False) -> None:
     objects = []
     for name in SOURCES:
         objects.append(str(library.with_name(f"{library.stem}-{name}.o")))
-        command = [
-            compiler() or "g++",
-            *flags,
-            "-x",
-            "c++",
-            "-c",
-            str(ROOT / "csrc" / "cuda" / name),
-            "-o",
-            objects[-1],
-        ]
+        command = [compiler() or "g++", *flags, "-x", "c++", "-c", str(ROOT / "csrc/cuda" / name), "-o", objects[-1]]
         subprocess.run(command, check=True, capture_output=True, text=True)
     command = [compiler() or "g++", "-shared", *(checks if sanitize else []), *objects, "-o", str(library), *link]
     subprocess.run(command, check=True, capture_output=True, text=True)

@@ -1,6 +1,6 @@
-"""`pytest -p emulated_backend`: the backend "cuda" is the emulated library TSAE_EMULATED_LIBRARY, on the CPU.
+"""pytest plugin (`-p emulated_backend`): the "cuda" backend is the library TSAE_EMULATED_LIBRARY, on the CPU.
 
-It has to be loaded before the tests look at the table of backends.
+Import it before the tests read the table of backends.
 """
 
 import os
@@ -8,9 +8,9 @@ import os
 import torch
 
 from tsae_kernels.backends import registry
-from tsae_kernels.backends.compiled import cuda
+from tsae_kernels.backends.compiled import CompiledBackend
 
 torch.ops.load_library(os.environ["TSAE_EMULATED_LIBRARY"])
-registry._IMPLEMENTATIONS["cuda"] = cuda
+registry._AVAILABLE["cuda"] = CompiledBackend("tsae_kernels_cuda_emulated")
 registry._UNAVAILABLE.pop("cuda", None)
-registry._DEVICES["cuda"] = "cpu"
+registry._DEVICE_TYPES["cuda"] = "cpu"

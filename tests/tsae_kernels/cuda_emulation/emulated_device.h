@@ -1,9 +1,10 @@
-// Runs the kernels of csrc/cuda on the host, in place of csrc/cuda/device.cuh: the same source, compiled by a C++ compiler.
+// Replaces csrc/cuda/device.cuh to run the kernels of csrc/cuda on the host, compiled by a C++ compiler.
 //
-// A block's threads are fibers. Each runs until a barrier, then the next one does, so the order is fixed, and a kernel
-// whose result depends on it shows under TSAE_EMULATION_ORDER=reverse. What a GPU leaves undefined is made visible:
-// shared memory is filled with NaN and exactly as large as the launch asked for (AddressSanitizer sees a step beyond), an
-// asynchronous copy arrives only when it is awaited, and threads that part at a barrier end the program.
+// A block's threads are fibers. Each runs until a barrier, then the next one does. The order is fixed;
+// TSAE_EMULATION_ORDER=reverse reverses it, to detect kernels whose result depends on it. Undefined behaviour on a GPU
+// becomes visible: shared memory is filled with NaN and exactly as large as the launch requested (so that
+// AddressSanitizer detects accesses beyond it), asynchronous copies complete only when awaited, and threads that
+// diverge at a barrier abort.
 #pragma once
 
 #include <setjmp.h>
@@ -51,8 +52,7 @@ struct Copy {
 
 constexpr size_t kStack = 256 << 10;
 
-// Control passes between fibers by swapcontext where the sanitizer must follow, and else by longjmp, which saves two
-// system calls each time.
+// Fibers are switched by swapcontext under the sanitizer, else by longjmp, which saves two system calls per switch.
 struct Context {
   ucontext_t whole;
 #if defined(__SANITIZE_ADDRESS__)
@@ -68,7 +68,7 @@ struct Context {
 struct Fiber {
   Context context;
   std::unique_ptr<char[]> stack{new char[kStack]};
-  std::vector<Copy> copies;  // begun and not awaited
+  std::vector<Copy> copies;  // started but not awaited
   bool finished = false;
 };
 
@@ -99,7 +99,7 @@ inline void pass_control(Context& from, Context& to) {
 #endif
 }
 
-// A fiber lives on from block to block.
+// Fibers are reused from block to block.
 inline void entry() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &block.scheduler.stack, &block.scheduler.stack_size);
@@ -107,7 +107,7 @@ inline void entry() {
   for (;;) {
     block.body(block.argument);
     Fiber& fiber = block.fiber();
-    if (!fiber.copies.empty()) fail("a thread ended with copies on their way");
+    if (!fiber.copies.empty()) fail("a thread ended with pending copies");
     fiber.finished = true;
     pass_control(fiber.context, block.scheduler);
   }
@@ -142,7 +142,7 @@ inline void run_block(unsigned index, unsigned threads, bool reversed) {
       finished += block.fiber().finished;
     }
     block.result = block.gathered;
-    if (finished != 0 && finished != threads) fail("threads of a block part at a barrier");
+    if (finished != 0 && finished != threads) fail("threads of a block diverge at a barrier");
   }
 }
 
@@ -160,7 +160,7 @@ inline int __syncthreads_or(int predicate) {
 inline void copy_async(void* to, const void* from, int bytes) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
     emulation::fail("a copy's address is not a multiple of 16");
-  if (bytes < 0 || bytes > 16) emulation::fail("a copy is not of 0 to 16 bytes");
+  if (bytes < 0 || bytes > 16) emulation::fail("a copy must have 0 to 16 bytes");
   emulation::block.fiber().copies.push_back(
       {static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes});
 }

@@ -1,15 +1,16 @@
-"""The Triton kernels: one program walks one sequence along T with a block of neighbouring features.
+"""The Triton kernel of the forward pass: activation (with the Schmitt trigger) and temporal statistics.
 
-Derivations: docs/mathematics.md, sections 2 to 4 and 7; design and byte counts: docs/kernels.md. Imported on first use
-by `launch.py`, so that a machine without a GPU does not need Triton.
+Derivations: docs/mathematics.md, sections 2 to 4 and 7; design and byte counts: docs/kernels.md. `launch.py` imports
+this file on first use, so that a machine without a GPU does not need Triton.
 
-Rows are taken `CHUNK` at a time. What a window needs of the last chunk (and, backward, of the next) is still in
-registers, rows further off are read again, from the caches. Rows of the next chunk are requested before the current one
-is worked on. Forward kernels are compiled without contraction and say `tl.fma` where they mean it: the statistics of h
-then have the same bits whether h was just made or is read.
+One program walks one sequence along T with a block of adjacent features. Rows are loaded `CHUNK` at a time, and those
+of the next chunk are requested before the current chunk is processed. Rows that a window needs from the previous chunk
+(and, in the backward pass, from the next) are in registers; rows further away are read again, from the caches. Forward
+kernels are compiled without contraction and use `tl.fma` explicitly, so the statistics of h have the same bits whether
+h was just computed or is read.
 
-`run_ends` [B, T] int32 holds for every position the end of its run, negative if the run is excluded. Features arrive in
-any strides; row offsets are 64-bit.
+`segment_ends` [B, T] int32 is the end of each position's segment, negative for a run of excluded positions. Features
+have any strides; row offsets are 64-bit.
 """
 
 # ruff: noqa: RUF005 - Triton has no starred expressions
@@ -20,23 +21,36 @@ import triton.language as tl
 
 
 @triton.jit
+def sequence_and_columns(k: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
+    """This program's sequence b, its features' indices, and which of them exist. EVEN_K: all do."""
+    blocks = tl.cdiv(k, BLOCK_K)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    columns = ((tl.program_id(0) % blocks) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+    if EVEN_K:
+        inside = tl.full([BLOCK_K], True, tl.int1)
+    else:
+        inside = columns < k
+    return b, columns, inside
+
+
+@triton.jit
 def window_count(p, n, REACH: tl.constexpr):
-    """How many positions u of a segment of n have |u - p| <= REACH."""
+    """The number of positions u in a segment of length n with |u - p| <= REACH."""
     return tl.minimum(p + REACH, n - 1) - tl.maximum(p - REACH, 0) + 1
 
 
 @triton.jit
-def only_if(inside, left):
-    """The mask `inside` if the number `left` is positive, else nothing.
+def mask_if(inside, left):
+    """The mask `inside` if the number `left` is positive, else all False.
 
-    The number is spread, not the condition: Triton's interpreter changes the type of a truth value that it spreads.
+    The number is broadcast, not the condition: Triton's interpreter changes the dtype of a boolean that it broadcasts.
     """
     return inside & (inside.to(tl.int32) * 0 + left > 0)
 
 
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr, TRUNCATES: tl.constexpr):
-    """x in h's dtype, to nearest. TRUNCATES: the cast does not round (in Triton's interpreter, to bfloat16)."""
+    """x in h's dtype, rounded to nearest. TRUNCATES: the cast truncates (to bfloat16, in Triton's interpreter)."""
     if TRUNCATES:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).to(tl.float32, bitcast=True)
@@ -45,19 +59,19 @@ def narrow(x, DTYPE: tl.constexpr, TRUNCATES: tl.constexpr):
 
 
 @triton.jit
-def row_of(x, row, stride):
-    """Pointers to a row. Its neighbours are a constant apart, which costs a load no arithmetic."""
+def row_pointers(x, row, stride):
+    """Pointers to a row. The rows after it are at constant offsets, so loading them costs no arithmetic."""
     return x + tl.cast(row, tl.int64) * stride
 
 
 @triton.jit
 def load_rows(at, stride: tl.constexpr, left, inside, NUMBER: tl.constexpr, GUARDED: tl.constexpr):
-    """NUMBER rows from the pointers `at` on. If GUARDED only `left` rows are there; zeros elsewhere."""
+    """NUMBER rows starting at the pointers `at`. If GUARDED, only `left` rows exist and the rest is zeros."""
     rows = ()
     for i in tl.static_range(NUMBER):
         mask = inside
         if GUARDED:
-            mask = only_if(inside, left - i)
+            mask = mask_if(inside, left - i)
         rows = rows + (tl.load(at + i * stride, mask=mask, other=0.0),)
     return rows
 
@@ -69,12 +83,15 @@ def normal_distribution(z):
 
 
 @triton.jit
-def activate(z, level, release, off, stateless, ACTIVATION: tl.constexpr):
-    """The activation of z, and which features are off. Written with <= so that NaN stays on and is seen."""
+def activate(z, threshold, release, off, stateless, ACTIVATION: tl.constexpr):
+    """The activation of z, and which features are off (Schmitt trigger: docs/mathematics.md, section 7).
+
+    stateless: no state carries over from the previous position. With <=, NaN stays on and visible.
+    """
     if ACTIVATION == "gelu":
         z = z * normal_distribution(z)
     if ACTIVATION == "relu":
-        below = z <= level
+        below = z <= threshold
         if release is not None:
             below = below & ((z <= release) | off | stateless)
         off = below
@@ -84,13 +101,13 @@ def activate(z, level, release, off, stateless, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def not_negative(x):
-    """A threshold below 0 means 0; NaN stays."""
+    """max(x, 0), but NaN stays NaN."""
     return tl.where(x < 0, 0.0, x)
 
 
 @triton.jit
 def past_rows(current, before, at, stride: tl.constexpr, p, inside, centre, OFFSET: tl.constexpr, CHUNK: tl.constexpr):
-    """The features OFFSET before each row of the chunk at p, and the centre where that is before the segment."""
+    """The features OFFSET rows before each row of the chunk at p; the centre for rows before the segment."""
     out = ()
     for i in tl.static_range(CHUNK):
         if i >= OFFSET:
@@ -98,7 +115,7 @@ def past_rows(current, before, at, stride: tl.constexpr, p, inside, centre, OFFS
         elif CHUNK + i >= OFFSET:
             out = out + (before[CHUNK + i - OFFSET],)
         else:
-            mask = only_if(inside, p + i - OFFSET + 1)
+            mask = mask_if(inside, p + i - OFFSET + 1)
             other = centre.to(at.dtype.element_ty)
             out = out + (tl.load(at + (i - OFFSET) * stride, mask=mask, other=other).to(centre.dtype),)
     return out
@@ -119,8 +136,8 @@ def pair_energy(
     CHUNK: tl.constexpr,
     GUARDED: tl.constexpr,
 ):
-    """`energy` and the squared differences of the chunk's rows at each offset of the band."""
-    crossing = energy * 0  # pairs with a row of the chunk before
+    """`energy` plus the squared differences of the chunk's rows at each offset of the band."""
+    crossing = energy * 0  # pairs with a row of the previous chunk
     for offset in tl.static_range(FIRST, LAST + 1):
         past = past_rows(current, before, at, stride, p, inside, crossing, offset, CHUNK)
         for i in tl.static_range(CHUNK):
@@ -141,60 +158,54 @@ def pair_energy(
 def forward_kernel(
     pre,
     bias,
-    level,
+    threshold,
     release,
     h,
     differences,
     total,
     square,
-    run_ends,
+    segment_ends,
     T,
     k: tl.constexpr,
     pre_b,
     pre_t: tl.constexpr,
     pre_k,
     bias_k,
-    level_b,
-    level_t,
-    level_k,
+    threshold_b,
+    threshold_t,
+    threshold_k,
     release_k,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     TRAIL: tl.constexpr,
     OUTER: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    LEVEL_PER_POSITION: tl.constexpr,
+    THRESHOLD_PER_POSITION: tl.constexpr,
     GUARDED: tl.constexpr,
     EVEN_K: tl.constexpr,
     REFRESH: tl.constexpr,
     LONG: tl.constexpr,
-    SHRINK: tl.constexpr,
+    SCALE: tl.constexpr,
     TRUNCATES: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """h = activation(pre + bias) and its statistics; without `h` the statistics of pre alone.
+    """h = activation(pre + bias) and its statistics; without `h`, the statistics of pre.
 
-    FIRST, LAST: the bands' offsets; FIRST is 0 for a band that has no pairs in T positions
-    TRAIL: the offset at which a row leaves each band's window, 0 for never, -1 for a band to be summed pair by pair
-    OUTER: the band that is taken as all pairs minus the others, or -1
-    GUARDED: rows may lie past the end of a run
-    REFRESH: after so many steps a window is summed afresh, before rounding has made it drift
-    LONG: T is greater than that
+    FIRST, LAST: the bands' offsets; FIRST is 0 for a band without pairs in T positions
+    TRAIL: the offset at which a row leaves each band's window, 0 for never, -1 for a band that is summed pair by pair
+    OUTER: the band that is computed as all pairs minus the others, or -1
+    GUARDED: a chunk may extend past the end of a segment
+    REFRESH: the number of steps after which a window is summed afresh, to stop rounding errors from accumulating
+    LONG: T > REFRESH
     """
     S: tl.constexpr = len(FIRST)
     COMPUTE: tl.constexpr = total.dtype.element_ty
     STORED: tl.constexpr = pre.dtype.element_ty
-    blocks = tl.cdiv(k, BLOCK_K)
-    b = (tl.program_id(0) // blocks).to(tl.int64)
-    columns = ((tl.program_id(0) % blocks) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
-    if EVEN_K:
-        inside = tl.full([BLOCK_K], True, tl.int1)
-    else:
-        inside = columns < k
+    b, columns, inside = sequence_and_columns(k, BLOCK_K, EVEN_K)
     zero = tl.zeros([BLOCK_K], COMPUTE)
     x_in = pre + b * pre_b + columns * pre_k
-    rows = x_in  # where features are read again
+    rows = x_in  # features to read again
     stride: tl.constexpr = pre_t if h is None else k
     if h is not None:
         rows = h + b * T * k + columns
@@ -202,14 +213,14 @@ def forward_kernel(
     shift = zero
     if bias is not None:
         shift = tl.load(bias + columns * bias_k, mask=inside, other=0.0).to(COMPUTE)
-    on_level = zero
-    if level is not None and not LEVEL_PER_POSITION:
-        on_level = not_negative(tl.load(level + columns * level_k, mask=inside, other=0.0).to(COMPUTE))
-    low = release
+    on_threshold = zero
+    if threshold is not None and not THRESHOLD_PER_POSITION:
+        on_threshold = not_negative(tl.load(threshold + columns * threshold_k, mask=inside, other=0.0).to(COMPUTE))
+    off_threshold = release
     if release is not None:
-        low = not_negative(tl.load(release + columns * release_k, mask=inside, other=0.0).to(COMPUTE))
+        off_threshold = not_negative(tl.load(release + columns * release_k, mask=inside, other=0.0).to(COMPUTE))
 
-    sum_x = zero  # times SHRINK: no partial sum overflows before the result does
+    sum_x = zero  # times SCALE, so that no partial sum overflows before the result
     sum_xx = zero
     energies = (zero,) * S
     sum_y = zero
@@ -218,26 +229,26 @@ def forward_kernel(
     while t < T:
         end = T
         excluded = False
-        if run_ends is not None:
-            end = tl.load(run_ends + b * T + t)
+        if segment_ends is not None:
+            end = tl.load(segment_ends + b * T + t)
             excluded = end < 0
             end = tl.abs(end)
         n = end - t
 
-        # The centre: the mean of the run's first 8 features, rounded to h's dtype (mathematics, section 4).
+        # The centre: the mean of the segment's first 8 rows, rounded to h's dtype (docs/mathematics.md, section 4).
         centre = zero
         off = tl.full([BLOCK_K], True, tl.int1)
         first = zero
-        begin = row_of(x_in, t, pre_t)
+        begin = row_pointers(x_in, t, pre_t)
         opening = load_rows(begin, pre_t, n, inside, 8, True)
         for i in tl.static_range(8):
             z = opening[i].to(COMPUTE)
             if bias is not None:
                 z = z + shift
-            if LEVEL_PER_POSITION:
-                at = row_of(level + b * level_b, t + i, level_t)
-                on_level = not_negative(tl.load(at, mask=i < n, other=0.0).to(COMPUTE)) + zero
-            z, off = activate(z, on_level, low, off, excluded, ACTIVATION)
+            if THRESHOLD_PER_POSITION:
+                at = row_pointers(threshold + b * threshold_b, t + i, threshold_t)
+                on_threshold = not_negative(tl.load(at, mask=i < n, other=0.0).to(COMPUTE)) + zero
+            z, off = activate(z, on_threshold, off_threshold, off, excluded, ACTIVATION)
             x = narrow(z, STORED, TRUNCATES).to(COMPUTE)
             if i == 0:
                 first = x
@@ -258,7 +269,7 @@ def forward_kernel(
                 window = zero
                 if LONG and TRAIL[s] >= 0 and s != OUTER:
                     for u in range(tl.maximum(q - 1 - LAST[s], 0), q - FIRST[s]):
-                        x = tl.load(row_of(rows, t + u, stride), mask=inside, other=0.0).to(COMPUTE)
+                        x = tl.load(row_pointers(rows, t + u, stride), mask=inside, other=0.0).to(COMPUTE)
                         window = window + (x - centre)
                 windows = windows + (window,)
 
@@ -266,11 +277,11 @@ def forward_kernel(
                 arrived = upcoming
                 left = n - p - CHUNK
                 upcoming = load_rows(
-                    row_of(x_in, t + p + CHUNK, pre_t), pre_t, left, only_if(inside, left), CHUNK, GUARDED
+                    row_pointers(x_in, t + p + CHUNK, pre_t), pre_t, left, mask_if(inside, left), CHUNK, GUARDED
                 )
-                here = row_of(rows, t + p, stride)
+                here = row_pointers(rows, t + p, stride)
                 current = ()
-                chunk_x = zero  # summed by chunks: the rounding error of n terms grows with CHUNK + n / CHUNK
+                chunk_x = zero  # per-chunk sums: the rounding error of n terms grows with CHUNK + n / CHUNK
                 chunk_xx = zero
                 chunk_y = zero
                 chunk_yy = zero
@@ -280,14 +291,14 @@ def forward_kernel(
                         z = z + shift
                     valid = inside
                     if GUARDED:
-                        valid = only_if(inside, n - p - i)
-                    if LEVEL_PER_POSITION:
-                        at = row_of(level + b * level_b, t + p + i, level_t)
+                        valid = mask_if(inside, n - p - i)
+                    if THRESHOLD_PER_POSITION:
+                        at = row_pointers(threshold + b * threshold_b, t + p + i, threshold_t)
                         mask = True
                         if GUARDED:
                             mask = p + i < n
-                        on_level = not_negative(tl.load(at, mask=mask, other=0.0).to(COMPUTE)) + zero
-                    z, off = activate(z, on_level, low, off, excluded, ACTIVATION)
+                        on_threshold = not_negative(tl.load(at, mask=mask, other=0.0).to(COMPUTE)) + zero
+                    z, off = activate(z, on_threshold, off_threshold, off, excluded, ACTIVATION)
                     stored = narrow(z, STORED, TRUNCATES)
                     if h is not None:
                         tl.store(here + i * stride, stored, mask=valid)
@@ -296,7 +307,7 @@ def forward_kernel(
                     if GUARDED:
                         counted = tl.where(p + i < n, x, 0.0)
                         x = tl.where(p + i < n, x, centre)
-                    chunk_x = tl.fma(counted, zero + SHRINK, chunk_x)
+                    chunk_x = tl.fma(counted, zero + SCALE, chunk_x)
                     chunk_xx = tl.fma(counted, counted, chunk_xx)
                     if OUTER >= 0:
                         y = x - centre
@@ -310,7 +321,7 @@ def forward_kernel(
 
                 new_parts = ()
                 new_windows = ()
-                trail = current  # of the band before
+                trail = current  # of the previous band
                 for s in tl.static_range(S):
                     part = parts[s]
                     window = windows[s]
@@ -340,7 +351,7 @@ def forward_kernel(
                 windows = new_windows
                 before = current
                 if h is not None:
-                    tl.debug_barrier()  # rows may be read again by other threads than wrote them
+                    tl.debug_barrier()  # rows may be read by other threads than wrote them
 
             sums = ()
             for s in tl.static_range(S):
@@ -362,10 +373,10 @@ def forward_kernel(
             energy = rest
         elif OUTER >= 0:
             rest = rest - energy
-        # Rounding may leave a sum of squares below 0, and where squares overflow infinities may have met. Without a
-        # NaN among the features (which sum_xx would show) the true value is then infinite.
+        # Rounding can make a sum of squares negative, and overflowing squares can give inf - inf = NaN. Unless a
+        # feature is NaN (then sum_xx is too), the true value is then infinite.
         energy = tl.where(energy <= 0, 0.0, energy)
         energy = tl.where((energy != energy) & (sum_xx == sum_xx), float("inf"), energy)
         tl.store(differences + (b * S + s) * k + columns, energy, mask=inside)
-    tl.store(total + b * k + columns, sum_x * (1 / SHRINK), mask=inside)
+    tl.store(total + b * k + columns, sum_x * (1 / SCALE), mask=inside)
     tl.store(square + b * k + columns, sum_xx, mask=inside)

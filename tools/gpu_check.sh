@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: build, tests, compute-sanitizer and benchmarks in one go, one results file. Uses the Python
-# that is there (its torch has the GPU build and its CUDA toolkit has nvcc), installs nothing and needs no network.
-# RESULTS=FILE chooses where the results go, PARTS which parts run (what is built stays for the next call), LIMIT how many
-# seconds a section may take. tsae_kernels needs torch alone; where tsae's requirements are missing, what needs tsae is
-# left out, and the results say so.
+# Build, tests, compute-sanitizer and benchmarks on a machine with a GPU, with one results file. Uses the installed Python,
+# which needs a CUDA build of torch, and nvcc; installs nothing and needs no network.
+# Variables: RESULTS, the results file; PYTHON; PARTS, the parts to run (builds are kept for the next call); LIMIT, the
+# seconds that a section may take. Only torch is required: without tsae's other requirements, the parts that need tsae are
+# skipped, and the results say so.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 results=${RESULTS:-gpu-results.md}
@@ -16,11 +16,11 @@ status=0
 architecture=$("$python" -c 'import torch
 major, minor = torch.cuda.get_device_capability()
 print(f"{major}.{minor}" + ("a" if major == 9 else ""))') || {
-    echo "error: $python has no torch, or its torch sees no GPU (see above); PYTHON=... chooses another" >&2
+    echo "error: $python has no torch, or its torch sees no GPU (see above). Set PYTHON to use another Python" >&2
     exit 1
 }
 
-# section TITLE COMMAND...: runs it, its output into the results; a failure fails the whole.
+# section TITLE COMMAND...: runs the command and appends its output to the results; its failure fails the script.
 section() {
     local title=$1 begin=$SECONDS code=0
     shift
@@ -35,7 +35,7 @@ wants() { [[ " $parts " == *" $1 "* ]]; }
 
 echo "# GPU results" >"$results"
 if wants build; then
-    # In place, and only for the GPU that is here unless asked otherwise: the other architectures would cost minutes.
+    # In place, and by default only for the GPU in this machine: the other architectures take minutes.
     export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$architecture}
     TSAE_BUILD=cuda section "build for $TORCH_CUDA_ARCH_LIST" "$python" setup.py build_ext --inplace
 fi
@@ -52,14 +52,14 @@ PY
 needs_tsae=(tests/sae benchmarks/test_training_step.py benchmarks/test_harvest.py)
 if ! why=$("$python" -c 'import tsae.training.trainer, tsae.data.harvest' 2>&1); then
     needs_tsae=()
-    echo "left out: tests/sae, the training step and the harvest, because tsae cannot be imported: ${why##*$'\n'}" |
+    echo "skipped: tests/sae and the training-step and harvest benchmarks, because tsae cannot be imported: ${why##*$'\n'}" |
         tee -a "$results"
 fi
 with_tsae() { [[ " ${needs_tsae[*]-} " == *" $1 "* ]]; }
 
 if wants tests; then
-    # In several processes where pytest-xdist is there: Triton compiles a kernel for every new set of bands. The slow
-    # tests are those that do without a GPU what the others do on one.
+    # In parallel if pytest-xdist is installed, because Triton compiles a kernel for every new set of bands. The tests marked
+    # slow emulate on a CPU what the others run on the GPU.
     parallel=$("$python" -c 'import xdist; print("-n 8")' 2>/dev/null || true)
     for part in tests/tsae_kernels $(with_tsae tests/sae && echo tests/sae); do
         # shellcheck disable=SC2086  # two words
@@ -67,14 +67,14 @@ if wants tests; then
     done
 fi
 if wants sanitizer && ! command -v compute-sanitizer >/dev/null; then
-    echo "error: there is no compute-sanitizer on the PATH" | tee -a "$results" >&2
+    echo "error: compute-sanitizer is not on the PATH" | tee -a "$results" >&2
     status=1
 elif wants sanitizer; then
-    # A checked kernel is slower by one or two orders of magnitude: of each kind of test one small case.
+    # The sanitizer slows kernels by one or two orders of magnitude, so run one small case of each kind of test.
     subset="eight_bands or tuned_bands_in_every_dtype or written or strided or length_cuda"
     files="tests/tsae_kernels/test_kernels_cuda.py"
     for tool in memcheck racecheck initcheck; do
-        # PyTorch's caching allocator would hide the ends of single tensors from memcheck.
+        # PyTorch's caching allocator would hide the bounds of individual tensors from memcheck.
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 section "compute-sanitizer --tool $tool" \
             compute-sanitizer --tool "$tool" --error-exitcode 9 \
             "$python" -m pytest $files -k "$subset" -p no:cacheprovider -x

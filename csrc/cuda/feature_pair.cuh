@@ -1,4 +1,4 @@
-// The value of two neighbouring features at one position: what one thread works on.
+// Pair, two adjacent features at one position, which is what one thread processes: arithmetic and conversions.
 #pragma once
 
 #ifndef TSAE_DEVICE_HEADER
@@ -6,7 +6,7 @@
 #endif
 #include TSAE_DEVICE_HEADER
 
-#include "../shared/normal_tail.h"
+#include "../shared/dtypes.h"
 #include "../shared/recurrence.h"
 #include "kernels.h"
 
@@ -54,7 +54,7 @@ TSAE_INLINE Pair<E> splat(E x) {
   return {x, x};
 }
 
-// x * y + z, rounded once. Where two kernels must agree to the last bit the compiler is left no choice.
+// x * y + z, rounded once. Explicit where two kernels must give the same bits.
 template <class E>
 __device__ __forceinline__ Pair<E> fused(const Pair<E>& x, const Pair<E>& y, const Pair<E>& z) {
   return {fused(x.a, y.a, z.a), fused(x.b, y.b, z.b)};
@@ -64,24 +64,7 @@ __device__ __forceinline__ Pair<E> fused(const Pair<E>& x, E y, const Pair<E>& z
   return {fused(x.a, y, z.a), fused(x.b, y, z.b)};
 }
 
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-template <class T>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
-template <class T>
-using compute_of = typename ComputeOf<T>::type;
-
-// Two neighbours as they lie in memory.
+// Two adjacent features as stored in memory.
 template <class T>
 struct alignas(2 * sizeof(T)) Stored {
   T a, b;
@@ -134,13 +117,6 @@ __device__ __forceinline__ T second_of(const Stored<T>& x) {
   if constexpr (sizeof(T) > 2) return x.b;
   else return {uint16_t(x.word >> 16)};
 }
-
-// Features that are only summed are scaled by this power of two, which costs no digit, so that no sum overflows before
-// its result does, even for bfloat16 of 3e38.
-template <class E>
-constexpr E kShrink = E(1) / 65536;
-template <class E>
-constexpr E kGrow = E(65536);
 
 }  // namespace tsae::cuda
 

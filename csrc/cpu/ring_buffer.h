@@ -1,12 +1,12 @@
-// The rows that a walk in blocks keeps, and the quick ways along them.
+// The ring buffer of a run's latest rows, and faster overloads of recurrence.h's `in_turn` and `half_degrees` for it.
 #pragma once
 
-#include "pack.h"
+#include "simd.h"
 
 namespace tsae {
 namespace TSAE_TARGET {
 
-// Vector by vector: of the copy of a struct g++ 12 makes a detour over the stack.
+// Vector by vector, because g++ 12 copies a struct through the stack.
 template <class E>
 TSAE_INLINE Pack<E> in_registers(const Pack<E>& x) {
   Pack<E> out;
@@ -15,11 +15,11 @@ TSAE_INLINE Pack<E> in_registers(const Pack<E>& x) {
 }
 
 template <class E>
-struct Ring {  // Rows of the recurrence: the last of a run
+struct Ring {  // `Rows` of recurrence.h: the latest of a run
   Pack<E>* rows;
   int64_t size, base;
 
-  // `first`: no row before it is asked for, and none from first + size on.
+  // Only rows [first, first + size) are accessed.
   TSAE_INLINE Ring(void* rows, int64_t size, int64_t first)
       : rows(static_cast<Pack<E>*>(rows)), size(size), base(first > 0 ? first - first % size : 0) {}
   TSAE_INLINE Pack<E>& operator[](int64_t t) const {
@@ -29,7 +29,7 @@ struct Ring {  // Rows of the recurrence: the last of a run
   TSAE_INLINE Pack<E> operator()(int t) const { return in_registers((*this)[t]); }
 };
 
-// Rows of a ring in turn: an offset that goes round, as the address would cost more than the arithmetic on a row.
+// Rows of a ring in turn, by an offset that wraps: computing the address would cost more than the arithmetic on a row.
 template <class E>
 struct RingInTurn {
   const char* rows;
@@ -41,14 +41,14 @@ struct RingInTurn {
     at = at == size ? 0 : at;
   }
 };
-// t may lie beside the rows of the ring, as long as it is not read there.
+// t may be outside the ring's rows, as long as it is not read there.
 template <class E>
 TSAE_INLINE RingInTurn<E> in_turn(const Ring<E>& y, int t) {
   const int64_t at = t - y.base, row = at < y.size ? at : at - y.size;
   return {reinterpret_cast<const char*>(y.rows), row * int64_t(sizeof(Pack<E>)), y.size * int64_t(sizeof(Pack<E>))};
 }
 
-// A number for each position of a block, worked out for all at once: the compiler does several at a time.
+// A number for each position of a block, computed for the full block at once so that the compiler vectorizes it.
 template <class E>
 struct OfBlock {
   int begin;

@@ -1,7 +1,9 @@
-// A pack of SIMD vectors: the value of neighbouring features at one position, in compiler vector types, which exist for
-// any instruction set. Four vectors hide the latency of a recurrence along T, whose steps depend on each other.
+// Pack, four SIMD vectors of adjacent features at one position: arithmetic, conversion of the element types, loads and
+// stores. In the compiler's vector types, which exist for any instruction set. Four vectors hide the latency of a
+// recurrence along T, whose steps depend on each other.
 #pragma once
 
+#include "../shared/dtypes.h"
 #include "../shared/recurrence.h"
 
 namespace tsae {
@@ -29,29 +31,20 @@ struct Mask {
   Vector v[kVectors];
 };
 
-#define TSAE_OPERATOR(op)                                              \
+#define TSAE_OPERATOR(Type, op)                                        \
   template <class E>                                                   \
-  TSAE_INLINE Pack<E> operator op(const Pack<E>& a, const Pack<E>& b) { \
-    Pack<E> out;                                                       \
+  TSAE_INLINE Type<E> operator op(const Type<E>& a, const Type<E>& b) { \
+    Type<E> out;                                                       \
     TSAE_EACH_VECTOR out.v[i] = a.v[i] op b.v[i];                      \
     return out;                                                        \
   }
-TSAE_OPERATOR(+)
-TSAE_OPERATOR(-)
-TSAE_OPERATOR(*)
-TSAE_OPERATOR(/)
+TSAE_OPERATOR(Pack, +)
+TSAE_OPERATOR(Pack, -)
+TSAE_OPERATOR(Pack, *)
+TSAE_OPERATOR(Pack, /)
+TSAE_OPERATOR(Mask, &)
+TSAE_OPERATOR(Mask, |)
 #undef TSAE_OPERATOR
-
-#define TSAE_MASK_OPERATOR(op)                                         \
-  template <class E>                                                   \
-  TSAE_INLINE Mask<E> operator op(const Mask<E>& a, const Mask<E>& b) { \
-    Mask<E> out;                                                       \
-    TSAE_EACH_VECTOR out.v[i] = a.v[i] op b.v[i];                      \
-    return out;                                                        \
-  }
-TSAE_MASK_OPERATOR(&)
-TSAE_MASK_OPERATOR(|)
-#undef TSAE_MASK_OPERATOR
 
 template <class E>
 TSAE_INLINE Pack<E> splat(E value) {
@@ -92,34 +85,16 @@ TSAE_INLINE Pack<E> select(const Mask<E>& mask, const Pack<E>& yes, const Pack<E
 
 // ---- features in memory -------------------------------------------------------------------------------------------
 
-struct BFloat16 {
-  unsigned short bits;
-};
-struct Half {
-  unsigned short bits;
-};
-
-template <class T>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
-template <class T>
-using compute_of = typename ComputeOf<T>::type;
-
 typedef unsigned Word __attribute__((vector_size(TSAE_VECTOR_BYTES)));
 typedef unsigned short HalfWord __attribute__((vector_size(TSAE_VECTOR_BYTES / 2)));
 typedef float Floats __attribute__((vector_size(TSAE_VECTOR_BYTES)));
 
-// The vector types here are in registers only, so a cast between them is free.
+// Casts between vector types are free, because the values are in registers.
 TSAE_INLINE Word bits_of(Floats x) { return (Word)x; }
 TSAE_INLINE Floats floats_of(Word x) { return (Floats)x; }
 
 template <class T>
-struct Format {  // float and double: as they are
+struct Format {  // float and double: unchanged
   using Stored = typename Pack<T>::Vector;
   static TSAE_INLINE Stored widen(Stored x) { return x; }
   static TSAE_INLINE Stored narrow(Stored x) { return x; }
@@ -156,7 +131,7 @@ struct Format<Half> {  // 5 bits of exponent, 10 of mantissa
     const Word magnitude = u & 0x7fffffffu;
     // Normal: round the 13 dropped bits to even. A carry may reach infinity, as it should.
     const Word normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-    // Below 2^-14: adding 1/2 makes the float adder round to multiples of 2^-24, the step of small halves.
+    // Below 2^-14: adding 1/2 makes the float adder round to multiples of 2^-24, the spacing of subnormal halves.
     const Floats half = Floats{} + 0.5f;
     const Word small = bits_of(floats_of(magnitude) + half) - bits_of(half);
     const Word infinite = Word{} + 0x7c00u, nan = Word{} + 0x7e00u;
@@ -186,7 +161,7 @@ TSAE_INLINE Stored<T> narrow(const Pack<compute_of<T>>& x) {
   return out;
 }
 
-// A stored vector at any address: features are aligned to their own size only.
+// A stored vector at any address: features are only aligned to their own size.
 template <class T>
 struct Unaligned {
   typedef typename Format<T>::Stored type __attribute__((aligned(sizeof(T)), may_alias));
@@ -202,7 +177,7 @@ __attribute__((noinline)) void store_some(T* to, const Stored<T>& x, int count) 
   __builtin_memcpy(to, &x, count * sizeof(T));
 }
 
-// `count` of the pack's features from memory, zero beyond.
+// The first `count` features of a pack from memory, then zeros.
 template <class T>
 TSAE_INLINE Stored<T> load(const T* from, int count) {
   using V = Pack<compute_of<T>>;
@@ -227,8 +202,8 @@ TSAE_INLINE void store(T* to, const Stored<T>& x, int count) {
   }
 }
 
-// A whole pack to an aligned address and past the caches: for results that do not fit into them, where a plain store
-// would first read what it overwrites.
+// Streaming store of a full pack to an aligned address. For results that exceed the caches, where a plain store would
+// first read the memory that it overwrites.
 template <class T>
 TSAE_INLINE void stream(T* to, const Stored<T>& x) {
   using Vector = typename Format<T>::Stored;
@@ -246,7 +221,7 @@ TSAE_INLINE void stream(T* to, const Stored<T>& x) {
 }
 TSAE_INLINE void finish_streaming() {
 #if defined(__x86_64__)
-  _mm_sfence();  // streamed stores are not ordered with the plain ones that hand the result over
+  _mm_sfence();  // orders streaming stores before the plain stores that signal completion
 #endif
 }
 

@@ -1,10 +1,11 @@
-// The table of one instruction set's kernels, each for every dtype. Included once per instruction set.
+// The table of kernels for one instruction set, which dispatches each kernel by dtype. avx512.cpp, avx2.cpp and
+// baseline.cpp include it.
 #pragma once
 
 #include "backward.h"
 #include "forward.h"
 #include "sparse.h"
-#include "steps.h"
+#include "step_energy.h"
 
 namespace tsae {
 namespace TSAE_TARGET {

@@ -1,5 +1,5 @@
-// The weighted energy of single steps, sum over b, t, j of weights[b, t] (h[b, t+1, j] - h[b, t, j])^2, and its gradient.
-// One walk along T with the row before in registers, so nothing is read twice.
+// The weighted energy of steps along T, sum over b, t, j of weights[b, t] (h[b, t+1, j] - h[b, t, j])^2 (TC-SAE's
+// window loss), and its gradient. One pass along T with the previous row in registers. docs/mathematics.md, section 6.
 #include "tile.cuh"
 
 namespace tsae::cuda {
@@ -20,12 +20,12 @@ __global__ void __launch_bounds__(kStepThreads) step_energy_kernel(const __grid_
     for (int t = begin; t < smaller(begin + kBlock, f.T); ++t) {
       const V now = h(t), step = now - before;
       const E weight = weights[t - 1];
-      if (weight != 0) part = part + step * step * weight;  // a pair without weight may hold anything
+      if (weight != 0) part = part + step * step * weight;  // a pair of zero weight may be NaN
       before = now;
     }
     energy += double(part.a) + double(part.b);
   }
-  double* sums = reinterpret_cast<double*>(shared_memory());  // [kStepThreads], added up in a fixed order
+  double* sums = reinterpret_cast<double*>(shared_memory());  // [kStepThreads], summed in a fixed order
   sums[threadIdx.x] = energy;
   __syncthreads();
   for (int half = kStepThreads / 2; half > 0; half /= 2) {
@@ -73,20 +73,10 @@ const char* gradient_of(const Steps& f, void* stream) {
 }  // namespace
 
 const char* step_energy(const Steps& f, void* stream) {
-  switch (f.dtype) {
-    case kDouble: return energy_of<double>(f, stream);
-    case kFloat: return energy_of<float>(f, stream);
-    case kBFloat16: return energy_of<BFloat16>(f, stream);
-    default: return energy_of<Half>(f, stream);
-  }
+  return with_dtype(f.dtype, [&](auto element) { return energy_of<decltype(element)>(f, stream); });
 }
 const char* step_energy_backward(const Steps& f, void* stream) {
-  switch (f.dtype) {
-    case kDouble: return gradient_of<double>(f, stream);
-    case kFloat: return gradient_of<float>(f, stream);
-    case kBFloat16: return gradient_of<BFloat16>(f, stream);
-    default: return gradient_of<Half>(f, stream);
-  }
+  return with_dtype(f.dtype, [&](auto element) { return gradient_of<decltype(element)>(f, stream); });
 }
 
 }  // namespace tsae::cuda

@@ -1,4 +1,4 @@
-// Where the runs of each sequence end.
+// Segment ends: for each segment of a sequence, and each run of excluded positions, the position where it ends.
 #include "tile.cuh"
 
 namespace tsae::cuda {
@@ -7,15 +7,15 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kNone = 0x7fffffff;
 
-struct FindRuns {
+struct SegmentEnds {
   const int64_t* ids;  // [B, T]
   int T;
   int* ends;  // [B, T]
 };
 
-// One block a sequence, from its end to its beginning in chunks: each position that begins a run needs the next such.
-__global__ void __launch_bounds__(kThreads) find_runs_kernel(const __grid_constant__ FindRuns f) {
-  int* starts = reinterpret_cast<int*>(shared_memory());  // [kThreads] the first start from here on, within the chunk
+// One block per sequence, in chunks from its end to its start: a run ends where the next one starts.
+__global__ void __launch_bounds__(kThreads) segment_ends_kernel(const __grid_constant__ SegmentEnds f) {
+  int* starts = reinterpret_cast<int*>(shared_memory());  // [kThreads]: next start in the chunk
   const int64_t row = int64_t(blockIdx.x) * f.T;
   const int i = threadIdx.x;
   int following = f.T;  // the first start after this chunk
@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(kThreads) find_runs_kernel(const __grid_consta
 
 }  // namespace
 
-const char* find_runs(const int64_t* ids, int64_t B, int T, int* ends, void* stream) {
-  return launch(find_runs_kernel, B, kThreads, kThreads * sizeof(int), stream, FindRuns{ids, T, ends});
+const char* find_segment_ends(const int64_t* ids, int64_t B, int T, int* ends, void* stream) {
+  return launch(segment_ends_kernel, B, kThreads, kThreads * sizeof(int), stream, SegmentEnds{ids, T, ends});
 }
 
 #define TSAE_STRING_OF(...) #__VA_ARGS__

@@ -1,4 +1,5 @@
-// Weighted energy of single steps, and its gradient, of a tile.
+// The weighted energy of steps along T, sum of weights[b, t] (h[b, t+1, j] - h[b, t, j])^2 (TC-SAE's window loss), and
+// its gradient, for a tile. docs/mathematics.md, section 6.
 #pragma once
 
 #include "tiles.h"
@@ -6,7 +7,7 @@
 namespace tsae {
 namespace TSAE_TARGET {
 
-// Rows to come are fetched where a row would be lost before the next tile reads of it.
+// In long sequences, prefetches later rows of this tile, as a row would be evicted before the next tile reads it.
 TSAE_INLINE Tile step_tile(const Steps& f, int64_t width, int64_t b, int64_t tile) {
   return Tile(f.k, width, b, tile, f.T <= kRowsKept ? width : 16 * f.h.time);
 }
@@ -24,7 +25,7 @@ void step_energy_tile(const Steps& f, int64_t b, int64_t tile) {
     for (int64_t t = begin; t < f.T && t < begin + kBlock; ++t) {
       const V now = h(t);
       const V step = now - before;
-      if (weights[t - 1] != 0) part = part + step * step * weights[t - 1];  // a pair without weight may hold anything
+      if (weights[t - 1] != 0) part = part + step * step * weights[t - 1];  // a pair of zero weight may be NaN
       before = now;
     }
     for (int lane = 0; lane < at.count; ++lane) energy += part.v[lane / V::lanes][lane % V::lanes];

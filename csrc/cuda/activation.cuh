@@ -1,0 +1,78 @@
+// The activations: relu with thresholds, the Schmitt trigger (docs/mathematics.md, section 7), gelu and its derivative.
+#pragma once
+
+#include "../shared/gelu_coefficients.h"
+#include "../shared/schmitt_trigger.h"
+#include "tile.cuh"
+
+namespace tsae::cuda {
+
+// Phi(z) and phi(z), distribution and density of the standard normal: gelu(z) = z Phi(z), gelu'(z) = Phi(z) + z phi(z).
+struct Normal {
+  float distribution, density;
+};
+__device__ __forceinline__ Normal normal(float z) {
+  constexpr float P[] = TSAE_TAIL;
+  const float magnitude = fabsf(z);
+  const float exponential = fast_exponential(z * z * -0.5f);
+  const float r = fast_reciprocal(1.f + TSAE_TAIL_SCALE * magnitude);
+  float tail = P[8];
+#pragma unroll 8
+  for (int d = 7; d >= 0; --d) tail = fused(tail, r, P[d]);
+  tail = tail * r * exponential;
+  return {z > 0 ? 1.f - tail : tail, exponential * 0.398942280f};
+}
+struct Normal64 {
+  double distribution, density;
+};
+__device__ __forceinline__ Normal64 normal(double z) {
+  return {0.5 * (1 + erf(z * 0.70710678118654752440)), 0.39894228040143267794 * exp(-0.5 * z * z)};
+}
+
+// gelu(z), rounded to the stored type, and gelu'(z).
+template <class T, class E = compute_of<T>>
+struct Gelu {
+  Stored<T> value;
+  Pair<E> slope;
+  __device__ __forceinline__ explicit Gelu(const Pair<E>& z) {
+    const auto a = normal(z.a), b = normal(z.b);
+    value = narrow<T>({z.a * a.distribution, z.b * b.distribution});
+    slope = {a.distribution + z.a * a.density, b.distribution + z.b * b.density};
+  }
+};
+
+enum class Mode { kIdentity, kRelu, kSchmitt, kGelu };
+
+// The activation along one run, in order of t. put(t, x) stores h at t.
+template <class T, Mode mode, class Rows, class Put>
+__device__ __forceinline__ void activate(const Forward& f, const Place& place, const Run& run, const Rows& pre,
+                                         const Put& put) {
+  using E = compute_of<T>;
+  using V = Pair<E>;
+  const V bias = f.bias ? load_numbers<E>(f.bias, place.j, place.count) : splat(-E(0));  // adding -0 changes nothing
+  V threshold = f.threshold && !f.threshold_per_position ? load_numbers<E>(f.threshold, place.j, place.count) : V{};
+  V release{};
+  if constexpr (mode == Mode::kSchmitt) {
+    // At excluded positions no state carries over: nothing exceeds an infinite release.
+    release = run.excluded ? splat(E(INFINITY)) : load_numbers<E>(f.release, place.j, place.count);
+  }
+  const E* thresholds = f.threshold_per_position ? static_cast<const E*>(f.threshold) + place.b * f.T : nullptr;
+  Mask off{true, true};
+#pragma unroll 8
+  for (int t = run.begin; t < run.end; ++t) {
+    V z = pre(t) + bias;
+    if constexpr (mode == Mode::kGelu) {
+      put(t, Gelu<T>(z).value);
+      continue;
+    }
+    if constexpr (mode == Mode::kRelu || mode == Mode::kSchmitt) {
+      if (thresholds) threshold = splat(thresholds[t]);
+      if constexpr (mode == Mode::kSchmitt) off = stays_off(z, threshold, release, off);
+      else off = less_equal(z, threshold);
+      z = select(off, V{}, z);
+    }
+    put(t, narrow<T>(z));
+  }
+}
+
+}  // namespace tsae::cuda
