@@ -11,9 +11,9 @@ from tsae.config import (
     ObjectiveConfig,
     OptimizerConfig,
     SAEConfig,
+    TextConfig,
     TrainConfig,
 )
-from tsae.data.text import TextConfig
 from tsae.errors import UserError
 from tsae_kernels import MULTISCALE
 

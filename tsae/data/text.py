@@ -5,45 +5,26 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
+from tsae.config import TextConfig
 from tsae.data import python_docs
 from tsae.data.files import SUFFIXES, find_files, read_files
 from tsae.data.hub import read_hub
 from tsae.data.passages import Document, Part, Split, cut, decide_split, find_threshold, position, shuffled
 from tsae.errors import UserError
+from tsae.utils.ranges import check_ranges
 
 PYTHON_DOCS = "python-docs"
 """Name of the text that is always there: the documentation and source of the Python installation."""
 
+DEFAULT = TextConfig()
+
 _LONGEST = 100_000  # characters; a longer row is cut, after its side of the split is decided
 
 
-@dataclass(frozen=True)
-class TextConfig:
-    """How to read a text source."""
-
-    column: str | None = None
-    """Column that holds the text, in jsonl, parquet and hub data: "text", or the only column of strings."""
-    split: str = "train"
-    """Split of a hub dataset; training and evaluation text are both taken from it."""
-    subset: str | None = None
-    """Subset (configuration) of a hub dataset."""
-    evaluation_share: float = 0.05
-    """Share of the documents held out for evaluation, from 0 to 1."""
-    threshold: Annotated[float | None, tyro.conf.Suppress] = None
-    """Where on the scale of hashes, 0 to 1, the split lies. A run sets it, so that its split stays when its text
-    changes and holds for other text; None: the share, or what gives few documents two sides."""
-    shuffle_buffer: int = 10_000
-    """Documents among which the order is shuffled."""
-
-
 def open_text(
-    source: str, *, part: Part, seed: int, config: TextConfig = TextConfig(), epoch: int = 0
+    source: str, *, part: Part, seed: int, config: TextConfig = DEFAULT, epoch: int = 0
 ) -> Iterator[Document]:
     """The documents of one part of a text source, in an order that seed and epoch determine.
 
@@ -139,10 +120,7 @@ def _hashed(source: str, config: TextConfig) -> Iterator[str] | None:
 
 def _open(source: str, keeps: Callable[[str], bool], seed: int, epoch: int, config: TextConfig) -> Iterator[Document]:
     """The documents of a source whose text is to be kept, in an order that seed and epoch determine."""
-    if not 0 <= config.evaluation_share <= 1:
-        raise UserError(f"evaluation_share must be from 0 to 1, not {config.evaluation_share}")
-    if config.shuffle_buffer < 1:
-        raise UserError(f"shuffle_buffer must be at least 1, not {config.shuffle_buffer}")
+    check_ranges(config, "text.")
     rng = random.Random(f"{seed} {epoch}")
     if source == PYTHON_DOCS:
         return python_docs.documents([unit for unit in python_docs.units() if keeps(unit.text)], rng, epoch)
