@@ -34,6 +34,7 @@ from tsae.parallel.processes import broadcast_from_rank0, check_on_all_ranks, ra
 from tsae.reports.figure import write_report
 from tsae.rundir import layout
 from tsae.rundir.directory import check_resumable, check_writable, link_latest, start_run
+from tsae.rundir.fingerprint import fingerprint
 from tsae.rundir.metrics_log import MetricsLog, NoLog
 from tsae.rundir.trackers import check_trackers, open_trackers, track_evaluation
 from tsae.sae.normalization import InputNormalizer
@@ -52,7 +53,7 @@ from tsae.training.assemble import (
 from tsae.training.memory import BUFFER, check_memory, memory_parts
 from tsae.training.trainer import DivergedError, Trainer
 from tsae.utils.atomic import write_json
-from tsae.utils.config_json import fingerprint, to_dict
+from tsae.utils.config_json import to_dict
 from tsae.utils.interrupts import AtSafePoint, Interrupted, deferred
 from tsae.utils.progress import bar, console
 
