@@ -12,8 +12,8 @@ import torch
 from tiny import sample_text
 
 from tsae.data.buffer import ActivationBuffer
+from tsae.data.documents import Document
 from tsae.data.harvest import ActivationBatch, Harvester
-from tsae.data.passages import Document
 from tsae.data.sequences import SequenceStream, TokenBatch
 from tsae.lm.loading import load_language_model
 

@@ -13,9 +13,9 @@ import torch
 from tiny import sample_text
 
 from tsae.data.cache import ActivationCache
-from tsae.data.feed import Feed
+from tsae.data.documents import Document
+from tsae.data.feed import ActivationFeed
 from tsae.data.harvest import ActivationBatch, Harvester
-from tsae.data.passages import Document
 from tsae.data.prefetching import PrefetchingFeed
 from tsae.data.sequences import SequenceStream
 from tsae.lm.loading import LanguageModel, load_language_model
@@ -29,9 +29,9 @@ def lm(tiny_neox: Path) -> LanguageModel:
     return load_language_model(str(tiny_neox), dtype="float32")
 
 
-def make_feed(lm: LanguageModel, cache: ActivationCache | None = None) -> Feed:
+def make_feed(lm: LanguageModel, cache: ActivationCache | None = None) -> ActivationFeed:
     stream = SequenceStream(lambda epoch: iter([Document("a", sample_text(3000, seed=epoch))]), lm.tokenizer, T)
-    return Feed(Harvester(lm, 1, stream, batch=GROUP), cache)
+    return ActivationFeed(Harvester(lm, 1, stream, batch=GROUP), cache)
 
 
 def joined(parts: Iterator[ActivationBatch]) -> ActivationBatch:
@@ -89,7 +89,7 @@ def test_a_state_goes_on_with_or_without_looking_ahead(lm: LanguageModel, given:
 
 @pytest.mark.parametrize("taken", [0, 3, 7])
 def test_a_request_that_was_broken_off_does_not_count(lm: LanguageModel, taken: int) -> None:
-    """As a `Feed`'s: the buffer asks for all of it again. Requests to the feed end within the one broken off."""
+    """The buffer asks for all of it again, as with an `ActivationFeed`."""
     whole = joined(make_feed(lm)(TOTAL))
     with PrefetchingFeed(make_feed(lm), 8, TOTAL) as ahead:
         list(ahead(6))
@@ -115,7 +115,10 @@ def test_an_error_of_the_thread_reaches_the_caller(lm: LanguageModel) -> None:
 
 
 def test_to_ask_for_more_than_was_said_is_an_error_and_no_wait(lm: LanguageModel) -> None:
-    with PrefetchingFeed(make_feed(lm), 8, TOTAL) as ahead, pytest.raises(ValueError, match="there are 40 sequences"):
+    with (
+        PrefetchingFeed(make_feed(lm), 8, TOTAL) as ahead,
+        pytest.raises(ValueError, match="there are 40 sequences, and more were requested"),
+    ):
         list(ahead(TOTAL + 1))
 
 
@@ -129,4 +132,4 @@ def test_leaving_ends_the_thread_and_a_wait_sees_signals(lm: LanguageModel) -> N
 
     with PrefetchingFeed(make_feed(lm), 8, TOTAL, bar) as ahead, pytest.raises(AtSafePoint):
         list(ahead(TOTAL))
-    assert not any(thread.name == "harvest ahead" for thread in threading.enumerate())
+    assert not any(thread.name == "prefetch" for thread in threading.enumerate())

@@ -10,7 +10,7 @@ import torch
 from tiny import make_tokenizer, sample_text
 from transformers import AddedToken
 
-from tsae.data.passages import Document
+from tsae.data.documents import Document
 from tsae.data.sequences import SequenceStream, TokenBatch
 from tsae.errors import UserError
 

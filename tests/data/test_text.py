@@ -11,9 +11,10 @@ import pytest
 from tiny import sample_text
 
 from tsae.data import python_docs
-from tsae.data.files import choose_column
-from tsae.data.passages import PASSAGE_CHARACTERS, Document, Split, cut, decide_split, shuffled
+from tsae.data.documents import PASSAGE_CHARACTERS, Document, cut, shuffle
+from tsae.data.split import Split, decide_split
 from tsae.data.text import TextConfig, open_text
+from tsae.data.text_files import choose_column
 from tsae.errors import UserError
 
 
@@ -63,8 +64,8 @@ class TestCut:
 class TestSplit:
     def test_is_stable_and_does_not_see_surrounding_blanks(self) -> None:
         split = Split("evaluation", 0.5)
-        sides = [split.keeps(word) for word in ("alpha", "beta", "gamma", "delta", "\ud800")]
-        assert sides == [split.keeps(f" {word}\n") for word in ("alpha", "beta", "gamma", "delta", "\ud800")]
+        sides = [split.contains(word) for word in ("alpha", "beta", "gamma", "delta", "\ud800")]
+        assert sides == [split.contains(f" {word}\n") for word in ("alpha", "beta", "gamma", "delta", "\ud800")]
         # Fixed for good: another hash would move text between the parts of runs that exist.
         assert sides == [False, True, True, False, True]
 
@@ -73,7 +74,7 @@ class TestSplit:
     def test_few_documents_still_have_both_sides(self, count: int, share: float) -> None:
         texts = [f"document {i}" for i in range(count)]
         sides = [decide_split(texts, part, share, "x") for part in ("train", "evaluation")]
-        kept = [[text for text in texts if side.keeps(text)] for side in sides]
+        kept = [[text for text in texts if side.contains(text)] for side in sides]
         assert kept[0]
         assert kept[1]
         assert sorted(kept[0] + kept[1]) == texts
@@ -81,10 +82,10 @@ class TestSplit:
     def test_share_is_about_kept_for_many(self) -> None:
         texts = [f"document {i}" for i in range(5000)]
         split = decide_split(texts, "evaluation", 0.1, "x")
-        assert sum(map(split.keeps, texts)) == pytest.approx(500, abs=80)
+        assert sum(map(split.contains, texts)) == pytest.approx(500, abs=80)
 
     def test_single_document_is_training_text(self) -> None:
-        assert decide_split(["a", "a "], "train", 0.05, "x").keeps("a")
+        assert decide_split(["a", "a "], "train", 0.05, "x").contains("a")
         with pytest.raises(UserError, match="another text"):
             decide_split(["a", "a "], "evaluation", 0.05, "x")
 
@@ -99,7 +100,7 @@ class TestSplit:
 
 def test_shuffle_keeps_every_document_and_depends_on_the_seed() -> None:
     documents = [Document(str(i), "x") for i in range(100)]
-    orders = [[d.name for d in shuffled(documents, random.Random(seed), 10)] for seed in (0, 0, 1)]
+    orders = [[d.name for d in shuffle(documents, random.Random(seed), 10)] for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0], key=int) == [d.name for d in documents] != orders[0]
 
@@ -321,9 +322,9 @@ class TestPythonDocs:
         text = (
             '"""Top."""\nx = 1\n\n\nclass A:\n    """Of A."""\n\n    def f(self):\n        "Of f."\n        return 1\n'
         )
-        documentation, source = python_docs._separate(python_docs.Unit("p/m.py", text, is_module=True))
+        documentation, source = python_docs._split_docstrings(python_docs.Unit("p/m.py", text, is_module=True))
         assert documentation == "p.m\n---\n\nTop.\n\np.m.A\n-----\n\nOf A.\n\np.m.A.f\n-------\n\nOf f.\n\n"
         assert source == "x = 1\n\n\nclass A:\n\n    def f(self):\n        return 1\n"
 
     def test_module_that_does_not_parse_is_source(self) -> None:
-        assert python_docs._separate(python_docs.Unit("m.py", "print 1", is_module=True)) == ("", "print 1")
+        assert python_docs._split_docstrings(python_docs.Unit("m.py", "print 1", is_module=True)) == ("", "print 1")

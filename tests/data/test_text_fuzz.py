@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsae.data.passages import Document, cut
+from tsae.data.documents import Document, cut
 from tsae.data.sequences import SequenceStream, TooShortError
 from tsae.data.text import TextConfig, open_text
 from tsae.errors import UserError

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tsae.data.hub import hub_is_reachable
-from tsae.data.sequences import prefix_token
 from tsae.errors import UserError, reason
 from tsae.lm import gemma_package
+from tsae.lm.tokenizer import prefix_token
+from tsae.utils.hub import hub_is_reachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,7 +66,7 @@ class LanguageModel:
 
     @property
     def prefix_id(self) -> int | None:
-        """The token every sequence begins with (see `tsae.data.sequences.prefix_token`)."""
+        """The token every sequence begins with (see `tsae.lm.tokenizer.prefix_token`)."""
         return prefix_token(self.tokenizer)
 
 

@@ -13,8 +13,8 @@ import torch
 from tsae.config import LENGTH, TrainConfig
 from tsae.data.buffer import ActivationBuffer
 from tsae.data.cache import ActivationCache
-from tsae.data.cache_request import cache_request, made_with
-from tsae.data.feed import Feed
+from tsae.data.cache_key import cache_key, provenance
+from tsae.data.feed import ActivationFeed
 from tsae.data.harvest import ActivationBatch, Harvester
 from tsae.data.sequences import SequenceStream, TokenBatch
 from tsae.data.text import Document, Part, absolute_source, open_text, split_threshold
@@ -166,8 +166,8 @@ def open_cache(
     if cfg.cache is None:
         return None
     group = harvest_group(cfg)
-    request = cache_request(cfg, lm, storage_dtype(cfg, lm), group)
-    cache = ActivationCache(Path(cfg.cache), request, made_with(lm), group=group)
+    key = cache_key(cfg, lm, storage_dtype(cfg, lm), group)
+    cache = ActivationCache(Path(cfg.cache), key, provenance(lm), group=group)
     if write and cache.groups * group * cfg.buffer.reuse < demand(cfg):
         if ranks.world.size > 1:
             raise UserError(
@@ -185,7 +185,7 @@ def make_feed(
     cache: ActivationCache | None = None,
     check: Callable[[], None] = lambda: None,
     ranks: Ranks = SINGLE_PROCESS,
-) -> Feed:
+) -> ActivationFeed:
     """The run's activations from their beginning; ``check`` is called between forward passes.
 
     With several processes each runs the language model on every so many-th group of sequences, and they ask each other
@@ -195,13 +195,7 @@ def make_feed(
     harvester = Harvester(lm, cfg.layer, stream, batch=harvest_group(cfg), dtype=storage_dtype(cfg, lm))
     world = ranks.world
     check = check_on_all_ranks(check, ranks, world.size)
-    if world.size == 1:
-        return Feed(harvester, cache, partial(_checking_bar, check))
-
-    def has(group: int) -> bool:
-        return group % world.size == world.rank
-
-    return Feed(harvester, cache, partial(_checking_bar, check), has)
+    return ActivationFeed(harvester, cache, partial(_checking_bar, check), world.rank, world.size)
 
 
 @contextmanager

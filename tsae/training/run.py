@@ -16,7 +16,7 @@ import torch
 
 from tsae.config import LENGTH, TrainConfig
 from tsae.data.buffer import ActivationBuffer
-from tsae.data.feed import Feed, no_bar
+from tsae.data.feed import ActivationFeed, no_progress
 from tsae.data.harvest import ActivationBatch
 from tsae.data.prefetching import PrefetchingFeed
 from tsae.errors import UserError
@@ -173,11 +173,11 @@ def _trained(
         cache = raise_on_all_ranks(lambda: open_cache(cfg, lm, write=True, ranks=ranks))
         if cache is not None:
             stack.enter_context(cache)
-        feed: Feed | PrefetchingFeed = raise_on_all_ranks(lambda: make_feed(cfg, lm, cache, check, ranks))
+        feed: ActivationFeed | PrefetchingFeed = raise_on_all_ranks(lambda: make_feed(cfg, lm, cache, check, ranks))
         wanted = -(-demand(cfg) // cfg.buffer.reuse)
         sequences = cfg.buffer.prefetched(wanted, gpu=lm.device.type == "cuda")
         if sequences and ranks.world.size == 1:
-            bar, feed.bar = feed.bar, no_bar  # one bar at a time, in this thread
+            bar, feed.bar = feed.bar, no_progress  # one bar at a time, in this thread
             feed = stack.enter_context(PrefetchingFeed(feed, sequences, wanted, bar, lm.device))
         return _fed(cfgs, lm, device, directory, feed, ranks, resume=resume, start=start, check=check)
 
@@ -187,7 +187,7 @@ def _fed(
     lm: LanguageModel,
     device: torch.device,
     directory: Path,
-    feed: Feed | PrefetchingFeed,
+    feed: ActivationFeed | PrefetchingFeed,
     ranks: Ranks,
     *,
     resume: bool,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tsae.data import hub
+from tsae.data import hub_datasets
 from tsae.data.text import TextConfig, open_text
 from tsae.errors import UserError
 
@@ -30,7 +30,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return rows.map(lambda row: row) if "untyped" in path else rows  # mapped ones do not know their columns
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(hub, "hub_is_reachable", lambda: True)
+    monkeypatch.setattr(hub_datasets, "hub_is_reachable", lambda: True)
     return calls
 
 
@@ -86,7 +86,7 @@ def test_zstandard_is_streamed_and_a_file_cut_short_is_one_sentence(
         return real("json", data_files=str(tmp_path / f"{path}.jsonl.zst"), split=split, streaming=streaming)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(hub, "hub_is_reachable", lambda: True)
+    monkeypatch.setattr(hub_datasets, "hub_is_reachable", lambda: True)
     (tmp_path / "whole.jsonl.zst").write_bytes(frames)
     (tmp_path / "cut.jsonl.zst").write_bytes(frames[:-9])
     assert sorted(read("whole", evaluation_share=0)) == sorted(json.loads(line)["text"] for line in sum(rows, []))
@@ -100,24 +100,3 @@ def test_part_without_text(asked: list[dict[str, Any]]) -> None:
         read("someone/some", "evaluation", evaluation_share=0)
     with pytest.raises(UserError):
         read("some/empty")
-
-
-def test_offline_mode_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants, utils
-
-    monkeypatch.setattr(utils, "get_session", lambda: pytest.fail("asked the network"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert not hub.hub_is_reachable()
-
-
-def test_any_answer_means_reachable(monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants, utils
-
-    class Session:
-        def head(self, url: str, timeout: float) -> None:
-            assert url == constants.ENDPOINT
-            assert timeout <= 10
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(utils, "get_session", Session)
-    assert hub.hub_is_reachable()
