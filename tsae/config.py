@@ -136,7 +136,7 @@ class ObjectiveConfig:
     temperature: PositiveFloat = 0.1
     """contrastive: divisor of the cosine similarities."""
     pairs: NonNegativeInt = 256
-    """contrastive: pairs drawn from each batch; 0 takes one for every token that has a neighbor."""
+    """contrastive: pairs drawn from each batch; 0 takes one for every token that has a neighbour."""
     negatives: Literal["all", "other-sequences"] = "all"
     """contrastive: negatives of a pair: all other pairs of the batch, or only pairs from other sequences."""
     l1: NonNegativeFloat = 0.04
@@ -354,7 +354,7 @@ class TrainConfig:
     """Directory of cached activations: cached ones are read, missing ones are harvested and added
     (docs/cache.md)."""
     normalize: bool = True
-    """Center and scale the activations, with mean and scale estimated on the first sequences; off trains on raw
+    """Centre and scale the activations, with mean and scale estimated on the first sequences; off trains on raw
     activations."""
     sae: SAEConfig = field(default_factory=SAEConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -53,7 +53,7 @@ def demo() -> TrainConfig:
 
 
 def tsae_gemma_2_2b() -> TrainConfig:
-    """TSAE (the Gemma-2-2B paper): its hyperparameters, on centered and scaled input."""
+    """TSAE (the Gemma-2-2B paper): its hyperparameters, on centred and scaled input."""
     return TrainConfig(
         preset="tsae-gemma-2-2b",
         model="google/gemma-2-2b",  # section 5: "Gemma-2B", hidden dimension 2304
@@ -96,7 +96,7 @@ def tsae_gemma_2_2b() -> TrainConfig:
 
 
 def tcsae_pythia_70m() -> TrainConfig:
-    """TC-SAE (the Pythia-70m paper): its hyperparameters, on centered and scaled input."""
+    """TC-SAE (the Pythia-70m paper): its hyperparameters, on centred and scaled input."""
     return TrainConfig(
         preset="tcsae-pythia-70m",
         model="EleutherAI/pythia-70m",  # section 5
