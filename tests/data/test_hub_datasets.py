@@ -1,4 +1,4 @@
-"""Streaming from the hub, with the hub itself played by a local dataset."""
+"""Streaming from the hub, with a local dataset in place of the hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROWS = [{"id": i, "text": f"document {i}" if i % 10 else "", "title": f"title {i
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Makes every hub id stand for ROWS; what `load_dataset` was asked for is put on the list."""
+    """Make every hub id give ROWS; the list records the arguments of `load_dataset`."""
     datasets = pytest.importorskip("datasets")
     calls: list[dict[str, Any]] = []
 
@@ -27,7 +27,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         if "broken" in path:
             raise RuntimeError("first line\nsecond line")
         rows = datasets.Dataset.from_list([] if "empty" in path else ROWS).to_iterable_dataset(num_shards=4)
-        return rows.map(lambda row: row) if "untyped" in path else rows  # mapped ones do not know their columns
+        return rows.map(lambda row: row) if "untyped" in path else rows  # mapped rows have no known columns
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(hub_datasets, "hub_is_reachable", lambda: True)
@@ -58,7 +58,7 @@ def test_subset_split_and_column_are_passed_on(asked: list[dict[str, Any]]) -> N
 
 
 @pytest.mark.parametrize("source", ["someone/typed", "untyped"])
-def test_missing_column_names_those_there_are(asked: list[dict[str, Any]], source: str) -> None:
+def test_missing_column_lists_the_columns(asked: list[dict[str, Any]], source: str) -> None:
     with pytest.raises(UserError, match=r"'body'.*id, text, title"):
         open_text(source, part="train", seed=0, config=TextConfig(column="body"))
 
@@ -71,13 +71,13 @@ def test_error_of_the_library_is_one_sentence(asked: list[dict[str, Any]]) -> No
 def test_zstandard_is_streamed_and_a_file_cut_short_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The Pile's files, as `datasets` reads them: it needs a package of its own for them."""
+    """As in the Pile; `datasets` needs an extra package for it."""
     datasets = pytest.importorskip("datasets")
     if sys.version_info < (3, 14):
         pytest.importorskip("backports.zstd")
     import pyarrow as pa
 
-    # 18 MB: more than is read at once, so that the end comes after the stream is open.
+    # 18 MB, more than is read at once, so that the stream opens before the truncated end is reached.
     rows = [[json.dumps({"text": f"document {i} of {j} " + "x" * 60_000}) + "\n" for i in range(100)] for j in range(3)]
     frames = b"".join(pa.Codec("zstd").compress("".join(some).encode(), asbytes=True) for some in rows)
     real = datasets.load_dataset

@@ -1,3 +1,5 @@
+"""Text sources: cutting, splitting, shuffling, local files, python-docs, errors."""
+
 from __future__ import annotations
 
 import gzip
@@ -24,7 +26,7 @@ def read(source: Path | str, part: str = "train", seed: int = 0, epoch: int = 0,
 
 
 def zstd(content: bytes) -> bytes:
-    """One frame, as `zstd` writes."""
+    """One zstd frame."""
     import pyarrow as pa
 
     return pa.Codec("zstd").compress(content, asbytes=True)
@@ -36,7 +38,7 @@ def both(source: Path | str, **config: object) -> tuple[list[str], list[str]]:
 
 @pytest.fixture
 def lines(tmp_path: Path) -> Path:
-    """200 documents in a jsonl file, of which every tenth occurs twice."""
+    """A jsonl file of 200 documents and second copies of every tenth."""
     path = tmp_path / "lines.jsonl"
     texts = [sample_text(30, seed) for seed in range(200)]
     texts += texts[::10]
@@ -46,7 +48,7 @@ def lines(tmp_path: Path) -> Path:
 
 class TestCut:
     @pytest.mark.parametrize("chunk", [1, 7, 1000, 10**6])
-    def test_pieces_are_the_text_and_do_not_depend_on_how_it_is_read(self, chunk: int) -> None:
+    def test_pieces_join_to_the_text_however_it_is_chunked(self, chunk: int) -> None:
         text = sample_text(400)
         pieces = list(cut((text[i : i + chunk] for i in range(0, len(text), chunk)), 200))
         assert "".join(pieces) == text
@@ -62,11 +64,11 @@ class TestCut:
 
 
 class TestSplit:
-    def test_is_stable_and_does_not_see_surrounding_blanks(self) -> None:
+    def test_is_stable_and_ignores_surrounding_whitespace(self) -> None:
         split = Split("evaluation", 0.5)
         sides = [split.contains(word) for word in ("alpha", "beta", "gamma", "delta", "\ud800")]
         assert sides == [split.contains(f" {word}\n") for word in ("alpha", "beta", "gamma", "delta", "\ud800")]
-        # Fixed for good: another hash would move text between the parts of runs that exist.
+        # Never change these: another hash would move text between the parts of existing runs.
         assert sides == [False, True, True, False, True]
 
     @pytest.mark.parametrize("count", [2, 3, 10])
@@ -79,7 +81,7 @@ class TestSplit:
         assert kept[1]
         assert sorted(kept[0] + kept[1]) == texts
 
-    def test_share_is_about_kept_for_many(self) -> None:
+    def test_share_of_many_documents_is_approximate(self) -> None:
         texts = [f"document {i}" for i in range(5000)]
         split = decide_split(texts, "evaluation", 0.1, "x")
         assert sum(map(split.contains, texts)) == pytest.approx(500, abs=80)
@@ -119,7 +121,7 @@ class TestFiles:
         first = read(tmp_path, shuffle_buffer=1, evaluation_share=0)
         assert sorted(first) != first != read(tmp_path, shuffle_buffer=1, evaluation_share=0, seed=1)
 
-    def test_parts_do_not_overlap_and_make_up_the_whole(self, lines: Path) -> None:
+    def test_parts_are_disjoint_and_complete(self, lines: Path) -> None:
         train, evaluation = both(lines, evaluation_share=0.2)
         assert evaluation
         assert not set(train) & set(evaluation)
@@ -131,7 +133,7 @@ class TestFiles:
         other.write_text("".join(reversed(lines.read_text().splitlines(keepends=True))))
         assert set(read(lines, "evaluation")) == set(read(other, "evaluation"))
 
-    def test_long_text_is_cut_and_nothing_of_it_lost(self, tmp_path: Path) -> None:
+    def test_long_text_is_cut_without_loss(self, tmp_path: Path) -> None:
         text = sample_text(20_000)
         path = tmp_path / "book.txt"
         path.write_text(text)
