@@ -1,86 +1,86 @@
 """The configuration of a run: nested dataclasses that Python reads and the command line overrides.
 
-Field docstrings become the text of ``--help``. Nothing here computes anything but checks of its own values.
+A field's docstring is its text in ``--help``; its annotation declares the range of its values.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from tsae.data.text import TextConfig
 from tsae.errors import UserError
+from tsae.utils.ranges import Range, at_least, between, check_ranges, positive
 from tsae_kernels import MULTISCALE
 
 LENGTH = 128  # content tokens per sequence
 
 Activation = Literal["relu", "gelu", "topk", "batchtopk", "jumprelu", "schmitt", "jumprelu_schmitt"]
 """Nonlinearities of the encoder; docs/objectives.md has the formulas."""
-TEMPORAL = ("multiscale", "window", "contrastive", "slow")  # what objective.temporal joins
+TEMPORAL = ("multiscale", "window", "contrastive", "slow")  # terms that objective.temporal may sum
+
+PositiveInt = Annotated[int, at_least(1)]
+NonNegativeInt = Annotated[int, at_least(0)]
+PositiveFloat = Annotated[float, positive]
+NonNegativeFloat = Annotated[float, at_least(0)]
+Fraction = Annotated[float, between(0, 1)]
+seed_range = between(0, 2**63 - 1)
 
 
 @dataclass
 class SAEConfig:
     """Architecture of a sparse autoencoder."""
 
-    d_in: int = 0
-    """Width of the activations; 0 takes it from the language model."""
-    d_sae: int = 2560
+    d_in: NonNegativeInt = 0
+    """Width of the activations; 0 takes the language model's."""
+    d_sae: PositiveInt = 2560
     """Number of features."""
     activation: Activation = "schmitt"
-    """Nonlinearity of the encoder; `schmitt` is the hysteresis trigger: on above a threshold, off below a
-    lower release, along the sequence. `jumprelu` learns a threshold for every feature, `jumprelu_schmitt` a
-    threshold and a release."""
+    """Nonlinearity of the encoder. `schmitt` (hysteresis) switches a feature on above one threshold and off below a
+    lower one, along the sequence; `jumprelu` learns a threshold per feature, `jumprelu_schmitt` both thresholds."""
     k: int = 32
-    """Features active per token: exact (topk), on average (batchtopk), or the target (schmitt; jumprelu and
-    jumprelu_schmitt with objective.l0 0)."""
-    release_ratio: float = 0.3
-    """schmitt: the release threshold as a share of the switch-on threshold, 0 to 1 (1: no hysteresis);
-    jumprelu_schmitt starts from it."""
+    """Active features per token: exact (topk), mean (batchtopk), or the target of the mean L0 (schmitt; jumprelu and
+    jumprelu_schmitt if objective.l0 is 0)."""
+    release_ratio: Fraction = 0.3
+    """schmitt: switch-off threshold divided by switch-on threshold, 0 to 1; 1 is no hysteresis. jumprelu_schmitt: its
+    initial value."""
     hysteresis: Literal["causal", "two-sided"] = "causal"
-    """schmitt: `causal` holds a feature on after it has switched on; `two-sided` before that too, which takes a look
-    ahead and two passes more."""
+    """schmitt: `causal` keeps a feature on after it switches on; `two-sided` also extends it backwards, which uses
+    future tokens and costs two more passes."""
     steering: Literal["controller", "exact"] = "controller"
-    """schmitt: where the threshold comes from. `controller` moves it a little each step; `exact` takes from every batch
-    the one that gives it sae.k, hysteresis included, and for inference a running mean, as batchtopk does."""
-    bandwidth: float = 0.5
-    """jumprelu, jumprelu_schmitt: width of the straight-through window round a threshold, as a share of the
+    """schmitt: how the threshold reaches a mean L0 of sae.k. `controller` moves it a little each step; `exact` solves
+    for it in every batch, hysteresis included, and keeps a running mean for inference, as batchtopk does."""
+    bandwidth: PositiveFloat = 0.5
+    """jumprelu, jumprelu_schmitt: width of the straight-through window around a threshold, as a fraction of the
     threshold (Rajamanoharan et al. 2024, section 3)."""
     groups: tuple[int, ...] = ()
-    """Matryoshka: ascending numbers of features, the last sae.d_sae; the first so many features must each
-    reconstruct on their own (Bussmann et al. 2025). Empty: off."""
+    """Matryoshka: ascending prefix sizes, the last equal to sae.d_sae; each prefix of the features must reconstruct
+    on its own (Bussmann et al. 2025). Empty: off."""
     layer_norm: Literal["none", "pre", "post"] = "none"
-    """Layer normalization on features, before or after the nonlinearity (TSAE section 4.3)."""
+    """Layer normalization of the features, before or after the nonlinearity (TSAE section 4.3)."""
     init: Literal["tied", "xavier"] = "tied"
-    """Initial weights: `tied` draws unit decoder rows and transposes them into the encoder; `xavier` is
+    """Initial weights: `tied` draws unit-norm decoder rows and transposes them into the encoder; `xavier` is
     Xavier uniform for both (TC-SAE section 4)."""
-    encoder_scale: float = 1.0
-    """tied: factor on the transposed decoder that the encoder starts from. Below 1 the first reconstructions do not
-    overshoot, and features come out more persistent."""
+    encoder_scale: PositiveFloat = 1.0
+    """tied: the encoder starts as the transposed decoder times this. Below 1, the first reconstructions do not
+    overshoot and features become more persistent."""
     unit_norm_decoder: bool = True
-    """Keep the decoder's rows at norm 1, and take the gradient's component along them out (TC-SAE section 4)."""
+    """Keep decoder rows at norm 1 and remove the gradient's component along them (TC-SAE section 4)."""
     apply_b_dec_to_input: bool = True
     """Subtract `b_dec` from the input before the encoder."""
-    input_scale: float = 1.0
-    """The input is divided by this, the output multiplied. Set when weights are folded, for what is not
-    homogeneous (gelu, layer normalization); 1 everywhere else."""
+    input_scale: PositiveFloat = 1.0
+    """Divide the input and multiply the output by this. Set when trained weights are folded and the activation is not
+    homogeneous (gelu, layer normalization); otherwise 1."""
 
     def check(self) -> None:
-        """Raise `UserError` for a value that makes no sense."""
-        if self.d_in < 0:
-            raise UserError(f"sae.d_in is {self.d_in}; it must be positive, or 0 to take the model's width.")
-        if self.d_sae < 1:
-            raise UserError(f"sae.d_sae is {self.d_sae}; an autoencoder needs at least 1 feature.")
+        """Raise `UserError` for the first invalid value."""
+        check_ranges(self, "sae.")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
         if self.activation not in ("relu", "gelu") and not 1 <= self.k <= self.d_sae:
             raise UserError(f"sae.k is {self.k}; it must be from 1 to sae.d_sae, which is {self.d_sae}.")
-        if not 0.0 <= self.release_ratio <= 1.0:
-            raise UserError(f"sae.release_ratio is {self.release_ratio}; it must be from 0 to 1.")
-        if not self.bandwidth > 0.0:
-            raise UserError(f"sae.bandwidth is {self.bandwidth}; it must be positive.")
         if self.groups and (
             list(self.groups) != sorted(set(self.groups)) or self.groups[0] < 1 or self.groups[-1] != self.d_sae
         ):
@@ -90,8 +90,8 @@ class SAEConfig:
             )
         if self.activation in ("schmitt", "jumprelu", "jumprelu_schmitt") and self.layer_norm == "post":
             raise UserError(
-                f"sae.layer_norm is 'post' with sae.activation '{self.activation}'; use 'pre' or 'none', as "
-                "normalising after the threshold would undo its zeros."
+                f"sae.layer_norm is 'post' with sae.activation '{self.activation}'; use 'pre' or 'none', because "
+                "normalizing after the threshold would undo its zeros."
             )
         if self.activation != "schmitt" and (self.hysteresis, self.steering) != ("causal", "controller"):
             name = "steering" if self.hysteresis == "causal" else "hysteresis"
@@ -99,10 +99,6 @@ class SAEConfig:
                 f"sae.{name} is {getattr(self, name)!r} with sae.activation {self.activation!r}; only 'schmitt' has "
                 "the choice."
             )
-        if not self.encoder_scale > 0.0:
-            raise UserError(f"sae.encoder_scale is {self.encoder_scale}; it must be positive.")
-        if not self.input_scale > 0.0:
-            raise UserError(f"sae.input_scale is {self.input_scale}; it must be positive.")
 
 
 @dataclass
@@ -112,248 +108,208 @@ class ObjectiveConfig:
     temporal: Annotated[
         str, tyro.conf.arg(aliases=["--objective"], metavar="{none," + ",".join(TEMPORAL) + "}[+...]")
     ] = "multiscale"
-    """Temporal term: `multiscale` is TSAE equation 2, `window` TC-SAE equation 3, `contrastive` T-SAE's InfoNCE,
-    `slow` one minus each feature's autocorrelation; `none`; or a sum of several, such as `contrastive+window`."""
-    weight: float = 1.0
-    """Factor on the whole temporal term, whichever it is."""
-    group: int = 0
-    """The temporal term looks at the first so many features only; 0 takes all."""
+    """Temporal term: `multiscale` (TSAE equation 2), `window` (TC-SAE equation 3), `contrastive` (T-SAE's InfoNCE),
+    `slow` (one minus each feature's autocorrelation), `none`, or a sum such as `contrastive+window`."""
+    weight: NonNegativeFloat = 1.0
+    """Factor on the complete temporal term."""
+    group: NonNegativeInt = 0
+    """Apply the temporal term to the first `group` features only; 0 takes all."""
     bands: tuple[tuple[int, int], ...] = MULTISCALE
     """multiscale: inclusive ranges of token offsets, one per scale (TSAE section 4.1)."""
     weights: tuple[float, ...] = (0.01, 0.005, 0.001)
     """multiscale: weight of each band (TSAE section 5.2)."""
     adaptive: bool = True
-    """multiscale: weigh features by their activation variance (TSAE equation 3)."""
-    min_variance: float = 0.01
-    """multiscale: features whose variance is below this are left out (TSAE section 4.1)."""
-    window: int = 3
+    """multiscale: weight features by their activation variance (TSAE equation 3)."""
+    min_variance: NonNegativeFloat = 0.01
+    """multiscale: skip features whose variance is below this (TSAE section 4.1)."""
+    window: Annotated[int, between(2, LENGTH)] = 3
     """window: tokens in the sliding window, at least 2 (TC-SAE section 4)."""
-    window_weight: float = 0.01
+    window_weight: NonNegativeFloat = 0.01
     """window: weight of the term (TC-SAE equation 4, lambda_2)."""
-    contrastive_weight: float = 1.0
+    contrastive_weight: NonNegativeFloat = 1.0
     """contrastive: weight of the term."""
-    slow_weight: float = 1.0
+    slow_weight: NonNegativeFloat = 1.0
     """slow: weight of the term."""
-    offset: int = 1
-    """contrastive: pairs are 1 to so many tokens apart, drawn at random (1: adjacent); slow: differences at
-    offsets from 1 to this."""
-    temperature: float = 0.1
-    """contrastive: the cosine similarities are divided by this."""
-    pairs: int = 256
+    offset: Annotated[int, between(1, LENGTH - 1)] = 1
+    """contrastive: largest distance of a pair in tokens, drawn uniformly from 1 on (1: adjacent tokens); slow: largest
+    offset of the differences."""
+    temperature: PositiveFloat = 0.1
+    """contrastive: divisor of the cosine similarities."""
+    pairs: NonNegativeInt = 256
     """contrastive: pairs drawn from each batch; 0 takes one for every token that has a neighbour."""
     negatives: Literal["all", "other-sequences"] = "all"
-    """contrastive: a pair's negatives are all other pairs of the batch, or those of other sequences only."""
-    l1: float = 0.04
+    """contrastive: negatives of a pair: all other pairs of the batch, or only pairs from other sequences."""
+    l1: NonNegativeFloat = 0.04
     """Weight of the L1 penalty on features (TSAE section 4.3; TC-SAE equation 4, lambda_1)."""
-    l0: float = 0.0
-    """jumprelu, jumprelu_schmitt: weight of the L0 penalty (Rajamanoharan et al. 2024, section 3); 0 steers the
-    thresholds' common factor so that the mean L0 is sae.k instead."""
-    boost: float = 2.0
-    """Factor on the reconstruction term until `hold_steps`, falling linearly to 1 over `ramp_steps`
+    l0: NonNegativeFloat = 0.0
+    """jumprelu, jumprelu_schmitt: weight of the L0 penalty (Rajamanoharan et al. 2024, section 3); 0 instead scales
+    all thresholds together so that the mean L0 is sae.k."""
+    boost: PositiveFloat = 2.0
+    """Factor on the reconstruction term until `hold_steps`; it then falls linearly to 1 over `ramp_steps`
     (TSAE equation 4)."""
-    hold_steps: int = 1000
-    """Steps before the temporal term comes in and the boost starts to fall (TSAE equation 4)."""
-    ramp_steps: int = 1000
-    """Steps over which the temporal term rises to its full weight and the boost falls (TSAE equation 4)."""
-    buffer_std: float = 0.1
-    """Standard deviation of the normal draws that start the temporal buffer (TSAE section 4.3)."""
-    buffer_mixing: float = 0.25
-    """Share of the new variance mixed into the temporal buffer until the warm-up of hold + ramp steps ends;
-    1 afterwards (TSAE section 4.3)."""
-    aux_weight: float = 1 / 32
-    """Weight of the AuxK term that revives dead features (Gao et al. 2024); 0 switches it off."""
-    aux_k: int = 0
+    hold_steps: NonNegativeInt = 1000
+    """Steps before the temporal term starts and the boost begins to fall (TSAE equation 4)."""
+    ramp_steps: NonNegativeInt = 1000
+    """Steps over which the temporal term rises to full weight and the boost falls to 1 (TSAE equation 4)."""
+    buffer_std: NonNegativeFloat = 0.1
+    """Standard deviation of the normal draws that initialize the temporal buffer (TSAE section 4.3)."""
+    buffer_mixing: Fraction = 0.25
+    """Fraction of the new variance mixed into the temporal buffer during the first hold + ramp steps; 1 afterwards
+    (TSAE section 4.3)."""
+    aux_weight: NonNegativeFloat = 1 / 32
+    """Weight of the AuxK term that revives dead features (Gao et al. 2024); 0: off."""
+    aux_k: NonNegativeInt = 0
     """Dead features used per token in the AuxK term; 0 takes half the input width."""
-    dead_after_tokens: int = 10_000_000
-    """A feature that has not fired for this many tokens counts as dead."""
+    dead_after_tokens: NonNegativeInt = 10_000_000
+    """A feature is dead after this many tokens without firing."""
 
     @property
     def terms(self) -> tuple[str, ...]:
-        """The temporal terms asked for, in the order of `TEMPORAL` however they were written; empty for `none`."""
+        """The temporal terms, in the order of `TEMPORAL`; empty for `none`."""
         names = self.temporal.split("+")
         return tuple(name for name in TEMPORAL if name in names)
 
     def check(self) -> None:
-        """Raise `UserError` for a value that makes no sense."""
+        """Raise `UserError` for the first invalid value."""
+        check_ranges(self, "objective.")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
         if self.temporal != "none" and sorted(self.temporal.split("+")) != sorted(self.terms):
             raise UserError(
                 f"objective.temporal is {self.temporal!r}; it must be none, or any of {', '.join(TEMPORAL)} joined by "
                 "+, each once."
             )
-        if "multiscale" in self.terms:
-            previous = 0
-            for low, high in self.bands:
-                if not previous < low <= high:
-                    raise UserError(
-                        f"objective.bands is {self.bands}; bands must be ascending, disjoint ranges of offsets "
-                        "from 1 on, such as ((1, 3), (4, 15), (16, 127))."
-                    )
-                previous = high
-            if not self.bands or len(self.bands) != len(self.weights):
-                raise UserError(
-                    f"objective.weights has {len(self.weights)} values for {len(self.bands)} bands; give one "
-                    "weight for each band."
-                )
-            if min(self.weights) < 0:
-                raise UserError(f"objective.weights is {self.weights}; no weight must be negative.")
-        if not 2 <= self.window <= LENGTH:
-            raise UserError(
-                f"objective.window is {self.window}; a window needs at least 2 tokens, and a sequence has {LENGTH}."
-            )
-        if not 1 <= self.offset < LENGTH:
-            raise UserError(f"objective.offset is {self.offset}; it must be from 1 to {LENGTH - 1}.")
         if self.pairs == 1:
             raise UserError("objective.pairs is 1; a contrast needs at least 2 pairs, and 0 takes all.")
-        for name in ("boost", "temperature"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"objective.{name} is {getattr(self, name)}; it must be positive.")
-        for name in (
-            *("l1", "l0", "weight", "window_weight", "contrastive_weight", "slow_weight", "aux_weight"),
-            *("min_variance", "buffer_std", "hold_steps", "ramp_steps", "aux_k", "dead_after_tokens", "group", "pairs"),
-        ):
-            if getattr(self, name) < 0:
-                raise UserError(f"objective.{name} is {getattr(self, name)}; it must not be negative.")
-        if not 0.0 <= self.buffer_mixing <= 1.0:
-            raise UserError(f"objective.buffer_mixing is {self.buffer_mixing}; it must be from 0 to 1.")
+        if "multiscale" not in self.terms:
+            return
+        previous = 0
+        for low, high in self.bands:
+            if not previous < low <= high:
+                raise UserError(
+                    f"objective.bands is {self.bands}; bands must be ascending, disjoint ranges of offsets "
+                    "from 1 on, such as ((1, 3), (4, 15), (16, 127))."
+                )
+            previous = high
+        if not self.bands or len(self.bands) != len(self.weights):
+            raise UserError(
+                f"objective.weights has {len(self.weights)} values for {len(self.bands)} bands; give one "
+                "weight for each band."
+            )
+        if min(self.weights) < 0:
+            raise UserError(f"objective.weights is {self.weights}; each must be at least 0.")
 
 
 @dataclass
 class OptimizerConfig:
-    """Optimizer, learning-rate schedule, and what is done to gradients."""
+    """Optimizer, learning-rate schedule, gradient clipping and noise."""
 
     name: Literal["adam", "adamw"] = "adam"
     """Adam, or AdamW with decoupled weight decay."""
-    lr: float = 3e-4
+    lr: PositiveFloat = 3e-4
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Annotated[tuple[float, float], Range("at least 0 and below 1", lambda beta: 0 <= beta < 1)] = (0.9, 0.999)
     """Adam's moment decays."""
-    weight_decay: float = 0.01
+    weight_decay: NonNegativeFloat = 0.01
     """adamw: decoupled weight decay (PyTorch's default)."""
-    warmup_steps: int = 0
+    warmup_steps: NonNegativeInt = 0
     """Steps of linear warm-up from 0 to the peak."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """After the warm-up: constant, cosine to 0, or constant and then linear to 0 over `decay_share`."""
-    decay_share: float = 0.3
-    """linear: share of all steps over which the rate falls to 0."""
-    clip_norm: float = 2.0
-    """Clip the gradient to this norm; 0 switches it off (TSAE section 4.2)."""
-    noise_eta: float = 0.0
+    decay_share: Fraction = 0.3
+    """linear: fraction of all steps over which the rate falls to 0."""
+    clip_norm: NonNegativeFloat = 2.0
+    """Maximum gradient norm; 0: no clipping (TSAE section 4.2)."""
+    noise_eta: NonNegativeFloat = 0.0
     """Gradient noise of variance eta / (1 + step)^0.55, relative to each parameter's gradient RMS (Neelakantan
-    et al. 2015; TSAE section 4.2); 0 switches it off."""
-    noise_steps: int = 2000
+    et al. 2015; TSAE section 4.2); 0: off."""
+    noise_steps: NonNegativeInt = 2000
     """Steps after which the gradient noise ends."""
-
-    def check(self) -> None:
-        """Raise `UserError` for a value that makes no sense."""
-        if not self.lr > 0:
-            raise UserError(f"optimizer.lr is {self.lr}; it must be positive.")
-        if not all(0.0 <= beta < 1.0 for beta in self.betas):
-            raise UserError(f"optimizer.betas is {self.betas}; both must be at least 0 and below 1.")
-        for name in ("weight_decay", "warmup_steps", "clip_norm", "noise_eta", "noise_steps"):
-            if getattr(self, name) < 0:
-                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must not be negative.")
-        if not 0.0 <= self.decay_share <= 1.0:
-            raise UserError(f"optimizer.decay_share is {self.decay_share}; it must be from 0 to 1.")
 
 
 @dataclass
 class BufferConfig:
     """The activation buffer between the language model and the autoencoder."""
 
-    sequences: int = 2048
-    """Sequences held; the buffer mixes sequences and never tokens."""
-    reuse: int = 1
+    sequences: PositiveInt = 2048
+    """Sequences held; the buffer shuffles sequences and never splits them."""
+    reuse: PositiveInt = 1
     """Times each sequence is trained on before it is replaced."""
-    harvest_batch: int = 16
+    harvest_batch: PositiveInt = 16
     """Sequences per forward pass of the language model."""
-    estimate_sequences: int = 128
-    """Sequences, the first of the run, from which the input's mean and scale are estimated."""
+    estimate_sequences: PositiveInt = 128
+    """Sequences at the start of the run from which the input's mean and scale are estimated."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Storage type of activations; `auto` is the language model's."""
+    """Storage dtype of activations; `auto` is the language model's."""
     ahead: int = -1
-    """Sequences that a thread harvests ahead while the autoencoder trains, at most; 0: none; -1: half the buffer where
-    the language model is on a GPU, else none."""
+    """Most sequences that a thread prefetches while the autoencoder trains; 0: none; -1: half the buffer if the
+    language model is on a GPU, otherwise none."""
 
     def prefetched(self, wanted: int, *, gpu: bool) -> int:
-        """Sequences that are harvested ahead, of ``wanted`` in all; ``gpu``: that is where the language model is."""
+        """Sequences to prefetch at most.
+
+        wanted: sequences that the run harvests in all
+        gpu: whether the language model is on a GPU
+        """
         half = max(self.sequences // 2, self.harvest_batch)
         asked = self.ahead if self.ahead >= 0 else (half if gpu else 0)
         return min(asked, wanted)
 
-    def check(self, batch: int) -> None:
-        """Raise `UserError` for a value that makes no sense."""
-        if self.ahead != -1 and 0 != self.ahead < self.harvest_batch:
-            raise UserError(
-                f"buffer.ahead is {self.ahead}; it must be -1, 0, or hold at least one forward pass of "
-                f"{self.harvest_batch} sequences (buffer.harvest_batch)."
-            )
-        for name in ("sequences", "reuse", "harvest_batch", "estimate_sequences"):
-            if getattr(self, name) < 1:
-                raise UserError(f"buffer.{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.sequences < batch:
-            raise UserError(
-                f"buffer.sequences is {self.sequences}; it must hold at least one batch of {batch} sequences."
-            )
+
+@dataclass(frozen=True)
+class TextConfig:
+    """How to read a text source."""
+
+    column: str | None = None
+    """Text column of jsonl, parquet and hub data; default "text", or the only column of strings."""
+    split: str = "train"
+    """Split of a hub dataset; training and evaluation text are both taken from it."""
+    subset: str | None = None
+    """Subset (configuration) of a hub dataset."""
+    evaluation_share: Fraction = 0.05
+    """Fraction of the documents held out for evaluation, 0 to 1."""
+    threshold: Annotated[float | None, tyro.conf.Suppress] = None
+    """Documents whose hash, in [0, 1), is below this are evaluation text. Set by a run, so that its split stays the
+    same when its text changes and also applies to other text. None: `evaluation_share`, adjusted if there are so few
+    documents that one side would be empty."""
+    shuffle_buffer: PositiveInt = 10_000
+    """Documents in the shuffle buffer."""
 
 
 @dataclass
 class EvaluationConfig:
-    """What is measured after training, on text that training never saw."""
+    """Evaluation after training, on held-out text."""
 
-    sequences: int = 192
+    sequences: PositiveInt = 192
     """Sequences for reconstruction, sparsity and temporal metrics."""
-    ce_sequences: int = 16
-    """Sequences, of those, for the cross-entropy and KL metrics."""
-    lm_batch: int = 4
-    """Sequences per forward pass of the whole language model."""
+    ce_sequences: PositiveInt = 16
+    """How many of these sequences also give cross-entropy and KL metrics."""
+    lm_batch: PositiveInt = 4
+    """Sequences per forward pass through all layers of the language model."""
     final: bool = True
     """Evaluate at the end of training."""
-
-    def check(self) -> None:
-        """Raise `UserError` for a value that makes no sense."""
-        for name in ("sequences", "ce_sequences", "lm_batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"evaluation.{name} is {getattr(self, name)}; it must be at least 1.")
 
 
 @dataclass
 class CheckpointConfig:
-    """Checkpoints: atomic, the newest `keep` are kept."""
+    """Checkpoints, written atomically."""
 
-    every: int = 500
+    every: NonNegativeInt = 500
     """Steps between checkpoints; 0 saves at the end only."""
-    keep: int = 2
-    """Checkpoints kept."""
-
-    def check(self) -> None:
-        """Raise `UserError` for a value that makes no sense."""
-        if self.every < 0:
-            raise UserError(f"checkpoint.every is {self.every}; it must not be negative.")
-        if self.keep < 1:
-            raise UserError(f"checkpoint.keep is {self.keep}; at least 1 checkpoint must be kept.")
+    keep: PositiveInt = 2
+    """Number of newest checkpoints to keep."""
 
 
 @dataclass
 class ParallelConfig:
-    """Several processes, as torchrun starts them; a run on any number of them is the run of one."""
+    """Several processes, started by torchrun. Results do not depend on their number."""
 
-    features: int = 1
-    """Processes that each dictionary is split over; the processes divided by it are so many shares of the batch."""
-    timeout: int = 600
-    """Seconds that a process waits for the others before it gives up."""
-
-    def check(self, sae: SAEConfig) -> None:
-        """Raise `UserError` for a value that makes no sense."""
-        for name in ("features", "timeout"):
-            if getattr(self, name) < 1:
-                raise UserError(f"parallel.{name} is {getattr(self, name)}; it must be at least 1.")
-        if sae.d_sae % self.features:
-            raise UserError(f"parallel.features is {self.features}; it must divide sae.d_sae, which is {sae.d_sae}.")
-        if self.features > 1 and sae.layer_norm != "none":
-            raise UserError(
-                f"parallel.features is {self.features} with sae.layer_norm {sae.layer_norm!r}, which looks at all "
-                "features of a token at once; use 1, or sae.layer_norm 'none'."
-            )
+    features: PositiveInt = 1
+    """Processes that share each dictionary, each with a slice of its features; the rest is data-parallel: N processes
+    split the batch into N / `features` shards."""
+    timeout: PositiveInt = 600
+    """Seconds a process waits for the others before it gives up."""
 
 
 @dataclass
@@ -369,37 +325,37 @@ class TrainConfig:
     layer: int = 9
     """Block whose output is encoded, counted from 0."""
     data: str = "python-docs"
-    """Text: `python-docs`, a .txt, .jsonl or .parquet file, a folder of them, or a hub data set id."""
-    steps: int = 1000
+    """Text: `python-docs`, a .txt, .jsonl or .parquet file, a folder of them, or a hub dataset id."""
+    steps: PositiveInt = 1000
     """Optimizer steps."""
-    batch: int = 16
+    batch: PositiveInt = 16
     """Sequences of 128 tokens per step."""
-    chunk: int = 0
-    """Sequences worked on at once, for dictionaries whose features of a whole batch do not fit in memory; 0: all. The
-    gradients of a step's pieces are added up. What depends on the batch as a whole is then each piece's own: the
-    thresholds of batchtopk and of exact steering, the contrastive objective's negatives, the variance of slow, the
-    scale of AuxK; the temporal buffer moves after the step."""
-    seed: int = 0
-    """Seed of everything random: text order, weights, batches, noise."""
-    data_seed: int | None = None
-    """Seed of the text's order and split and of the batches' order; None takes `seed`. Runs with one data seed
-    see the same batches, whatever their weights start from."""
+    chunk: NonNegativeInt = 0
+    """Sequences processed at once, with gradients accumulated over the batch, for dictionaries whose features do not
+    fit in memory for a full batch; 0: all. Anything computed over the batch is then computed per chunk: the thresholds
+    of batchtopk and of exact steering, the negatives of contrastive, the variance of slow, the scale of AuxK. The
+    temporal buffer is updated once per step."""
+    seed: Annotated[int, seed_range] = 0
+    """Random seed: text order, weights, batches, noise."""
+    data_seed: Annotated[int | None, seed_range] = None
+    """Seed of text order, split and batch order; None takes `seed`. Runs with the same data seed see the same
+    batches, whatever their initial weights."""
     device: str = "auto"
-    """Where to compute: `auto`, `cpu`, `cuda`, `cuda:1`, ..."""
+    """Device: `auto`, `cpu`, `cuda`, `cuda:1`, ..."""
     lm_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the language model; `auto` is bfloat16 where the hardware is faster so."""
+    """Precision of the language model; `auto` is bfloat16 on hardware where it is faster, otherwise float32."""
     autocast: Literal["auto", "none", "bfloat16"] = "auto"
     """Precision of the autoencoder's matrix products; its weights stay float32."""
-    log_every: int = 10
+    log_every: PositiveInt = 10
     """Steps between lines of metrics.jsonl."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Where else the measurements go: `tensorboard`, `wandb`, or both; to metrics.jsonl in any case."""
+    """Trackers that get the metrics in addition to metrics.jsonl: `tensorboard`, `wandb`, or both."""
     cache: str | None = None
-    """Directory that keeps harvested activations: what it has is read instead of harvested, what it lacks is added
+    """Directory of cached activations: cached ones are read, missing ones are harvested and added
     (docs/cache.md)."""
     normalize: bool = True
-    """Centre and scale the activations, as estimated on the first sequences; off, the autoencoder is trained on raw
-    ones."""
+    """Centre and scale the activations, with mean and scale estimated on the first sequences; off trains on raw
+    activations."""
     sae: SAEConfig = field(default_factory=SAEConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -411,44 +367,37 @@ class TrainConfig:
 
     @property
     def stream_seed(self) -> int:
-        """The seed of everything that the activations and their order depend on."""
+        """Seed of the activations and their order."""
         return self.seed if self.data_seed is None else self.data_seed
 
     def check(self) -> None:
-        """Raise `UserError`, one sentence, for the first value that makes no sense."""
-        _check_finite(dataclasses.asdict(self))
-        for name in ("steps", "batch", "log_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name, seed in (("seed", self.seed), ("data_seed", self.stream_seed)):
-            if not 0 <= seed < 2**63:
-                raise UserError(f"{name} is {seed}; it must be from 0 to 2^63 - 1.")
-        self.sae.check()
-        self.objective.check()
-        if self.objective.group > self.sae.d_sae:
+        """Raise `UserError`, one sentence, for the first invalid value."""
+        check_ranges(self)
+        sae, objective, buffer, parallel = self.sae, self.objective, self.buffer, self.parallel
+        sae._check_combinations()
+        objective._check_combinations()
+        if objective.group > sae.d_sae:
+            raise UserError(f"objective.group is {objective.group}; the autoencoder has {sae.d_sae} features.")
+        if objective.l0 > 0 and sae.activation not in ("jumprelu", "jumprelu_schmitt"):
             raise UserError(
-                f"objective.group is {self.objective.group}; the autoencoder has {self.sae.d_sae} features."
+                f"objective.l0 is {objective.l0}; sae.activation '{sae.activation}' has no learned threshold for it "
+                "to move."
             )
-        if self.objective.l0 > 0 and self.sae.activation not in ("jumprelu", "jumprelu_schmitt"):
+        if buffer.ahead not in (-1, 0) and buffer.ahead < buffer.harvest_batch:
             raise UserError(
-                f"objective.l0 is {self.objective.l0}; sae.activation '{self.sae.activation}' has no learned threshold "
-                "for it to move."
+                f"buffer.ahead is {buffer.ahead}; it must be -1, 0, or at least one forward pass of "
+                f"{buffer.harvest_batch} sequences (buffer.harvest_batch)."
             )
-        self.optimizer.check()
-        if self.chunk < 0:
-            raise UserError(f"chunk is {self.chunk}; it must be a number of sequences, or 0 for the whole batch.")
-        self.buffer.check(self.batch)
-        self.evaluation.check()
-        self.checkpoint.check()
-        self.parallel.check(self.sae)
-
-
-def _check_finite(value: Any, where: str = "") -> None:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            _check_finite(inner, f"{where}.{key}".lstrip("."))
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            _check_finite(inner, where)
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{where} is {value}; it must be a finite number.")
+        if buffer.sequences < self.batch:
+            raise UserError(
+                f"buffer.sequences is {buffer.sequences}; it must hold at least one batch of {self.batch} sequences."
+            )
+        if sae.d_sae % parallel.features:
+            raise UserError(
+                f"parallel.features is {parallel.features}; it must divide sae.d_sae, which is {sae.d_sae}."
+            )
+        if parallel.features > 1 and sae.layer_norm != "none":
+            raise UserError(
+                f"parallel.features is {parallel.features} with sae.layer_norm {sae.layer_norm!r}, which needs all "
+                "features of a token at once; use 1, or sae.layer_norm 'none'."
+            )

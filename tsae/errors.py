@@ -1,4 +1,4 @@
-"""The one error type that reaches a user as a sentence, and what it quotes of others."""
+"""The error that users see as one sentence, and quoting other libraries' errors in it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ _STATUS = re.compile(r"\d+ \w+ Error\b.{0,99}$")
 
 
 class UserError(ValueError):
-    """Bad input. The message is one sentence: what was wrong, what it was, what to do instead.
+    """Bad input. The message is one sentence: what was wrong, the value, what to do instead.
 
-    The command-line entry points print it without a traceback and exit with status 2.
+    Commands print it without a traceback and exit with status 2.
     """
 
     on_all_ranks = False
@@ -18,9 +18,9 @@ class UserError(ValueError):
 
 
 def reason(error: BaseException) -> str:
-    """What another library's exception says, to be quoted in a sentence: its first line, without a full stop.
+    """Another library's message for quotation in a sentence: its first line without the final period.
 
-    A bare HTTP status, with which the hub's client begins, is passed over; an exception without words gives its name.
+    A leading bare HTTP status, as in the hub client's messages, is skipped. Without a message: the exception's name.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = [line for line in lines if not _STATUS.match(line)] or lines

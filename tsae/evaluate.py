@@ -24,8 +24,8 @@ from rich.console import Console
 from torch import Tensor
 
 from tsae.config import LENGTH, TrainConfig
+from tsae.data.documents import Document
 from tsae.data.harvest import Harvester
-from tsae.data.passages import Document
 from tsae.data.sequences import SequenceStream
 from tsae.data.text import open_text
 from tsae.errors import UserError

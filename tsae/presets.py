@@ -1,4 +1,4 @@
-"""Named configurations: `demo`, and the two papers' settings."""
+"""Named configurations: `demo` and the settings of the two papers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tsae.config import (
     ObjectiveConfig,
     OptimizerConfig,
     SAEConfig,
+    TextConfig,
     TrainConfig,
 )
-from tsae.data.text import TextConfig
 from tsae.errors import UserError
 from tsae_kernels import MULTISCALE
 
@@ -21,8 +21,8 @@ from tsae_kernels import MULTISCALE
 def demo() -> TrainConfig:
     """Gemma-3-270m, layer 9, on the Python installation's own text: minutes on two CPU cores.
 
-    The hysteresis activation with a contrastive and a window term, as measured in docs/results.md; TSAE's schedules
-    are shortened with the run.
+    The hysteresis activation with a contrastive and a window term, as measured in docs/results.md, with TSAE's
+    schedules shortened.
     """
     return TrainConfig(
         preset="demo",
@@ -34,7 +34,7 @@ def demo() -> TrainConfig:
         sae=SAEConfig(d_sae=2560, activation="schmitt", k=36, release_ratio=0.4, encoder_scale=0.25),
         objective=ObjectiveConfig(
             temporal="contrastive+window",
-            contrastive_weight=2.0,  # lowers the pooled differences
+            contrastive_weight=2.0,  # lowers pooled differences
             window_weight=0.02,  # keeps features smooth
             l1=0.0,  # the steered threshold sets the sparsity
             boost=1.0,
@@ -42,7 +42,7 @@ def demo() -> TrainConfig:
             ramp_steps=200,
             dead_after_tokens=60_000,
         ),
-        # The norm is about 20; rare tokens of huge activations send it to thousands and kill features at a blow.
+        # The norm is about 20; rare tokens with huge activations raise it to thousands and would kill features.
         optimizer=OptimizerConfig(
             name="adam", lr=1.15e-3, betas=(0.9, 0.99), warmup_steps=20, schedule="linear", clip_norm=30.0
         ),
@@ -53,7 +53,7 @@ def demo() -> TrainConfig:
 
 
 def tsae_gemma_2_2b() -> TrainConfig:
-    """TSAE (the Gemma-2-2B paper): its hyper-parameters, on centred and scaled input."""
+    """TSAE (the Gemma-2-2B paper): its hyperparameters, on centred and scaled input."""
     return TrainConfig(
         preset="tsae-gemma-2-2b",
         model="google/gemma-2-2b",  # section 5: "Gemma-2B", hidden dimension 2304
@@ -63,7 +63,7 @@ def tsae_gemma_2_2b() -> TrainConfig:
         batch=16,  # section 5.1: batch size 2048, read as tokens: 16 sequences of 128
         sae=SAEConfig(
             d_sae=2304,  # section 5: 2304 is "both input and sparse feature space dimensions"
-            activation="relu",  # section 3.1 leaves f open; ReLU is the common choice it cites
+            activation="relu",  # section 3.1 leaves f open and cites ReLU as the common choice
             layer_norm="none",  # section 4.3 normalizes features; --sae.layer-norm post is that variant
             unit_norm_decoder=False,  # not in the paper
         ),
@@ -96,7 +96,7 @@ def tsae_gemma_2_2b() -> TrainConfig:
 
 
 def tcsae_pythia_70m() -> TrainConfig:
-    """TC-SAE (the Pythia-70m paper): its hyper-parameters, on centred and scaled input."""
+    """TC-SAE (the Pythia-70m paper): its hyperparameters, on centred and scaled input."""
     return TrainConfig(
         preset="tcsae-pythia-70m",
         model="EleutherAI/pythia-70m",  # section 5
@@ -138,11 +138,11 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "tsae-gemma-2-2b": tsae_gemma_2_2b,
     "tcsae-pythia-70m": tcsae_pythia_70m,
 }
-"""Name -> a function that makes its configuration."""
+"""Name -> a function that returns its configuration."""
 
 
 def preset(name: str) -> TrainConfig:
-    """The preset's configuration, a fresh copy; an unknown name raises `UserError` with the known ones."""
+    """A fresh copy of the preset's configuration. Raises `UserError`, listing the presets, for an unknown name."""
     if name not in PRESETS:
         raise UserError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
     return PRESETS[name]()

@@ -1,4 +1,4 @@
-"""Configuration: presets carry the papers' values, JSON round trips, bad values are one sentence."""
+"""Configuration: presets have the papers' values, JSON round trips, bad values are one sentence."""
 
 from __future__ import annotations
 
@@ -82,14 +82,18 @@ def test_command_line_overrides_file_overrides_preset(tmp_path: Path) -> None:
     again, _ = command(["--config", str(path), "--seed", "5", "--objective.bands", "1", "2", "5", "9"])
     assert (again.preset, again.steps, again.seed, again.sae.d_sae) == ("tcsae-pythia-70m", 7, 5, 64)
     assert again.objective.bands == ((1, 2), (5, 9))
-    cfg.text = dataclasses.replace(cfg.text, threshold=0.3)  # of that run's text
+    cfg.text = dataclasses.replace(cfg.text, threshold=0.3)  # belongs to that run's text
     path.write_text(json.dumps(to_dict(cfg)))
     assert command(["--config", str(path)])[0].text.threshold is None
 
 
-def test_a_configuration_from_before_objectives_could_be_joined_is_the_same() -> None:
+def test_a_configuration_without_newer_fields_takes_their_defaults() -> None:
     new = ("contrastive_weight", "slow_weight", "hysteresis", "steering")
-    for cfg in (TrainConfig(), preset("tsae-gemma-2-2b"), preset("tcsae-pythia-70m")):  # which say nothing of the new
+    for cfg in (
+        TrainConfig(),
+        preset("tsae-gemma-2-2b"),
+        preset("tcsae-pythia-70m"),
+    ):  # whose newer fields have default values
         values = {
             key: {k: v for k, v in part.items() if k not in new} if isinstance(part, dict) else part
             for key, part in to_dict(cfg).items()
@@ -114,7 +118,7 @@ def test_bad_command_lines_are_one_sentence(argv: list[str], words: str) -> None
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # tyro draws its boxes by what stdout can show
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # tyro draws boxes with characters that stdout can encode
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
@@ -131,7 +135,7 @@ def test_bad_command_lines_are_one_sentence(argv: list[str], words: str) -> None
         ),
     ],
 )
-def test_what_tyro_draws_in_a_box_becomes_a_plain_sentence(
+def test_tyros_boxed_errors_become_one_sentence(
     encoding: str, argv: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
@@ -150,7 +154,7 @@ def test_help_shows_the_presets_own_defaults(name: str, capsys: pytest.CaptureFi
         cfg = preset(name)
         assert "--text.evaluation-share" in out
         assert "{none,multiscale,window,contrastive,slow}[+...]" in out
-        assert "--text.threshold" not in out  # the run's own business
+        assert "--text.threshold" not in out  # set by the run
         assert f"(default: {name})" in out
         assert f"(default: {cfg.model})" in out
         assert f"Optimizer steps. (default: {cfg.steps})" in out
@@ -229,7 +233,7 @@ def test_bad_configuration_files_are_named(values: dict[str, object], words: str
         (["--checkpoint.keep", "0"], "checkpoint.keep is 0"),
     ],
 )
-def test_values_that_make_no_sense_are_one_sentence(argv: list[str], words: str) -> None:
+def test_invalid_values_are_one_sentence(argv: list[str], words: str) -> None:
     cfg, _ = command(argv)
     with pytest.raises(UserError) as caught:
         cfg.check()
@@ -237,7 +241,7 @@ def test_values_that_make_no_sense_are_one_sentence(argv: list[str], words: str)
 
 
 def float_options(config: object, prefix: str = "--") -> list[tuple[str, int]]:
-    """Every option that takes numbers that are not whole, with how many it takes."""
+    """Every option that takes floats, with how many it takes."""
     found: list[tuple[str, int]] = []
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         value, name = getattr(config, field.name), prefix + field.name.replace("_", "-")

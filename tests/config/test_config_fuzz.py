@@ -1,4 +1,4 @@
-"""Configurations that nobody checked: whatever the values, a run or one sentence."""
+"""Arbitrary configurations: a run or one sentence."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ junk = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dicti
 
 
 def places(values: dict[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """Where a value stands: every key, also those of groups."""
+    """The paths of all keys, of groups too."""
     found = []
     for key, value in values.items():
         found.append((*prefix, key))
@@ -46,7 +46,7 @@ def changed(base: dict[str, Any], changes: list[tuple[tuple[str, ...], str, Any]
         at: Any = values
         for key in place[:-1]:
             at = at.get(key) if isinstance(at, dict) else None
-        if not isinstance(at, dict):  # an earlier change took it away
+        if not isinstance(at, dict):  # removed by an earlier change
             continue
         if kind == "remove":
             at.pop(place[-1], None)
@@ -107,7 +107,7 @@ def test_any_bytes_are_an_object_or_a_sentence(at: int, bit: int, kind: str, mor
 @pytest.mark.parametrize(
     "content", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000, '{"steps": ' + "9" * 5000 + "}", "\ufeff{}", "", "null"]
 )
-def test_json_that_readers_stumble_over(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pathological_json_is_one_sentence(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "config.json"
     path.write_text(content)
     assert main(["--config", str(path)]) == 2
@@ -116,14 +116,14 @@ def test_json_that_readers_stumble_over(content: str, tmp_path: Path, capsys: py
 
 @pytest.mark.slow
 def test_any_small_configuration_runs_or_is_a_sentence(tiny_neox: Path, text_file: Path) -> None:
-    """Really run, with sizes that are small and everything else as it comes."""
+    """Train with small sizes and otherwise arbitrary values."""
     base = to_dict(command(options(tiny_neox, text_file, Path("unused"), "--steps", "2"))[0])
     small = st.integers(-1, 40) | st.floats(-2, 4) | st.just(float("nan")) | strings | st.booleans()
 
     @settings(deadline=None, max_examples=80)
     @given(changes(base, small | st.lists(small, max_size=3)))
     def check(drawn: list[Any]) -> None:
-        drawn = [change for change in drawn if change[0] != ("cache",)]  # which makes a directory of any name
+        drawn = [change for change in drawn if change[0] != ("cache",)]  # creates a directory of any name
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
             try:
                 run(from_dict(TrainConfig, json.loads(json.dumps(changed(base, drawn)))), Path(folder) / "run")
@@ -159,7 +159,7 @@ def test_any_command_line_is_a_command_or_a_sentence(argv: list[str]) -> None:
         "--buffer.sequences 10000000000000 --steps 10000000000000",
     ],
 )
-def test_what_no_memory_holds_is_a_sentence(
+def test_too_much_memory_is_one_sentence(
     more: str, tiny_neox: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(options(tiny_neox, text_file, tmp_path / "run", *more.split())) == 2

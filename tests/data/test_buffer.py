@@ -1,4 +1,4 @@
-"""The activation buffer: bounds, mixing of whole sequences, reuse, resuming."""
+"""The activation buffer: memory bounds, shuffling of complete sequences, reuse, resuming."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from tiny import sample_text
 
 from tsae.data.buffer import ActivationBuffer
+from tsae.data.documents import Document
 from tsae.data.harvest import ActivationBatch, Harvester
-from tsae.data.passages import Document
 from tsae.data.sequences import SequenceStream, TokenBatch
 from tsae.lm.loading import load_language_model
 
@@ -49,9 +49,7 @@ def served(batch: ActivationBatch) -> list[int]:
 @pytest.mark.parametrize(
     ("capacity", "reuse", "steps"), [(16, 1, 40), (16, 3, 40), (1000, 1, 10), (40, 8, 40), (7, 2, 9)]
 )
-def test_every_sequence_is_served_as_often_as_it_may_and_nothing_is_wasted(
-    capacity: int, reuse: int, steps: int
-) -> None:
+def test_every_sequence_is_drawn_reuse_times_and_none_is_wasted(capacity: int, reuse: int, steps: int) -> None:
     source = Source()
     buffer = make(source, capacity, reuse, demand=steps * 4)
     counts: Counter[int] = Counter()
@@ -69,7 +67,7 @@ def test_every_sequence_is_served_as_often_as_it_may_and_nothing_is_wasted(
     assert buffer.x.shape[0] <= capacity
 
 
-def test_order_is_mixed_over_the_buffer_and_fixed_by_the_seed() -> None:
+def test_order_is_shuffled_and_fixed_by_the_seed() -> None:
     first, second = (make(Source(), 64, 1, 64) for _ in range(2))
     a = [served(first.next_batch(8)) for _ in range(8)]
     assert a == [served(second.next_batch(8)) for _ in range(8)]
@@ -84,7 +82,7 @@ def test_new_sequences_are_mixed_with_old_ones() -> None:
     assert both
 
 
-def test_first_does_not_use_sequences_up() -> None:
+def test_first_does_not_count_as_a_use() -> None:
     source = Source()
     buffer = make(source, 8, 1, 8)
     assert served(buffer.first(3)) == [0, 1, 2]
@@ -109,7 +107,7 @@ def test_resumes_bit_for_bit(when: int) -> None:
 
 
 def allocated(work: Callable[[], object]) -> int:
-    """Most bytes of tensors that were live at once in ``work``, beyond those before, as torch's allocator tells it."""
+    """Peak bytes of tensors allocated in ``work``, according to torch's allocator."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         kept = work()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -121,7 +119,7 @@ def allocated(work: Callable[[], object]) -> int:
     return peak
 
 
-def test_memory_is_as_stated_up_to_one_harvest_batch_also_while_refilling(tiny_neox: Path) -> None:
+def test_memory_is_as_stated_plus_one_harvest_batch(tiny_neox: Path) -> None:
     lm = load_language_model(str(tiny_neox), dtype="float32")
     stream = SequenceStream(lambda epoch: iter([Document("a", sample_text(30_000))]), lm.tokenizer, 128)
     harvester = Harvester(lm, 1, stream, batch=2)
@@ -142,4 +140,4 @@ def test_memory_is_as_stated_up_to_one_harvest_batch_also_while_refilling(tiny_n
 
     peak = allocated(draw)
     assert stated <= peak <= stated + 1.1 * one_batch + 8 * 128 * 32 * 4
-    assert one_batch < stated / 3  # else the bound would say little
+    assert one_batch < stated / 3  # otherwise the bound would be loose

@@ -1,4 +1,4 @@
-"""The cache's files: shards and a manifest, what is refused, and what is detected."""
+"""The cache's files: shards and manifest, what is refused, and which damage is detected."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def filled(directory: Path, groups: int, flush_every: int) -> list[tuple[TokenBa
     return made
 
 
-def test_what_was_written_is_read_bit_for_bit(tmp_path: Path) -> None:
+def test_groups_are_read_back_bit_for_bit(tmp_path: Path) -> None:
     made = filled(tmp_path / "cache", 7, 3)
     cache = opened(tmp_path / "cache")
     assert (cache.groups, cache.shards) == (7, 3)
     assert [cache.span(shard) for shard in range(3)] == [(0, 3), (3, 6), (6, 7)]
     assert [cache.stream_after(shard) for shard in range(3)] == [{"at": 3}, {"at": 6}, {"at": 7}]
     for number in (4, 0, 6, 5):
-        assert cache.is_whole(cache.shard_of(number))
+        assert cache.is_intact(cache.shard_of(number))
         tokens, harvest = cache.read(number)
         assert tokens.equals(made[number][0])
         assert torch.equal(harvest.x, made[number][1].x)
@@ -78,7 +78,7 @@ def test_a_difference_is_named_with_both_values(tmp_path: Path) -> None:
         opened(tmp_path / "cache", layer=2, model=None)
 
 
-def test_what_is_no_cache_is_left_alone(tmp_path: Path) -> None:
+def test_other_files_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="is not empty and holds no cache"):
         opened(tmp_path)
@@ -95,16 +95,16 @@ def test_any_flipped_bit_of_a_shard_is_found(where: int, tmp_path: Path) -> None
     data[where] ^= 1
     path.write_bytes(data)
     cache = opened(tmp_path / "cache")
-    assert (cache.is_whole(0), cache.is_whole(1)) == (True, False)
+    assert (cache.is_intact(0), cache.is_intact(1)) == (True, False)
     path.write_bytes(data[:-3])
-    assert not opened(tmp_path / "cache").is_whole(1)
+    assert not opened(tmp_path / "cache").is_intact(1)
     path.unlink()
-    assert not opened(tmp_path / "cache").is_whole(1)
+    assert not opened(tmp_path / "cache").is_intact(1)
 
 
 @settings(deadline=None, max_examples=150)
 @given(st.data())
-def test_what_is_damaged_anywhere_is_refused_found_or_reads_bit_for_bit(data: st.DataObject) -> None:
+def test_any_damage_is_refused_or_detected_or_harmless(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         made = filled(Path(folder), 4, 2)
         opened(Path(folder)).close()
@@ -122,34 +122,33 @@ def test_what_is_damaged_anywhere_is_refused_found_or_reads_bit_for_bit(data: st
             event("refused")
             assert file.name == "manifest.json"
             return
-        whole = [number for number in range(4) if cache.is_whole(cache.shard_of(number))]
-        event(f"{len(whole)} groups are whole")
-        assert file.name != "manifest.json" or len(whole) == 4
-        for number in whole:
+        intact = [number for number in range(4) if cache.is_intact(cache.shard_of(number))]
+        event(f"{len(intact)} groups are intact")
+        assert file.name != "manifest.json" or len(intact) == 4
+        for number in intact:
             tokens, harvest = cache.read(number)
             assert tokens.equals(made[number][0])
             assert torch.equal(harvest.x, made[number][1].x)
 
 
-def test_a_number_of_sequences_that_changed_does_not_shift_what_follows(tmp_path: Path) -> None:
-    """Else the next shards would count as those of other sequences."""
+def test_a_changed_number_of_sequences_does_not_shift_later_shards(tmp_path: Path) -> None:
     filled(tmp_path, 6, 2)
     path = tmp_path / "manifest.json"
     path.write_text(path.read_text().replace('"sequences": 4', '"sequences": 6', 1))
-    with pytest.raises(UserError, match="it is damaged: its checksum is another"):
+    with pytest.raises(UserError, match="it is damaged: its checksum does not match"):
         opened(tmp_path)
 
 
-def test_a_shard_that_is_removed_while_it_is_read_is_a_sentence(tmp_path: Path) -> None:
+def test_a_shard_removed_while_reading_is_one_sentence(tmp_path: Path) -> None:
     filled(tmp_path, 2, 1)
     cache = opened(tmp_path)
-    assert cache.is_whole(1)
+    assert cache.is_intact(1)
     cache.path(1).unlink()
     with pytest.raises(UserError, match=r"shard-000001\.safetensors cannot be read any more"):
         cache.read(1)
 
 
-def test_a_damaged_manifest_is_a_sentence(tmp_path: Path) -> None:
+def test_a_damaged_manifest_is_one_sentence(tmp_path: Path) -> None:
     filled(tmp_path / "cache", 2, 1)
     path = tmp_path / "cache" / "manifest.json"
     good = path.read_text()
@@ -194,7 +193,7 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     assert opened(tmp_path / "cache").groups == 2
 
 
-def test_what_a_killed_writer_leaves_is_not_counted_and_written_over(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_writer_are_overwritten(tmp_path: Path) -> None:
     directory = tmp_path / "cache"
     filled(directory, 2, 1)
     orphan = opened(directory).path(2)
@@ -205,5 +204,5 @@ def test_what_a_killed_writer_leaves_is_not_counted_and_written_over(tmp_path: P
         cache.append(*group(2), {})
         cache.flush()
     cache = opened(directory)
-    assert (cache.groups, cache.is_whole(2)) == (3, True)
+    assert (cache.groups, cache.is_intact(2)) == (3, True)
     assert not list(directory.glob(".*.tmp"))

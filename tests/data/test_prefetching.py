@@ -1,4 +1,4 @@
-"""Harvesting ahead gives what the feed gives, holds no more than it may, and stops when told."""
+"""Prefetching gives the feed's sequences, is bounded, and stops when told."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 from tiny import sample_text
 
 from tsae.data.cache import ActivationCache
-from tsae.data.feed import Feed
+from tsae.data.documents import Document
+from tsae.data.feed import ActivationFeed
 from tsae.data.harvest import ActivationBatch, Harvester
-from tsae.data.passages import Document
 from tsae.data.prefetching import PrefetchingFeed
 from tsae.data.sequences import SequenceStream
 from tsae.lm.loading import LanguageModel, load_language_model
@@ -29,9 +29,9 @@ def lm(tiny_neox: Path) -> LanguageModel:
     return load_language_model(str(tiny_neox), dtype="float32")
 
 
-def make_feed(lm: LanguageModel, cache: ActivationCache | None = None) -> Feed:
+def make_feed(lm: LanguageModel, cache: ActivationCache | None = None) -> ActivationFeed:
     stream = SequenceStream(lambda epoch: iter([Document("a", sample_text(3000, seed=epoch))]), lm.tokenizer, T)
-    return Feed(Harvester(lm, 1, stream, batch=GROUP), cache)
+    return ActivationFeed(Harvester(lm, 1, stream, batch=GROUP), cache)
 
 
 def joined(parts: Iterator[ActivationBatch]) -> ActivationBatch:
@@ -50,7 +50,7 @@ def test_the_same_sequences_in_the_same_order(lm: LanguageModel) -> None:
                 assert equal(joined(ahead(n)), joined(feed(n)))
 
 
-def test_no_more_is_harvested_than_may_be_held(lm: LanguageModel) -> None:
+def test_prefetched_sequences_are_bounded(lm: LanguageModel) -> None:
     source = make_feed(lm)
     harvested = 0
     batches = source.harvester.batches
@@ -67,12 +67,12 @@ def test_no_more_is_harvested_than_may_be_held(lm: LanguageModel) -> None:
         for n in (3, 9, 28):
             for part in ahead(n):
                 given += len(part.x)
-                assert harvested <= given + 8 + GROUP  # a part that was harvested waits for room
+                assert harvested <= given + 8 + GROUP  # one harvested part waits for room
     assert harvested == given == TOTAL
 
 
 @pytest.mark.parametrize("given", [3, 8, 17, 40])
-def test_a_state_goes_on_with_or_without_looking_ahead(lm: LanguageModel, given: int) -> None:
+def test_a_state_resumes_with_or_without_prefetching(lm: LanguageModel, given: int) -> None:
     whole = joined(make_feed(lm)(TOTAL + 5))
     with PrefetchingFeed(make_feed(lm), 12, TOTAL) as ahead:
         assert equal(joined(ahead(given)), ActivationBatch(whole.x[:given], whole.segments[:given]))
@@ -88,8 +88,8 @@ def test_a_state_goes_on_with_or_without_looking_ahead(lm: LanguageModel, given:
 
 
 @pytest.mark.parametrize("taken", [0, 3, 7])
-def test_a_request_that_was_broken_off_does_not_count(lm: LanguageModel, taken: int) -> None:
-    """As a `Feed`'s: the buffer asks for all of it again. Requests to the feed end within the one broken off."""
+def test_an_interrupted_request_does_not_count(lm: LanguageModel, taken: int) -> None:
+    """The buffer asks for all of it again, as with an `ActivationFeed`."""
     whole = joined(make_feed(lm)(TOTAL))
     with PrefetchingFeed(make_feed(lm), 8, TOTAL) as ahead:
         list(ahead(6))
@@ -103,7 +103,7 @@ def test_a_request_that_was_broken_off_does_not_count(lm: LanguageModel, taken: 
     assert equal(joined(feed(30)), ActivationBatch(whole.x[6:36], whole.segments[6:36]))
 
 
-def test_an_error_of_the_thread_reaches_the_caller(lm: LanguageModel) -> None:
+def test_an_error_in_the_thread_reaches_the_caller(lm: LanguageModel) -> None:
     feed = make_feed(lm)
 
     def fail(*_: Any) -> Iterator[ActivationBatch]:
@@ -114,12 +114,15 @@ def test_an_error_of_the_thread_reaches_the_caller(lm: LanguageModel) -> None:
         list(ahead(4))
 
 
-def test_to_ask_for_more_than_was_said_is_an_error_and_no_wait(lm: LanguageModel) -> None:
-    with PrefetchingFeed(make_feed(lm), 8, TOTAL) as ahead, pytest.raises(ValueError, match="there are 40 sequences"):
+def test_requesting_more_than_the_total_raises_at_once(lm: LanguageModel) -> None:
+    with (
+        PrefetchingFeed(make_feed(lm), 8, TOTAL) as ahead,
+        pytest.raises(ValueError, match="there are 40 sequences, and more were requested"),
+    ):
         list(ahead(TOTAL + 1))
 
 
-def test_leaving_ends_the_thread_and_a_wait_sees_signals(lm: LanguageModel) -> None:
+def test_leaving_ends_the_thread_and_waiting_checks_for_signals(lm: LanguageModel) -> None:
     @contextmanager
     def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
         def stop(done: int) -> None:
@@ -129,4 +132,4 @@ def test_leaving_ends_the_thread_and_a_wait_sees_signals(lm: LanguageModel) -> N
 
     with PrefetchingFeed(make_feed(lm), 8, TOTAL, bar) as ahead, pytest.raises(AtSafePoint):
         list(ahead(TOTAL))
-    assert not any(thread.name == "harvest ahead" for thread in threading.enumerate())
+    assert not any(thread.name == "prefetch" for thread in threading.enumerate())

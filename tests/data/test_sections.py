@@ -1,4 +1,4 @@
-"""Which larger unit a passage is a part of."""
+"""Which section a passage belongs to."""
 
 from pathlib import Path
 
@@ -31,16 +31,16 @@ def test_the_last_title_before_a_passage(tmp_path):
             assert found[document.name].name.endswith({"aaaa": "One", "bbbb": "Two"}[word])
             assert found[document.name].place == int(document.name.rpartition("#")[2])
     both = [document for document in documents if {"aaaa", "bbbb"} <= set(document.text.split())]
-    assert both  # the case is there
+    assert both  # the case occurs
     assert sum(section.name.endswith("One") for section in found.values()) >= 4
 
 
-def test_a_title_that_begins_a_passage_and_one_that_comes_twice(tmp_path):
+def test_a_title_at_the_start_of_a_passage_and_equal_titles(tmp_path):
     text = tmp_path / "wiki.txt"
     text.write_text(article("Same", "aaaa", 15) + article("Same", "bbbb", 15))
     found = sections(str(text), everything(text))
     places = {section.place: section.name for section in found.values()}
-    assert 0 in places  # its own title is above all of it
+    assert 0 in places  # its title is at its start
     names = [places[place] for place in sorted(places)]
     assert len(set(names)) == 2
     assert names == sorted(names, key=names.index)  # one after the other

@@ -1,3 +1,5 @@
+"""Packing documents into token sequences: segments, special tokens, epochs, resuming."""
+
 from __future__ import annotations
 
 import json
@@ -10,7 +12,7 @@ import torch
 from tiny import make_tokenizer, sample_text
 from transformers import AddedToken
 
-from tsae.data.passages import Document
+from tsae.data.documents import Document
 from tsae.data.sequences import SequenceStream, TokenBatch
 from tsae.errors import UserError
 
@@ -18,7 +20,7 @@ T = 16
 
 
 def documents(epoch: int) -> Iterator[Document]:
-    """150 documents of 1 to 60 words, others in every epoch."""
+    """150 documents of 1 to 60 words, different in every epoch."""
     for i in range(150):
         yield Document(f"{epoch}.{i}", sample_text(1 + 37 * i % 60, seed=1000 * epoch + i))
 
@@ -33,12 +35,6 @@ def ids(tokenizer: Any, text: str) -> list[int]:
 
 def batches(stream: SequenceStream, sizes: list[int]) -> list[TokenBatch]:
     return [stream.next_batch(n) for n in sizes]
-
-
-def same(a: list[TokenBatch], b: list[TokenBatch]) -> bool:
-    return all(
-        torch.equal(x.tokens, y.tokens) and torch.equal(x.segments, y.segments) for x, y in zip(a, b, strict=True)
-    )
 
 
 def test_shapes_dtypes_and_prefix(tokenizer: Any) -> None:
@@ -80,8 +76,8 @@ def test_special_tokens_in_the_text_are_excluded(tokenizer: Any) -> None:
     assert torch.equal(batch.segments == -1, special)
 
 
-def test_special_tokens_that_have_no_role_are_excluded_too() -> None:
-    """Such as Gemma's <start_of_turn> and <unused5>: marked special, yet none of `all_special_ids`."""
+def test_special_tokens_without_a_role_are_excluded() -> None:
+    """Gemma's <start_of_turn> and <unused5>, for example, are marked special but not in `all_special_ids`."""
     tokenizer = make_tokenizer()
     tokenizer.add_tokens([AddedToken("<turn>", special=True), AddedToken("<word>", special=False)])
     turn, word = tokenizer.convert_tokens_to_ids(["<turn>", "<word>"])
@@ -108,7 +104,7 @@ def test_first_token_of_content_is_the_prefix_without_bos_and_eos() -> None:
 
 
 @pytest.mark.parametrize("before", [[], [1], [3, 2], [40], [40] * 4, [41] * 8])
-def test_resumed_stream_goes_on_with_the_same_batches(tokenizer: Any, before: list[int]) -> None:
+def test_resumed_stream_continues_with_the_same_batches(tokenizer: Any, before: list[int]) -> None:
     stream = SequenceStream(documents, tokenizer, T)
     batches(stream, before)
     state = json.loads(json.dumps(stream.state_dict()))
@@ -116,13 +112,13 @@ def test_resumed_stream_goes_on_with_the_same_batches(tokenizer: Any, before: li
 
     resumed = SequenceStream(documents, tokenizer, T)
     resumed.load_state_dict(state)
-    assert same(batches(resumed, [7, 1, 50, 60, 60]), expected)
+    assert all(a.equals(b) for a, b in zip(batches(resumed, [7, 1, 50, 60, 60]), expected, strict=True))
     assert resumed.tokens_read == stream.tokens_read
     assert resumed.state_dict() == stream.state_dict()
     assert stream.epoch == (sum(before) > 300)
 
 
-def test_resuming_does_not_tokenize_what_was_read(tokenizer: Any) -> None:
+def test_resuming_does_not_tokenize_earlier_documents(tokenizer: Any) -> None:
     class Counting:
         def __init__(self) -> None:
             self.texts: list[str] = []
@@ -139,12 +135,12 @@ def test_resuming_does_not_tokenize_what_was_read(tokenizer: Any) -> None:
     resumed = SequenceStream(documents, counting := Counting(), T)
     resumed.load_state_dict(stream.state_dict())
     resumed.next_batch(1)
-    begun = stream.state_dict()["documents"]
-    assert begun > 10
-    assert counting.texts[0] == list(documents(0))[begun].text
+    read = stream.state_dict()["documents"]
+    assert read > 10
+    assert counting.texts[0] == list(documents(0))[read].text
 
 
-def test_epochs_follow_each_other_and_are_announced_once(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_epochs_follow_each_other_with_one_warning(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     flat = [t for epoch in range(3) for d in documents(epoch) for t in ids(tokenizer, d.text)]
     stream = SequenceStream(documents, tokenizer, T)
     with caplog.at_level(logging.WARNING):
@@ -173,7 +169,7 @@ def test_end_of_the_text_without_repeat(tokenizer: Any, extra: int, rows: int) -
 
 
 @pytest.mark.parametrize("repeat", [True, False])
-def test_too_short_text_says_how_many_tokens_there_were(tokenizer: Any, repeat: bool) -> None:
+def test_too_short_text_names_its_number_of_tokens(tokenizer: Any, repeat: bool) -> None:
     words = 20 if repeat else 3
     stream = SequenceStream(fixed(" du" * words), tokenizer, T, repeat=repeat)
     with pytest.raises(UserError, match=f"has {words} tokens"):

@@ -1,3 +1,5 @@
+"""Text sources: cutting, splitting, shuffling, local files, python-docs, errors."""
+
 from __future__ import annotations
 
 import gzip
@@ -11,9 +13,10 @@ import pytest
 from tiny import sample_text
 
 from tsae.data import python_docs
-from tsae.data.files import choose_column
-from tsae.data.passages import PASSAGE_CHARACTERS, Document, Split, cut, decide_split, shuffled
+from tsae.data.documents import PASSAGE_CHARACTERS, Document, cut, shuffle
+from tsae.data.split import Split, decide_split
 from tsae.data.text import TextConfig, open_text
+from tsae.data.text_files import choose_column
 from tsae.errors import UserError
 
 
@@ -23,7 +26,7 @@ def read(source: Path | str, part: str = "train", seed: int = 0, epoch: int = 0,
 
 
 def zstd(content: bytes) -> bytes:
-    """One frame, as `zstd` writes."""
+    """One zstd frame."""
     import pyarrow as pa
 
     return pa.Codec("zstd").compress(content, asbytes=True)
@@ -35,7 +38,7 @@ def both(source: Path | str, **config: object) -> tuple[list[str], list[str]]:
 
 @pytest.fixture
 def lines(tmp_path: Path) -> Path:
-    """200 documents in a jsonl file, of which every tenth occurs twice."""
+    """A jsonl file of 200 documents and second copies of every tenth."""
     path = tmp_path / "lines.jsonl"
     texts = [sample_text(30, seed) for seed in range(200)]
     texts += texts[::10]
@@ -45,7 +48,7 @@ def lines(tmp_path: Path) -> Path:
 
 class TestCut:
     @pytest.mark.parametrize("chunk", [1, 7, 1000, 10**6])
-    def test_pieces_are_the_text_and_do_not_depend_on_how_it_is_read(self, chunk: int) -> None:
+    def test_pieces_join_to_the_text_however_it_is_chunked(self, chunk: int) -> None:
         text = sample_text(400)
         pieces = list(cut((text[i : i + chunk] for i in range(0, len(text), chunk)), 200))
         assert "".join(pieces) == text
@@ -61,11 +64,11 @@ class TestCut:
 
 
 class TestSplit:
-    def test_is_stable_and_does_not_see_surrounding_blanks(self) -> None:
+    def test_is_stable_and_ignores_surrounding_whitespace(self) -> None:
         split = Split("evaluation", 0.5)
-        sides = [split.keeps(word) for word in ("alpha", "beta", "gamma", "delta", "\ud800")]
-        assert sides == [split.keeps(f" {word}\n") for word in ("alpha", "beta", "gamma", "delta", "\ud800")]
-        # Fixed for good: another hash would move text between the parts of runs that exist.
+        sides = [split.contains(word) for word in ("alpha", "beta", "gamma", "delta", "\ud800")]
+        assert sides == [split.contains(f" {word}\n") for word in ("alpha", "beta", "gamma", "delta", "\ud800")]
+        # Never change these: another hash would move text between the parts of existing runs.
         assert sides == [False, True, True, False, True]
 
     @pytest.mark.parametrize("count", [2, 3, 10])
@@ -73,18 +76,18 @@ class TestSplit:
     def test_few_documents_still_have_both_sides(self, count: int, share: float) -> None:
         texts = [f"document {i}" for i in range(count)]
         sides = [decide_split(texts, part, share, "x") for part in ("train", "evaluation")]
-        kept = [[text for text in texts if side.keeps(text)] for side in sides]
+        kept = [[text for text in texts if side.contains(text)] for side in sides]
         assert kept[0]
         assert kept[1]
         assert sorted(kept[0] + kept[1]) == texts
 
-    def test_share_is_about_kept_for_many(self) -> None:
+    def test_share_of_many_documents_is_approximate(self) -> None:
         texts = [f"document {i}" for i in range(5000)]
         split = decide_split(texts, "evaluation", 0.1, "x")
-        assert sum(map(split.keeps, texts)) == pytest.approx(500, abs=80)
+        assert sum(map(split.contains, texts)) == pytest.approx(500, abs=80)
 
     def test_single_document_is_training_text(self) -> None:
-        assert decide_split(["a", "a "], "train", 0.05, "x").keeps("a")
+        assert decide_split(["a", "a "], "train", 0.05, "x").contains("a")
         with pytest.raises(UserError, match="another text"):
             decide_split(["a", "a "], "evaluation", 0.05, "x")
 
@@ -99,7 +102,7 @@ class TestSplit:
 
 def test_shuffle_keeps_every_document_and_depends_on_the_seed() -> None:
     documents = [Document(str(i), "x") for i in range(100)]
-    orders = [[d.name for d in shuffled(documents, random.Random(seed), 10)] for seed in (0, 0, 1)]
+    orders = [[d.name for d in shuffle(documents, random.Random(seed), 10)] for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0], key=int) == [d.name for d in documents] != orders[0]
 
@@ -118,7 +121,7 @@ class TestFiles:
         first = read(tmp_path, shuffle_buffer=1, evaluation_share=0)
         assert sorted(first) != first != read(tmp_path, shuffle_buffer=1, evaluation_share=0, seed=1)
 
-    def test_parts_do_not_overlap_and_make_up_the_whole(self, lines: Path) -> None:
+    def test_parts_are_disjoint_and_complete(self, lines: Path) -> None:
         train, evaluation = both(lines, evaluation_share=0.2)
         assert evaluation
         assert not set(train) & set(evaluation)
@@ -130,7 +133,7 @@ class TestFiles:
         other.write_text("".join(reversed(lines.read_text().splitlines(keepends=True))))
         assert set(read(lines, "evaluation")) == set(read(other, "evaluation"))
 
-    def test_long_text_is_cut_and_nothing_of_it_lost(self, tmp_path: Path) -> None:
+    def test_long_text_is_cut_without_loss(self, tmp_path: Path) -> None:
         text = sample_text(20_000)
         path = tmp_path / "book.txt"
         path.write_text(text)
@@ -321,9 +324,9 @@ class TestPythonDocs:
         text = (
             '"""Top."""\nx = 1\n\n\nclass A:\n    """Of A."""\n\n    def f(self):\n        "Of f."\n        return 1\n'
         )
-        documentation, source = python_docs._separate(python_docs.Unit("p/m.py", text, is_module=True))
+        documentation, source = python_docs._split_docstrings(python_docs.Unit("p/m.py", text, is_module=True))
         assert documentation == "p.m\n---\n\nTop.\n\np.m.A\n-----\n\nOf A.\n\np.m.A.f\n-------\n\nOf f.\n\n"
         assert source == "x = 1\n\n\nclass A:\n\n    def f(self):\n        return 1\n"
 
     def test_module_that_does_not_parse_is_source(self) -> None:
-        assert python_docs._separate(python_docs.Unit("m.py", "print 1", is_module=True)) == ("", "print 1")
+        assert python_docs._split_docstrings(python_docs.Unit("m.py", "print 1", is_module=True)) == ("", "print 1")

@@ -1,4 +1,4 @@
-"""Text that nobody cleaned: whatever the bytes, either documents that are the text or one sentence."""
+"""Arbitrary bytes as text: documents that equal the text, or one sentence."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsae.data.passages import Document, cut
+from tsae.data.documents import Document, cut
 from tsae.data.sequences import SequenceStream, TooShortError
 from tsae.data.text import TextConfig, open_text
 from tsae.errors import UserError
@@ -40,7 +40,7 @@ def file_of(name: str, content: bytes) -> Iterator[Path]:
 
 
 def read(path: Path) -> list[str] | None:
-    """All documents, of both parts, or None where there is a sentence instead."""
+    """All documents of both parts, or None if there is an error."""
     found = []
     for part in ("train", "evaluation"):
         try:
@@ -83,7 +83,7 @@ def test_any_text_packs_into_its_own_tokens(tokenizer: Any, content: bytes, rows
 @quickly
 @given(st.lists(texts, min_size=1, max_size=12), st.sampled_from(["\n", "\r\n", "\n\n"]), st.booleans(), st.booleans())
 def test_rows_of_any_text_are_the_documents(rows: list[str], end: str, bom: bool, spelled: bool) -> None:
-    if not spelled:  # as itself rather than \uXXXX, of which lone surrogates have no other form
+    if not spelled:  # lone surrogates can only be escaped
         rows = [row.encode("utf-8", "replace").decode() for row in rows]
     lines = "".join(json.dumps({"text": row}, ensure_ascii=spelled) + end for row in rows)
     wanted = [row.encode("utf-8", "replace").decode() for row in rows]
@@ -114,7 +114,7 @@ def written(kind: str) -> bytes:
 
 @pytest.mark.parametrize("kind", ["rows.jsonl", "rows.jsonl.gz", "rows.jsonl.zst", "rows.parquet"])
 def test_a_damaged_file_is_a_sentence_or_text(kind: str) -> None:
-    """Where the format has checksums, as gzip's and (if written) parquet's, other text never counts."""
+    """A format with checksums (gzip, optionally parquet) never gives wrong text."""
     right = written(kind)
     with file_of(kind, right) as path:
         documents = sorted(read(path) or [])

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tsae import evaluate as module
 from tsae.config import EvaluationConfig, SAEConfig, TrainConfig
-from tsae.data.passages import Split
 from tsae.data.sequences import TokenBatch
+from tsae.data.split import Split
 from tsae.data.text import open_text
 from tsae.errors import UserError
 from tsae.evaluate import evaluate, main, write_eval
@@ -440,7 +440,7 @@ def test_text_that_the_run_trained_on_is_never_measured(run_dir, tmp_path, measu
     train, held_out = sides(data)
     assert len(held_out) > 1
     new = [sample_text(60, seed) for seed in range(100, 104)]
-    new = [text for text in new if not Split("evaluation", 0.05).keeps(text)]
+    new = [text for text in new if not Split("evaluation", 0.05).contains(text)]
     assert new
     for texts, allowed in ((train + held_out, held_out), (train[:3] + new, new), ([*train[:9], held_out[0]], held_out)):
         assert main([str(run_dir), "--data", write_rows(tmp_path / "x.jsonl", texts)]) == 0
@@ -454,7 +454,9 @@ def test_text_that_the_run_trained_on_is_never_measured(run_dir, tmp_path, measu
 
 def test_the_split_of_few_documents_holds_for_other_text(run_dir, tmp_path, measured):
     """Of the run's few documents none has a hash below the share: its threshold moved, and with it that of a copy."""
-    texts = [text for text in (sample_text(60, seed) for seed in range(40)) if not Split("evaluation", 0.3).keeps(text)]
+    texts = [
+        text for text in (sample_text(60, seed) for seed in range(40)) if not Split("evaluation", 0.3).contains(text)
+    ]
     data = write_rows(tmp_path / "few.jsonl", texts[:4])
     set_config(run_dir, data=data)
     train, held_out = sides(data)

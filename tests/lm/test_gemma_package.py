@@ -1,4 +1,4 @@
-"""The conversion of the demo model, on a tiny model of its class packed the same way."""
+"""The conversion of the demo model, on a tiny model of the same class and packaging."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_is_converted_once_and_then_needs_no_package(
     assert load_language_model(gemma_package.NAME).n_layers == 3
 
 
-def test_every_part_of_the_conversion_shows_its_throughput(
+def test_every_step_of_the_conversion_shows_its_throughput(
     package: ModuleType, packed: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, bars = gemma_package.bar, []
@@ -141,7 +141,7 @@ def test_failed_conversion_leaves_nothing(package: ModuleType, cache: Path, monk
 
 
 @pytest.mark.parametrize("part", ["_weights", "_tokenizer", "_config"])
-def test_a_signal_in_the_conversion_ends_it_at_once_and_leaves_nothing(
+def test_a_signal_stops_the_conversion_and_leaves_nothing(
     package: ModuleType,
     cache: Path,
     text_file: Path,
@@ -217,7 +217,7 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert gemma_package.cache_folder() == Path.home() / ".cache" / "tsae"
 
 
-# A process whose conversion says that it began, then takes as long as it is told.
+# A process whose conversion announces itself and takes the given number of seconds.
 SLOW = """
 import sys, time
 from pathlib import Path
@@ -242,13 +242,13 @@ def start(seconds: float) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_of_two_processes_one_converts_and_both_succeed(cache: Path) -> None:
+def test_one_of_two_processes_converts_and_both_succeed(cache: Path) -> None:
     processes = [start(1), start(1)]
     outputs = sorted(process.communicate(timeout=60)[0].split() for process in processes)
     assert outputs == [["began", "whole"], ["whole"]]
 
 
-def test_killed_conversion_is_not_taken_for_good(cache: Path) -> None:
+def test_a_killed_conversion_is_done_again(cache: Path) -> None:
     process = start(60)
     assert process.stdout.readline() == "began\n"
     process.send_signal(signal.SIGKILL)

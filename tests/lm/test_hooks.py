@@ -1,3 +1,5 @@
+"""Activations and logits with module hooks, against transformers' own hidden states."""
+
 from __future__ import annotations
 
 from itertools import pairwise

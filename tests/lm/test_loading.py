@@ -1,3 +1,5 @@
+"""Loading language models: dtypes, devices, and one sentence for models that are missing or damaged."""
+
 from __future__ import annotations
 
 import shutil
@@ -107,10 +109,10 @@ def test_folder_with_damaged_files(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny_gemma2", "tiny_neox"])  # one with its lm_head tied, one without
-def test_folder_whose_weights_do_not_make_the_model(
+def test_folder_with_missing_or_mismatched_weights(
     name: str, request: pytest.FixtureRequest, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """transformers would draw at random what is missing, and say so in a table on the terminal only."""
+    """transformers would initialize them at random and only print a table."""
     folder = tmp_path / "model"
     shutil.copytree(request.getfixturevalue(name), folder)
     whole = load_file(folder / "model.safetensors")

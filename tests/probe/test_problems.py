@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny import make_tokenizer, sample_text
 
-from tsae.data.passages import Document
+from tsae.data.documents import Document
 from tsae.data.sections import Section
 from tsae.data.sequences import SequenceStream
 from tsae.probe.problems import (

@@ -19,10 +19,11 @@ from tsae import load
 from tsae.errors import UserError
 from tsae.presets import preset
 from tsae.rundir.directory import check_resumable, read_config
+from tsae.rundir.fingerprint import fingerprint
 from tsae.sae.model import SparseAutoencoder
 from tsae.training.sweep import resume_sweep
 from tsae.utils.atomic import write_json
-from tsae.utils.config_json import fingerprint, load_json, to_dict
+from tsae.utils.config_json import load_json, to_dict
 
 flips = st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 7))
 

@@ -53,7 +53,7 @@ def test_harvesting_ahead_changes_no_bit_and_resumes(
     arguments = argv_of(out, "--buffer.ahead", 24, *(["--cache", tmp_path / "cache"] if cached else []))
     at_step(13, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert main(arguments) == 143
-    assert not any(thread.name == "harvest ahead" for thread in threading.enumerate())
+    assert not any(thread.name == "prefetch" for thread in threading.enumerate())
     at_step()
     assert main(["--resume", str(out)]) == 0
     same(uninterrupted, out)

@@ -1,4 +1,4 @@
-"""The activation buffer: holds whole sequences, mixes sequences and never tokens, bounded in memory."""
+"""The activation buffer: shuffles complete sequences of activations within a fixed amount of memory."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from tsae.data.harvest import ActivationBatch
 
 
 class ActivationBuffer:
-    """Serves random batches of sequences and refills itself.
+    """Draws random batches of sequences and refills itself.
 
-    The buffer is filled at the first draw or by `first`. Whenever fewer than half of its sequences have uses left,
-    the spent ones are replaced by new ones. It never harvests more than ``demand`` draws need, and once nothing is
-    left to harvest it evens out the remaining uses.
+    It is filled by the first call of `next_batch` or `first`. When fewer than half of its sequences have uses left,
+    used-up ones are replaced. It never harvests more than ``demand`` requires; when all is harvested it draws the
+    sequences with the most uses left first.
 
     Args:
-        harvest: ``harvest(n)`` gives the next n sequences, in parts; each is copied to its slots before the next
-            one is asked for, so that no more than a part is held beside the buffer.
-        capacity: sequences held; with float32 activations of width d this is ``capacity * 128 * d * 4`` bytes.
-        reuse: times each sequence is served.
+        harvest: ``harvest(n)`` yields the next n sequences in parts; each part is copied into the buffer before the
+            next is requested, so that at most one is held besides it.
+        capacity: sequences held: ``capacity * 128 * d * 4`` bytes for float32 activations of width d.
+        reuse: times each sequence is drawn.
         demand: sequences that will be drawn in all.
-        generator: source of the order (CPU).
+        generator: random numbers of the order (CPU).
     """
 
     def __init__(
@@ -38,21 +38,21 @@ class ActivationBuffer:
     ) -> None:
         self.harvest, self.generator = harvest, generator
         self.reuse = reuse
-        self.unharvested = -(-demand // reuse)  # sequences still to come from the language model
+        self.unharvested = -(-demand // reuse)  # sequences not yet harvested
         self.capacity = min(capacity, self.unharvested)
-        self.uses = torch.zeros(self.capacity, dtype=torch.int64)  # uses left of each slot
+        self.uses = torch.zeros(self.capacity, dtype=torch.int64)  # [capacity], draws left of each sequence
         self.x: Tensor | None = None  # [capacity, T, d]
         self.segments: Tensor | None = None  # [capacity, T]
         self.refills = 0
-        self.waited = 0.0  # seconds in refills
+        self.waited = 0.0  # seconds spent in refills
 
     @property
     def filled(self) -> bool:
-        """Whether it holds anything yet."""
+        """Whether it holds sequences yet."""
         return self.refills > 0
 
     def first(self, n: int) -> ActivationBatch:
-        """The first ``n`` sequences (or all, where fewer are held), without using them up; fills the buffer."""
+        """The first ``n`` sequences, or all if it holds fewer, without counting as a use; fills the buffer."""
         if not self.filled:
             self._refill()
         assert self.x is not None
@@ -60,14 +60,14 @@ class ActivationBuffer:
         return ActivationBatch(self.x[:n], self.segments[:n])
 
     def next_batch(self, n: int) -> Any:
-        """``n`` distinct sequences where the buffer holds as many; x in the storage dtype, on the CPU."""
-        live = int((self.uses > 0).sum())
-        if self.unharvested > 0 and (live < n or live < self.capacity / 2):
+        """``n`` sequences, distinct if the buffer holds as many; x in the storage dtype, on the CPU."""
+        usable = int((self.uses > 0).sum())
+        if self.unharvested > 0 and (usable < n or usable < self.capacity / 2):
             self._refill()
         order = torch.randperm(self.capacity, generator=self.generator)
-        if self.unharvested > 0:  # any sequence with uses left, all alike
+        if self.unharvested > 0:  # uniformly among sequences with uses left
             chosen = order[self.uses[order] > 0][:n]
-        else:  # most uses left first, so that the last batches still find distinct sequences
+        else:  # most uses left first, so that the last batches still have distinct sequences
             chosen = order[torch.argsort(self.uses[order], descending=True, stable=True)][:n]
         if chosen.numel() < n:
             chosen = chosen.repeat(-(-n // chosen.numel()))[:n]
@@ -81,15 +81,15 @@ class ActivationBuffer:
 
     def _refill(self) -> None:
         start = time.perf_counter()
-        spent = (self.uses == 0).nonzero().squeeze(1)[: self.unharvested]
+        slots = (self.uses == 0).nonzero().squeeze(1)[: self.unharvested]
         done = 0
-        for part in self.harvest(spent.numel()):
-            self._store(spent[done : done + len(part.x)], part)
+        for part in self.harvest(slots.numel()):
+            self._store(slots[done : done + len(part.x)], part)
             done += len(part.x)
-        assert done == spent.numel()
-        self._stored(spent)
-        self.uses[spent] = self.reuse
-        self.unharvested -= spent.numel()
+        assert done == slots.numel()
+        self._refilled(slots)
+        self.uses[slots] = self.reuse
+        self.unharvested -= slots.numel()
         self.refills += 1
         self.waited += time.perf_counter() - start
 
@@ -99,15 +99,15 @@ class ActivationBuffer:
             self.segments = part.segments.new_empty(self.capacity, *part.segments.shape[1:])
         self.x[slots], self.segments[slots] = part.x, part.segments
 
-    def _stored(self, slots: Tensor) -> None:
-        """All of a refill came."""
+    def _refilled(self, slots: Tensor) -> None:
+        """Called after a refill."""
 
     def memory(self, length: int, d_model: int, dtype: torch.dtype) -> int:
-        """Bytes the buffer takes, also while it refills; a part of the harvest comes on top."""
+        """Bytes the buffer takes; while it refills, a part of the harvest comes on top."""
         return self.capacity * length * (d_model * dtype.itemsize + torch.int32.itemsize)
 
     def state_dict(self) -> dict[str, Any]:
-        """The small state; the activations themselves are `contents`."""
+        """State without the activations, which are `contents`."""
         return {
             "uses": self.uses,
             "unharvested": self.unharvested,
@@ -116,13 +116,13 @@ class ActivationBuffer:
         }
 
     def contents(self) -> dict[str, Tensor]:
-        """The held activations, which change only with ``refills``; empty before the first draw."""
+        """The activations held, which change only when ``refills`` does; empty before the first refill."""
         if self.x is None or self.segments is None:
             return {}
         return {"x": self.x, "segments": self.segments}
 
     def load_state_dict(self, state: dict[str, Any], contents: dict[str, Tensor]) -> None:
-        """Go on where `state_dict` and `contents` were taken."""
+        """Continue from a `state_dict` and the `contents` of the same moment."""
         self.uses, self.unharvested, self.refills = state["uses"], state["unharvested"], state["refills"]
         self.generator.set_state(state["generator"])
         self.x, self.segments = contents.get("x"), contents.get("segments")

@@ -1,7 +1,7 @@
-"""A directory of harvested activations: shards of whole sequences, and a manifest that says what they are of.
+"""The activation cache: a directory of shards, each with complete sequences, and a manifest.
 
-`manifest.json` names the shards that count, with their lengths and checksums; a shard is written whole before it is
-named there, so that a writer can be killed at any moment. docs/cache.md has the format and what is guaranteed.
+`manifest.json` lists the valid shards with their sizes and checksums. A shard is complete before it is listed, so a
+writer can be killed at any moment. docs/cache.md has the format and the guarantees.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from bisect import bisect_right
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -27,20 +26,17 @@ from tsae.utils.config_json import from_dict
 
 FORMAT = 2
 MANIFEST, LOCK = "manifest.json", "lock"
-SHARD_BYTES = 64 * 2**20  # of activations in a shard that is written at once
+SHARD_BYTES = 64 * 2**20  # of activations; a shard is written when it has this many
 
 
 def sequence_bytes(length: int, d_model: int, dtype: torch.dtype) -> int:
-    """Bytes that one sequence takes in a cache: activations, segment ids (int32) and token ids (int32)."""
+    """Bytes per sequence in a cache: activations, segment ids (int32) and token ids (int32)."""
     return length * (d_model * dtype.itemsize + 4) + (length + 1) * 4
 
 
 @dataclass
 class Shard:
-    """An entry of the manifest.
-
-    sequences: held; bytes: of the file; checksum: XXH3 (128 bits) of the file, in hexadecimal digits
-    """
+    """An entry of the manifest: sequences in the shard, and its file's size and XXH3 (128 bits, hexadecimal)."""
 
     sequences: int
     bytes: int
@@ -48,70 +44,65 @@ class Shard:
 
 
 class ActivationCache:
-    """The cache in one directory, as far as it has come; opening it writes nothing.
+    """The cache in a directory; opening it writes nothing.
 
     Args:
-        directory: of a cache, or where a new one goes: missing or empty.
-        request: what the activations are of, as plain JSON values by name. An existing cache must have been made
-            with the same.
-        made_with: versions and device, which are recorded and not compared.
-        group: sequences of a group, the unit in which activations are read and written.
+        directory: an existing cache, or a missing or empty directory for a new one.
+        key: everything that determines the activations, as JSON values by name; an existing cache must have the same.
+        made_with: versions and device, recorded but not compared.
+        group: sequences per group, the unit of reading and writing.
 
     Raises:
-        UserError: the directory holds something else, or a cache made with another request, or its manifest cannot
-            be read.
+        UserError: the directory has other content or a cache with another key, or its manifest cannot be read.
     """
 
-    def __init__(self, directory: Path, request: dict[str, Any], made_with: dict[str, Any], *, group: int) -> None:
+    def __init__(self, directory: Path, key: dict[str, Any], made_with: dict[str, Any], *, group: int) -> None:
         self.directory, self.group = directory, group
-        self._request: dict[str, Any] = json.loads(json.dumps(request))
+        self._key: dict[str, Any] = json.loads(json.dumps(key))
         self._made_with = made_with
         self._lock: FileLock | None = None
-        self._pending: list[tuple[TokenBatch, ActivationBatch]] = []  # groups harvested and not yet written
-        self._pending_stream: dict[str, Any] = {}  # the stream after the last of them
-        self._whole: set[int] = set()  # shards whose checksum was found right
+        self._pending: list[tuple[TokenBatch, ActivationBatch]] = []  # groups not yet written
+        self._pending_stream: dict[str, Any] = {}  # state of the token stream after them
+        self._intact: set[int] = set()  # shards whose checksum was verified
         self._set_entries([])
         self._load()
 
-    # What there is.
-
     @property
     def shards(self) -> int:
-        """How many shards the manifest names."""
+        """Number of shards in the manifest."""
         return len(self._entries)
 
     @property
     def groups(self) -> int:
-        """How many groups can be read."""
+        """Number of groups in these shards."""
         return self._ends[-1] if self._ends else 0
 
     def path(self, shard: int) -> Path:
-        """The file of a shard."""
+        """A shard's file."""
         return self.directory / f"shard-{shard:06d}.safetensors"
 
     def span(self, shard: int) -> tuple[int, int]:
-        """The groups of a shard: the first, and the one after the last."""
+        """A shard's first group, and the one after its last."""
         return self._ends[shard - 1] if shard else 0, self._ends[shard]
 
     def shard_of(self, group: int) -> int:
         """The shard that holds a group."""
         return bisect_right(self._ends, group)
 
-    def is_whole(self, shard: int) -> bool:
-        """Whether a shard has the length and the checksum of the manifest; looked at once."""
-        if shard not in self._whole:
-            if self._differs(shard):
-                self._load()  # another process may have mended it
-                if shard >= self.shards or self._differs(shard):
+    def is_intact(self, shard: int) -> bool:
+        """Whether a shard's file has the size and checksum in the manifest; computed once."""
+        if shard not in self._intact:
+            if self._is_damaged(shard):
+                self._load()  # another process may have repaired it
+                if shard >= self.shards or self._is_damaged(shard):
                     return False
-            self._whole.add(shard)
+            self._intact.add(shard)
         return True
 
     def read(self, group: int) -> tuple[TokenBatch, ActivationBatch]:
-        """A group of a shard that `is_whole`: its tokens and its activations, copied out of the mapped file.
+        """Tokens and activations of a group whose shard `is_intact`, copied out of the mapped file.
 
-        Raises:
-            UserError: the file has been removed since it was looked at.
+        Raises UserError if the file has been removed since.
         """
         shard = self.shard_of(group)
         low, names = (group - self.span(shard)[0]) * self.group, ("x", "segments", "tokens")
@@ -123,17 +114,14 @@ class ActivationCache:
         return TokenBatch(tokens.long(), segments), ActivationBatch(x, segments)
 
     def stream_after(self, shard: int) -> dict[str, Any]:
-        """Where the stream of sequences stood after the last of a shard that `is_whole`."""
+        """State of the token stream after the last sequence of a shard that `is_intact`."""
         with safe_open(self.path(shard), framework="pt") as file:
             return json.loads(file.metadata()["stream"])
 
-    # What is added.
-
     def lock(self) -> None:
-        """Become the one writer, until `close`; the system lets go of the lock when a process is killed.
+        """Become the only writer until `close`; the system releases the lock of a killed process.
 
-        Raises:
-            UserError: another process is writing, or the directory cannot be written to.
+        Raises UserError if another process is writing, or if the directory cannot be written to.
         """
         if self._lock is not None:
             return
@@ -156,10 +144,8 @@ class ActivationCache:
     def append(self, tokens: TokenBatch, group: ActivationBatch, stream: dict[str, Any]) -> None:
         """Add the next group; it is written when a shard is full, or by `flush`.
 
-        stream: where the stream of sequences stands after it
-
-        Raises:
-            UserError: the file cannot be written; the shards before it stay.
+        stream: state of the token stream after it
+        Raises UserError if the file cannot be written; earlier shards stay valid.
         """
         self.lock()
         self._pending.append((tokens, group))
@@ -168,22 +154,22 @@ class ActivationCache:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was added; a shard may so be a short one."""
+        """Write the groups added so far, as a shard that may be small."""
         if self._pending:
             pending, self._pending = self._pending, []
             self._set_entries([*self._entries, self._write(self.shards, pending, self._pending_stream)])
-            self._whole.add(self.shards - 1)
+            self._intact.add(self.shards - 1)
             self._write_manifest()
 
     def replace(self, shard: int, groups: list[tuple[TokenBatch, ActivationBatch]], stream: dict[str, Any]) -> None:
-        """Write a damaged shard again."""
+        """Overwrite a damaged shard."""
         self.lock()
         self._entries[shard] = self._write(shard, groups, stream)
-        self._whole.add(shard)
+        self._intact.add(shard)
         self._write_manifest()
 
     def close(self) -> None:
-        """Let another process write."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -191,24 +177,20 @@ class ActivationCache:
     def __enter__(self) -> ActivationCache:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    # Files.
-
     def _load(self) -> None:
-        """Read the manifest, if there is one, and compare it with the request."""
+        """Read the manifest, if it exists, and compare its key with this one's."""
         path = self.directory / MANIFEST
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values["format"] != FORMAT:
                 raise ValueError(f"its format is {values['format']!r}, and this version reads {FORMAT}")
             if values.pop("checksum") != checksum_of(values):
-                raise ValueError("it is damaged: its checksum is another")
-            request, entries = values["request"], values["shards"]
-            if not isinstance(request, dict) or not isinstance(entries, list):
+                raise ValueError("it is damaged: its checksum does not match")
+            key, entries = values["request"], values["shards"]
+            if not isinstance(key, dict) or not isinstance(entries, list):
                 raise TypeError("request must be an object and shards a list")
             shards = [from_dict(Shard, entry, f"shards.{i}") for i, entry in enumerate(entries)]
             if any(shard.sequences < 1 for shard in shards):
@@ -222,7 +204,7 @@ class ActivationCache:
             raise UserError(
                 f"The manifest {path} cannot be read ({reason}); remove the directory, or name another with --cache."
             ) from None
-        self._check_request(request)
+        self._check_key(key)
         self._set_entries(shards)
 
     def _set_entries(self, entries: list[Shard]) -> None:
@@ -230,24 +212,24 @@ class ActivationCache:
         self._ends = list(accumulate(entry.sequences // self.group for entry in entries))  # in groups
 
     def _check_new(self) -> None:
-        """Raise `UserError` unless the directory is missing, or has nothing but what a killed start leaves."""
+        """Raise `UserError` unless the directory is missing, or empty but for files of a start that was killed."""
         if self.directory.exists() and not self.directory.is_dir():
             raise UserError(f"The cache {self.directory} is a file; name a directory with --cache.")
         own = (LOCK, f".{MANIFEST}.tmp")
         if self.directory.is_dir() and any(path.name not in own for path in self.directory.iterdir()):
             raise UserError(f"{self.directory} is not empty and holds no cache; name a new directory with --cache.")
 
-    def _check_request(self, got: dict[str, Any]) -> None:
-        wanted = self._request
+    def _check_key(self, got: dict[str, Any]) -> None:
+        wanted = self._key
         names = [name for name in {**wanted, **got} if got.get(name) != wanted.get(name)]
         if names:
             differences = ", ".join(f"{n} is {got.get(n)!r} there and {wanted.get(n)!r} here" for n in names)
             raise UserError(
-                f"The cache {self.directory} is of other activations than this run's: {differences}; name another "
+                f"The cache {self.directory} holds other activations than this run's: {differences}; name another "
                 "directory with --cache, or make the run agree."
             )
 
-    def _differs(self, shard: int) -> bool:
+    def _is_damaged(self, shard: int) -> bool:
         entry, path = self._entries[shard], self.path(shard)
         try:
             if path.stat().st_size != entry.bytes or checksum(path) != entry.checksum:
@@ -274,7 +256,7 @@ class ActivationCache:
     def _write_manifest(self) -> None:
         values = {
             "format": FORMAT,
-            "request": self._request,
+            "request": self._key,
             "made_with": self._made_with,
             "shards": [asdict(entry) for entry in self._entries],
         }
@@ -285,6 +267,6 @@ class ActivationCache:
 
     def _failed(self, reason: str) -> UserError:
         return UserError(
-            f"The cache {self.directory} cannot be written to ({reason}); what is complete of it stays and will be "
+            f"The cache {self.directory} cannot be written to ({reason}); its complete shards stay and will be "
             "used: make room or name another directory with --cache, and start or resume again."
         )

@@ -1,8 +1,8 @@
-"""Tokens to activations: the language model's half of the pipeline."""
+"""Harvesting: from tokens to activations of the language model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from tsae.lm.loading import LanguageModel
 
 
 class ActivationBatch(NamedTuple):
-    """Activations of whole sequences.
+    """Activations of complete sequences.
 
     x: (N, T, d_model); segments: (N, T) int32, negative ids excluded
     """
@@ -34,13 +34,13 @@ class ActivationBatch(NamedTuple):
 
 
 class Harvester:
-    """Draws sequences from a stream and runs the language model up to one layer on them.
+    """Runs the language model, up to one layer, on the sequences of a stream.
 
     Args:
         lm, layer: the model and the block whose output is kept.
         stream: source of sequences.
         batch: sequences per forward pass.
-        dtype: storage type of the activations.
+        dtype: storage dtype of the activations.
     """
 
     def __init__(
@@ -55,18 +55,13 @@ class Harvester:
         self.lm, self.layer, self.stream, self.batch = lm, layer, stream, batch
         self.dtype = dtype or lm.dtype
 
-    def tokenize(self, n: int, progress: Callable[[int], None] | None = None) -> TokenBatch:
-        """The next ``n`` sequences of the stream, as tokens; ``progress`` is called with tokens as they come."""
-        parts = []
-        for start in range(0, n, self.batch):
-            part = self.stream.next_batch(min(self.batch, n - start))
-            parts.append(part)
-            if progress is not None:
-                progress(part.segments.numel())
-        return TokenBatch.joined(parts)
+    def tokenize(self, n: int) -> TokenBatch:
+        """The next ``n`` sequences of the stream, as tokens."""
+        sizes = [min(self.batch, n - start) for start in range(0, n, self.batch)]
+        return TokenBatch.concat(self.stream.next_batch(size) for size in sizes)
 
-    def batches(self, tokens: TokenBatch, progress: Callable[[int], None] | None = None) -> Iterator[ActivationBatch]:
-        """Activations of sequences, on the CPU, one forward pass at a time; ``progress`` is called with its tokens.
+    def batches(self, tokens: TokenBatch) -> Iterator[ActivationBatch]:
+        """Activations of sequences, on the CPU, one forward pass at a time.
 
         The position of the prefix (BOS) is fed to the model and dropped here.
         """
@@ -74,17 +69,12 @@ class Harvester:
         for ids, segments in zip(tokens.tokens.split(self.batch), tokens.segments.split(self.batch), strict=True):
             out = activations(self.lm, ids.to(self.lm.device), self.layer)
             yield ActivationBatch(out[:, -length:].to("cpu", self.dtype), segments)
-            if progress is not None:
-                progress(segments.numel())
 
-    def absent(self, tokens: TokenBatch, progress: Callable[[int], None] | None = None) -> Iterator[ActivationBatch]:
-        """`batches` without running the model: x is on the meta device, of the right shape and dtype."""
+    def placeholders(self, tokens: TokenBatch) -> Iterator[ActivationBatch]:
+        """`batches` without running the model: x has the right shape and dtype, on the meta device."""
         for segments in tokens.segments.split(self.batch):
-            yield ActivationBatch(
-                torch.empty(*segments.shape, self.lm.d_model, dtype=self.dtype, device="meta"), segments
-            )
-            if progress is not None:
-                progress(segments.numel())
+            x = torch.empty(*segments.shape, self.lm.d_model, dtype=self.dtype, device="meta")
+            yield ActivationBatch(x, segments)
 
     def take(self, n: int) -> ActivationBatch:
         """Activations of the next ``n`` sequences."""

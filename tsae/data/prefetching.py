@@ -1,47 +1,48 @@
-"""Harvesting ahead: the language model works on the next activations while the autoencoder trains on those at hand."""
+"""Prefetching: the language model harvests the next activations while the autoencoder trains."""
 
 from __future__ import annotations
 
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from tsae.data.feed import Bar, Feed, no_bar
+from tsae.data.feed import ActivationFeed, ProgressBar, no_progress
 from tsae.data.harvest import ActivationBatch
 
-_LOOK = 0.2  # seconds between two looks at whether to stop
-
-
-class _Failed(NamedTuple):
-    error: BaseException
+_POLL = 0.2  # seconds between checks of whether to stop
 
 
 class PrefetchingFeed:
-    """A feed whose sequences are asked for before they are wanted, in a thread of its own.
+    """An `ActivationFeed` that a thread reads ahead of the requests.
 
-    What comes out is what the feed gives, in the same order, and a state saved with one goes on with the other. The
-    thread begins with the first request. A context manager; its end waits for the forward pass in hand.
+    It gives the same sequences in the same order, and the two can load each other's states. The thread starts with
+    the first request. Leaving the context stops it after its current forward pass.
 
     Args:
-        feed: the activations, used by the thread alone from the first request on; without a bar of its own.
-        ahead: sequences that are held beside those handed out, at most; also the size of a request to the feed.
-        total: sequences that will be asked for in all; the feed is asked for no more.
-        bar: as a `Feed`'s, around what a request waits for.
-        device: of the language model; on a GPU the thread has a stream of its own.
+        feed: without a progress bar; used only by the thread from the first request on.
+        ahead: sequences to prefetch at most; also the size of a request to the feed.
+        total: sequences that will be requested in all; no more are harvested.
+        bar: wraps each request; the function it yields may raise `AtSafePoint`.
+        device: of the language model; on a GPU the thread uses its own CUDA stream.
     """
 
     def __init__(
-        self, feed: Feed, ahead: int, total: int, bar: Bar = no_bar, device: torch.device | None = None
+        self,
+        feed: ActivationFeed,
+        ahead: int,
+        total: int,
+        bar: ProgressBar = no_progress,
+        device: torch.device | None = None,
     ) -> None:
         self.feed, self.ahead, self.total, self.bar, self.device = feed, ahead, total, bar, device
-        self.given = feed.position
-        self._before = feed.state_dict()  # as it was before the request to it that the last part given came from
-        self._rest: ActivationBatch | None = None  # what a request left of a part
-        self._room = threading.Semaphore(ahead)
-        self._parts: queue.Queue[tuple[ActivationBatch, dict[str, Any]] | _Failed] = queue.Queue()
+        self.position = feed.position  # sequences handed out
+        self._state = feed.state_dict()  # before the feed's request that gave the last part handed out
+        self._partial: ActivationBatch | None = None  # what remains of a part handed out
+        self._room = threading.Semaphore(ahead)  # sequences that may still be prefetched
+        self._parts: queue.Queue[tuple[ActivationBatch, dict[str, Any]] | BaseException] = queue.Queue()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -54,66 +55,67 @@ class PrefetchingFeed:
             self._thread.join()
 
     def __call__(self, n: int) -> Iterator[ActivationBatch]:
-        """The next ``n`` sequences, in parts; they count as given once the last was taken."""
+        """The next ``n`` sequences, in parts; `position` moves once all have been taken."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, args=(self.given,), name="harvest ahead", daemon=True)
+            self._thread = threading.Thread(target=self._prefetch, args=(self.position,), name="prefetch", daemon=True)
             self._thread.start()
-        end, before = self.given + n, self._before
+        end, state = self.position + n, self._state
         with self.bar("Harvest", n * self.feed.harvester.stream.length) as advance:
             while n > 0:
-                if self._rest is None:
-                    self._rest, before = self._take(advance)
-                part, taken = self._rest, min(n, len(self._rest.x))
-                self._rest = ActivationBatch(part.x[taken:], part.segments[taken:]) if taken < len(part.x) else None
+                if self._partial is None:
+                    self._partial, state = self._next_part(advance)
+                part, taken = self._partial, min(n, len(self._partial.x))
+                self._partial = ActivationBatch(part.x[taken:], part.segments[taken:]) if taken < len(part.x) else None
                 n -= taken
                 self._room.release(taken)
                 yield ActivationBatch(part.x[:taken], part.segments[:taken])
                 advance(part.segments[:taken].numel())
-        self.given, self._before = end, before
+        self.position, self._state = end, state
 
-    def _take(self, advance: Callable[[int], None]) -> tuple[ActivationBatch, dict[str, Any]]:
-        """The next part, and the feed's state before the request that it came from."""
+    def _next_part(self, advance: Callable[[int], None]) -> tuple[ActivationBatch, dict[str, Any]]:
+        """The next prefetched part, and the feed's state before the request that gave it."""
         while True:
             try:
-                found = self._parts.get(timeout=_LOOK)
+                found = self._parts.get(timeout=_POLL)
                 break
             except queue.Empty:
-                advance(0)  # so that a signal is seen
-        if isinstance(found, _Failed):
-            raise found.error
+                advance(0)  # checks for signals
+        if isinstance(found, BaseException):
+            raise found
         return found
 
-    def _work(self, position: int) -> None:
+    def _prefetch(self, position: int) -> None:
+        """The thread: requests parts from the feed and puts them, or an exception, into the queue."""
         try:
             stream = torch.cuda.Stream(self.device) if self.device is not None and self.device.type == "cuda" else None
-            with torch.cuda.stream(stream):  # None: nothing is changed
+            with torch.cuda.stream(stream):  # None changes nothing
                 while position < self.total and not self._stop.is_set():
-                    before = self.feed.state_dict()
+                    state = self.feed.state_dict()
                     request = self.feed(min(self.ahead, self.total - position))
                     for part in request:
-                        if not self._has_room(len(part.x)):
+                        if not self._wait_for_room(len(part.x)):
                             request.close()
                             return
-                        self._parts.put((part, before))
+                        self._parts.put((part, state))
                         position += len(part.x)
-            if position >= self.total:  # whoever asks on would wait for ever
-                self._parts.put(_Failed(ValueError(f"there are {self.total} sequences, and more were asked for")))
-        except BaseException as error:  # the thread that asks raises it
-            self._parts.put(_Failed(error))
+            if position >= self.total:  # a further request would wait forever
+                self._parts.put(ValueError(f"there are {self.total} sequences, and more were requested"))
+        except BaseException as error:
+            self._parts.put(error)
 
-    def _has_room(self, sequences: int) -> bool:
-        """Wait until there is; False if the thread is to stop."""
+    def _wait_for_room(self, sequences: int) -> bool:
+        """Wait until there is room for these sequences; False if the thread is to stop."""
         for _ in range(sequences):
-            while not self._room.acquire(timeout=_LOOK):
+            while not self._room.acquire(timeout=_POLL):
                 if self._stop.is_set():
                     return False
         return not self._stop.is_set()
 
     def state_dict(self) -> dict[str, Any]:
-        """A `Feed`'s, where the requests stand; what lies ahead is harvested again after `load_state_dict`."""
-        return self._before | {"position": self.given}
+        """An `ActivationFeed`'s state; sequences that were prefetched but not handed out are harvested again."""
+        return self._state | {"position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; before the first request only."""
+        """Continue from a `state_dict`; only before the first request."""
         self.feed.load_state_dict(state)
-        self.given, self._before = state["position"], state
+        self.position, self._state = state["position"], state

@@ -1,4 +1,4 @@
-"""The documentation and source text of the Python installation: text that needs no download."""
+"""The documentation and source code of the Python installation: text that needs no download."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
-from tsae.data.passages import Document, cut, shuffled
+from tsae.data.documents import Document, cut, shuffle
 from tsae.errors import UserError
 
-_LEFT_OUT = {
+_EXCLUDED = {
     *("site-packages", "dist-packages", "__pycache__"),
     *("test", "tests", "idle_test", "idlelib", "lib2to3"),
     "encodings",  # tables
-    "pydoc_data",  # read as documentation, not as source
+    "pydoc_data",  # read as topics of the language reference
 }
-_SOURCE_EPOCHS = 3  # there is about three times as much source as documentation, so an epoch takes a third of it
-_POOL = 500  # passages among which the order is shuffled, beside the shuffled files
-_HEADED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_SOURCE_EPOCHS = 3  # epochs to cover all source code, of which there is about three times as much as documentation
+_SHUFFLE_BUFFER = 500  # passages; the modules are shuffled too
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What the split keeps together: a library module or a topic of the language reference."""
+    """A library module or a topic of the language reference; the split keeps all of it on one side."""
 
     name: str
     text: str
@@ -37,14 +37,11 @@ class Unit:
 
 @lru_cache(maxsize=1)
 def units() -> tuple[Unit, ...]:
-    """All modules and topics, in a fixed order. Modules are read (about 9 MB in all) but not parsed.
-
-    Raises UserError if this Python has neither.
-    """
+    """All modules (about 9 MB, not yet parsed) and topics, in a fixed order. Raises UserError if there are none."""
     root = Path(sysconfig.get_path("stdlib"))
     found = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(n for n in subfolders if n not in _LEFT_OUT and not n.startswith("config-"))
+        subfolders[:] = sorted(n for n in subfolders if n not in _EXCLUDED and not n.startswith("config-"))
         for name in sorted(names):
             if name.endswith(".py") and not name.startswith("_sysconfigdata"):
                 path = Path(folder, name)
@@ -52,7 +49,7 @@ def units() -> tuple[Unit, ...]:
                 found.append(Unit(path.relative_to(root).as_posix(), text, is_module=True))
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions package it apart
+    except ImportError:  # a separate package in some distributions
         topics = {}
     found += [Unit(name, text, is_module=False) for name, text in sorted(topics.items())]
     found = [unit for unit in found if unit.text.strip()]
@@ -62,10 +59,10 @@ def units() -> tuple[Unit, ...]:
 
 
 def documents(chosen: Sequence[Unit], rng: random.Random, epoch: int) -> Iterator[Document]:
-    """Passages of documentation and of source, about as much of each, in an order drawn from `rng`.
+    """Passages of documentation and of source code, about equal amounts, in random order.
 
-    Modules are parsed when their turn comes, so the first passage does not wait for all of them. An epoch has
-    all of the documentation and a third of the source: three epochs have all of it.
+    An epoch has all of the documentation and a third of the source; three epochs have all of it. Modules are parsed
+    as they are reached, so that the first passage comes quickly.
     """
     order = list(chosen)
     rng.shuffle(order)
@@ -73,17 +70,17 @@ def documents(chosen: Sequence[Unit], rng: random.Random, epoch: int) -> Iterato
     def passages() -> Iterator[Document]:
         for unit in order:
             documentation, source = _passages(unit)
-            turn = (epoch + len(unit.text)) % _SOURCE_EPOCHS  # else every short module came in epoch 0
+            turn = (epoch + len(unit.text)) % _SOURCE_EPOCHS  # spreads short modules over the epochs
             yield from documentation
             yield from source[turn::_SOURCE_EPOCHS]
 
-    return shuffled(passages(), rng, _POOL)
+    return shuffle(passages(), rng, _SHUFFLE_BUFFER)
 
 
 @cache
 def _passages(unit: Unit) -> tuple[list[Document], list[Document]]:
-    """The documentation and the source of a unit, cut to passages."""
-    documentation, source = _separate(unit) if unit.is_module else (unit.text, "")
+    """The documentation and the source code of a unit, cut to passages."""
+    documentation, source = _split_docstrings(unit) if unit.is_module else (unit.text, "")
     return _cut(unit.name + " (documentation)", documentation), _cut(unit.name, source)
 
 
@@ -92,11 +89,11 @@ def _cut(name: str, text: str) -> list[Document]:
     return [Document(f"{name}#{i}", piece) for i, piece in enumerate(pieces) if piece and not piece.isspace()]
 
 
-def _separate(unit: Unit) -> tuple[str, str]:
-    """The docstrings of a module, each under its object's name, and its source without them."""
+def _split_docstrings(unit: Unit) -> tuple[str, str]:
+    """The docstrings of a module, each under its object's name, and its source code without them."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            warnings.simplefilter("ignore")  # about invalid escapes in library code
             tree = ast.parse(unit.text)
     except (SyntaxError, ValueError, RecursionError):
         return "", unit.text
@@ -106,11 +103,12 @@ def _separate(unit: Unit) -> tuple[str, str]:
     def visit(node: ast.AST, name: str) -> None:
         if docstring := ast.get_docstring(node):
             entries.append(f"{name}\n{'-' * len(name)}\n\n{docstring}\n\n")
-            at = node.body[0]
-            if len(node.body) > 1 or isinstance(node, ast.Module):  # a body of nothing else keeps it
-                lines[at.lineno - 1 : at.end_lineno] = [None] * (at.end_lineno - at.lineno + 1)
+            statement = node.body[0]
+            if len(node.body) > 1 or isinstance(node, ast.Module):  # a docstring that is the only statement stays
+                first, last = statement.lineno - 1, statement.end_lineno
+                lines[first:last] = [None] * (last - first)
         for child in node.body:
-            if isinstance(child, _HEADED):
+            if isinstance(child, _DOCUMENTED):
                 visit(child, f"{name}.{child.name}")
 
     visit(tree, unit.name.removesuffix(".py").removesuffix("/__init__").replace("/", "."))

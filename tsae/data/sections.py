@@ -1,4 +1,4 @@
-"""The larger unit that a document is a part of, where the text knows one: a module, an article, a file."""
+"""Sections of a text that span several documents: a module, an article, a file."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from tsae.data.files import find_files, read_files
-from tsae.data.passages import Document
+from tsae.data.documents import Document
 from tsae.data.text import PYTHON_DOCS
+from tsae.data.text_files import find_files, read_files
 
-_HEADING = re.compile(r"^[ \t]*= (?!=)(\S.*?) =[ \t]*$", re.MULTILINE)  # a title, not the `= = parts = =` below it
+_HEADING = re.compile(r"^[ \t]*= (?!=)(\S.*?) =[ \t]*$", re.MULTILINE)  # a title, not its subheadings `= = ... = =`
 _TXT = (".txt", ".txt.gz", ".txt.zst")
 
 
 class Section(NamedTuple):
-    """Where a document stands."""
+    """The section that a document belongs to."""
 
     name: str
     place: int
-    """Its place among the documents of its file, ascending in the text."""
+    """Position of the document in its file, ascending."""
 
 
 def sections(source: str, documents: Iterable[Document]) -> dict[str, Section]:
-    """The section of every document that is in just one, by the document's name; empty if the source knows none.
+    """Document name -> section, for documents that lie in exactly one; empty unless there are at least two sections.
 
-    source:    as `tsae.data.text.open_text` takes it, which gave the documents
+    source: the source of the documents, as for `tsae.data.text.open_text`
 
-    "python-docs": the module, its docstrings and its source together, or the topic of the language reference. Files
-    of plain text: what stands below the last title, a line `= Title =` as in WikiText, before the passage; passages
-    with text on both sides of a title are in no section. A file without titles is a section if there are other files.
-    Rows of tables (jsonl, parquet, the hub) stand alone: no sections.
+    "python-docs": a section is a module (docstrings and source code) or a topic of the language reference. Plain text
+    files: it is the text below a title, a line `= Title =` as in WikiText; passages with text on both sides of a title
+    belong to none. A file without titles is one section if there are other files. Rows (jsonl, parquet, the hub) have
+    no sections.
     """
     names = {document.name for document in documents}
     if source == PYTHON_DOCS:
@@ -45,7 +45,7 @@ def sections(source: str, documents: Iterable[Document]) -> dict[str, Section]:
 
 
 def _in_module(name: str) -> Section:
-    """`zipfile.py (documentation)#3` is of `zipfile.py`."""
+    """`zipfile.py (documentation)#3` belongs to `zipfile.py`."""
     unit, _, place = name.rpartition("#")
     return Section(unit.removesuffix(" (documentation)"), int(place))
 
@@ -67,5 +67,5 @@ def _in_files(paths: list[Path], names: set[str]) -> dict[str, Section]:
 
 
 def _title(path: Path, place: int, heading: re.Match[str]) -> str:
-    """Titles may come twice; the place tells them apart."""
+    """The place distinguishes equal titles."""
     return f"{path}#{place}: {heading[1]}"

@@ -1,86 +1,69 @@
-"""Text to train and evaluate on, as a stream of documents: one function for every source."""
+"""Text to train and evaluate on: every source as a stream of documents."""
 
 from __future__ import annotations
 
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
+from tsae.config import TextConfig
 from tsae.data import python_docs
-from tsae.data.files import SUFFIXES, find_files, read_files
-from tsae.data.hub import read_hub
-from tsae.data.passages import Document, Part, Split, cut, decide_split, find_threshold, position, shuffled
+from tsae.data.documents import Document, cut, shuffle
+from tsae.data.hub_datasets import read_hub
+from tsae.data.split import Part, Split, decide_split, find_threshold, hash_fraction
+from tsae.data.text_files import SUFFIXES, find_files, read_files
 from tsae.errors import UserError
+from tsae.utils.ranges import check_ranges
 
 PYTHON_DOCS = "python-docs"
-"""Name of the text that is always there: the documentation and source of the Python installation."""
+"""Source that is always available: the documentation and source code of the Python installation."""
 
-_LONGEST = 100_000  # characters; a longer row is cut, after its side of the split is decided
+DEFAULT = TextConfig()
 
-
-@dataclass(frozen=True)
-class TextConfig:
-    """How to read a text source."""
-
-    column: str | None = None
-    """Column that holds the text, in jsonl, parquet and hub data: "text", or the only column of strings."""
-    split: str = "train"
-    """Split of a hub dataset; training and evaluation text are both taken from it."""
-    subset: str | None = None
-    """Subset (configuration) of a hub dataset."""
-    evaluation_share: float = 0.05
-    """Share of the documents held out for evaluation, from 0 to 1."""
-    threshold: Annotated[float | None, tyro.conf.Suppress] = None
-    """Where on the scale of hashes, 0 to 1, the split lies. A run sets it, so that its split stays when its text
-    changes and holds for other text; None: the share, or what gives few documents two sides."""
-    shuffle_buffer: int = 10_000
-    """Documents among which the order is shuffled."""
+_MAX_CHARACTERS = 100_000  # longer rows are cut, after the split has decided their side
 
 
 def open_text(
-    source: str, *, part: Part, seed: int, config: TextConfig = TextConfig(), epoch: int = 0
+    source: str, *, part: Part, seed: int, config: TextConfig = DEFAULT, epoch: int = 0
 ) -> Iterator[Document]:
     """The documents of one part of a text source, in an order that seed and epoch determine.
 
     source: "python-docs", a .txt, .jsonl (both also .gz or .zst) or .parquet file, a folder of them, or the id of
-        a hub dataset. Files of plain text or Python are cut to passages of about 2,000 characters.
-    part: "train" or "evaluation". A hash of the document (of the passage, for plain text; of the module, for
-        "python-docs") decides.
-    seed, epoch: another epoch has the same documents in another order ("python-docs": and other source).
+        a hub dataset. Plain text and Python files are cut to passages of about 2,000 characters.
+    part: "train" or "evaluation". A hash of the document decides (plain text: of the passage; "python-docs": of the
+        module).
+    seed, epoch: each epoch has the same documents in another order ("python-docs": and other source code).
 
-    What is guaranteed: two documents that are equal but for the blanks around them are in the same part of a
-    source, and in the same part of any two sources whose threshold is the same (`config.threshold`; see
-    `split_threshold`). What is not: the hash sees whole documents, so the same words cut in another way, as a
-    passage of a .txt file and within a row of a .jsonl file, count as different text.
+    Documents that differ only in surrounding whitespace are in the same part of a source, and in the same part of
+    any two sources with the same threshold (`config.threshold`; see `split_threshold`). The hash covers complete
+    documents: the same words cut differently, as a passage of a .txt file and within a row of a .jsonl file, count as
+    different text.
 
-    Raises UserError, here and not when the first document is asked for: a path or dataset that is not there,
-    a column that is not there, no text at all or, by the source's own threshold, none for this part.
+    Raises UserError, immediately rather than at the first document, if the path, dataset or column does not exist, if
+    there is no text or, with the source's own threshold, none for this part.
     """
     if part not in ("train", "evaluation"):
         raise ValueError(f'part must be "train" or "evaluation", not {part!r}')
     if config.threshold is not None:
         split = Split(part, config.threshold)
-    elif (texts := _hashed(source, config)) is not None:
+    elif (texts := _split_texts(source, config)) is not None:
         split = decide_split(texts, part, config.evaluation_share, source)
     else:
         split = Split(part, config.evaluation_share)
-    documents = _open(source, split.keeps, seed, epoch, config)
-    return documents if _is_local(source) else _not_empty(documents, source, part)
+    documents = _read(source, split.contains, seed, epoch, config)
+    return documents if _is_local(source) else _require_text(documents, source, part)
 
 
 def split_threshold(source: str, config: TextConfig) -> float:
-    """Where the split of a source lies: documents whose hash is below it are evaluation text.
+    """The threshold of a source's split: documents whose hash is below it are evaluation text.
 
-    The share, in general; of few documents it depends on the source (`find_threshold`), so a run keeps it.
+    Usually `config.evaluation_share`; for a source of few documents it depends on them (`find_threshold`), so a run
+    stores it.
     """
     if config.threshold is not None:
         return config.threshold
-    texts = _hashed(source, config)
+    texts = _split_texts(source, config)
     if texts is None and not _is_hub_id(source):
         raise UserError(f"no such file or folder: {source!r}")
     return config.evaluation_share if texts is None else find_threshold(texts, config.evaluation_share, source)
@@ -89,38 +72,39 @@ def split_threshold(source: str, config: TextConfig) -> float:
 def open_unseen(
     source: str, *, seed: int, config: TextConfig, trained_on: str, trained_config: TextConfig
 ) -> Iterator[Document]:
-    """All of a local source but the documents that are in the training part of ``trained_on``.
+    """All documents of a local source except those in the training part of ``trained_on``.
 
-    Reads ``trained_on`` to its end, and holds a number for each document of ``source``.
+    Reads all of ``trained_on``, and holds one number for each document of ``source``.
 
-    Raises UserError if nothing is left, or if one of the two is a hub dataset, which has no end to speak of.
+    Raises UserError if nothing is left, or if either is a hub dataset, which cannot be read to its end.
     """
-    texts = _hashed(source, config)
+    texts = _split_texts(source, config)
     train = Split("train", split_threshold(trained_on, trained_config))
-    known = _hashed(trained_on, trained_config)
+    known = _split_texts(trained_on, trained_config)
     if texts is None or known is None:
         raise UserError(
-            f"there is too little evaluation text in {source!r}, and which of the rest was trained on cannot be told "
-            f"because {trained_on if known is None else source!r} is not on this machine: name a larger text"
+            f"there is too little evaluation text in {source!r}, and its other documents cannot be compared with the "
+            f"training text because {trained_on if known is None else source!r} is not on this machine: name a "
+            "larger text"
         )
-    unseen = {position(text) for text in texts}
+    unseen = {hash_fraction(text) for text in texts}
     if not unseen:
         raise UserError(f"there is no text in {source!r}: every document in it is empty")
-    unseen.difference_update(position(text) for text in known if train.keeps(text))
+    unseen.difference_update(hash_fraction(text) for text in known if train.contains(text))
     if not unseen:
         raise UserError(f"all text in {source!r} is training text of the run: name another text")
-    return _open(source, lambda text: position(text) in unseen, seed, 0, config)
+    return _read(source, lambda text: hash_fraction(text) in unseen, seed, 0, config)
 
 
 def is_same_source(a: str, b: str) -> bool:
-    """Whether two sources are the same one, however a path is spelled."""
+    """Whether two sources are the same, however their paths are spelled."""
     if _is_local(a) and _is_local(b) and PYTHON_DOCS not in (a, b):
         return Path(a).expanduser().resolve() == Path(b).expanduser().resolve()
     return a == b
 
 
 def absolute_source(source: str) -> str:
-    """The source under a name that holds in any working directory."""
+    """The source under a name that is valid in every working directory."""
     return str(Path(source).expanduser().absolute()) if source != PYTHON_DOCS and _is_local(source) else source
 
 
@@ -128,8 +112,15 @@ def _is_local(source: str) -> bool:
     return source == PYTHON_DOCS or bool(source and Path(source).expanduser().exists())
 
 
-def _hashed(source: str, config: TextConfig) -> Iterator[str] | None:
-    """The texts of a source whose hashes decide the split, always in the same order; None for a hub dataset."""
+def _is_hub_id(source: str) -> bool:
+    """Whether a source that is no local path can be a dataset's id, `name` or `owner/name`."""
+    if source.endswith((*SUFFIXES, ".json", ".csv", ".zst", ".gz", ".md", ".py")):
+        return False
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) is not None
+
+
+def _split_texts(source: str, config: TextConfig) -> Iterator[str] | None:
+    """The texts of a local source whose hashes decide the split, in a fixed order; None for a hub dataset."""
     if source == PYTHON_DOCS:
         return (unit.text for unit in python_docs.units())
     if not _is_local(source):
@@ -137,59 +128,42 @@ def _hashed(source: str, config: TextConfig) -> Iterator[str] | None:
     return (document.text for document in read_files(find_files(Path(source).expanduser()), config.column))
 
 
-def _open(source: str, keeps: Callable[[str], bool], seed: int, epoch: int, config: TextConfig) -> Iterator[Document]:
-    """The documents of a source whose text is to be kept, in an order that seed and epoch determine."""
-    if not 0 <= config.evaluation_share <= 1:
-        raise UserError(f"evaluation_share must be from 0 to 1, not {config.evaluation_share}")
-    if config.shuffle_buffer < 1:
-        raise UserError(f"shuffle_buffer must be at least 1, not {config.shuffle_buffer}")
+def _read(source: str, wanted: Callable[[str], bool], seed: int, epoch: int, config: TextConfig) -> Iterator[Document]:
+    """The documents whose text is `wanted`, in an order that seed and epoch determine."""
+    check_ranges(config, "text.")
     rng = random.Random(f"{seed} {epoch}")
     if source == PYTHON_DOCS:
-        return python_docs.documents([unit for unit in python_docs.units() if keeps(unit.text)], rng, epoch)
+        return python_docs.documents([unit for unit in python_docs.units() if wanted(unit.text)], rng, epoch)
     if _is_local(source):
         if config.subset is not None:
             raise UserError(f"subset {config.subset!r} applies to hub datasets only, but {source!r} is a local path")
         paths = find_files(Path(source).expanduser())
         rng.shuffle(paths)
-        return shuffled(_kept(read_files(paths, config.column), keeps), rng, config.shuffle_buffer)
+        return shuffle(_select(read_files(paths, config.column), wanted), rng, config.shuffle_buffer)
     if not _is_hub_id(source):
         raise UserError(f"no such file or folder: {source!r}")
-    rows = read_hub(
-        source,
-        split=config.split,
-        subset=config.subset,
-        column=config.column,
-        seed=seed,
-        epoch=epoch,
-        buffer=config.shuffle_buffer,
-    )
-    return _kept(rows, keeps)
+    return _select(read_hub(source, config, seed=seed, epoch=epoch), wanted)
 
 
-def _is_hub_id(source: str) -> bool:
-    """Whether a source that is no local path can be a dataset's name, `name` or `owner/name`."""
-    if source.endswith((*SUFFIXES, ".json", ".csv", ".zst", ".gz", ".md", ".py")):
-        return False
-    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) is not None
-
-
-def _kept(documents: Iterable[Document], keeps: Callable[[str], bool]) -> Iterator[Document]:
+def _select(documents: Iterable[Document], wanted: Callable[[str], bool]) -> Iterator[Document]:
+    """The documents whose text is `wanted`, very long ones cut."""
     for document in documents:
-        if not keeps(document.text):
+        if not wanted(document.text):
             continue
-        if len(document.text) <= _LONGEST:
+        if len(document.text) <= _MAX_CHARACTERS:
             yield document
         else:
-            for i, piece in enumerate(cut([document.text], _LONGEST)):
+            for i, piece in enumerate(cut([document.text], _MAX_CHARACTERS)):
                 if not piece.isspace():
                     yield Document(f"{document.name}.{i}", piece)
 
 
-def _not_empty(documents: Iterator[Document], source: str, part: Part) -> Iterator[Document]:
-    count = 0
+def _require_text(documents: Iterator[Document], source: str, part: Part) -> Iterator[Document]:
+    """The documents without blank ones; raises UserError at the end if there were none."""
+    found = False
     for document in documents:
         if document.text and not document.text.isspace():
-            count += 1
+            found = True
             yield document
-    if not count:
+    if not found:
         raise UserError(f"no {part} text in the dataset {source!r}: use a larger one, or another for evaluation")

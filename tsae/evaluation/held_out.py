@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tsae.config import LENGTH, TrainConfig
-from tsae.data.passages import Document
+from tsae.data.documents import Document
 from tsae.data.sequences import SequenceStream, TokenBatch, TooShortError
 from tsae.data.text import TextConfig, absolute_source, is_same_source, open_text, open_unseen, split_threshold
 from tsae.errors import UserError

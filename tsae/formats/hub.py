@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tsae.data.hub import hub_is_reachable
 from tsae.errors import UserError, reason
+from tsae.utils.hub import hub_is_reachable
 
 _ID = re.compile(r"(?P<repo>\w[\w.-]*/[\w][\w.-]*)(?P<folder>(/[\w][\w.=+ -]*)*)(@(?P<revision>[\w./-]+))?")
 

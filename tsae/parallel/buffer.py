@@ -87,7 +87,7 @@ class DistributedActivationBuffer(ActivationBuffer):
             if not row.is_meta:
                 self.rows[slot] = row.clone()
 
-    def _stored(self, slots: Tensor) -> None:
+    def _refilled(self, slots: Tensor) -> None:
         here = torch.zeros(self.capacity, dtype=torch.int64)
         here[list(self.rows)] = self.ranks.world.rank + 1
         self.owner[slots] = self.ranks.world.sum_no_grad(here)[slots] - 1

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from tsae.data.passages import Document
+from tsae.data.documents import Document
 from tsae.data.sections import Section
-from tsae.data.sequences import TokenBatch, prefix_token
+from tsae.data.sequences import TokenBatch
+from tsae.lm.tokenizer import prefix_token
 from tsae.probe.token_classes import CLASSES
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from typing import Any
 from tsae.config import TrainConfig
 from tsae.errors import UserError
 from tsae.rundir import layout
+from tsae.rundir.fingerprint import check_unchanged, fingerprint
 from tsae.utils.atomic import write_json
-from tsae.utils.config_json import check_unchanged, fingerprint, from_dict, load_json, to_dict
+from tsae.utils.config_json import from_dict, load_json, to_dict
 
 
 def new_directory(

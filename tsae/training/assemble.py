@@ -14,8 +14,8 @@ import torch
 from tsae.config import LENGTH, TrainConfig
 from tsae.data.buffer import ActivationBuffer
 from tsae.data.cache import ActivationCache
-from tsae.data.cache_request import cache_request, made_with
-from tsae.data.feed import Feed, no_bar
+from tsae.data.cache_key import cache_key, provenance
+from tsae.data.feed import ActivationFeed, no_progress
 from tsae.data.harvest import Harvester
 from tsae.data.prefetching import PrefetchingFeed
 from tsae.data.sequences import SequenceStream, TokenBatch
@@ -65,7 +65,7 @@ class Setup:
 class Stream(NamedTuple):
     """Activations from their beginning, and the buffer that batches are drawn from."""
 
-    feed: Feed | PrefetchingFeed
+    feed: ActivationFeed | PrefetchingFeed
     buffer: ActivationBuffer
 
 
@@ -168,9 +168,9 @@ def open_stream(setup: Setup, check: Callable[[], None]) -> Iterator[Stream]:
         cache = raise_on_all_ranks(lambda: open_cache(setup, write=True))
         if cache is not None:
             stack.enter_context(cache)
-        feed: Feed | PrefetchingFeed = raise_on_all_ranks(lambda: make_feed(setup, cache, check))
+        feed: ActivationFeed | PrefetchingFeed = raise_on_all_ranks(lambda: make_feed(setup, cache, check))
         if setup.prefetched and setup.ranks.world.size == 1:
-            shown, feed.bar = feed.bar, no_bar  # one bar at a time, in this thread
+            shown, feed.bar = feed.bar, no_progress  # one bar at a time, in this thread
             total = setup.job.sequences_harvested
             feed = stack.enter_context(PrefetchingFeed(feed, setup.prefetched, total, shown, setup.lm.device))
         yield Stream(feed, make_buffer(setup, feed))
@@ -186,8 +186,8 @@ def open_cache(setup: Setup, *, write: bool) -> ActivationCache | None:
     if cfg.cache is None:
         return None
     group = job.forward_batch
-    request = cache_request(cfg, setup.lm, setup.storage_dtype, group)
-    cache = ActivationCache(Path(cfg.cache), request, made_with(setup.lm), group=group)
+    key = cache_key(cfg, setup.lm, setup.storage_dtype, group)
+    cache = ActivationCache(Path(cfg.cache), key, provenance(setup.lm), group=group)
     if write and cache.groups * group < job.sequences_harvested:
         if setup.ranks.world.size > 1:
             raise UserError(
@@ -199,7 +199,9 @@ def open_cache(setup: Setup, *, write: bool) -> ActivationCache | None:
     return cache
 
 
-def make_feed(setup: Setup, cache: ActivationCache | None = None, check: Callable[[], None] = lambda: None) -> Feed:
+def make_feed(
+    setup: Setup, cache: ActivationCache | None = None, check: Callable[[], None] = lambda: None
+) -> ActivationFeed:
     """The activations of the job from their beginning; ``check`` is called between forward passes.
 
     Of N processes each runs the language model on every N-th group of sequences. They exchange signals once per N
@@ -209,9 +211,7 @@ def make_feed(setup: Setup, cache: ActivationCache | None = None, check: Callabl
     stream = SequenceStream(_text(cfg, "train"), setup.lm.tokenizer, LENGTH)
     harvester = Harvester(setup.lm, cfg.layer, stream, batch=setup.job.forward_batch, dtype=setup.storage_dtype)
     checking_bar = partial(_checking_bar, check_on_all_ranks(check, setup.ranks, world.size))
-    if world.size == 1:
-        return Feed(harvester, cache, checking_bar)
-    return Feed(harvester, cache, checking_bar, lambda group: group % world.size == world.rank)
+    return ActivationFeed(harvester, cache, checking_bar, world.rank, world.size)
 
 
 @contextmanager
@@ -226,7 +226,7 @@ def _checking_bar(check: Callable[[], None], what: str, tokens: int) -> Iterator
         yield advance_and_check
 
 
-def make_buffer(setup: Setup, feed: Feed | PrefetchingFeed) -> ActivationBuffer:
+def make_buffer(setup: Setup, feed: ActivationFeed | PrefetchingFeed) -> ActivationBuffer:
     """The buffer of the job, empty, filled from ``feed``."""
     cfg = setup.job.shared
     order = torch.Generator().manual_seed(cfg.stream_seed + 2)

@@ -108,7 +108,7 @@ def _reading(cache: ActivationCache) -> float:
     first, last = cache.span(0)
 
     def read() -> None:
-        if cache.is_whole(0):
+        if cache.is_intact(0):
             for number in range(first, last):
                 cache.read(number)
 

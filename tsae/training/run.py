@@ -18,12 +18,12 @@ from tsae.parallel.processes import broadcast_from_rank0, raise_on_all_ranks, ra
 from tsae.reports.figure import write_report
 from tsae.rundir import layout
 from tsae.rundir.directory import check_writable
+from tsae.rundir.fingerprint import fingerprint
 from tsae.rundir.trackers import check_trackers, track_evaluation
 from tsae.sae.model import SparseAutoencoder
 from tsae.training.assemble import Setup, evaluation_batches, prepare
 from tsae.training.job import Job
 from tsae.training.loop import Outcome, train
-from tsae.utils.config_json import fingerprint
 from tsae.utils.interrupts import Interrupted
 from tsae.utils.torchrun import is_rank0
 

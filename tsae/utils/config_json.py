@@ -1,4 +1,4 @@
-"""Configurations as JSON: to and from nested dictionaries, and whether a file still says what a run trained with."""
+"""Dataclasses as JSON: nested dictionaries and back, with errors that name the field."""
 
 from __future__ import annotations
 
@@ -9,21 +9,19 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from tsae.config import TrainConfig
 from tsae.errors import UserError
-from tsae.utils.atomic import checksum_of
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as nested dictionaries that JSON can hold (tuples become lists)."""
+    """A dataclass as nested dictionaries that JSON can hold (tuples become lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
-    """The inverse of `to_dict`.
+    """The inverse of `to_dict`; missing fields take their defaults.
 
-    Fields that `values` lacks keep their defaults; a field that `cls` lacks, or a value of the wrong type,
-    raises `UserError` naming it.
+    where: dotted name of ``values``, for messages
+    Raises UserError, naming it, for an unknown field or a value of the wrong type.
     """
     if not isinstance(values, dict):
         raise UserError(f"The configuration's '{where or 'top level'}' is {values!r}; it must be an object.")
@@ -39,7 +37,7 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
-    """`value`, from JSON, as the type `hint`; `UserError` names `path` where it does not fit."""
+    """``value``, from JSON, as the type ``hint``; raises UserError naming ``path`` if it does not fit."""
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, path)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -68,49 +66,13 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     return value
 
 
-# What may be edited in a run's config.json: where things lie, and what no result depends on.
-_MOVABLE = ("model", "revision", "data", "device", "cache", "log", "checkpoint", "parallel")
-
-
-def check_unchanged(config: TrainConfig, trained: dict[str, Any], path: Path) -> None:
-    """Raise `UserError`, naming the difference, unless a run's config.json says what the run was trained with.
-
-    trained: the configuration of that time, from `to_dict`; path: of the file that ``config`` was read from
-    """
-    there, then = _fixed(to_dict(config)), _fixed(trained)
-    changed = ", ".join(
-        f"{name} is {value!r} there and was {then.get(name)!r}"
-        for name, value in there.items()
-        if value != then.get(name)
-    )
-    if changed:
-        raise UserError(f"{path} is not what the run was trained with: {changed}; put that back, or train again.")
-
-
-def fingerprint(config: TrainConfig) -> str:
-    """Of what may not be edited in a run's config.json once it has trained."""
-    return checksum_of(_fixed(to_dict(config)))
-
-
-def _fixed(values: dict[str, Any]) -> dict[str, Any]:
-    return _flat({name: value for name, value in values.items() if name not in _MOVABLE})
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested dictionaries by dotted name."""
-    flat = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
 def load_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from `path`; a missing or broken file raises `UserError` naming it."""
+    """Read a JSON object; raises UserError, naming the file, if it is missing or invalid."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"There is no file {path}; name an existing JSON file.") from None
-    except (ValueError, RecursionError, OSError) as error:  # a number may be too long, or what is nested too deep
+    except (ValueError, RecursionError, OSError) as error:  # ValueError also for a number with too many digits
         raise UserError(f"{path} cannot be read as JSON ({error}); name a valid JSON file.") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {type(values).__name__}, not a JSON object; name a configuration file.")

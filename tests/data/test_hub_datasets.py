@@ -1,4 +1,4 @@
-"""Streaming from the hub, with the hub itself played by a local dataset."""
+"""Streaming from the hub, with a local dataset in place of the hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tsae.data import hub
+from tsae.data import hub_datasets
 from tsae.data.text import TextConfig, open_text
 from tsae.errors import UserError
 
@@ -18,7 +18,7 @@ ROWS = [{"id": i, "text": f"document {i}" if i % 10 else "", "title": f"title {i
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Makes every hub id stand for ROWS; what `load_dataset` was asked for is put on the list."""
+    """Make every hub id give ROWS; the list records the arguments of `load_dataset`."""
     datasets = pytest.importorskip("datasets")
     calls: list[dict[str, Any]] = []
 
@@ -27,10 +27,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         if "broken" in path:
             raise RuntimeError("first line\nsecond line")
         rows = datasets.Dataset.from_list([] if "empty" in path else ROWS).to_iterable_dataset(num_shards=4)
-        return rows.map(lambda row: row) if "untyped" in path else rows  # mapped ones do not know their columns
+        return rows.map(lambda row: row) if "untyped" in path else rows  # mapped rows have no known columns
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(hub, "hub_is_reachable", lambda: True)
+    monkeypatch.setattr(hub_datasets, "hub_is_reachable", lambda: True)
     return calls
 
 
@@ -58,7 +58,7 @@ def test_subset_split_and_column_are_passed_on(asked: list[dict[str, Any]]) -> N
 
 
 @pytest.mark.parametrize("source", ["someone/typed", "untyped"])
-def test_missing_column_names_those_there_are(asked: list[dict[str, Any]], source: str) -> None:
+def test_missing_column_lists_the_columns(asked: list[dict[str, Any]], source: str) -> None:
     with pytest.raises(UserError, match=r"'body'.*id, text, title"):
         open_text(source, part="train", seed=0, config=TextConfig(column="body"))
 
@@ -71,13 +71,13 @@ def test_error_of_the_library_is_one_sentence(asked: list[dict[str, Any]]) -> No
 def test_zstandard_is_streamed_and_a_file_cut_short_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The Pile's files, as `datasets` reads them: it needs a package of its own for them."""
+    """As in the Pile; `datasets` needs an extra package for it."""
     datasets = pytest.importorskip("datasets")
     if sys.version_info < (3, 14):
         pytest.importorskip("backports.zstd")
     import pyarrow as pa
 
-    # 18 MB: more than is read at once, so that the end comes after the stream is open.
+    # 18 MB, more than is read at once, so that the stream opens before the truncated end is reached.
     rows = [[json.dumps({"text": f"document {i} of {j} " + "x" * 60_000}) + "\n" for i in range(100)] for j in range(3)]
     frames = b"".join(pa.Codec("zstd").compress("".join(some).encode(), asbytes=True) for some in rows)
     real = datasets.load_dataset
@@ -86,7 +86,7 @@ def test_zstandard_is_streamed_and_a_file_cut_short_is_one_sentence(
         return real("json", data_files=str(tmp_path / f"{path}.jsonl.zst"), split=split, streaming=streaming)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(hub, "hub_is_reachable", lambda: True)
+    monkeypatch.setattr(hub_datasets, "hub_is_reachable", lambda: True)
     (tmp_path / "whole.jsonl.zst").write_bytes(frames)
     (tmp_path / "cut.jsonl.zst").write_bytes(frames[:-9])
     assert sorted(read("whole", evaluation_share=0)) == sorted(json.loads(line)["text"] for line in sum(rows, []))
@@ -100,24 +100,3 @@ def test_part_without_text(asked: list[dict[str, Any]]) -> None:
         read("someone/some", "evaluation", evaluation_share=0)
     with pytest.raises(UserError):
         read("some/empty")
-
-
-def test_offline_mode_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants, utils
-
-    monkeypatch.setattr(utils, "get_session", lambda: pytest.fail("asked the network"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert not hub.hub_is_reachable()
-
-
-def test_any_answer_means_reachable(monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants, utils
-
-    class Session:
-        def head(self, url: str, timeout: float) -> None:
-            assert url == constants.ENDPOINT
-            assert timeout <= 10
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(utils, "get_session", Session)
-    assert hub.hub_is_reachable()

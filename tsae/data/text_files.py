@@ -1,4 +1,4 @@
-"""Text in local files: .txt, .jsonl (both also compressed by gzip or zstd) and .parquet, alone or in a folder."""
+"""Text from local files or folders: .txt and .jsonl (also compressed with gzip or zstd) and .parquet."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
-from tsae.data.passages import Document, cut
+from tsae.data.documents import Document, cut
 from tsae.errors import UserError
 
 _TXT = (".txt", ".txt.gz", ".txt.zst")
 _JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 SUFFIXES = (*_TXT, *_JSONL, ".parquet")
 
-_CHUNK = 1 << 20  # characters read at a time
-_ROWS = 1_000  # parquet rows read at a time
+_CHARACTERS = 1 << 20  # read at once
+_ROWS = 1_000  # of parquet, read at once
 
 
 def find_files(source: Path) -> list[Path]:
-    """The readable text files of a file or folder (recursively, without hidden ones), sorted by name.
+    """The text files in a folder and its subfolders, except hidden ones, sorted; or the single file named.
 
     Raises UserError if there are none.
     """
@@ -42,9 +42,9 @@ def find_files(source: Path) -> list[Path]:
 
 
 def read_files(paths: Iterable[Path], column: str | None) -> Iterator[Document]:
-    """The documents of the files, in order: passages of .txt files, rows of the others, without blank ones.
+    """The non-blank documents of the files, in order: passages of .txt files, rows of the others.
 
-    Raises UserError for a file that cannot be read or a row that has no text column.
+    Raises UserError for an unreadable file or a row without a text column.
     """
     for path in paths:
         try:
@@ -57,35 +57,35 @@ def read_files(paths: Iterable[Path], column: str | None) -> Iterator[Document]:
             for document in documents:
                 if document.text and not document.text.isspace():
                     yield document
-        except (OSError, EOFError, zlib.error) as error:  # gzip's and zstd's errors are among these
+        except (OSError, EOFError, zlib.error) as error:  # includes errors of gzip and zstd
             raise UserError(f"cannot read {str(path)!r}: {error}") from error
 
 
 def choose_column(columns: Mapping[str, bool], requested: str | None, source: str) -> str:
-    """The column that holds the text: the requested one, else "text", else the only one with strings.
+    """The text column: the requested one, or "text", or the only column of strings.
 
-    columns: for every column, whether it holds strings.
-    Raises UserError naming the columns there are.
+    columns: whether each column holds strings.
+    Raises UserError, which lists the columns, if there is no such column.
     """
-    there = ", ".join(columns) or "none"
+    names = ", ".join(columns) or "none"
     if requested is not None:
         if requested not in columns:
-            raise UserError(f"no column {requested!r} in {source}: the columns are {there}")
+            raise UserError(f"no column {requested!r} in {source}: the columns are {names}")
         if not columns[requested]:
-            raise UserError(f"the column {requested!r} of {source} does not hold text: the columns are {there}")
+            raise UserError(f"the column {requested!r} of {source} does not hold text: the columns are {names}")
         return requested
     strings = [name for name, is_string in columns.items() if is_string]
     if "text" in strings:
         return "text"
     if len(strings) != 1:
-        raise UserError(f"cannot tell which column of {source} holds the text: name one of {there}")
+        raise UserError(f"cannot tell which column of {source} holds the text: name one of {names}")
     return strings[0]
 
 
 def _open(path: Path) -> IO[str]:
     options = {"encoding": "utf-8-sig", "errors": "replace"}
     if path.suffix == ".zst":
-        import pyarrow as pa  # whose codec joins frames and notices a file cut short; Python's own came with 3.14
+        import pyarrow as pa  # its codec joins frames and detects truncation; Python has one only from 3.14 on
 
         return io.TextIOWrapper(io.BufferedReader(pa.input_stream(path, compression="zstd")), **options)
     opener = gzip.open if path.suffix == ".gz" else open
@@ -94,7 +94,7 @@ def _open(path: Path) -> IO[str]:
 
 def _read_txt(path: Path) -> Iterator[Document]:
     with _open(path) as file:
-        for i, passage in enumerate(cut(iter(lambda: file.read(_CHUNK), ""))):
+        for i, passage in enumerate(cut(iter(lambda: file.read(_CHARACTERS), ""))):
             yield Document(f"{path}#{i}", passage)
 
 
@@ -117,7 +117,7 @@ def _read_jsonl(path: Path, column: str | None) -> Iterator[Document]:
                 continue
             if not isinstance(text, str):
                 raise UserError(f"line {number} of {str(path)!r}: the column {name!r} does not hold text")
-            # JSON can spell lone surrogates, which no tokenizer takes.
+            # JSON can contain lone surrogates, which tokenizers reject.
             yield Document(f"{path}#{number}", text.encode("utf-8", "replace").decode("utf-8"))
 
 
@@ -129,7 +129,7 @@ def _read_parquet(path: Path, column: str | None) -> Iterator[Document]:
         return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:  # where it has any
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:  # if the file has checksums
             columns = {field.name: is_string(field.type) for field in file.schema_arrow}
             name = choose_column(columns, column, f"{str(path)!r}")
             number = 0

@@ -1,4 +1,4 @@
-"""What a run's activations are of: the part of its configuration that a cache must agree with."""
+"""The key of an activation cache: everything that determines a run's activations and their order."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from tsae.config import LENGTH, TrainConfig
-from tsae.data.files import find_files
 from tsae.data.text import PYTHON_DOCS
+from tsae.data.text_files import find_files
 from tsae.lm.loading import LanguageModel
 
-_SAMPLES = 64  # values of each weight that its fingerprint is of
-_ENDS = 1 << 16  # bytes at each end of a file that its fingerprint is of
+_SAMPLES = 64  # values hashed per weight
+_ENDS = 1 << 16  # bytes hashed at each end of a file
 
 
-def cache_request(cfg: TrainConfig, lm: LanguageModel, storage: torch.dtype, group: int) -> dict[str, Any]:
-    """By name, all that decides a run's activations and their order, as plain values.
+def cache_key(cfg: TrainConfig, lm: LanguageModel, storage: torch.dtype, group: int) -> dict[str, Any]:
+    """Plain values by name; two runs with equal keys have the same activations in the same order.
 
-    cfg: with the text's split (`text.threshold`) decided
-    storage: dtype the activations are kept in; group: sequences per forward pass
+    cfg: with the split (`text.threshold`) decided
+    storage: storage dtype of the activations
+    group: sequences per forward pass
     """
     return {
         "model": cfg.model,
@@ -46,8 +47,8 @@ def cache_request(cfg: TrainConfig, lm: LanguageModel, storage: torch.dtype, gro
     }
 
 
-def made_with(lm: LanguageModel) -> dict[str, str]:
-    """Versions and device, for the record."""
+def provenance(lm: LanguageModel) -> dict[str, str]:
+    """Versions and device: recorded in the cache, not part of its key."""
     return {
         "tsae": version("tsae"),
         "torch": torch.__version__,
@@ -57,7 +58,7 @@ def made_with(lm: LanguageModel) -> dict[str, str]:
 
 
 def _fingerprint_weights(lm: LanguageModel) -> str:
-    """Of some values of every weight, wherever the model lies."""
+    """Hash of some values of every weight; the same on every device."""
     digest = hashlib.sha256(str(lm.model.config.model_type).encode())
     for name, weight in lm.model.named_parameters():
         step = max(1, weight.numel() // _SAMPLES)
@@ -74,7 +75,7 @@ def _fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _fingerprint_text(source: str) -> str | None:
-    """Of the names, the lengths and the ends of local files; None for a hub data set."""
+    """Hash of the names, sizes and ends of local files; None for a hub dataset."""
     if source == PYTHON_DOCS:
         return f"Python {platform.python_version()}"
     root = Path(source).expanduser()
