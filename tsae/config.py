@@ -14,12 +14,11 @@ import tyro
 
 from tsae.data.text import TextConfig
 from tsae.errors import UserError
+from tsae.sae.kinds import KINDS, Activation, Kind
 from tsae_kernels import MULTISCALE
 
 LENGTH = 128  # content tokens per sequence
 
-Activation = Literal["relu", "gelu", "topk", "batchtopk", "jumprelu", "schmitt", "jumprelu_schmitt"]
-"""Nonlinearities of the encoder; docs/objectives.md has the formulas."""
 TEMPORAL = ("multiscale", "window", "contrastive", "slow")  # what objective.temporal joins
 
 
@@ -69,13 +68,20 @@ class SAEConfig:
     """The input is divided by this, the output multiplied. Set when weights are folded, for what is not
     homogeneous (gelu, layer normalization); 1 everywhere else."""
 
+    @property
+    def kind(self) -> Kind:
+        """The properties of ``activation``."""
+        return KINDS[self.activation]
+
     def check(self) -> None:
         """Raise `UserError` for a value that makes no sense."""
+        if self.activation not in KINDS:
+            raise UserError(f"sae.activation is {self.activation!r}; use {', '.join(KINDS)}.")
         if self.d_in < 0:
             raise UserError(f"sae.d_in is {self.d_in}; it must be positive, or 0 to take the model's width.")
         if self.d_sae < 1:
             raise UserError(f"sae.d_sae is {self.d_sae}; an autoencoder needs at least 1 feature.")
-        if self.activation not in ("relu", "gelu") and not 1 <= self.k <= self.d_sae:
+        if self.kind.k_sparse and not 1 <= self.k <= self.d_sae:
             raise UserError(f"sae.k is {self.k}; it must be from 1 to sae.d_sae, which is {self.d_sae}.")
         if not 0.0 <= self.release_ratio <= 1.0:
             raise UserError(f"sae.release_ratio is {self.release_ratio}; it must be from 0 to 1.")
@@ -88,12 +94,12 @@ class SAEConfig:
                 f"sae.groups is {self.groups}; it must be ascending numbers of features, the last of them sae.d_sae, "
                 f"which is {self.d_sae}."
             )
-        if self.activation in ("schmitt", "jumprelu", "jumprelu_schmitt") and self.layer_norm == "post":
+        if (self.kind.steered or self.kind.learned) and self.layer_norm == "post":
             raise UserError(
                 f"sae.layer_norm is 'post' with sae.activation '{self.activation}'; use 'pre' or 'none', as "
                 "normalising after the threshold would undo its zeros."
             )
-        if self.activation != "schmitt" and (self.hysteresis, self.steering) != ("causal", "controller"):
+        if not self.kind.steered and (self.hysteresis, self.steering) != ("causal", "controller"):
             name = "steering" if self.hysteresis == "causal" else "hysteresis"
             raise UserError(
                 f"sae.{name} is {getattr(self, name)!r} with sae.activation {self.activation!r}; only 'schmitt' has "
@@ -429,7 +435,7 @@ class TrainConfig:
             raise UserError(
                 f"objective.group is {self.objective.group}; the autoencoder has {self.sae.d_sae} features."
             )
-        if self.objective.l0 > 0 and self.sae.activation not in ("jumprelu", "jumprelu_schmitt"):
+        if self.objective.l0 > 0 and not self.sae.kind.learned:
             raise UserError(
                 f"objective.l0 is {self.objective.l0}; sae.activation '{self.sae.activation}' has no learned threshold "
                 "for it to move."

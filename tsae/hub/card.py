@@ -62,7 +62,7 @@ def model_card(
         datasets=data if HUB_ID.fullmatch(data) else None,
         license=license,
     )
-    kind = f"`{cfg.activation}`" + (f", k = {cfg.k}" if cfg.activation not in ("relu", "gelu") else "")
+    kind = f"`{cfg.activation}`" + (f", k = {cfg.k}" if cfg.kind.k_sparse else "")
     parts = [f"---\n{head.to_yaml().strip()}\n---\n", f"# {plain(repo_id.split('/')[-1])}\n"]
     of = f" for {plain(model)}, the output of block {training['layer']}" if model and "layer" in training else ""
     parts.append(f"A sparse autoencoder{of}: {cfg.d_sae:,} features of {cfg.d_in:,} dimensions ({kind}).\n")
@@ -74,7 +74,7 @@ def model_card(
         "xhat = sae.decode(h)\n"
         "```\n"
     )
-    if cfg.activation in ("schmitt", "jumprelu_schmitt"):
+    if cfg.kind.release:
         parts.append(HYSTERESIS)
     if evaluation:
         parts.append("## Measured\n\n" + _measured(evaluation, data, text))

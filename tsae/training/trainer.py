@@ -221,7 +221,7 @@ class Trainer:
     @property
     def _steered(self) -> bool:
         """Whether the controller holds the mean L0 at ``sae.k``."""
-        if self.cfg.sae.activation == "schmitt":
+        if self.cfg.sae.kind.steered:
             return self.cfg.sae.steering == "controller"
         return self.sae.thresholds_learned and self.cfg.objective.l0 == 0
 
@@ -233,7 +233,7 @@ class Trainer:
             self.controller.start(initial_threshold(pre, self.sae.b_enc, self.cfg.sae.k, segments, self.ranks))
             if self.sae.log_threshold is not None:
                 self.sae.log_threshold.fill_(self.controller.theta.log())
-        if self.cfg.sae.activation == "schmitt":
+        if self.cfg.sae.kind.steered:
             self.sae.threshold.fill_(self.controller.theta)
             self.sae.release.copy_(self.sae.threshold * self.cfg.sae.release_ratio)
 
@@ -271,7 +271,7 @@ class Trainer:
         # A product of its own: dead features get a gradient at every token, and that of all others stays sparse.
         dead_pre = self.sae.pre_activation(x, dead) + self.sae.b_enc[dead]
         k = self.cfg.objective.aux_k or max(1, self.cfg.sae.d_in // 2)
-        through_zero = self.cfg.sae.activation == "relu" or self.sae.thresholds_learned
+        through_zero = self.cfg.sae.kind.dead_below_zero
         W_dec = self.sae.W_dec.index_select(0, dead)
         return auxk_loss(residual, dead_pre, W_dec, k, segments, through_zero=through_zero, ranks=self.ranks)
 
@@ -341,7 +341,7 @@ class Trainer:
             "lag1_correlation": alive.mean().item() if alive.numel() else 0.0,
         }
         out |= {f"lag1_correlation_p{p}": q.item() for p, q in zip((10, 50, 90), quantiles, strict=True)}
-        if self.cfg.sae.activation in ("schmitt", "batchtopk"):
+        if self.cfg.sae.kind.shares_threshold:
             out["threshold"] = self.sae.threshold[0].item()
         elif self.sae.thresholds_learned:
             out["threshold"] = (features.total(self.sae.threshold.mean()) / features.size).item()
