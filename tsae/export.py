@@ -17,7 +17,7 @@ import tyro
 from tsae.errors import UserError
 from tsae.evaluation.held_out import held_out, source_of
 from tsae.formats import dictionary_learning, load
-from tsae.formats.forms import plain_form, without_hysteresis
+from tsae.formats.forms import common_architecture, without_hysteresis
 from tsae.rundir import layout
 from tsae.rundir.directory import read_config
 from tsae.sae.model import SparseAutoencoder
@@ -60,7 +60,7 @@ def export(arguments: Arguments) -> Path:
     sae = load(arguments.source)
     run = source if (source / layout.CONFIG).is_file() and (source / layout.AUTOENCODER).is_dir() else None
     dropping = arguments.drop_hysteresis and sae.cfg.kind.release
-    plain_form(without_hysteresis(sae) if dropping else sae, library)
+    common_architecture(without_hysteresis(sae) if dropping else sae, library)
     metadata = _metadata(source if run is None else run / layout.AUTOENCODER)
     with _directory(out) as directory:
         if dropping:

@@ -206,19 +206,19 @@ def test_no_such_place_and_no_known_format(tmp_path, hub) -> None:
 
 def test_wrong_shapes_name_tensor_got_and_wanted(weights, tmp_path) -> None:
     saelens(tmp_path / "a", weights | {"b_enc": torch.zeros(D_SAE + 1)})
-    with pytest.raises(tsae.UserError, match=r"sae_weights.safetensors: b_enc is \(25,\); \(24,\) is wanted"):
+    with pytest.raises(tsae.UserError, match=r"sae_weights.safetensors: b_enc has the shape \(25,\); expected \(24,\)"):
         tsae.load(tmp_path / "a")
     saelens(tmp_path / "a", weights, d_in=9)
-    with pytest.raises(tsae.UserError, match=r"W_enc is \(8, 24\); \(9, 24\) is wanted"):
+    with pytest.raises(tsae.UserError, match=r"W_enc has the shape \(8, 24\); expected \(9, 24\)"):
         tsae.load(tmp_path / "a")
     ae(tmp_path / "b", linear(weights, "bias") | {"decoder.weight": torch.zeros(D_SAE, D_IN)})
-    with pytest.raises(tsae.UserError, match=r"ae.pt: decoder.weight is \(24, 8\); \(8, 24\) is wanted"):
+    with pytest.raises(tsae.UserError, match=r"ae.pt: decoder.weight has the shape \(24, 8\); expected \(8, 24\)"):
         tsae.load(tmp_path / "b")
     np.savez(tmp_path / "params.npz", **{name: tensor.numpy() for name, tensor in weights.items()})
     with pytest.raises(tsae.UserError, match=r"params.npz has no tensor threshold; it has \['W_dec', 'W_enc', "):
         tsae.load(tmp_path)
     np.savez(tmp_path / "params.npz", W_enc=np.zeros(3))
-    with pytest.raises(tsae.UserError, match=r"W_enc is \(3,\); a matrix is wanted"):
+    with pytest.raises(tsae.UserError, match=r"W_enc has the shape \(3,\); expected a matrix"):
         tsae.load(tmp_path)
 
 
@@ -226,10 +226,10 @@ def test_wrong_shapes_name_tensor_got_and_wanted(weights, tmp_path) -> None:
     ("state", "trainer", "message"),
     [
         ({"threshold": torch.tensor(-1.0), "k": torch.tensor(3)}, {"dict_class": "BatchTopKSAE"}, "threshold is -1.0"),
-        ({"threshold": torch.tensor(0.5), "k": torch.tensor(3)}, {}, "may be of AutoEncoderTopK or of BatchTopKSAE"),
-        ({"k": torch.tensor(99)}, {}, "k = 99; a positive whole number of at most 24"),
+        ({"threshold": torch.tensor(0.5), "k": torch.tensor(3)}, {}, "may be an AutoEncoderTopK or a BatchTopKSAE"),
+        ({"k": torch.tensor(99)}, {}, "k = 99; expected a positive integer of at most 24"),
         ({}, {"dict_class": "CrossCoder"}, "class 'CrossCoder'"),
-        ({}, {}, "no class that this version knows"),
+        ({}, {}, "matches no class that this version reads"),
     ],
 )
 def test_dictionary_learning_refusals(state, trainer, message, weights, tmp_path) -> None:
@@ -268,7 +268,7 @@ def test_a_malicious_pickle_is_not_executed(kind: str, weights, tmp_path) -> Non
     assert "\n" not in str(caught.value)
     assert file.name in str(caught.value)
     if kind != "npz":
-        assert "nothing of it was read" in str(caught.value)
+        assert "so it was not read" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["ae.pt", "params.npz", "params.safetensors", "sae_weights.safetensors"])

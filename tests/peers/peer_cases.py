@@ -26,7 +26,7 @@ def randomize(sae: SparseAutoencoder, seed: int = 0) -> SparseAutoencoder:
         if sae.thresholds_learned:
             sae.threshold.mul_(torch.rand(D_SAE, generator=generator) + 0.5)
         sae.release.copy_(0.3 * sae.threshold)
-        sae.adopt_thresholds()
+        sae.update_threshold_parameters()
     return sae
 
 

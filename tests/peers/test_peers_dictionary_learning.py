@@ -69,7 +69,7 @@ def test_their_files_load_here(kind: str, config: bool, tmp_path: Path) -> None:
         trainer = {"dict_class": kind, "k": K, "activation_dim": D_IN, "dict_size": D_SAE}
         (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {}}))
     elif kind in ("AutoEncoderTopK", "BatchTopKSAE"):
-        with pytest.raises(tsae.UserError, match=r"AutoEncoderTopK or of BatchTopKSAE.*config\.json"):
+        with pytest.raises(tsae.UserError, match=r"AutoEncoderTopK or a BatchTopKSAE.*config\.json"):
             tsae.load(tmp_path)
         return
     ours = tsae.load(tmp_path)

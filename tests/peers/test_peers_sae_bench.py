@@ -63,7 +63,7 @@ def test_norms_that_are_not_one_go_into_the_encoder() -> None:
     ours = trained("topk")
     with torch.no_grad():
         ours.W_dec.mul_(2.0)
-    with pytest.raises(tsae.UserError, match=r"decoder rows of norm 1, and here they are from 2 to 2"):
+    with pytest.raises(tsae.UserError, match=r"decoder rows of norm 1, but these have norms from 2 to 2"):
         integration.SAEBenchSAE(ours, "m", 0)
 
 

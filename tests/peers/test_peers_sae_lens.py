@@ -123,7 +123,7 @@ def test_checkpoints_and_results_of_saelens_training_load_here(kind: str, rescal
 def test_a_checkpoint_with_its_scaling_factor(tmp_path: Path) -> None:
     theirs = theirs_of("standard", normalize_activations="expected_average_only_in")
     theirs.save_model(tmp_path)
-    with pytest.raises(UserError, match="a factor that the directory does not hold"):
+    with pytest.raises(UserError, match="a factor that the directory does not contain"):
         tsae.load(tmp_path)
     (tmp_path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": 0.25, "has_whitening": False}))
     ours, x = tsae.load(tmp_path), activations(mean=0.5, scale=1.0)
@@ -167,8 +167,8 @@ def test_configurations_from_before_version_6(kind: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"normalize_activations": "layer_norm"}, "normalizes each token by itself"),
-        ({"normalize_activations": "constant_norm_rescale"}, "normalizes each token by itself"),
+        ({"normalize_activations": "layer_norm"}, "normalizes each token separately"),
+        ({"normalize_activations": "constant_norm_rescale"}, "normalizes each token separately"),
         ({"reshape_activations": "hook_z"}, "hook_z"),
     ],
 )

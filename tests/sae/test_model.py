@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import tsae
 from tsae.config import SAEConfig
 from tsae.errors import UserError
 from tsae.sae.model import SparseAutoencoder
@@ -180,7 +181,7 @@ def test_learned_thresholds_are_saved_as_thresholds(activation: str, training: b
     sae.threshold.mul_(torch.linspace(0.5, 1.5, D_SAE))
     if activation == "jumprelu_schmitt":
         sae.release.copy_(sae.threshold * torch.linspace(0.2, 0.9, D_SAE))
-    sae.adopt_thresholds()
+    sae.update_threshold_parameters()
     assert sae.log_threshold is not None
     h = sae.encode(x, SEGMENTS)
     if training:  # where the parameters rule, and the buffers lag behind
@@ -201,7 +202,7 @@ def test_learned_thresholds_are_saved_as_thresholds(activation: str, training: b
 @pytest.mark.parametrize("activation", ["relu", "gelu", "topk", "batchtopk", "jumprelu", "schmitt", "jumprelu_schmitt"])
 def test_matryoshka_prefixes_are_decodes_of_the_first_features(activation: str) -> None:
     sae = make(activation=activation, groups=(7, 20, D_SAE), input_scale=2.0).train()
-    sae.adopt_thresholds()
+    sae.update_threshold_parameters()
     h = sae.encode(activations(), SEGMENTS).detach().requires_grad_()
     prefixes = sae.decode_prefixes(h)
     assert len(prefixes) == 3
@@ -221,13 +222,15 @@ def test_matryoshka_prefixes_are_decodes_of_the_first_features(activation: str) 
         torch.testing.assert_close(a, b)
 
 
-def test_a_saelens_directory_without_our_metadata_loads(tmp_path: Path) -> None:
+def test_a_saelens_directory_without_our_metadata_is_left_to_tsae_load(tmp_path: Path) -> None:
     sae = make(activation="batchtopk")
     sae.save(tmp_path)
     values = json.loads((tmp_path / "cfg.json").read_text())
     del values["metadata"]["tsae"]
     (tmp_path / "cfg.json").write_text(json.dumps(values))
-    loaded = SparseAutoencoder.load(tmp_path)
+    with pytest.raises(UserError, match=r"was not written by tsae .* read it with tsae\.load"):
+        SparseAutoencoder.load(tmp_path)
+    loaded = tsae.load(tmp_path)
     assert loaded.cfg.activation == "jumprelu"
     torch.testing.assert_close(loaded.encode(activations()), sae.encode(activations()))
 
@@ -239,7 +242,7 @@ def test_bad_directories_are_named(tmp_path: Path) -> None:
     values = json.loads((tmp_path / "cfg.json").read_text())
     values["metadata"]["tsae"]["d_sae"] = 41
     (tmp_path / "cfg.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match=r"W_enc is \(12, 40\); \(12, 41\) is wanted"):
+    with pytest.raises(UserError, match=r"W_enc has the shape \(12, 40\); expected \(12, 41\)"):
         SparseAutoencoder.load(tmp_path)
     (tmp_path / "sae_weights.safetensors").write_bytes(b"\0" * 50)
     with pytest.raises(UserError, match="damaged"):
@@ -282,5 +285,5 @@ def test_normalizer_survives_a_mean_a_thousand_times_the_spread() -> None:
 def test_normalizer_refuses_what_does_not_vary() -> None:
     with pytest.raises(UserError, match="must vary"):
         InputNormalizer.estimate(torch.ones(2, 3, 4))
-    with pytest.raises(UserError, match="no content token"):
+    with pytest.raises(UserError, match="at least one content token"):
         InputNormalizer.estimate(torch.randn(2, 3, 4), torch.full((2, 3), -1))

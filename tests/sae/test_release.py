@@ -24,7 +24,7 @@ def make(activation: str, **options: Any) -> SparseAutoencoder:
         sae.b_dec.fill_(0.1)
     sae.threshold.copy_(torch.linspace(0.8, 1.6, K))
     sae.release.copy_(0.5 * sae.threshold)
-    sae.adopt_thresholds()
+    sae.update_threshold_parameters()
     return sae
 
 

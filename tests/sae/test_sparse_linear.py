@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tsae.sae.sparse_linear import decode_sparse, encode_linear, worthwhile
+from tsae.sae.sparse_linear import decode_sparse, encode_linear, use_sparse_products
 
-pytestmark = pytest.mark.skipif(not worthwhile(torch.zeros(1)), reason="sparse products need the compiled library")
+pytestmark = pytest.mark.skipif(
+    not use_sparse_products(torch.zeros(1)), reason="sparse products need the compiled library"
+)
 
 
 def features(active: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tsae.config import OptimizerConfig, SAEConfig
 from tsae.sae.model import SparseAutoencoder
-from tsae.sae.straight_through import straight_through, thresholds
+from tsae.sae.straight_through import learned_thresholds, straight_through
 from tsae.training.optimization import add_l0_lagrangian_gradient, build_optimizer, threshold_parameters
 from tsae_kernels import activate_with_stats
 
@@ -24,7 +24,7 @@ def correlated(b: int, t: int, k: int, seed: int = 0) -> Tensor:
 
 
 def features(z: Tensor, log_threshold: Tensor, release_logit: Tensor | None, segments: Tensor | None) -> Tensor:
-    theta, release = thresholds(log_threshold, release_logit)
+    theta, release = learned_thresholds(log_threshold, release_logit)
     return activate_with_stats(z, None, "relu", theta, release, ((1, 1),), segments)[0]
 
 
@@ -179,5 +179,5 @@ def test_training_uses_the_parameters_and_evaluation_the_buffers(activation: str
     sae.threshold.fill_(0.1)
     sae.release.fill_(0.1)
     assert sae.encode(x).any()
-    sae.adopt_thresholds()
+    sae.update_threshold_parameters()
     torch.testing.assert_close(sae.log_threshold.exp(), torch.full((20,), 0.1))

@@ -46,8 +46,9 @@ def whole(part: Tensor, dim: int, axis: Axis) -> Tensor | None:
 class ShardedAutoencoder(SparseAutoencoder):
     """This process's features of an autoencoder in training.
 
-    `SparseAutoencoder`'s attributes give the local parts, (d_in, d_sae / size) for ``W_enc``; `trained` the parameters,
-    DTensors of the whole shape. Only what training needs works: encoding and decoding return what `Axis` makes of it.
+    `SparseAutoencoder`'s attributes give the local parts, (d_in, d_sae / size) for ``W_enc``; `parameter_dict`
+    the parameters, DTensors of the whole shape. Only what training needs works: encoding and decoding return what
+    `Axis` makes of it.
 
     Args:
         autoencoder: the whole, on the CPU; left as it is.
@@ -70,7 +71,7 @@ class ShardedAutoencoder(SparseAutoencoder):
         for name, tensor in autoencoder.named_buffers():
             self.register_buffer(name, split(tensor, FEATURE_DIM[name], ranks.features).to(device))
 
-    def trained(self) -> dict[str, nn.Parameter]:
+    def parameter_dict(self) -> dict[str, nn.Parameter]:
         """The parameters, DTensors of the whole shape, by the names of `SparseAutoencoder`."""
         return dict(self.shards.items())
 
@@ -86,7 +87,7 @@ class ShardedAutoencoder(SparseAutoencoder):
 
     def whole_state(self) -> dict[str, Tensor | None]:
         """`SparseAutoencoder.state_dict` of the whole; on others than the first process of the parts, None for it."""
-        parts = {name: local(p) for name, p in self.trained().items()} | dict(self.named_buffers(recurse=False))
+        parts = {name: local(p) for name, p in self.parameter_dict().items()} | dict(self.named_buffers(recurse=False))
         features = self.ranks.features
         return {
             name: whole(part, FEATURE_DIM[name], features) if name in FEATURE_DIM else part.detach()
@@ -96,7 +97,7 @@ class ShardedAutoencoder(SparseAutoencoder):
     @torch.no_grad()
     def load_whole_state(self, state: dict[str, Tensor]) -> None:
         """Take this process's part of `whole_state`."""
-        parts = {name: local(p) for name, p in self.trained().items()} | dict(self.named_buffers(recurse=False))
+        parts = {name: local(p) for name, p in self.parameter_dict().items()} | dict(self.named_buffers(recurse=False))
         for name, part in parts.items():
             value = state[name]
             part.copy_(split(value, FEATURE_DIM[name], self.ranks.features) if name in FEATURE_DIM else value)
@@ -122,7 +123,7 @@ def load_whole_optimizer_state(optimizer: torch.optim.Optimizer, sae: ShardedAut
     """Take this process's part of `whole_optimizer_state`, or of an optimizer's that was never split."""
     from torch.distributed.tensor import DTensor
 
-    names, parameters = _names(optimizer, sae), sae.trained()
+    names, parameters = _names(optimizer, sae), sae.parameter_dict()
 
     def part(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.shape != parameters[name].shape:
@@ -139,5 +140,5 @@ def load_whole_optimizer_state(optimizer: torch.optim.Optimizer, sae: ShardedAut
 
 def _names(optimizer: torch.optim.Optimizer, sae: ShardedAutoencoder) -> list[str]:
     """The names of the optimizer's parameters, in its order."""
-    known = {id(parameter): name for name, parameter in sae.trained().items()}
+    known = {id(parameter): name for name, parameter in sae.parameter_dict().items()}
     return [known[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]

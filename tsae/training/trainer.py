@@ -370,7 +370,7 @@ class Trainer:
         if frozen and sae.thresholds_learned:
             out.threshold *= controller.frozen / controller.theta
             out.release *= controller.frozen / controller.theta
-            out.adopt_thresholds()
+            out.update_threshold_parameters()
         return out
 
     def state_dict(self) -> dict[str, Any]:
@@ -407,7 +407,7 @@ class Trainer:
         """What `state_dict` holds that can become infinite, of this process."""
         slots = self.optimizer.state_dict()["state"]
         return {
-            "sae": {name: local(tensor) for name, tensor in self.sae.trained().items()}
+            "sae": {name: local(tensor) for name, tensor in self.sae.parameter_dict().items()}
             | dict(self.sae.named_buffers(recurse=False)),
             "optimizer": {"state": {i: {k: local(v) for k, v in slot.items()} for i, slot in slots.items()}},
             "controller": self.controller.state_dict(),
