@@ -68,8 +68,8 @@ def model_card(
     parts.append(f"A sparse autoencoder{of}: {cfg.d_sae:,} features of {cfg.d_in:,} dimensions ({kind}).\n")
     parts.append(
         "```python\n"
-        "from tsae.sae.model import SparseAutoencoder\n\n"
-        f'sae = SparseAutoencoder.from_pretrained("{repo_id}")\n'
+        "import tsae\n\n"
+        f'sae = tsae.load("{repo_id}")\n'
         f"h = sae.encode(x)  # raw activations [batch, tokens, {cfg.d_in}] to features [batch, tokens, {cfg.d_sae}]\n"
         "xhat = sae.decode(h)\n"
         "```\n"
