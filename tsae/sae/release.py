@@ -36,7 +36,7 @@ def check_has_thresholds(cfg: SAEConfig) -> None:
         usable = ", ".join(name for name, kind in KINDS.items() if kind.stores_threshold)
         raise UserError(
             f"The autoencoder's activation is {cfg.activation!r} (layer_norm {cfg.layer_norm!r}); a release ratio "
-            f"needs stored thresholds ({usable}) and no layer normalization after the activation."
+            f"needs one with thresholds ({usable}) and no layer normalization after it."
         )
 
 
