@@ -1,4 +1,4 @@
-"""`tsae.load` on files written here, without the libraries they are of: values by formula, and bad input."""
+"""`tsae.load` on files of other formats, written here without their libraries: values by formula, and bad input."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def x() -> torch.Tensor:
 
 
 def linear(weights: dict[str, torch.Tensor], bias: str = "b_dec") -> dict[str, torch.Tensor]:
-    """The same weights as those of two linear layers."""
+    """The same weights as two linear layers."""
     return {
         "encoder.weight": weights["W_enc"].T.contiguous(),
         "encoder.bias": weights["b_enc"],
@@ -100,7 +100,7 @@ def test_saelens_gated(weights, x, tmp_path) -> None:
 
 
 def test_saelens_scaling_factor(weights, x, tmp_path) -> None:
-    """Of finetuning, before version 6: on features, before the decoder."""
+    """A factor on features before the decoder, from finetuning before version 6."""
     factor = torch.linspace(0.5, 2, D_SAE)
     saelens(tmp_path, weights | {"scaling_factor": factor}, finetuning_scaling_factor=True)
     sae, h = tsae.load(tmp_path), pre(weights, x).relu()
@@ -167,7 +167,7 @@ def test_our_own_directories(tmp_path) -> None:
         assert torch.equal(loaded.release, sae.release)
 
 
-# The hub, played by a stand-in; what all readers of it share is in tests/hub.
+# A fake hub; tests/hub tests what all readers of the hub share.
 
 
 def test_a_repository_on_the_hub(weights, x, tmp_path, monkeypatch, hub) -> None:
@@ -204,7 +204,7 @@ def test_no_such_place_and_no_known_format(tmp_path, hub) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_wrong_shapes_name_tensor_got_and_wanted(weights, tmp_path) -> None:
+def test_wrong_shapes_are_named(weights, tmp_path) -> None:
     saelens(tmp_path / "a", weights | {"b_enc": torch.zeros(D_SAE + 1)})
     with pytest.raises(tsae.UserError, match=r"sae_weights.safetensors: b_enc has the shape \(25,\); expected \(24,\)"):
         tsae.load(tmp_path / "a")
@@ -238,7 +238,7 @@ def test_dictionary_learning_refusals(state, trainer, message, weights, tmp_path
 
 
 class Malicious:
-    """A pickle of this makes a file when it is loaded."""
+    """Unpickling it creates a directory."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -250,7 +250,7 @@ class Malicious:
 @pytest.mark.parametrize("kind", ["torch", "pickle", "old pickle", "among tensors", "npz"])
 def test_a_malicious_pickle_is_not_executed(kind: str, weights, tmp_path) -> None:
     made = tmp_path / "executed"
-    pickle.loads(pickle.dumps(Malicious(made)))  # the attack works ...
+    pickle.loads(pickle.dumps(Malicious(made)))  # the attack works
     assert made.is_dir()
     made.rmdir()
     file = tmp_path / ("params.npz" if kind == "npz" else "ae.pt")
@@ -264,7 +264,7 @@ def test_a_malicious_pickle_is_not_executed(kind: str, weights, tmp_path) -> Non
         np.savez(file, W_enc=np.array([Malicious(made)], dtype=object), allow_pickle=True)
     with pytest.raises(tsae.UserError) as caught:
         tsae.load(tmp_path)
-    assert not made.exists()  # ... but not here
+    assert not made.exists()  # but not through tsae.load
     assert "\n" not in str(caught.value)
     assert file.name in str(caught.value)
     if kind != "npz":
@@ -284,7 +284,7 @@ def test_damaged_files(name: str, content: bytes, tmp_path) -> None:
 
 
 def test_import_is_cheap() -> None:
-    """`import tsae` brings in neither PyTorch nor anything else; names are found when they are asked for."""
+    """`import tsae` does not import PyTorch; names are imported on first use."""
     code = "import sys, tsae; assert not {'torch', 'numpy', 'transformers'} & set(sys.modules); tsae.load; dir(tsae)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -20,18 +21,13 @@ def is_hub_id(source: str) -> bool:
 
 
 def download(
-    source: str,
-    files: tuple[str, ...],
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
+    source: str, files: tuple[str, ...], *, revision: str | None, local_files_only: bool, **options: Any
 ) -> Path:
     """The folder in the hub's cache that holds ``files``, as far as the repository has them.
 
     source: `OWNER/NAME[/FOLDER...][@REVISION]`
-    revision, token, cache_dir, local_files_only: as in `tsae.load`
+    revision, local_files_only: as in `tsae.load`
+    options: ``token`` and ``cache_dir``
 
     Raises:
         UserError: there is no such repository, or it is not in the cache and the hub cannot be reached.
@@ -46,10 +42,9 @@ def download(
         root = huggingface_hub.snapshot_download(
             repo,
             revision=named or revision,
-            token=token,
-            cache_dir=cache_dir,
             allow_patterns=[f"{folder}/{name}" if folder else name for name in files],
             local_files_only=local_files_only or not hub_is_reachable(),
+            **options,
         )
     except LocalEntryNotFoundError as error:
         why = "may not be used (local_files_only)" if local_files_only else "cannot be reached"

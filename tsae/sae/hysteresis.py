@@ -94,5 +94,4 @@ def exact_threshold(
     dtype = torch.promote_types(pre.dtype, torch.float32)
     z = pre.to(dtype) if bias is None else pre.to(dtype) + bias
     levels = switch_on_levels(z, ratio, segments, two_sided=two_sided)
-    levels = levels.flatten(0, 1) if segments is None else levels[segments >= 0]
-    return threshold_for(levels, k, ranks, 0.0).clamp(min=0.0)
+    return threshold_for(levels, k, segments, ranks, 0.0).clamp(min=0.0)

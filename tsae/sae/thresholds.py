@@ -37,16 +37,15 @@ def batch_topk_threshold(
     out: scalar, no gradient
     """
     values = pre.detach() if bias is None else pre.detach() + bias.detach().to(pre.dtype)
-    values = values.flatten(0, 1) if segments is None else values[segments >= 0]
-    return threshold_for(values, k, ranks, torch.finfo(values.dtype).min)
+    return threshold_for(values, k, segments, ranks, torch.finfo(values.dtype).min)
 
 
-def threshold_for(values: Tensor, k: int, ranks: Ranks, lowest: float) -> Tensor:
-    """The threshold that k values per row exceed on average: the (k rows + 1)-th largest of all values.
+def threshold_for(values: Tensor, k: int, segments: Tensor | None, ranks: Ranks, lowest: float) -> Tensor:
+    """The threshold that k values per token exceed on average: the (k tokens + 1)-th largest value; a scalar.
 
-    values: (rows, d_sae), this rank's shard; lowest: the threshold if all values may pass
-    out: scalar
+    values, segments, ranks: as ``pre`` and the others in `batch_topk_threshold`; lowest: the threshold if all may pass
     """
+    values = values.flatten(0, 1) if segments is None else values[segments >= 0]
     tokens, d_sae = values.shape
     if ranks.world.size > 1:
         tokens = int(ranks.data.total(torch.tensor(tokens)))
