@@ -1,4 +1,4 @@
-"""Train a SAELens SAE with a temporal objective in SAELens's own trainer, on sequences kept whole.
+"""Train a SAELens SAE with a temporal objective in SAELens's trainer, on complete sequences.
 
     python examples/train_with_sae_lens.py --model gemma-3-270m --layer 9 --data python-docs --out sae-lens-run
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--d-sae", type=int, default=2560)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--batch", type=int, default=16, help="sequences of 128 tokens in a step")
+    parser.add_argument("--batch", type=int, default=16, help="sequences of 128 tokens per step")
     parser.add_argument("--temporal", default="contrastive", help="contrastive, multiscale, window or slow")
     parser.add_argument("--coefficient", type=float, default=10.0, help="weight of the temporal term")
     options = parser.parse_args()
@@ -65,7 +65,7 @@ def main() -> None:
     )
     SAETrainer(trainer_config, sae, batches).fit()
 
-    # What SAELens saves takes normalized activations; the normalization goes into the weights.
+    # SAELens's SAE takes normalized activations; fold the normalization into the weights.
     sae.save_inference_model(options.out / "normalized")
     folded = tsae.load(options.out / "normalized").folded(normalizer.mean, normalizer.scale)
     folded.save(options.out / "sae", model_name=options.model, hook_name=f"blocks.{options.layer}.hook_resid_post")

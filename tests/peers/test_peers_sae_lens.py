@@ -1,4 +1,4 @@
-"""Against the real SAELens: what we save loads there, what it saves loads here, and both compute the same."""
+"""Against the real SAELens: our files load there, its files load here, and both compute the same."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from tsae.errors import UserError
 
 sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed; make peers")
 
-FORMS = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu"}
+ARCHITECTURES = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu"}
 
 
 @pytest.mark.parametrize("subtract", [True, False])
-@pytest.mark.parametrize("activation", FORMS)
+@pytest.mark.parametrize("activation", ARCHITECTURES)
 def test_saved_directory_loads_in_saelens(activation: str, subtract: bool, tmp_path: Path) -> None:
     sae = trained(activation, apply_b_dec_to_input=subtract)
     sae.save(tmp_path, model_name="m", hook_name="blocks.1.hook_resid_post")
     theirs = sae_lens.SAE.load_from_disk(tmp_path)
-    assert theirs.cfg.architecture() == FORMS[activation]
+    assert theirs.cfg.architecture() == ARCHITECTURES[activation]
     assert theirs.cfg.metadata.hook_name == "blocks.1.hook_resid_post"
     x = activations()
     with torch.no_grad():
@@ -49,14 +49,14 @@ def test_what_saelens_cannot_compute_it_refuses(
 ) -> None:
     from sae_lens.registry import SAE_CLASS_REGISTRY
 
-    monkeypatch.delitem(SAE_CLASS_REGISTRY, "tsae_schmitt", raising=False)  # tsae.integrations.sae_lens teaches it
+    monkeypatch.delitem(SAE_CLASS_REGISTRY, "tsae_schmitt", raising=False)  # tsae.integrations.sae_lens registers it
     trained(**options).save(tmp_path)
     with pytest.raises(KeyError, match="tsae_"):
         sae_lens.SAE.load_from_disk(tmp_path)
 
 
 def theirs_of(kind: str, **options: object) -> object:
-    """A SAELens autoencoder with random weights, on activations about zero."""
+    """A SAELens autoencoder with random weights, for activations around zero."""
     from sae_lens.registry import get_sae_class
 
     sae_class, config_class = get_sae_class(kind)
@@ -100,7 +100,7 @@ def test_saelens_directories_load_here(kind: str, options: dict[str, object], tm
 @pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka_batchtopk", "jumprelu"])
 @pytest.mark.parametrize("rescale", [True, False])
 def test_checkpoints_and_results_of_saelens_training_load_here(kind: str, rescale: bool, tmp_path: Path) -> None:
-    """Both files of one training: the checkpoint, and the autoencoder for inference that SAELens makes of it."""
+    """The checkpoint of a training, and the inference autoencoder that SAELens makes from it."""
     from sae_lens.registry import get_sae_training_class
 
     sae_class, config_class = get_sae_training_class(kind)
@@ -135,7 +135,7 @@ def test_a_checkpoint_with_its_scaling_factor(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["standard", "topk", "gated"])
 def test_configurations_from_before_version_6(kind: str, tmp_path: Path) -> None:
-    """The flat `cfg.json` of versions 3 to 5, topk as an activation function; SAELens itself reads it the same way."""
+    """The flat `cfg.json` of versions 3 to 5, with topk as an activation function; SAELens reads it too."""
     theirs_of(kind).save_model(tmp_path)
     old = {
         "architecture": "gated" if kind == "gated" else "standard",
