@@ -166,7 +166,7 @@ class SparseAutoencoder(nn.Module):
     def _activate(
         self, pre: Tensor, bands: tuple[tuple[int, int], ...], segments: Tensor | None, backend: str | None
     ) -> tuple[Tensor, TemporalStats, Tensor | None]:
-        """Features, statistics, and for thresholds in training the mean L0 with its gradient."""
+        """Features, statistics, and the mean L0 if thresholds are being learned (else None)."""
         cfg, kind = self.cfg, self.cfg.kind
         bias: Tensor | None = self.b_enc
         if cfg.layer_norm == "pre":
@@ -191,23 +191,23 @@ class SparseAutoencoder(nn.Module):
     def _thresholds(
         self, pre: Tensor, bias: Tensor | None, segments: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Threshold and release of this forward pass: from the batch or the parameters in training, else stored."""
+        """Threshold and release of this forward pass; in training from the batch or the parameters."""
         cfg, kind = self.cfg, self.cfg.kind
         if kind.threshold == "none":
             return None, None
         if kind.threshold == "token":
             return topk_threshold(pre, bias, cfg.k, self.ranks.features), None  # [B, T, 1]
-        if not self.training or not (kind.threshold == "batch" or cfg.steering == "exact"):
-            if self.training:
-                self.update_threshold_buffers()
-            return self.threshold, self.release if kind.release else None
-        if kind.threshold == "batch":
+        if self.training and kind.threshold == "batch":
             threshold = batch_topk_threshold(pre, bias, cfg.k, segments, self.ranks)
-        else:
+        elif self.training and cfg.steering == "exact":
             two_sided = cfg.hysteresis == "two-sided"
             threshold = exact_threshold(
                 pre, bias, cfg.k, cfg.release_ratio, segments, two_sided=two_sided, ranks=self.ranks
             )
+        else:
+            if self.training:
+                self.update_threshold_buffers()
+            return self.threshold, self.release if kind.release else None
         self._track(threshold)
         return threshold, threshold * cfg.release_ratio if kind.release else None
 
