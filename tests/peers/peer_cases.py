@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from tsae.config import SAEConfig
@@ -42,3 +44,10 @@ def same_to(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
     assert a.shape == b.shape
     assert torch.equal(a == 0, b == 0)
     assert float((a - b).abs().max()) <= tolerance * float(b.abs().max())
+
+
+@torch.no_grad()
+def same_outputs(a: Any, b: Any, x: torch.Tensor) -> None:
+    """Two autoencoders give the same features and reconstruction, as `same_to` says."""
+    same_to(a.encode(x), b.encode(x))
+    same_to(a(x), b(x))

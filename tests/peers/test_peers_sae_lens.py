@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peer_cases import D_IN, D_SAE, K, activations, same_to, trained
+from peer_cases import D_IN, D_SAE, K, activations, same_outputs, same_to, trained
 from safetensors.torch import load_file, save_file
 
 import tsae
@@ -91,9 +91,7 @@ def test_saelens_directories_load_here(kind: str, options: dict[str, object], tm
     theirs.save_model(tmp_path)
     ours, x = tsae.load(tmp_path), activations(mean=0.5, scale=1.0)
     theirs = theirs.to(dtype=torch.float32)
-    with torch.no_grad():
-        same_to(ours.encode(x), theirs.encode(x))
-        same_to(ours(x), theirs(x))
+    same_outputs(ours, theirs, x)
     assert not ours.training
 
 
@@ -113,11 +111,8 @@ def test_checkpoints_and_results_of_saelens_training_load_here(kind: str, rescal
     theirs.save_model(tmp_path / "checkpoint")
     theirs.save_inference_model(tmp_path / "inference")
     reference, x = sae_lens.SAE.load_from_disk(tmp_path / "inference"), activations(mean=0.5, scale=1.0)
-    with torch.no_grad():
-        for name in ("checkpoint", "inference"):
-            ours = tsae.load(tmp_path / name)
-            same_to(ours.encode(x), reference.encode(x))
-            same_to(ours(x), reference(x))
+    for name in ("checkpoint", "inference"):
+        same_outputs(tsae.load(tmp_path / name), reference, x)
 
 
 def test_a_checkpoint_with_its_scaling_factor(tmp_path: Path) -> None:
@@ -128,9 +123,7 @@ def test_a_checkpoint_with_its_scaling_factor(tmp_path: Path) -> None:
     (tmp_path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": 0.25, "has_whitening": False}))
     ours, x = tsae.load(tmp_path), activations(mean=0.5, scale=1.0)
     theirs.fold_activation_norm_scaling_factor(0.25)
-    with torch.no_grad():
-        same_to(ours.encode(x), theirs.encode(x))
-        same_to(ours(x), theirs(x))
+    same_outputs(ours, theirs, x)
 
 
 @pytest.mark.parametrize("kind", ["standard", "topk", "gated"])
@@ -159,9 +152,7 @@ def test_configurations_from_before_version_6(kind: str, tmp_path: Path) -> None
     weights = load_file(tmp_path / "sae_weights.safetensors")
     save_file(weights | {"scaling_factor": torch.ones(D_SAE)}, tmp_path / "sae_weights.safetensors")
     theirs, ours, x = sae_lens.SAE.load_from_disk(tmp_path), tsae.load(tmp_path), activations(mean=0.5, scale=1.0)
-    with torch.no_grad():
-        same_to(ours.encode(x), theirs.encode(x))
-        same_to(ours(x), theirs(x))
+    same_outputs(ours, theirs, x)
 
 
 @pytest.mark.parametrize(
