@@ -1,4 +1,4 @@
-"""Train a SAELens SAE with a temporal objective in SAELens's own trainer, on complete sequences.
+"""Train a SAELens SAE with a temporal objective in SAELens's trainer, on complete sequences.
 
     python examples/train_with_sae_lens.py --model gemma-3-270m --layer 9 --data python-docs --out sae-lens-run
 
@@ -65,7 +65,7 @@ def main() -> None:
     )
     SAETrainer(trainer_config, sae, batches).fit()
 
-    # SAELens saves an SAE on normalized activations; fold the normalization into its weights.
+    # SAELens's SAE takes normalized activations; fold the normalization into the weights.
     sae.save_inference_model(options.out / "normalized")
     folded = tsae.load(options.out / "normalized").folded(normalizer.mean, normalizer.scale)
     folded.save(options.out / "sae", model_name=options.model, hook_name=f"blocks.{options.layer}.hook_resid_post")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["SAEConfig", "SparseAutoencoder", "TrainConfig", "UserError", "load"]
 
 # Imported when first used: PyTorch alone takes more than a second.
-_HOMES = {
+_MODULES = {
     "SAEConfig": "tsae.config",
     "TrainConfig": "tsae.config",
     "UserError": "tsae.errors",
@@ -24,9 +24,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

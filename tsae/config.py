@@ -11,13 +11,12 @@ from typing import Annotated, Literal
 import tyro
 
 from tsae.errors import UserError
+from tsae.sae.kinds import KINDS, Activation, Kind
 from tsae.utils.ranges import Range, at_least, between, check_ranges, positive
 from tsae_kernels import MULTISCALE
 
 LENGTH = 128  # content tokens per sequence
 
-Activation = Literal["relu", "gelu", "topk", "batchtopk", "jumprelu", "schmitt", "jumprelu_schmitt"]
-"""Nonlinearities of the encoder; docs/objectives.md has the formulas."""
 TEMPORAL = ("multiscale", "window", "contrastive", "slow")  # terms that objective.temporal may sum
 
 PositiveInt = Annotated[int, at_least(1)]
@@ -73,13 +72,20 @@ class SAEConfig:
     """Divide the input and multiply the output by this. Set when trained weights are folded and the activation is not
     homogeneous (gelu, layer normalization); otherwise 1."""
 
+    @property
+    def kind(self) -> Kind:
+        """The properties of ``activation``."""
+        return KINDS[self.activation]
+
     def check(self) -> None:
         """Raise `UserError` for the first invalid value."""
+        if self.activation not in KINDS:
+            raise UserError(f"sae.activation is {self.activation!r}; use {', '.join(KINDS)}.")
         check_ranges(self, "sae.")
         self._check_combinations()
 
     def _check_combinations(self) -> None:
-        if self.activation not in ("relu", "gelu") and not 1 <= self.k <= self.d_sae:
+        if self.kind.k_sparse and not 1 <= self.k <= self.d_sae:
             raise UserError(f"sae.k is {self.k}; it must be from 1 to sae.d_sae, which is {self.d_sae}.")
         if self.groups and (
             list(self.groups) != sorted(set(self.groups)) or self.groups[0] < 1 or self.groups[-1] != self.d_sae
@@ -88,12 +94,12 @@ class SAEConfig:
                 f"sae.groups is {self.groups}; it must be ascending numbers of features, the last of them sae.d_sae, "
                 f"which is {self.d_sae}."
             )
-        if self.activation in ("schmitt", "jumprelu", "jumprelu_schmitt") and self.layer_norm == "post":
+        if (self.kind.steered or self.kind.learned) and self.layer_norm == "post":
             raise UserError(
                 f"sae.layer_norm is 'post' with sae.activation '{self.activation}'; use 'pre' or 'none', because "
                 "normalizing after the threshold would undo its zeros."
             )
-        if self.activation != "schmitt" and (self.hysteresis, self.steering) != ("causal", "controller"):
+        if not self.kind.steered and (self.hysteresis, self.steering) != ("causal", "controller"):
             name = "steering" if self.hysteresis == "causal" else "hysteresis"
             raise UserError(
                 f"sae.{name} is {getattr(self, name)!r} with sae.activation {self.activation!r}; only 'schmitt' has "
@@ -378,7 +384,7 @@ class TrainConfig:
         objective._check_combinations()
         if objective.group > sae.d_sae:
             raise UserError(f"objective.group is {objective.group}; the autoencoder has {sae.d_sae} features.")
-        if objective.l0 > 0 and sae.activation not in ("jumprelu", "jumprelu_schmitt"):
+        if objective.l0 > 0 and not sae.kind.learned:
             raise UserError(
                 f"objective.l0 is {objective.l0}; sae.activation '{sae.activation}' has no learned threshold for it "
                 "to move."

@@ -44,7 +44,7 @@ from tsae.reports.figure import read_source, write_report
 from tsae.reports.table import print_table
 from tsae.rundir import layout
 from tsae.sae.model import SparseAutoencoder
-from tsae.sae.release import check_releasable, with_release_ratio
+from tsae.sae.release import check_has_thresholds, with_release_ratio
 from tsae.utils.atomic import write_json
 from tsae.utils.cli import parse, report_errors
 from tsae.utils.config_json import load_json
@@ -117,7 +117,7 @@ def evaluate_run(arguments: Arguments) -> EvaluationResult:
 
     sae = SparseAutoencoder.load(run / layout.AUTOENCODER)
     if ratio is not None:
-        check_releasable(sae.cfg)
+        check_has_thresholds(sae.cfg)
     lm = load_language_model(config.model, device=device, dtype=config.lm_dtype, revision=config.revision)
     check_width(sae, lm, str(run))
     sae.to(lm.device)

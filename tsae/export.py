@@ -17,10 +17,10 @@ import tyro
 from tsae.errors import UserError
 from tsae.evaluation.held_out import held_out, source_of
 from tsae.formats import dictionary_learning, load
-from tsae.formats.forms import plain_form, without_hysteresis
+from tsae.formats.forms import common_architecture, without_hysteresis
 from tsae.rundir import layout
 from tsae.rundir.directory import read_config
-from tsae.sae.model import SCHMITT, SparseAutoencoder
+from tsae.sae.model import SparseAutoencoder
 from tsae.sae.release import with_release_ratio
 from tsae.utils.atomic import WriteError
 from tsae.utils.cli import parse, report_errors
@@ -59,8 +59,8 @@ def export(arguments: Arguments) -> Path:
     source = Path(arguments.source).expanduser()
     sae = load(arguments.source)
     run = source if (source / layout.CONFIG).is_file() and (source / layout.AUTOENCODER).is_dir() else None
-    dropping = arguments.drop_hysteresis and sae.cfg.activation in SCHMITT
-    plain_form(without_hysteresis(sae) if dropping else sae, library)
+    dropping = arguments.drop_hysteresis and sae.cfg.kind.release
+    common_architecture(without_hysteresis(sae) if dropping else sae, library)
     metadata = _metadata(source if run is None else run / layout.AUTOENCODER)
     with _directory(out) as directory:
         if dropping:

@@ -82,7 +82,7 @@ def test_the_factor_gives_the_same_l0(activation: str) -> None:
     sae = SparseAutoencoder(cfg, generator=torch.Generator().manual_seed(0)).eval()
     sae.threshold.copy_(torch.linspace(0.5, 1.5, 96))
     sae.release.copy_(0.3 * sae.threshold)
-    sae.adopt_thresholds()
+    sae.update_threshold_parameters()
     generator = torch.Generator().manual_seed(1)
     batches = []
     for _ in range(3):
@@ -112,10 +112,10 @@ def test_a_release_at_the_threshold_is_no_hysteresis(tiny_gemma3, tmp_path) -> N
 @pytest.mark.parametrize(
     ("sae", "options", "message"),
     [
-        ({"activation": "gelu"}, [], "no form for the activation gelu"),
-        ({"activation": "relu", "layer_norm": "pre"}, [], "no form for layer normalization"),
-        ({"activation": "topk", "input_scale": 2.0}, [], "no form for an input divided by a number"),
-        ({"activation": "schmitt", "layer_norm": "pre"}, ["--drop-hysteresis"], "no form for layer normalization"),
+        ({"activation": "gelu"}, [], "no equivalent of the activation gelu"),
+        ({"activation": "relu", "layer_norm": "pre"}, [], "no equivalent of layer normalization"),
+        ({"activation": "topk", "input_scale": 2.0}, [], "no equivalent of a scaled input"),
+        ({"activation": "schmitt", "layer_norm": "pre"}, ["--drop-hysteresis"], "no equivalent of layer normalization"),
         ({"activation": "topk"}, ["--out", "FULL"], "is not an empty directory"),
         ({"activation": "topk"}, ["--to", "onnx"], "expected one of"),
     ],

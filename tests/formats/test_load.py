@@ -1,4 +1,4 @@
-"""`tsae.load` on files written here, without the libraries they are of: values by formula, and bad input."""
+"""`tsae.load` on files of other formats, written here without their libraries: values by formula, and bad input."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def x() -> torch.Tensor:
 
 
 def linear(weights: dict[str, torch.Tensor], bias: str = "b_dec") -> dict[str, torch.Tensor]:
-    """The same weights as those of two linear layers."""
+    """The same weights as two linear layers."""
     return {
         "encoder.weight": weights["W_enc"].T.contiguous(),
         "encoder.bias": weights["b_enc"],
@@ -100,7 +100,7 @@ def test_saelens_gated(weights, x, tmp_path) -> None:
 
 
 def test_saelens_scaling_factor(weights, x, tmp_path) -> None:
-    """Of finetuning, before version 6: on features, before the decoder."""
+    """A factor on features before the decoder, from finetuning before version 6."""
     factor = torch.linspace(0.5, 2, D_SAE)
     saelens(tmp_path, weights | {"scaling_factor": factor}, finetuning_scaling_factor=True)
     sae, h = tsae.load(tmp_path), pre(weights, x).relu()
@@ -167,7 +167,7 @@ def test_our_own_directories(tmp_path) -> None:
         assert torch.equal(loaded.release, sae.release)
 
 
-# The hub, played by a stand-in; what all readers of it share is in tests/hub.
+# A fake hub; tests/hub tests what all readers of the hub share.
 
 
 def test_a_repository_on_the_hub(weights, x, tmp_path, monkeypatch, hub) -> None:
@@ -204,21 +204,21 @@ def test_no_such_place_and_no_known_format(tmp_path, hub) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_wrong_shapes_name_tensor_got_and_wanted(weights, tmp_path) -> None:
+def test_wrong_shapes_are_named(weights, tmp_path) -> None:
     saelens(tmp_path / "a", weights | {"b_enc": torch.zeros(D_SAE + 1)})
-    with pytest.raises(tsae.UserError, match=r"sae_weights.safetensors: b_enc is \(25,\); \(24,\) is wanted"):
+    with pytest.raises(tsae.UserError, match=r"sae_weights.safetensors: b_enc has the shape \(25,\); expected \(24,\)"):
         tsae.load(tmp_path / "a")
     saelens(tmp_path / "a", weights, d_in=9)
-    with pytest.raises(tsae.UserError, match=r"W_enc is \(8, 24\); \(9, 24\) is wanted"):
+    with pytest.raises(tsae.UserError, match=r"W_enc has the shape \(8, 24\); expected \(9, 24\)"):
         tsae.load(tmp_path / "a")
     ae(tmp_path / "b", linear(weights, "bias") | {"decoder.weight": torch.zeros(D_SAE, D_IN)})
-    with pytest.raises(tsae.UserError, match=r"ae.pt: decoder.weight is \(24, 8\); \(8, 24\) is wanted"):
+    with pytest.raises(tsae.UserError, match=r"ae.pt: decoder.weight has the shape \(24, 8\); expected \(8, 24\)"):
         tsae.load(tmp_path / "b")
     np.savez(tmp_path / "params.npz", **{name: tensor.numpy() for name, tensor in weights.items()})
     with pytest.raises(tsae.UserError, match=r"params.npz has no tensor threshold; it has \['W_dec', 'W_enc', "):
         tsae.load(tmp_path)
     np.savez(tmp_path / "params.npz", W_enc=np.zeros(3))
-    with pytest.raises(tsae.UserError, match=r"W_enc is \(3,\); a matrix is wanted"):
+    with pytest.raises(tsae.UserError, match=r"W_enc has the shape \(3,\); expected a matrix"):
         tsae.load(tmp_path)
 
 
@@ -226,10 +226,10 @@ def test_wrong_shapes_name_tensor_got_and_wanted(weights, tmp_path) -> None:
     ("state", "trainer", "message"),
     [
         ({"threshold": torch.tensor(-1.0), "k": torch.tensor(3)}, {"dict_class": "BatchTopKSAE"}, "threshold is -1.0"),
-        ({"threshold": torch.tensor(0.5), "k": torch.tensor(3)}, {}, "may be of AutoEncoderTopK or of BatchTopKSAE"),
-        ({"k": torch.tensor(99)}, {}, "k = 99; a positive whole number of at most 24"),
+        ({"threshold": torch.tensor(0.5), "k": torch.tensor(3)}, {}, "may be an AutoEncoderTopK or a BatchTopKSAE"),
+        ({"k": torch.tensor(99)}, {}, "k = 99; expected a positive integer of at most 24"),
         ({}, {"dict_class": "CrossCoder"}, "class 'CrossCoder'"),
-        ({}, {}, "no class that this version knows"),
+        ({}, {}, "matches no class that this version reads"),
     ],
 )
 def test_dictionary_learning_refusals(state, trainer, message, weights, tmp_path) -> None:
@@ -238,7 +238,7 @@ def test_dictionary_learning_refusals(state, trainer, message, weights, tmp_path
 
 
 class Malicious:
-    """A pickle of this makes a file when it is loaded."""
+    """Unpickling it creates a directory."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -250,7 +250,7 @@ class Malicious:
 @pytest.mark.parametrize("kind", ["torch", "pickle", "old pickle", "among tensors", "npz"])
 def test_a_malicious_pickle_is_not_executed(kind: str, weights, tmp_path) -> None:
     made = tmp_path / "executed"
-    pickle.loads(pickle.dumps(Malicious(made)))  # the attack works ...
+    pickle.loads(pickle.dumps(Malicious(made)))  # the attack works
     assert made.is_dir()
     made.rmdir()
     file = tmp_path / ("params.npz" if kind == "npz" else "ae.pt")
@@ -264,11 +264,11 @@ def test_a_malicious_pickle_is_not_executed(kind: str, weights, tmp_path) -> Non
         np.savez(file, W_enc=np.array([Malicious(made)], dtype=object), allow_pickle=True)
     with pytest.raises(tsae.UserError) as caught:
         tsae.load(tmp_path)
-    assert not made.exists()  # ... but not here
+    assert not made.exists()  # but not through tsae.load
     assert "\n" not in str(caught.value)
     assert file.name in str(caught.value)
     if kind != "npz":
-        assert "nothing of it was read" in str(caught.value)
+        assert "so it was not read" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["ae.pt", "params.npz", "params.safetensors", "sae_weights.safetensors"])
@@ -284,7 +284,7 @@ def test_damaged_files(name: str, content: bytes, tmp_path) -> None:
 
 
 def test_import_is_cheap() -> None:
-    """`import tsae` brings in neither PyTorch nor anything else; names are found when they are asked for."""
+    """`import tsae` does not import PyTorch; names are imported on first use."""
     code = "import sys, tsae; assert not {'torch', 'numpy', 'transformers'} & set(sys.modules); tsae.load; dir(tsae)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -36,7 +36,7 @@ def write_run(directory: Path, model: Path, **sae: object) -> Path:
     autoencoder = SparseAutoencoder(config.sae, generator=torch.Generator().manual_seed(0)).eval()
     autoencoder.threshold.fill_(0.5)
     autoencoder.release.fill_(0.1)
-    autoencoder.adopt_thresholds()
+    autoencoder.update_threshold_parameters()
     autoencoder.save(directory / "sae", model_name=str(model), hook_layer=LAYER)
     return directory
 

@@ -1,4 +1,4 @@
-"""`pytest tests/peers --no-skips`: what would be skipped, for want of a package, fails."""
+"""`pytest tests/peers --no-skips`: a test skipped because a package is missing fails instead."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--no-skips", action="store_true", help="a skipped test is a failed one")
+    parser.addoption("--no-skips", action="store_true", help="fail skipped tests")
 
 
 def strict(config: pytest.Config) -> bool:
-    return config.getoption("--no-skips", default=False)  # unknown where this folder is not named on the command line
+    return config.getoption("--no-skips", default=False)  # undefined unless this folder is on the command line
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,8 +1,7 @@
-"""Make an environment with the peers on top of this interpreter's: `python tests/peers/peers_environment.py DIR`.
+"""Create an environment with the peers on top of this interpreter's: `python tests/peers/peers_environment.py DIR`.
 
-It sees every package of the environment below, in the version there, and holds the peers and what they need beside
-that. So the peers are tested beside the versions that everything else is tested with, and the environment below, in
-which everything else is tested, does not see them.
+It inherits every package of the environment below and adds the peers and their missing dependencies. So the peers are
+tested with the same package versions as everything else, while the environment below stays free of them.
 """
 
 from __future__ import annotations
@@ -16,40 +15,40 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-BELOW = "_below.pth"  # in the upper environment: names the packages' folder of the lower one
+BELOW = "_below.pth"  # in the upper environment, points to the packages of the lower one
 CONSTRAINTS = ROOT / "constraints.txt"
 SINGLE_PROCESS = ROOT / "tests" / "peers" / "requirements.txt"
 
 
 def packages_of(environment: Path) -> Path:
-    """The folder of an environment's packages."""
+    """The package folder of an environment."""
     scheme = sysconfig.get_preferred_scheme("prefix")
     return Path(sysconfig.get_path("purelib", scheme, {"base": str(environment), "platbase": str(environment)}))
 
 
 def below(packages: Path) -> Path:
-    """The packages' folder under the environment with this one.
+    """The package folder of the lower environment, given that of the upper one.
 
     Raises:
-        FileNotFoundError: it was not made by `make`.
+        FileNotFoundError: the environment was not created by `make`.
     """
     return Path((packages / BELOW).read_text(encoding="utf-8").split('"')[1])
 
 
 def versions(packages: Path) -> dict[str, str]:
-    """Name -> version of what is installed in a folder."""
+    """Name -> version of the packages in a folder."""
     return {found.name.lower().replace("_", "-"): found.version for found in distributions(path=[str(packages)])}
 
 
 def make(environment: Path) -> None:
-    """Write the environment anew.
+    """Create the environment, replacing an existing one.
 
     Raises:
         subprocess.CalledProcessError: a package cannot be installed.
     """
     venv.create(environment, symlinks=True, clear=True)
     lower = sysconfig.get_path("purelib")
-    # addsitedir, so that the .pth files of the lower one, which make it editable, count as well.
+    # addsitedir also processes the lower environment's .pth files, which editable installs need.
     line = f'import site; site.addsitedir("{lower}")\n'
     (packages_of(environment) / BELOW).write_text(line, encoding="utf-8")
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]

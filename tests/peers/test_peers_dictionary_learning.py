@@ -1,4 +1,4 @@
-"""Against the real dictionary_learning: its classes' files load here, and ours there."""
+"""Against the real dictionary_learning: its files load here, and ours there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ trainers = pytest.importorskip("dictionary_learning.trainers", reason=reason)
 
 
 def theirs_of(kind: str) -> Any:
-    """One of their autoencoders with random weights."""
+    """One of its autoencoders with random weights."""
     from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
     from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE
     from dictionary_learning.trainers.top_k import AutoEncoderTopK
@@ -43,7 +43,7 @@ def theirs_of(kind: str) -> Any:
 
 
 def read_both(sae: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features and reconstruction of theirs, of flat tokens, which its Matryoshka class wants."""
+    """Its features and reconstruction; its Matryoshka class needs flat tokens."""
     with torch.no_grad():
         h = sae.encode(x.flatten(0, 1))
         return h.reshape(*x.shape[:-1], -1), sae.decode(h).reshape(x.shape)
@@ -69,7 +69,7 @@ def test_their_files_load_here(kind: str, config: bool, tmp_path: Path) -> None:
         trainer = {"dict_class": kind, "k": K, "activation_dim": D_IN, "dict_size": D_SAE}
         (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {}}))
     elif kind in ("AutoEncoderTopK", "BatchTopKSAE"):
-        with pytest.raises(tsae.UserError, match=r"AutoEncoderTopK or of BatchTopKSAE.*config\.json"):
+        with pytest.raises(tsae.UserError, match=r"AutoEncoderTopK or a BatchTopKSAE.*config\.json"):
             tsae.load(tmp_path)
         return
     ours = tsae.load(tmp_path)
@@ -109,7 +109,7 @@ def test_what_we_export_loads_there(options: dict[str, Any], kind: str, tmp_path
     assert (config["trainer"]["layer"], config["trainer"]["lm_name"], config["buffer"]["ctx_len"]) == (3, "m", 129)
     h, xhat = read_both(theirs, x)
     with torch.no_grad():
-        # JumpReluAutoEncoder does not subtract b_dec, 600 in every dimension, so float32 rounds more.
+        # JumpReluAutoEncoder does not subtract b_dec, which is 600 in every dimension, so float32 rounds more.
         tolerance = 1e-5 if kind != "JumpReluAutoEncoder" else 1e-4
         same_to(h, sae.encode(x), tolerance)
         same_to(xhat, sae(x))

@@ -1,4 +1,4 @@
-"""The peers are tested beside the versions that everything else is tested with."""
+"""The peers are tested with the same package versions as everything else."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from peers_environment import BELOW, CONSTRAINTS, ROOT, SINGLE_PROCESS, below, v
 PIN = re.compile(r"^(\S+)==(\S+)$", re.M)
 
 
-def test_what_is_installed_alone_is_pinned_as_the_rest_is() -> None:
+def test_packages_installed_without_dependencies_are_pinned_too() -> None:
     pins = dict(PIN.findall(CONSTRAINTS.read_text()))
     alone = dict(PIN.findall(SINGLE_PROCESS.read_text()))
     assert alone
     assert alone.items() <= pins.items()
 
 
-def test_no_package_of_the_environment_below_is_there_in_another_version() -> None:
+def test_the_peers_environment_overrides_no_version_of_the_one_below() -> None:
     packages = Path(sysconfig.get_path("purelib"))
     if not (packages / BELOW).exists():
-        pytest.skip("these are not the peers' environment; make peers")
+        pytest.skip("not the peers environment; make peers")
     lower, upper = versions(below(packages)), versions(packages)
     assert {"torch", "transformers", "numpy"} <= set(lower)
     assert {"sae-lens", "sae-bench", "dictionary-learning", "eai-sparsify"} <= set(upper) - set(lower)
@@ -34,7 +34,7 @@ def test_no_package_of_the_environment_below_is_there_in_another_version() -> No
 
 
 @pytest.mark.parametrize("option", [(), ("--no-skips",)])
-def test_a_missing_peer_is_skipped_or_on_request_an_error(option: tuple[str, ...]) -> None:
+def test_a_missing_peer_is_skipped_or_an_error_with_no_skips(option: tuple[str, ...]) -> None:
     arguments = ["tests/peers/test_peers_sparsify.py", "-p", "no:cacheprovider", "-rs", *option]
     code = f"import sys, pytest; sys.modules['sparsify'] = None; sys.exit(pytest.main({arguments!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

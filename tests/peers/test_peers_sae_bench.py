@@ -1,4 +1,4 @@
-"""Against the real SAEBench: its interface for custom SAEs, its metrics' code on ours, and its schema."""
+"""Against the real SAEBench: its interface for custom SAEs, its metrics on ours, and its schema."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_wrapper_is_a_custom_sae(activation: str) -> None:
     assert half.encode(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_norms_that_are_not_one_go_into_the_encoder() -> None:
+def test_decoder_norms_move_into_the_encoder() -> None:
     x = activations()
     for activation in ("relu", "jumprelu", "schmitt"):
         ours = trained(activation)
@@ -63,12 +63,12 @@ def test_norms_that_are_not_one_go_into_the_encoder() -> None:
     ours = trained("topk")
     with torch.no_grad():
         ours.W_dec.mul_(2.0)
-    with pytest.raises(tsae.UserError, match=r"decoder rows of norm 1, and here they are from 2 to 2"):
+    with pytest.raises(tsae.UserError, match=r"decoder rows of norm 1, but these have norms from 2 to 2"):
         integration.SAEBenchSAE(ours, "m", 0)
 
 
 class Model:
-    """As much of a HookedTransformer as SAEBench's code asks of it: activations by token."""
+    """The part of a HookedTransformer that SAEBench uses: activations per token."""
 
     def __init__(self) -> None:
         self.embedding = torch.randn(50, D_IN, generator=torch.Generator().manual_seed(5)) * 25 + 600
@@ -83,7 +83,7 @@ class Store:
 
 
 def test_saebench_s_own_metrics_run_on_it() -> None:
-    """And agree with ours where the two define the same."""
+    """They agree with ours where the definitions agree."""
     from sae_bench.sae_bench_utils import general_utils
 
     from tsae.evaluation.metrics import ReconstructionMetrics
@@ -127,7 +127,7 @@ def test_the_file_is_valid_by_the_installed_schema(core_file: Path) -> None:
     values = json.loads(core_file.read_text())
     jsonschema.validate(values, schema)
     known = schema["properties"]
-    assert set(values) == set(known)  # nothing that the schema does not name
+    assert set(values) == set(known)  # no field outside the schema
     for name, part in (("eval_config", "CoreEvalConfig"), ("eval_result_metrics", "CoreMetricCategories")):
         assert set(values[name]) == set(schema["$defs"][part]["properties"])
     for name, metrics in values["eval_result_metrics"].items():

@@ -1,4 +1,4 @@
-"""Against the real SAELens: what we save loads there, what it saves loads here, and both compute the same."""
+"""Against the real SAELens: our files load there, its files load here, and both compute the same."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peer_cases import D_IN, D_SAE, K, activations, same_to, trained
+from peer_cases import D_IN, D_SAE, K, activations, same_outputs, same_to, trained
 from safetensors.torch import load_file, save_file
 
 import tsae
@@ -16,16 +16,16 @@ from tsae.errors import UserError
 
 sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed; make peers")
 
-FORMS = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu"}
+ARCHITECTURES = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu"}
 
 
 @pytest.mark.parametrize("subtract", [True, False])
-@pytest.mark.parametrize("activation", FORMS)
+@pytest.mark.parametrize("activation", ARCHITECTURES)
 def test_saved_directory_loads_in_saelens(activation: str, subtract: bool, tmp_path: Path) -> None:
     sae = trained(activation, apply_b_dec_to_input=subtract)
     sae.save(tmp_path, model_name="m", hook_name="blocks.1.hook_resid_post")
     theirs = sae_lens.SAE.load_from_disk(tmp_path)
-    assert theirs.cfg.architecture() == FORMS[activation]
+    assert theirs.cfg.architecture() == ARCHITECTURES[activation]
     assert theirs.cfg.metadata.hook_name == "blocks.1.hook_resid_post"
     x = activations()
     with torch.no_grad():
@@ -49,14 +49,14 @@ def test_what_saelens_cannot_compute_it_refuses(
 ) -> None:
     from sae_lens.registry import SAE_CLASS_REGISTRY
 
-    monkeypatch.delitem(SAE_CLASS_REGISTRY, "tsae_schmitt", raising=False)  # tsae.integrations.sae_lens teaches it
+    monkeypatch.delitem(SAE_CLASS_REGISTRY, "tsae_schmitt", raising=False)  # tsae.integrations.sae_lens registers it
     trained(**options).save(tmp_path)
     with pytest.raises(KeyError, match="tsae_"):
         sae_lens.SAE.load_from_disk(tmp_path)
 
 
 def theirs_of(kind: str, **options: object) -> object:
-    """A SAELens autoencoder with random weights, on activations about zero."""
+    """A SAELens autoencoder with random weights, for activations around zero."""
     from sae_lens.registry import get_sae_class
 
     sae_class, config_class = get_sae_class(kind)
@@ -91,16 +91,14 @@ def test_saelens_directories_load_here(kind: str, options: dict[str, object], tm
     theirs.save_model(tmp_path)
     ours, x = tsae.load(tmp_path), activations(mean=0.5, scale=1.0)
     theirs = theirs.to(dtype=torch.float32)
-    with torch.no_grad():
-        same_to(ours.encode(x), theirs.encode(x))
-        same_to(ours(x), theirs(x))
+    same_outputs(ours, theirs, x)
     assert not ours.training
 
 
 @pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka_batchtopk", "jumprelu"])
 @pytest.mark.parametrize("rescale", [True, False])
 def test_checkpoints_and_results_of_saelens_training_load_here(kind: str, rescale: bool, tmp_path: Path) -> None:
-    """Both files of one training: the checkpoint, and the autoencoder for inference that SAELens makes of it."""
+    """The checkpoint of a training, and the inference autoencoder that SAELens makes from it."""
     from sae_lens.registry import get_sae_training_class
 
     sae_class, config_class = get_sae_training_class(kind)
@@ -113,29 +111,24 @@ def test_checkpoints_and_results_of_saelens_training_load_here(kind: str, rescal
     theirs.save_model(tmp_path / "checkpoint")
     theirs.save_inference_model(tmp_path / "inference")
     reference, x = sae_lens.SAE.load_from_disk(tmp_path / "inference"), activations(mean=0.5, scale=1.0)
-    with torch.no_grad():
-        for name in ("checkpoint", "inference"):
-            ours = tsae.load(tmp_path / name)
-            same_to(ours.encode(x), reference.encode(x))
-            same_to(ours(x), reference(x))
+    for name in ("checkpoint", "inference"):
+        same_outputs(tsae.load(tmp_path / name), reference, x)
 
 
 def test_a_checkpoint_with_its_scaling_factor(tmp_path: Path) -> None:
     theirs = theirs_of("standard", normalize_activations="expected_average_only_in")
     theirs.save_model(tmp_path)
-    with pytest.raises(UserError, match="a factor that the directory does not hold"):
+    with pytest.raises(UserError, match="a factor that the directory does not contain"):
         tsae.load(tmp_path)
     (tmp_path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": 0.25, "has_whitening": False}))
     ours, x = tsae.load(tmp_path), activations(mean=0.5, scale=1.0)
     theirs.fold_activation_norm_scaling_factor(0.25)
-    with torch.no_grad():
-        same_to(ours.encode(x), theirs.encode(x))
-        same_to(ours(x), theirs(x))
+    same_outputs(ours, theirs, x)
 
 
 @pytest.mark.parametrize("kind", ["standard", "topk", "gated"])
 def test_configurations_from_before_version_6(kind: str, tmp_path: Path) -> None:
-    """The flat `cfg.json` of versions 3 to 5, topk as an activation function; SAELens itself reads it the same way."""
+    """The flat `cfg.json` of versions 3 to 5, with topk as an activation function; SAELens reads it too."""
     theirs_of(kind).save_model(tmp_path)
     old = {
         "architecture": "gated" if kind == "gated" else "standard",
@@ -159,16 +152,14 @@ def test_configurations_from_before_version_6(kind: str, tmp_path: Path) -> None
     weights = load_file(tmp_path / "sae_weights.safetensors")
     save_file(weights | {"scaling_factor": torch.ones(D_SAE)}, tmp_path / "sae_weights.safetensors")
     theirs, ours, x = sae_lens.SAE.load_from_disk(tmp_path), tsae.load(tmp_path), activations(mean=0.5, scale=1.0)
-    with torch.no_grad():
-        same_to(ours.encode(x), theirs.encode(x))
-        same_to(ours(x), theirs(x))
+    same_outputs(ours, theirs, x)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"normalize_activations": "layer_norm"}, "normalizes each token by itself"),
-        ({"normalize_activations": "constant_norm_rescale"}, "normalizes each token by itself"),
+        ({"normalize_activations": "layer_norm"}, "normalizes each token separately"),
+        ({"normalize_activations": "constant_norm_rescale"}, "normalizes each token separately"),
         ({"reshape_activations": "hook_z"}, "hook_z"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`tsae.integrations.sae_lens` in the real SAELens: its registry, its trainer, its loader."""
+"""`tsae.integrations.sae_lens` in the real SAELens: registry, trainer and loader."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ B, T = 6, 32
 
 
 def slow_signals(steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches whose directions each go on and off slowly, under noise that is new at every token."""
+    """Batches in which directions switch slowly, plus directions that change at every token."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(24, D_IN, generator=generator), dim=1)
     segments = torch.zeros(B, T, dtype=torch.int32)
@@ -53,7 +53,7 @@ def train(kind: str, steps: int = 150, **options: Any) -> Any:
     return SAETrainer(cfg, sae, batches).fit()
 
 
-def test_batches_are_flat_rows_of_whole_sequences() -> None:
+def test_batches_are_flattened_sequences() -> None:
     (x, segments), *_ = slow_signals(1)
     normalizer = tsae.sae.normalization.InputNormalizer(torch.full((D_IN,), 2.0), 4.0)
     batches = integration.SequenceBatches([(x.bfloat16(), segments)], normalizer)
@@ -67,7 +67,7 @@ def test_batches_are_flat_rows_of_whole_sequences() -> None:
 
 
 @pytest.mark.parametrize("temporal", ["contrastive", "multiscale", "window", "slow"])
-def test_the_loss_is_our_objective_on_the_batch_s_sequences(temporal: str) -> None:
+def test_the_loss_is_our_objective_on_sequences(temporal: str) -> None:
     from sae_lens.saes.sae import TrainStepInput
 
     options = {"temperature": 0.2, "pairs": 20, "min_variance": 0.0}
@@ -96,7 +96,7 @@ def test_the_loss_is_our_objective_on_the_batch_s_sequences(temporal: str) -> No
 
 
 @pytest.mark.parametrize("kind", ["temporal_topk", "temporal_batchtopk"])
-def test_saelens_trains_saves_and_loads_it(kind: str, tmp_path: Path) -> None:
+def test_saelens_trains_saves_and_loads_temporal_saes(kind: str, tmp_path: Path) -> None:
     sae = train(kind, temporal_coefficient=1.0, temporal_warm_up_steps=10)
     sae.save_inference_model(tmp_path / "inference")
     sae.save_model(tmp_path / "training")
@@ -113,7 +113,7 @@ def test_saelens_trains_saves_and_loads_it(kind: str, tmp_path: Path) -> None:
 
 
 def test_the_objective_makes_features_more_consistent() -> None:
-    """Against SAELens's own TopK on the same batches: a contrastive term on adjacent tokens."""
+    """A contrastive term on adjacent tokens, against SAELens's TopK on the same batches."""
     from tsae.evaluation.metrics import TemporalMetrics
 
     scores = {}
@@ -137,7 +137,7 @@ def test_shuffled_tokens_are_refused() -> None:
     batches = integration.SequenceBatches(slow_signals(1))
     next(batches)
     sae.follow(batches)
-    with pytest.raises(tsae.UserError, match="needs whole sequences"):  # not the batch that came last
+    with pytest.raises(tsae.UserError, match="needs whole sequences"):  # not the latest batch
         sae.training_forward_pass(TrainStepInput(x, {"temporal": 1.0}, None, 0, False))
 
 
@@ -154,7 +154,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize("activation", ["schmitt", "jumprelu_schmitt"])
-def test_saelens_loads_hysteresis_once_it_is_registered(activation: str, tmp_path: Path) -> None:
+def test_saelens_loads_hysteresis_after_registration(activation: str, tmp_path: Path) -> None:
     ours, x = trained(activation), activations()
     ours.save(tmp_path, model_name="m", hook_name="blocks.1.hook_resid_post")
     theirs = sae_lens.SAE.load_from_disk(tmp_path)
@@ -165,7 +165,7 @@ def test_saelens_loads_hysteresis_once_it_is_registered(activation: str, tmp_pat
         h = ours.encode(x, segments)
         same_to(theirs.encode(x), h)
         same_to(theirs(x), ours.decode(h))
-        assert int((h > 0).sum()) > int((ours.encode(x.flatten(0, 1)[:, None]) > 0).sum())  # it does hold on
+        assert int((h > 0).sum()) > int((ours.encode(x.flatten(0, 1)[:, None]) > 0).sum())  # some are held on
         same_to(theirs.encode(x[0]), h[0])
     theirs.save_model(tmp_path / "again")
     assert torch.equal(sae_lens.SAE.load_from_disk(tmp_path / "again").release, theirs.release)

@@ -1,4 +1,4 @@
-"""Against the real sparsify: what its SparseCoder saves loads here and computes the same."""
+"""Against the real sparsify: a saved SparseCoder loads here and computes the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hysteresis held on from both sides, and thresholds that meet the wanted L0 exactly, against walks written out."""
+"""Two-sided hysteresis and exact thresholds, against plain loops over positions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def numbers(seed: int = 0) -> Tensor:
 
 
 def stretches(z: Tensor, theta: float, release: float, segments: Tensor) -> Tensor:
-    """[B, T, K]: in a stretch above the release, inside a segment, that is somewhere above the threshold."""
+    """[B, T, K]: in a stretch above the release, within a segment, that exceeds the threshold somewhere."""
     on = torch.zeros(z.shape, dtype=torch.bool)
     rows, ids = z.transpose(1, 2).tolist(), segments.tolist()
     for b in range(B):
@@ -63,7 +63,7 @@ def inputs(seed: int = 2) -> Tensor:
 
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS])
-def test_two_sided_keeps_whole_stretches_and_the_gradient_flows_through_what_is_kept(segments: Tensor | None) -> None:
+def test_two_sided_keeps_stretches_and_passes_gradient_through_them(segments: Tensor | None) -> None:
     sae = make(hysteresis="two-sided")
     sae.threshold.fill_(1.2)
     sae.release.fill_(0.3)
@@ -101,7 +101,7 @@ def test_two_sided_without_hysteresis_is_the_causal_one_bit_for_bit(dtype: torch
     assert all(torch.equal(a, b) for a, b in zip(out[0][1], out[1][1], strict=True))
 
 
-def test_two_sided_does_not_hide_what_is_not_a_number() -> None:
+def test_two_sided_does_not_hide_nan() -> None:
     sae = make(hysteresis="two-sided")
     sae.threshold.fill_(1.0)
     z = numbers()
@@ -109,7 +109,7 @@ def test_two_sided_does_not_hide_what_is_not_a_number() -> None:
     assert sae.activate(z)[0].isnan().nonzero().tolist() == [[1, 3, 4]]
 
 
-def test_two_sided_is_saved_and_loaded_under_a_name_of_its_own(tmp_path: Path) -> None:
+def test_two_sided_has_its_own_architecture_name_on_disk(tmp_path: Path) -> None:
     sae, x = make(hysteresis="two-sided", steering="exact"), inputs()
     sae.threshold.fill_(1.0)
     sae.release.fill_(0.2)
@@ -130,7 +130,7 @@ def make_causal(sae: SparseAutoencoder) -> SparseAutoencoder:
 
 @pytest.mark.parametrize("two_sided", [False, True])
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.8, 1.0])
-def test_levels_are_where_features_switch_on(ratio: float, two_sided: bool) -> None:
+def test_levels_are_the_thresholds_at_which_entries_switch(ratio: float, two_sided: bool) -> None:
     z = numbers().double()
     levels = switch_on_levels(z, ratio, SEGMENTS, two_sided=two_sided)
     walk = stretches if two_sided else causal
@@ -141,9 +141,7 @@ def test_levels_are_where_features_switch_on(ratio: float, two_sided: bool) -> N
 @pytest.mark.parametrize("two_sided", [False, True])
 @pytest.mark.parametrize("segments", [None, SEGMENTS])
 @pytest.mark.parametrize("ratio", [0.0, 0.4, 1.0])
-def test_the_exact_threshold_gives_the_wanted_l0_hysteresis_included(
-    ratio: float, segments: Tensor | None, two_sided: bool
-) -> None:
+def test_the_exact_threshold_meets_the_target_l0(ratio: float, segments: Tensor | None, two_sided: bool) -> None:
     z, bias = numbers(), 0.2 * numbers(4)[0, 0]
     theta = exact_threshold(z, bias, 4, ratio, segments, two_sided=two_sided)
     walk = stretches if two_sided else causal
@@ -155,7 +153,7 @@ def test_the_exact_threshold_gives_the_wanted_l0_hysteresis_included(
     tokens = int((ids >= 0).sum())
     above, below = active(1.000001 * float(theta)), active(0.999999 * float(theta))
     assert above <= 4 * tokens < below
-    assert below - above <= T  # a stretch switches as a whole
+    assert below - above <= T  # all entries of a stretch switch together
     if ratio == 1.0:
         assert torch.equal(theta, batch_topk_threshold(z, bias, 4, segments))
 
@@ -163,7 +161,7 @@ def test_the_exact_threshold_gives_the_wanted_l0_hysteresis_included(
 def test_exact_thresholds_at_the_edges() -> None:
     z = numbers()
     assert float(exact_threshold(z, None, K, 0.3)) == 0.0
-    assert float(exact_threshold(-z.abs(), None, 4, 0.3)) == 0.0  # nothing to switch on: never below 0
+    assert float(exact_threshold(-z.abs(), None, 4, 0.3)) == 0.0  # nothing to switch on; never below 0
     assert float(exact_threshold(z, None, 4, 0.3, torch.full((B, T), -1))) == 0.0
     half = exact_threshold(z.bfloat16(), 0.01 * z[0, 0], 4, 0.3)
     assert half.dtype == torch.float32
@@ -184,10 +182,10 @@ def test_exact_steering_meets_k_on_every_batch_and_keeps_a_running_mean(hysteres
     sae = make(steering="exact", release_ratio=0.4, hysteresis=hysteresis).train()
     seen = []
     for seed in range(3):
-        x = inputs(seed) * (1.0 + seed)  # another threshold each time
+        x = inputs(seed) * (1.0 + seed)  # a different threshold for each batch
         h, _, l0 = sae.activate_counted(sae.pre_activation(x), segments=SEGMENTS)
         tokens = int((SEGMENTS >= 0).sum())
-        assert abs(float(l0) - 4.0) <= 5.0 / tokens  # a stretch switches as a whole
+        assert abs(float(l0) - 4.0) <= 5.0 / tokens  # all entries of a stretch switch together
         assert torch.equal(l0, mean_l0(h, SEGMENTS))
         two_sided = hysteresis == "two-sided"
         pre = sae.pre_activation(x).detach()

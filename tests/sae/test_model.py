@@ -1,4 +1,4 @@
-"""The autoencoder: activations, folding of the normalization, saving."""
+"""The autoencoder: activations, folding of the input normalization, saving."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import tsae
 from tsae.config import SAEConfig
 from tsae.errors import UserError
+from tsae.sae.kinds import KINDS
 from tsae.sae.model import SparseAutoencoder
 from tsae.sae.normalization import InputNormalizer
 
@@ -56,7 +58,7 @@ def test_topk_keeps_exactly_the_k_largest() -> None:
     torch.testing.assert_close(sae.encode(x), expected)
 
 
-def test_batchtopk_takes_k_a_token_on_average_from_the_batch_and_its_running_threshold_in_eval() -> None:
+def test_batchtopk_keeps_k_per_token_of_the_batch_and_uses_its_running_threshold_in_eval() -> None:
     sae, x = make(activation="batchtopk").train(), activations()
     sae.threshold.zero_()
     h = sae.encode(x, SEGMENTS)
@@ -169,7 +171,7 @@ def test_saved_directory_is_saelens_format(tmp_path: Path) -> None:
     make(activation="batchtopk").save(tmp_path / "batchtopk")
     assert json.loads((tmp_path / "batchtopk" / "cfg.json").read_text())["architecture"] == "jumprelu"
     assert load_file(tmp_path / "batchtopk" / "sae_weights.safetensors")["threshold"].shape == (D_SAE,)
-    make(activation="schmitt").save(tmp_path / "schmitt")  # must not pass for something SAELens computes
+    make(activation="schmitt").save(tmp_path / "schmitt")  # SAELens must not take it for one of its own
     assert json.loads((tmp_path / "schmitt" / "cfg.json").read_text())["architecture"] == "tsae_schmitt"
 
 
@@ -180,10 +182,10 @@ def test_learned_thresholds_are_saved_as_thresholds(activation: str, training: b
     sae.threshold.mul_(torch.linspace(0.5, 1.5, D_SAE))
     if activation == "jumprelu_schmitt":
         sae.release.copy_(sae.threshold * torch.linspace(0.2, 0.9, D_SAE))
-    sae.adopt_thresholds()
+    sae.update_threshold_parameters()
     assert sae.log_threshold is not None
     h = sae.encode(x, SEGMENTS)
-    if training:  # where the parameters rule, and the buffers lag behind
+    if training:  # in training the parameters count, and buffers may be stale
         sae.train().threshold.zero_()
     sae.save(tmp_path)
     values = json.loads((tmp_path / "cfg.json").read_text())
@@ -195,13 +197,13 @@ def test_learned_thresholds_are_saved_as_thresholds(activation: str, training: b
     loaded = SparseAutoencoder.load(tmp_path)
     assert loaded.cfg == sae.cfg
     torch.testing.assert_close(loaded.encode(x, SEGMENTS), h)
-    torch.testing.assert_close(loaded.train().encode(x, SEGMENTS), h)  # and it can be trained on
+    torch.testing.assert_close(loaded.train().encode(x, SEGMENTS), h)  # training can continue
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", "topk", "batchtopk", "jumprelu", "schmitt", "jumprelu_schmitt"])
+@pytest.mark.parametrize("activation", KINDS)
 def test_matryoshka_prefixes_are_decodes_of_the_first_features(activation: str) -> None:
     sae = make(activation=activation, groups=(7, 20, D_SAE), input_scale=2.0).train()
-    sae.adopt_thresholds()
+    sae.update_threshold_parameters()
     h = sae.encode(activations(), SEGMENTS).detach().requires_grad_()
     prefixes = sae.decode_prefixes(h)
     assert len(prefixes) == 3
@@ -214,20 +216,23 @@ def test_matryoshka_prefixes_are_decodes_of_the_first_features(activation: str) 
     inputs = (h, sae.W_dec, sae.b_dec)
     got = torch.autograd.grad(sum((p.sin() @ w).sum() for p, w in zip(prefixes, weights, strict=True)), inputs)
     wanted = torch.autograd.grad(sum((p.sin() @ w).sum() for p, w in zip(expected, weights, strict=True)), inputs)
-    # Where a feature is 0 and its nonlinearity passes no gradient, the sparse product leaves it out.
-    counted = torch.ones_like(h) if activation in ("relu", "gelu", "jumprelu", "jumprelu_schmitt") else (h != 0)
+    # The sparse product skips the gradient of features that are 0 if their nonlinearity passes none.
+    kind = KINDS[activation]
+    counted = (h != 0) if kind.k_sparse and not kind.learned else torch.ones_like(h)
     torch.testing.assert_close(got[0] * counted, wanted[0] * counted)
     for a, b in zip(got[1:], wanted[1:], strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_a_saelens_directory_without_our_metadata_loads(tmp_path: Path) -> None:
+def test_a_saelens_directory_without_our_metadata_is_left_to_tsae_load(tmp_path: Path) -> None:
     sae = make(activation="batchtopk")
     sae.save(tmp_path)
     values = json.loads((tmp_path / "cfg.json").read_text())
     del values["metadata"]["tsae"]
     (tmp_path / "cfg.json").write_text(json.dumps(values))
-    loaded = SparseAutoencoder.load(tmp_path)
+    with pytest.raises(UserError, match=r"was not written by tsae .* read it with tsae\.load"):
+        SparseAutoencoder.load(tmp_path)
+    loaded = tsae.load(tmp_path)
     assert loaded.cfg.activation == "jumprelu"
     torch.testing.assert_close(loaded.encode(activations()), sae.encode(activations()))
 
@@ -239,7 +244,7 @@ def test_bad_directories_are_named(tmp_path: Path) -> None:
     values = json.loads((tmp_path / "cfg.json").read_text())
     values["metadata"]["tsae"]["d_sae"] = 41
     (tmp_path / "cfg.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match=r"W_enc is \(12, 40\); \(12, 41\) is wanted"):
+    with pytest.raises(UserError, match=r"W_enc has the shape \(12, 40\); expected \(12, 41\)"):
         SparseAutoencoder.load(tmp_path)
     (tmp_path / "sae_weights.safetensors").write_bytes(b"\0" * 50)
     with pytest.raises(UserError, match="damaged"):
@@ -265,7 +270,7 @@ def test_xavier_initialization_and_unit_norm_rows() -> None:
     torch.testing.assert_close(tied.W_dec.norm(dim=1), torch.ones(D_SAE))
 
 
-def test_normalizer_survives_a_mean_a_thousand_times_the_spread() -> None:
+def test_normalizer_is_accurate_for_a_mean_a_thousand_times_the_spread() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(6, T, D_IN, generator=generator) * 3.0 + 6000.0
     segments = torch.zeros(6, T, dtype=torch.int32)
@@ -279,8 +284,8 @@ def test_normalizer_survives_a_mean_a_thousand_times_the_spread() -> None:
     assert float(out.square().sum(-1).mean()) == pytest.approx(D_IN, rel=1e-4)
 
 
-def test_normalizer_refuses_what_does_not_vary() -> None:
+def test_normalizer_refuses_constant_activations() -> None:
     with pytest.raises(UserError, match="must vary"):
         InputNormalizer.estimate(torch.ones(2, 3, 4))
-    with pytest.raises(UserError, match="no content token"):
+    with pytest.raises(UserError, match="at least one content token"):
         InputNormalizer.estimate(torch.randn(2, 3, 4), torch.full((2, 3), -1))

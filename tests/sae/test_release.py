@@ -1,4 +1,4 @@
-"""A release ratio changed after training, at the L0 there was."""
+"""A release ratio changed after training, at the same L0."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def make(activation: str, **options: Any) -> SparseAutoencoder:
         sae.b_dec.fill_(0.1)
     sae.threshold.copy_(torch.linspace(0.8, 1.6, K))
     sae.release.copy_(0.5 * sae.threshold)
-    sae.adopt_thresholds()
+    sae.update_threshold_parameters()
     return sae
 
 
@@ -61,7 +61,7 @@ def test_as_many_features_are_active_as_before(activation: str, options: dict[st
     released = with_release_ratio(sae, ratio, batches())
     out, own = released.sae, active(sae)
     assert (out.cfg.activation, out.cfg.release_ratio, out.training) == ("schmitt", ratio, False)
-    assert abs(int(active(out).sum()) - int(own.sum())) <= 20  # one stretch, which switches as a whole
+    assert abs(int(active(out).sum()) - int(own.sum())) <= 20  # one stretch, whose entries switch together
     assert released.l0 == pytest.approx(float(own.sum(-1).float().mean()))
     torch.testing.assert_close(out.threshold, released.factor * sae.threshold)  # features keep their proportions
     torch.testing.assert_close(out.release, ratio * out.threshold)
@@ -74,7 +74,7 @@ def test_as_many_features_are_active_as_before(activation: str, options: dict[st
         assert (released.factor > 1.0) == (ratio < hysteresis)
 
 
-def test_without_any_active_feature_none_is_active_after() -> None:
+def test_without_active_features_none_become_active() -> None:
     sae = make("schmitt")
     sae.threshold.fill_(1e6)
     released = with_release_ratio(sae, 0.2, batches())
@@ -83,7 +83,7 @@ def test_without_any_active_feature_none_is_active_after() -> None:
 
 
 @pytest.mark.parametrize(("activation", "layer_norm"), [("topk", "none"), ("relu", "pre"), ("batchtopk", "post")])
-def test_without_thresholds_there_is_nothing_to_release(activation: str, layer_norm: str) -> None:
+def test_activations_without_thresholds_are_refused(activation: str, layer_norm: str) -> None:
     sae = make(activation, layer_norm=layer_norm)
     with pytest.raises(UserError, match=f"activation is '{activation}' .layer_norm '{layer_norm}'.; a release"):
         with_release_ratio(sae, 0.5, batches())

@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tsae.sae.sparse_linear import decode_sparse, encode_linear, worthwhile
+from tsae.config import SAEConfig
+from tsae.sae.model import SparseAutoencoder
+from tsae.sae.sparse_linear import decode_sparse, encode_linear, use_sparse_products
 
-pytestmark = pytest.mark.skipif(not worthwhile(torch.zeros(1)), reason="sparse products need the compiled library")
+pytestmark = pytest.mark.skipif(
+    not use_sparse_products(torch.zeros(1)), reason="sparse products need the compiled library"
+)
 
 
 def features(active: int) -> torch.Tensor:
@@ -17,7 +21,7 @@ def features(active: int) -> torch.Tensor:
     return h.scatter(-1, indices, torch.rand(4, 9, active, generator=generator) + 0.1)
 
 
-@pytest.mark.parametrize("active", [0, 3, 60])  # none; sparse; so many that the dense product is taken
+@pytest.mark.parametrize("active", [0, 3, 60])  # none, sparse, dense enough for the dense product
 def test_decode_and_encode_equal_dense(active: int) -> None:
     generator = torch.Generator().manual_seed(1)
     h = features(active).requires_grad_()
@@ -29,7 +33,7 @@ def test_decode_and_encode_equal_dense(active: int) -> None:
     for decode, encode in ((decode_sparse, encode_linear), (torch.matmul, torch.matmul)):
         xhat = decode(h, W_dec)
         grad_h, grad_dec = torch.autograd.grad(xhat, (h, W_dec), upstream)
-        grad_h = grad_h * (h > 0)  # what a thresholded relu lets through
+        grad_h = grad_h * (h > 0)  # as a thresholded ReLU does
         pre = encode(x, W_enc)
         grad_x, grad_enc = torch.autograd.grad(pre, (x, W_enc), grad_h)
         results.append((xhat, grad_h, grad_dec, pre, grad_x, grad_enc))
@@ -64,10 +68,7 @@ def test_under_autocast_gradients_are_at_least_as_good_as_dense_ones(active: int
 
 
 def test_the_encoders_gradient_needs_no_copy() -> None:
-    """It comes transposed, and lies in memory as the parameter does: autograd then keeps it as it is."""
-    from tsae.config import SAEConfig
-    from tsae.sae.model import SparseAutoencoder
-
+    """It has the memory layout of the parameter, so autograd keeps it without a copy."""
     sae = SparseAutoencoder(SAEConfig(d_in=7, d_sae=100, activation="topk", k=3))
     sae(torch.randn(2, 5, 7)).square().sum().backward()
     assert sae.W_enc.grad is not None

@@ -1,4 +1,4 @@
-"""Learned thresholds: pseudo-gradients against their formulas and against what really happens to a loss."""
+"""Learned thresholds: pseudo-gradients against their formulas and against finite differences."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tsae.config import OptimizerConfig, SAEConfig
 from tsae.sae.model import SparseAutoencoder
-from tsae.sae.straight_through import straight_through, thresholds
+from tsae.sae.straight_through import learned_thresholds, straight_through
 from tsae.training.optimization import add_l0_lagrangian_gradient, build_optimizer, threshold_parameters
 from tsae_kernels import activate_with_stats
 
@@ -24,14 +24,14 @@ def correlated(b: int, t: int, k: int, seed: int = 0) -> Tensor:
 
 
 def features(z: Tensor, log_threshold: Tensor, release_logit: Tensor | None, segments: Tensor | None) -> Tensor:
-    theta, release = thresholds(log_threshold, release_logit)
+    theta, release = learned_thresholds(log_threshold, release_logit)
     return activate_with_stats(z, None, "relu", theta, release, ((1, 1),), segments)[0]
 
 
 def pseudo_gradients(
     z: Tensor, g: Tensor, log_threshold: Tensor, release_logit: Tensor | None, bandwidth: float, segments: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Of sum(g h), and of the mean L0, to the parameters."""
+    """Gradients of sum(g h), and of the mean L0, with respect to the parameters."""
     parameters = [p.clone().requires_grad_() for p in (log_threshold, release_logit) if p is not None]
     release = parameters[1] if release_logit is not None else None
     h = features(z, log_threshold, release_logit, segments)
@@ -57,7 +57,7 @@ def test_jumprelu_gradients_are_the_papers() -> None:
                     value += float(g[b, t, j])
                     number += 1
         assert number > 0
-        assert float(loss[j]) == pytest.approx(-theta / e * value * theta)  # by log theta
+        assert float(loss[j]) == pytest.approx(-theta / e * value * theta)  # with respect to log theta
         assert float(count[j]) == pytest.approx(-1 / e * number / int((SEGMENTS >= 0).sum()) * theta)
 
 
@@ -96,15 +96,15 @@ def test_schmitt_gradients_are_the_credit_of_runs() -> None:
 
 
 @pytest.mark.parametrize("schmitt", [False, True])
-def test_pseudo_gradients_are_what_moving_a_threshold_does_to_a_loss(schmitt: bool) -> None:
-    """On many tokens the estimate must meet a finite difference over the window's width."""
+def test_pseudo_gradients_match_finite_differences(schmitt: bool) -> None:
+    """On many tokens the estimate approaches the finite difference over the window's width."""
     z = correlated(6000, 40, 3)
     target = 0.05 * correlated(6000, 40, 3, 5).abs()
     log_threshold = torch.tensor([0.0, -0.4, 0.3], dtype=torch.float64)
     logit = torch.tensor([-0.8, 0.0, -0.4], dtype=torch.float64) if schmitt else None
     width = 0.05
 
-    def loss(h: Tensor) -> Tensor:  # of each feature; quadratic, as reconstruction is
+    def loss(h: Tensor) -> Tensor:  # per feature; quadratic like the reconstruction loss
         return ((h - target) ** 2).sum((0, 1))
 
     h = features(z, log_threshold, logit, None)
@@ -112,7 +112,7 @@ def test_pseudo_gradients_are_what_moving_a_threshold_does_to_a_loss(schmitt: bo
     for index, parameter in enumerate((log_threshold, logit) if logit is not None else (log_threshold,)):
         assert parameter is not None
         step = torch.full_like(parameter, width / 2)
-        if index == 1:  # as far in the release as the window reaches
+        if index == 1:  # the release moves by half a window
             ratio = parameter.sigmoid()
             step = width / 2 / (ratio * (1 - ratio))
         ends = []
@@ -126,7 +126,7 @@ def test_pseudo_gradients_are_what_moving_a_threshold_does_to_a_loss(schmitt: bo
         torch.testing.assert_close(on_count[index], (ends[0][1] - ends[1][1]) / (2 * step), rtol=0.08, atol=0.0)
 
 
-def test_the_price_of_activity_leaves_the_common_factor_alone() -> None:
+def test_the_l0_lagrangian_leaves_the_common_factor_unchanged() -> None:
     sae = SparseAutoencoder(SAEConfig(d_in=3, d_sae=4, k=1, activation="jumprelu_schmitt"))
     assert sae.log_threshold is not None
     assert sae.release_logit is not None
@@ -135,12 +135,12 @@ def test_the_price_of_activity_leaves_the_common_factor_alone() -> None:
     add_l0_lagrangian_gradient(sae, [torch.tensor([-1.0, -1.0, -1.0, -1.0]), torch.tensor([-0.5, 0.0, 0.0, 0.0])])
     torch.testing.assert_close(sae.log_threshold.grad, torch.tensor([1.0, -1.0, -2.0, 2.0]))
     torch.testing.assert_close(sae.release_logit.grad, torch.tensor([-1.0, 0.0, 0.0, 0.0]))
-    sae.log_threshold.grad = torch.tensor([-3.0, 1.0, 0.0, 1.0])  # a negative price is none
+    sae.log_threshold.grad = torch.tensor([-3.0, 1.0, 0.0, 1.0])  # a negative multiplier counts as 0
     add_l0_lagrangian_gradient(sae, [torch.full((4,), -1.0), torch.zeros(4)])
     torch.testing.assert_close(sae.log_threshold.grad, torch.tensor([-3.0, 1.0, 0.0, 1.0]))
 
 
-def test_weight_decay_leaves_learned_thresholds_alone() -> None:
+def test_weight_decay_skips_learned_thresholds() -> None:
     sae = SparseAutoencoder(SAEConfig(d_in=3, d_sae=4, k=1, activation="jumprelu"))
     assert sae.log_threshold is not None
     with torch.no_grad():
@@ -173,11 +173,11 @@ def test_training_uses_the_parameters_and_evaluation_the_buffers(activation: str
         assert parameter.grad.any()
     with torch.no_grad():
         sae.log_threshold.fill_(5.0)
-    assert not sae.eval().encode(x).any()  # frozen on the way
+    assert not sae.eval().encode(x).any()  # `eval` has copied the parameters to the buffers
     assert not sae.train().encode(x).any()
     sae.eval()
     sae.threshold.fill_(0.1)
     sae.release.fill_(0.1)
     assert sae.encode(x).any()
-    sae.adopt_thresholds()
+    sae.update_threshold_parameters()
     torch.testing.assert_close(sae.log_threshold.exp(), torch.full((20,), 0.1))

@@ -91,7 +91,7 @@ def test_what_has_changed_is_named(run: Path, tmp_path: Path) -> None:
     values = load_json(copy / "sae" / "cfg.json")
     values["metadata"]["tsae"]["k"] = 5
     write_json(copy / "sae" / "cfg.json", values)
-    with pytest.raises(UserError, match=r"sae_weights.safetensors is damaged, or cfg.json beside it"):
+    with pytest.raises(UserError, match=r"sae_weights.safetensors is damaged, or metadata.tsae in cfg.json was edited"):
         load(copy)
 
 

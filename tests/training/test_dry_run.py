@@ -1,4 +1,4 @@
-"""`--dry-run` writes nothing, and what it says of memory and disk is what a run then takes."""
+"""`--dry-run` writes nothing, and its estimates of memory and disk match the run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tiny_runs import run_options
 
 from tsae.config import SAEConfig, TrainConfig
 from tsae.data.harvest import ActivationBatch
+from tsae.sae.kinds import KINDS
 from tsae.sae.normalization import InputNormalizer
 from tsae.train import command, main
 from tsae.training import checkpoint
@@ -28,7 +29,7 @@ def without_header(file: Path) -> int:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("activation", ["schmitt", "topk", "batchtopk", "relu", "gelu", "jumprelu", "jumprelu_schmitt"])
+@pytest.mark.parametrize("activation", KINDS)
 def test_memory_of_an_autoencoder_and_of_a_step(activation: str, autocast: bool) -> None:
     sae = SAEConfig(d_in=64, d_sae=1024, k=16, activation=activation)  # type: ignore[arg-type]
     cfg = TrainConfig(batch=8, sae=sae)
@@ -73,7 +74,7 @@ def test_a_dry_run_writes_nothing_and_is_right(
     sae = SAEConfig(**json.loads((out / "config.json").read_text())["sae"])
     assert (estimate.memory[SAE], estimate.memory[STEP] > 0) == (sae_bytes(sae), True)
     files = sum(path.stat().st_size for path in (out / "checkpoint").rglob("*") if path.is_file())
-    assert files < estimate.disk["checkpoints"] < 2 * files  # there is one more while it is written
+    assert files < estimate.disk["checkpoints"] < 2 * files  # one more exists while it is written
     shards = sum(without_header(path) for path in cache.glob("shard-*"))
     assert estimate.disk["cache, to be added"] == pytest.approx(shards, rel=0.02)
 

@@ -1,4 +1,4 @@
-"""The estimates of memory and time against what was measured of large dictionaries (docs/scale.md)."""
+"""Estimates of memory and time against measurements of large dictionaries (docs/scale.md)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tsae.training.memory import sae_bytes, step_bytes
 ROWS = json.loads((Path(__file__).parents[2] / "docs/results/large-dictionary.json").read_text())
 MEASURED = [row for row in ROWS if row["trainer"] in OURS and "peak" in row]
 SMALL = 65_536
-"""Features up to which the formula of time is fitted."""
+"""Largest dictionary that the time formula is fitted to."""
 
 
 def name(row: dict[str, Any]) -> str:
@@ -28,13 +28,13 @@ def expected(row: dict[str, Any]) -> int:
 
 
 @pytest.mark.parametrize("row", MEASURED, ids=name)
-def test_the_estimate_is_what_was_measured(row: dict[str, Any]) -> None:
-    """Resident memory has libraries and the allocator in it, some 0.2 GiB."""
+def test_the_memory_estimate_matches_measurements(row: dict[str, Any]) -> None:
+    """Resident memory includes libraries and the allocator, about 0.2 GiB."""
     assert 0.85 < (row["peak"] - 0.2 * 2**30) / expected(row) < 1.1
 
 
-def test_dense_products_are_reckoned_with_all_features_and_weights_twice() -> None:
-    """On a GPU, where it was not measured: nothing is taken to be gone before the end of the backward pass."""
+def test_dense_products_keep_all_features_and_the_weights_twice() -> None:
+    """On a GPU, where this was not measured, nothing is assumed to be freed before the end of the backward pass."""
     cfg, tokens = config("topk", 65_536, 16, 0), 16 * 128
     more = step_bytes(cfg, autocast=True, dense=True) - step_bytes(cfg, autocast=True)
     assert more == 3 * 2 * tokens * 65_536 + 4 * cfg.sae.d_in * 65_536
@@ -42,24 +42,24 @@ def test_dense_products_are_reckoned_with_all_features_and_weights_twice() -> No
 
 @pytest.mark.parametrize("chunk", sorted({row["chunk"] for row in MEASURED}))
 @pytest.mark.parametrize("trainer", OURS)
-def test_a_feature_takes_what_the_estimate_says(trainer: str, chunk: int) -> None:
+def test_memory_per_feature_matches_the_estimate(trainer: str, chunk: int) -> None:
     rows = [row for row in MEASURED if (row["trainer"], row["chunk"], row["batch"]) == (trainer, chunk, 16)]
     for smaller, larger in pairwise(sorted(rows, key=lambda row: row["d_sae"])):
-        grown = (larger["peak"] - smaller["peak"]) / (expected(larger) - expected(smaller))
-        assert 0.85 < grown < 1.1
+        growth = (larger["peak"] - smaller["peak"]) / (expected(larger) - expected(smaller))
+        assert 0.85 < growth < 1.1
 
 
-def test_the_formula_of_time_foretells_what_it_has_not_seen() -> None:
-    """Fitted up to 65,536 features, it is right of up to four times as many."""
+def test_the_time_formula_extrapolates() -> None:
+    """Fitted up to 65,536 features, it holds up to four times as many."""
     rows = [row for row in MEASURED if row["trainer"] == "topk"]
     assert max(row["d_sae"] for row in rows) == 4 * SMALL
     formula = StepTime.fitted([row for row in rows if row["d_sae"] <= SMALL])
     for row in rows:
-        # Another guest of the host may make a step half as long again: 65,536 features took 6.3 s and 4.3 s.
+        # Other load on the host can make a step 1.5 times as long: 65,536 features took 6.3 s and 4.3 s.
         assert 0.65 < formula.seconds(row) / row["seconds"] < 1.35, name(row)
 
 
-def test_the_formula_of_time_finds_its_own_constants() -> None:
+def test_the_time_formula_recovers_its_own_constants() -> None:
     true = StepTime(feature=3e-9, weight=2e-9, piece=1e-9)
     rows = [
         {"d_sae": n, "batch": batch, "chunk": chunk} for n in (99, 300) for batch, chunk in ((4, 0), (16, 0), (16, 3))

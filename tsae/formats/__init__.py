@@ -1,6 +1,6 @@
-"""Autoencoders of other libraries: one small module for each format, and `load`, which tells them apart.
+"""Autoencoders of other libraries: a small module per format, and `load`, which recognizes the format.
 
-What is read, what is written, and what is refused and why: docs/formats.md.
+docs/formats.md says what is read and written, and what is refused and why.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 
 from tsae.errors import UserError
 from tsae.formats import dictionary_learning, gemma_scope, hub, saelens, sparsify
-from tsae.sae import saving
 from tsae.sae.model import SparseAutoencoder
 
 __all__ = ["load"]
@@ -21,39 +20,34 @@ __all__ = ["load"]
 
 @dataclass(frozen=True)
 class Format:
-    """One kind of directory: the files that it is known by, and what reads it, given the directory."""
+    """A directory format: the files that identify it, and its reader, which takes the first of them."""
 
     name: str
     files: tuple[str, ...]
     read: Callable[[Path], SparseAutoencoder]
     pickled: bool = False
 
-    def is_in(self, directory: Path) -> bool:
+    def matches(self, directory: Path) -> bool:
         """Whether the directory has all files of this format."""
         return all((directory / file).is_file() for file in self.files)
 
 
-# The first that fits is taken.
+# The first match is read.
 FORMATS = (
-    Format("a run", ("sae/cfg.json", "sae/sae_weights.safetensors"), lambda folder: saving.load(folder / "sae")),
-    Format("SAELens", (saelens.CONFIG, saelens.WEIGHTS), lambda folder: saving.load(folder)),
+    Format("a run", (f"sae/{saelens.CONFIG}", f"sae/{saelens.WEIGHTS}"), saelens.read),
+    Format("SAELens", (saelens.CONFIG, saelens.WEIGHTS), saelens.read),
     Format("sparsify", (sparsify.CONFIG, sparsify.WEIGHTS), sparsify.read),
-    Format(
-        "dictionary_learning",
-        (dictionary_learning.WEIGHTS,),
-        lambda folder: dictionary_learning.read(folder / dictionary_learning.WEIGHTS),
-        pickled=True,
-    ),
+    Format("dictionary_learning", (dictionary_learning.WEIGHTS,), dictionary_learning.read, pickled=True),
     Format(
         "dictionary_learning",
         (f"{dictionary_learning.TRAINER}/{dictionary_learning.WEIGHTS}",),
-        lambda folder: dictionary_learning.read(folder / dictionary_learning.TRAINER / dictionary_learning.WEIGHTS),
+        dictionary_learning.read,
         pickled=True,
     ),
-    Format("Gemma Scope", (gemma_scope.ARRAYS,), lambda folder: gemma_scope.read(folder / gemma_scope.ARRAYS)),
-    Format("Gemma Scope 2", (gemma_scope.WEIGHTS,), lambda folder: gemma_scope.read(folder / gemma_scope.WEIGHTS)),
+    Format("Gemma Scope", (gemma_scope.ARRAYS,), gemma_scope.read),
+    Format("Gemma Scope 2", (gemma_scope.WEIGHTS,), gemma_scope.read),
 )
-# Beside those that a format is known by: what says more about it.
+# Files that readers also use if they exist.
 OPTIONAL = ("config.json", f"{dictionary_learning.TRAINER}/config.json", saelens.SCALER)
 
 
@@ -67,25 +61,25 @@ def load(
     local_files_only: bool = False,
     pickles: bool = True,
 ) -> SparseAutoencoder:
-    """A sparse autoencoder of any format that is known, in ``eval()`` mode, on raw activations.
+    """A sparse autoencoder in any known format, in ``eval()`` mode, on raw activations.
 
-    source: a directory (a run's, or its `sae/`; SAELens's; dictionary_learning's `trainer_0`, or what holds it;
-        sparsify's hookpoint; Gemma Scope's), one of the files in it, or a place on the Hugging Face hub,
-        `OWNER/NAME[/FOLDER...][@REVISION]`.
-    device: where its parameters go
-    revision: of a repository on the hub: branch, tag or commit; as after the `@`
-    token: for a private repository; None takes the one of `hf auth login`
-    cache_dir: None is the hub client's own cache
-    local_files_only: do not ask the network
-    pickles: also read dictionary_learning's `ae.pt`, of which tensors alone are unpickled; False never opens or
+    It computes what the library that wrote it computes, up to rounding. No code in any file is executed. From the hub,
+    only the files of the format are downloaded.
+
+    source: a directory (a run or its `sae/`; SAELens; dictionary_learning's `trainer_0` or its parent; a sparsify
+        hookpoint; Gemma Scope), one of the files in it, or a place on the Hugging Face hub,
+        `OWNER/NAME[/FOLDER...][@REVISION]`
+    device: where the parameters go
+    revision: branch, tag or commit on the hub, instead of `@REVISION`
+    token: for a private repository; None uses the token of `hf auth login`
+    cache_dir: None is the hub client's default cache
+    local_files_only: use only the cache, never the network
+    pickles: also read dictionary_learning's `ae.pt`, from which only tensors are unpickled; False never opens or
         downloads one
-    out: computes what the library that wrote it does, to rounding: what can be is folded into the weights.
-
-    No code in any file is executed. Of a repository on the hub only the files that a format consists of are downloaded.
 
     Raises:
-        UserError: there is no such place, it is in no known format (naming the files looked for), a file is broken, a
-            tensor has the wrong shape, or the autoencoder does what this version cannot compute.
+        UserError: there is no such place, no known format is in it, a file is damaged, a tensor has the wrong shape,
+            or the autoencoder computes something that this version cannot.
     """
     formats = tuple(known for known in FORMATS if pickles or not known.pickled)
     path = Path(source).expanduser()
@@ -111,8 +105,8 @@ def _read(path: Path, source: str, formats: tuple[Format, ...]) -> SparseAutoenc
             return dictionary_learning.read(path)
         path = path.parent
     for known in formats:
-        if known.is_in(path):
-            return known.read(path)
+        if known.matches(path):
+            return known.read(path / known.files[0])
     looked_for = "; ".join(f"{' and '.join(known.files)} ({known.name})" for known in formats)
-    left = "" if formats == FORMATS else ". Pickles are read by tsae.load alone"
-    raise UserError(f"{source} holds no autoencoder in a known format; looked for {looked_for}{left}.")
+    hint = "" if formats == FORMATS else ". Only tsae.load reads pickles"
+    raise UserError(f"{source} holds no autoencoder in a known format; looked for {looked_for}{hint}.")

@@ -1,4 +1,4 @@
-"""Which of our autoencoders other libraries have a form for, and what takes hysteresis's place."""
+"""Which of our autoencoders other libraries can compute, and hysteresis replaced by a plain threshold."""
 
 from __future__ import annotations
 
@@ -7,48 +7,44 @@ import dataclasses
 import torch
 
 from tsae.errors import UserError
-from tsae.sae.model import SCHMITT, SparseAutoencoder
+from tsae.sae.model import SparseAutoencoder
 
 
-def plain_form(sae: SparseAutoencoder, library: str) -> str:
-    """`standard`, `topk` or `jumprelu`: the form in which ``library`` computes what ``sae`` does.
+def common_architecture(sae: SparseAutoencoder, library: str) -> str:
+    """`standard`, `topk` or `jumprelu`: the architecture with which ``library`` computes the same as ``sae``.
 
     Raises:
-        UserError: it has none, with the reason.
+        UserError: there is none, with the reason.
     """
     cfg = sae.cfg
     if cfg.layer_norm != "none":
+        missing = f"layer normalization on features (sae.layer_norm '{cfg.layer_norm}')"
+    elif cfg.kind.saelens is None and not cfg.kind.release:
+        missing = f"the activation {cfg.activation}"
+    elif cfg.input_scale != 1.0:
+        missing = f"a scaled input (sae.input_scale {cfg.input_scale:g})"
+    elif cfg.kind.release and bool((sae.release < sae.threshold).any()):
         raise UserError(
-            f"{library} has no form for layer normalization on features (sae.layer_norm '{cfg.layer_norm}'), so this "
-            "autoencoder cannot be exported."
+            f"{library} has no hysteresis (sae.activation '{cfg.activation}'); --drop-hysteresis exports the plain "
+            "threshold with the same mean L0, and evaluates it again."
         )
-    if cfg.activation == "gelu":
-        raise UserError(f"{library} has no form for the activation gelu, so this autoencoder cannot be exported.")
-    if cfg.input_scale != 1.0:
-        raise UserError(
-            f"{library} has no form for an input divided by a number (sae.input_scale {cfg.input_scale:g}), so this "
-            "autoencoder cannot be exported."
-        )
-    if cfg.activation in SCHMITT and bool((sae.release < sae.threshold).any()):
-        raise UserError(
-            f"{library} has no form for hysteresis (sae.activation '{cfg.activation}'); --drop-hysteresis exports the "
-            "plain threshold that gives the same mean L0, and measures its metrics anew."
-        )
-    return {"relu": "standard", "topk": "topk"}.get(cfg.activation, "jumprelu")
+    else:
+        return cfg.kind.saelens or "jumprelu"
+    raise UserError(f"{library} has no equivalent of {missing}, so this autoencoder cannot be exported.")
 
 
 @torch.no_grad()
 def without_hysteresis(sae: SparseAutoencoder, factor: float = 1.0) -> SparseAutoencoder:
-    """``sae`` with its switch-on thresholds times ``factor`` as the only ones: a `jumprelu` autoencoder.
+    """A `jumprelu` autoencoder with the switch-on thresholds of ``sae`` times ``factor``.
 
-    Others than those with hysteresis come back as they are.
+    An autoencoder without hysteresis is returned unchanged.
     """
-    if sae.cfg.activation not in SCHMITT:
+    if not sae.cfg.kind.release:
         return sae
     cfg = dataclasses.replace(sae.cfg, activation="jumprelu", hysteresis="causal", steering="controller")
     plain = SparseAutoencoder(cfg).to(sae.b_dec.device).eval()
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
         getattr(plain, name).copy_(getattr(sae, name))
     plain.threshold.copy_(sae.threshold * factor)
-    plain.adopt_thresholds()
+    plain.update_threshold_parameters()
     return plain

@@ -62,19 +62,19 @@ def model_card(
         datasets=data if HUB_ID.fullmatch(data) else None,
         license=license,
     )
-    kind = f"`{cfg.activation}`" + (f", k = {cfg.k}" if cfg.activation not in ("relu", "gelu") else "")
+    kind = f"`{cfg.activation}`" + (f", k = {cfg.k}" if cfg.kind.k_sparse else "")
     parts = [f"---\n{head.to_yaml().strip()}\n---\n", f"# {plain(repo_id.split('/')[-1])}\n"]
     of = f" for {plain(model)}, the output of block {training['layer']}" if model and "layer" in training else ""
     parts.append(f"A sparse autoencoder{of}: {cfg.d_sae:,} features of {cfg.d_in:,} dimensions ({kind}).\n")
     parts.append(
         "```python\n"
-        "from tsae.sae.model import SparseAutoencoder\n\n"
-        f'sae = SparseAutoencoder.from_pretrained("{repo_id}")\n'
+        "import tsae\n\n"
+        f'sae = tsae.load("{repo_id}")\n'
         f"h = sae.encode(x)  # raw activations [batch, tokens, {cfg.d_in}] to features [batch, tokens, {cfg.d_sae}]\n"
         "xhat = sae.decode(h)\n"
         "```\n"
     )
-    if cfg.activation in ("schmitt", "jumprelu_schmitt"):
+    if cfg.kind.release:
         parts.append(HYSTERESIS)
     if evaluation:
         parts.append("## Measured\n\n" + _measured(evaluation, data, text))

@@ -1,1 +1,1 @@
-"""Where `tsae` plugs into other libraries. Each module imports its library, which `tsae` itself does not need."""
+"""Plug-ins for other libraries. Each module imports its library, which the rest of `tsae` does not need."""

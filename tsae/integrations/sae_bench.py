@@ -1,4 +1,4 @@
-"""Our autoencoders as SAEBench's custom SAEs, for all of its evaluations.
+"""Our autoencoders as custom SAEs of SAEBench, for all of its evaluations.
 
     sae = SAEBenchSAE(tsae.load("runs/latest"), model_name="pythia-70m-deduped", hook_layer=4)
     sae_bench.evals.core.main.multiple_evals([("my-sae", sae)], ...)
@@ -18,21 +18,20 @@ try:
     from sae_bench.custom_saes.base_sae import BaseSAE
 except ImportError as error:
     raise UserError(
-        f"tsae.integrations.sae_bench needs sae-bench, which cannot be imported ({error}); install it as "
-        "docs/formats.md says."
+        f"tsae.integrations.sae_bench cannot import sae-bench ({error}); install it as docs/formats.md says."
     ) from None
 
 
 class SAEBenchSAE(BaseSAE):
     """A `SparseAutoencoder` behind SAEBench's interface.
 
-    Activations are (L, d_in), taken as one sequence, or (B, L, d_in), in any dtype; features come back in that dtype.
-    The first position of a sequence is BOS in SAEBench: hysteresis starts anew behind it, as it did in training, where
-    the autoencoder never saw BOS.
+    Activations are (L, d_in), one sequence, or (B, L, d_in), in any dtype; features have the same dtype. In SAEBench
+    the first position of a sequence is BOS, which the autoencoder never saw in training, so hysteresis is reset after
+    it.
 
-    The decoder's rows have norm 1, as SAEBench checks: norms that are not go into the encoder, the biases and the
-    thresholds, which changes features' scale and nothing else. It is refused where which features are active, or their
-    shape, would change (topk; gelu; layer normalization).
+    SAEBench requires decoder rows of norm 1. Other norms are moved into the encoder, biases and thresholds, which
+    rescales features and changes nothing else. An autoencoder whose features cannot be rescaled (topk, gelu, layer
+    normalization) must have norm 1 already.
 
     Args:
         sae: the autoencoder, which is copied.
@@ -40,6 +39,9 @@ class SAEBenchSAE(BaseSAE):
         hook_layer: block whose output it encodes, counted from 0.
         device, dtype: of the weights.
         hook_name: default `blocks.{hook_layer}.hook_resid_post`.
+
+    Raises:
+        UserError: decoder rows do not have norm 1 and cannot be rescaled.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class SAEBenchSAE(BaseSAE):
         super().__init__(cfg.d_in, cfg.d_sae, model_name, hook_layer, torch.device("cpu"), torch.float32, hook_name)
         inner = _unit_norm(sae)
         self.inner = inner
-        # One tensor behind both names, which `to` keeps.
+        # The same tensors under both names; `to` keeps them shared.
         self.W_enc, self.b_enc, self.W_dec, self.b_dec = inner.W_enc, inner.b_enc, inner.W_dec, inner.b_dec
         self.cfg.architecture = f"tsae_{cfg.activation}"
         self.cfg.apply_b_dec_to_input = cfg.apply_b_dec_to_input
@@ -65,7 +67,7 @@ class SAEBenchSAE(BaseSAE):
         self.requires_grad_(False)
 
     def train(self, mode: bool = True) -> SAEBenchSAE:
-        """As in PyTorch, but the autoencoder keeps to inference: in training a threshold may come from the batch."""
+        """As in PyTorch, except that the autoencoder stays in inference mode, without thresholds from the batch."""
         super().train(mode)
         self.inner.eval()
         return self
@@ -88,23 +90,23 @@ class SAEBenchSAE(BaseSAE):
 
 @torch.no_grad()
 def _unit_norm(sae: SparseAutoencoder) -> SparseAutoencoder:
-    """A copy of ``sae`` in ``eval()`` mode whose decoder has rows of norm 1, for the same reconstruction."""
+    """A copy of ``sae`` in ``eval()`` mode with decoder rows of norm 1 and the same reconstruction."""
     copy = SparseAutoencoder(sae.cfg).eval()
     state = {name: tensor.detach().cpu().clone() for name, tensor in sae.state_dict().items()}
     copy.load_state_dict(state)
     norm = copy.W_dec.norm(dim=1)
     if torch.allclose(norm, torch.ones_like(norm), atol=1e-5):
         return copy
-    if sae.cfg.activation in ("topk", "gelu") or sae.cfg.layer_norm != "none":
+    if not sae.cfg.kind.rescalable or sae.cfg.layer_norm != "none":
         raise UserError(
-            f"SAEBench wants decoder rows of norm 1, and here they are from {norm.min():.3g} to {norm.max():.3g}; with "
-            f"the activation {sae.cfg.activation!r} (layer_norm {sae.cfg.layer_norm!r}) they cannot be scaled without "
-            "changing the features."
+            f"SAEBench needs decoder rows of norm 1, but these have norms from {norm.min():.3g} to {norm.max():.3g}, "
+            f"and the activation {sae.cfg.activation!r} (layer_norm {sae.cfg.layer_norm!r}) does not allow rescaling "
+            "features; train with sae.unit_norm_decoder."
         )
     norm = norm.clamp(min=1e-8)
     copy.W_dec.div_(norm[:, None])
     copy.W_enc.mul_(norm)
     for tensor in (copy.b_enc, copy.threshold, copy.release):
         tensor.mul_(norm)
-    copy.adopt_thresholds()
+    copy.update_threshold_parameters()
     return copy

@@ -1,15 +1,14 @@
-"""In SAELens's own trainer and loader: temporal objectives for training, and hysteresis for inference.
+"""For SAELens's trainer and loader: temporal objectives in training, and hysteresis in inference.
 
-Importing this module registers, with SAELens's registry,
+Importing this module registers with SAELens
 
-* the training SAEs `temporal_topk` and `temporal_batchtopk`: SAELens's TopK and BatchTopK, AuxK included, with one of
-  our temporal objectives on top. They are saved for inference as SAELens's `topk` and `jumprelu`, so that what comes
-  out is an ordinary SAE;
+* the training SAEs `temporal_topk` and `temporal_batchtopk`: SAELens's TopK and BatchTopK, AuxK included, plus one of
+  our temporal objectives. For inference they are saved as ordinary SAEs, SAELens's `topk` and `jumprelu`;
 * the SAEs `tsae_schmitt` and `tsae_jumprelu_schmitt`, so that ``SAE.load_from_disk(run / "sae")`` reads a run with
-  hysteresis as it is.
+  hysteresis.
 
-A temporal objective needs whole sequences, and SAELens's own activation store shuffles tokens. So the trainer's data
-provider must be a `SequenceBatches`, and the SAE must `follow` it; an example is examples/train_with_sae_lens.py.
+A temporal objective needs complete sequences, but SAELens's activation store shuffles tokens. So the trainer's data
+provider must be a `SequenceBatches`, and the SAE must `follow` it, as in examples/train_with_sae_lens.py.
 
 Needs sae-lens 6.54 (``pip install 'tsae[peers]'``).
 """
@@ -37,20 +36,20 @@ try:
     from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 except ImportError as error:
     raise UserError(
-        f"tsae.integrations.sae_lens needs sae-lens, which cannot be imported ({error}); pip install 'tsae[peers]'."
+        f"tsae.integrations.sae_lens cannot import sae-lens ({error}); pip install 'tsae[peers]'."
     ) from None
 
 
 class SequenceBatches(Iterator[Tensor]):
-    """A data provider of SAELens's trainer that keeps sequences whole: (B * T, d_in) float32, one after the other.
+    """A data provider for SAELens's trainer that keeps sequences intact: (B * T, d_in) float32, sequence by sequence.
+
+    ``segments`` holds the ids (B, T) of the latest batch; None before the first.
 
     Args:
-        batches: pairs of activations (B, T, d_in) and segments (B, T), such as `tsae.data.harvest.Harvester` gives.
-        normalizer: centring and scaling of the activations, None for none. SAELens scales, but does not centre, and a
-            residual stream's mean is many times its spread; afterwards `SparseAutoencoder.folded` puts it into the
+        batches: pairs of activations (B, T, d_in) and segments (B, T), for example from `tsae.data.harvest.Harvester`.
+        normalizer: centring and scaling of the activations, None for none. SAELens does not centre, but the mean of a
+            residual stream is many times its spread; after training `SparseAutoencoder.folded` puts both into the
             weights.
-
-    ``segments`` is (B, T), the ids of the batch that was given last; None before the first.
     """
 
     def __init__(self, batches: Iterable[tuple[Tensor, Tensor]], normalizer: InputNormalizer | None = None) -> None:
@@ -68,9 +67,10 @@ class _TemporalConfig:
     """The fields that both training SAEs add to SAELens's.
 
     temporal: `contrastive`, `multiscale`, `window` or `slow`
-    temporal_coefficient, temporal_warm_up_steps: the term's weight, and the steps over which it rises to it
-    temporal_options: others of `ObjectiveConfig`, such as {"temperature": 0.1, "group": 512}
-    temporal_seed: of the contrastive objective's pairs
+    temporal_coefficient: weight of the term
+    temporal_warm_up_steps: steps over which the weight rises from 0
+    temporal_options: other fields of `ObjectiveConfig`, such as {"temperature": 0.1, "group": 512}
+    temporal_seed: seed of the contrastive pairs
     """
 
     temporal: str = "contrastive"
@@ -84,7 +84,7 @@ class _TemporalConfig:
         self.objective()
 
     def objective(self) -> ObjectiveConfig:
-        """The objective, checked; `UserError` for an option that it has not, or a value that makes no sense."""
+        """The objective; `UserError` for an unknown option or an invalid value."""
         try:
             objective = ObjectiveConfig(temporal=self.temporal, **self.temporal_options)  # type: ignore[arg-type]
         except TypeError:
@@ -117,13 +117,13 @@ class TemporalBatchTopKTrainingSAEConfig(_TemporalConfig, BatchTopKTrainingSAECo
 
 
 class _Temporal:
-    """What both training SAEs add to SAELens's: one loss, `temporal_loss`, on the batch's sequences."""
+    """The loss that both training SAEs add to SAELens's: `temporal_loss`, on the sequences of the batch."""
 
     cfg: Any
     batches: SequenceBatches | None = None
 
     def follow(self, batches: SequenceBatches) -> None:
-        """Take the sequences of a step's batch from ``batches``, which must be the trainer's data provider."""
+        """Use the segments of ``batches``, which must be the trainer's data provider."""
         self.batches = batches
 
     def get_coefficients(self) -> dict[str, Any]:
@@ -141,14 +141,14 @@ class _Temporal:
         segments = None if self.batches is None else self.batches.segments
         if segments is None or segments.numel() != feature_acts.shape[0]:
             raise UserError(
-                "A temporal objective needs whole sequences, which SAELens's own activation store shuffles; give the "
-                "trainer a SequenceBatches as its data provider, and call sae.follow with it."
+                "A temporal objective needs whole sequences, but SAELens's activation store shuffles tokens; use a "
+                "SequenceBatches as the trainer's data provider, and pass it to sae.follow."
             )
         objective = self.cfg.objective()
         h = feature_acts.to_dense() if feature_acts.is_sparse else feature_acts
         h = h.reshape(*segments.shape, -1)  # [B, T, d_sae]
         pairs = None
-        if "contrastive" in objective.temporal:
+        if "contrastive" in objective.terms:
             generator = torch.Generator().manual_seed(self.cfg.temporal_seed + step)
             pairs = draw_pairs(segments.cpu(), objective.offset, objective.pairs, generator)
             pairs = Pairs(*(index.to(h.device) for index in pairs))
@@ -167,7 +167,7 @@ class TemporalBatchTopKTrainingSAE(_Temporal, BatchTopKTrainingSAE):
 
 @dataclass
 class SchmittSAEConfig(SAEConfig):
-    """Hysteresis with a threshold and a release for every feature; how they were found does not matter here."""
+    """Hysteresis with a threshold and a release per feature."""
 
     @classmethod
     def architecture(cls) -> str:
@@ -176,7 +176,7 @@ class SchmittSAEConfig(SAEConfig):
 
 @dataclass
 class LearnedSchmittSAEConfig(SchmittSAEConfig):
-    """The same of learned thresholds."""
+    """The same, for thresholds that were learned."""
 
     @classmethod
     def architecture(cls) -> str:
@@ -184,10 +184,10 @@ class LearnedSchmittSAEConfig(SchmittSAEConfig):
 
 
 class SchmittSAE(SAE[SchmittSAEConfig]):
-    """Our hysteresis for inference in SAELens.
+    """Hysteresis for inference in SAELens.
 
-    ``encode`` takes (..., T, d_in), T along one sequence; its first position is BOS in SAELens, where hysteresis starts
-    anew, as it did in training, which left BOS out.
+    ``encode`` takes (..., T, d_in) with T along one sequence. In SAELens the first position is BOS, which training left
+    out, so hysteresis is reset after it.
     """
 
     b_enc: nn.Parameter

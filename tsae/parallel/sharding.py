@@ -48,8 +48,8 @@ def whole(part: Tensor, dim: int, axis: Axis) -> Tensor | None:
 class ShardedAutoencoder(SparseAutoencoder):
     """The features of an autoencoder in training that this rank holds.
 
-    The attributes of `SparseAutoencoder` are the local shards, (d_in, d_sae / size) for ``W_enc``; `trained` gives the
-    parameters, DTensors of the full shape. Only the methods that training calls work.
+    The attributes of `SparseAutoencoder` are the local shards, ``W_enc`` (d_in, d_sae / size); `parameter_dict` gives
+    the parameters, DTensors of the full shape. Only the methods that training calls work.
 
     Args:
         autoencoder: the full one, on the CPU; not changed.
@@ -72,7 +72,7 @@ class ShardedAutoencoder(SparseAutoencoder):
         for name, tensor in autoencoder.named_buffers():
             self.register_buffer(name, split(tensor, FEATURE_DIM[name], ranks.features).to(device))
 
-    def trained(self) -> dict[str, nn.Parameter]:
+    def parameter_dict(self) -> dict[str, nn.Parameter]:
         """The parameters, DTensors of the full shape, under the names that `SparseAutoencoder` uses."""
         return dict(self.shards.items())
 
@@ -88,7 +88,7 @@ class ShardedAutoencoder(SparseAutoencoder):
 
     def whole_state(self) -> dict[str, Tensor | None]:
         """`state_dict` of the full autoencoder; its sharded tensors are None except on the first feature rank."""
-        parts = {name: local(p) for name, p in self.trained().items()} | dict(self.named_buffers(recurse=False))
+        parts = {name: local(p) for name, p in self.parameter_dict().items()} | dict(self.named_buffers(recurse=False))
         features = self.ranks.features
         return {
             name: whole(part, FEATURE_DIM[name], features) if name in FEATURE_DIM else part.detach()
@@ -98,7 +98,7 @@ class ShardedAutoencoder(SparseAutoencoder):
     @torch.no_grad()
     def load_whole_state(self, state: dict[str, Tensor]) -> None:
         """Load the shard of this rank from a `whole_state`."""
-        parts = {name: local(p) for name, p in self.trained().items()} | dict(self.named_buffers(recurse=False))
+        parts = {name: local(p) for name, p in self.parameter_dict().items()} | dict(self.named_buffers(recurse=False))
         for name, part in parts.items():
             value = state[name]
             part.copy_(split(value, FEATURE_DIM[name], self.ranks.features) if name in FEATURE_DIM else value)
@@ -124,7 +124,7 @@ def load_whole_optimizer_state(optimizer: torch.optim.Optimizer, sae: ShardedAut
     """Load the shard of this rank from a `whole_optimizer_state`, or the state of an unsharded optimizer."""
     from torch.distributed.tensor import DTensor
 
-    names, parameters = _names(optimizer, sae), sae.trained()
+    names, parameters = _names(optimizer, sae), sae.parameter_dict()
 
     def part(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.shape != parameters[name].shape:
@@ -141,5 +141,5 @@ def load_whole_optimizer_state(optimizer: torch.optim.Optimizer, sae: ShardedAut
 
 def _names(optimizer: torch.optim.Optimizer, sae: ShardedAutoencoder) -> list[str]:
     """The names of the parameters of the optimizer, in its order."""
-    known = {id(parameter): name for name, parameter in sae.trained().items()}
+    known = {id(parameter): name for name, parameter in sae.parameter_dict().items()}
     return [known[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from tsae.errors import UserError
 from tsae.rundir import layout
+from tsae.sae.kinds import KINDS, Kind
 from tsae.utils.atomic import atomic_write
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -182,8 +183,9 @@ def _header(
     if "d_sae" in sae:
         how.append(f"{sae['d_sae']:,} features")
     if "activation" in sae:
-        details = [f"k = {sae['k']}"] if "k" in sae and sae["activation"] not in ("relu", "gelu") else []
-        if sae["activation"] == "schmitt" and "release_ratio" in sae:
+        kind = _kind(sae)
+        details = [f"k = {sae['k']}"] if "k" in sae and kind.k_sparse else []
+        if kind.steered and "release_ratio" in sae:
             details.append(f"release ratio {sae['release_ratio']:g}")
             details += ["two-sided"] if sae.get("hysteresis") == "two-sided" else []
             details += ["exact threshold"] if sae.get("steering") == "exact" else []
@@ -271,6 +273,11 @@ def _explained_variance(
     _steps(ax)
 
 
+def _kind(sae: dict[str, Any]) -> Kind:
+    """What the activation of a configuration is; a name that this version does not know may well use k."""
+    return KINDS.get(str(sae.get("activation")), Kind("token"))
+
+
 def _l0(
     ax: Axes,
     history: dict[str, tuple[np.ndarray, np.ndarray]],
@@ -281,7 +288,7 @@ def _l0(
     if not _curve(ax, history, "l0", BLUE, "training batches"):
         return _empty(ax, "no training log")
     sae = config.get("sae", {})
-    k = sae.get("k") if sae.get("activation") not in ("relu", "gelu") else None
+    k = sae.get("k") if _kind(sae).k_sparse else None
     if k:
         ax.axhline(k, color=RED, linestyle=(0, (4, 2)), label=f"target k = {k}")
     values = history["l0"][1]

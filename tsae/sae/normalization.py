@@ -1,7 +1,7 @@
 """Centring and scaling of the input, estimated once on the first activations and folded into the saved weights.
 
-Residual streams have a constant direction thousands of times larger than what varies; without centring an
-autoencoder spends itself on it.
+Residual streams have a constant component thousands of times larger than their variation; without centring, an
+autoencoder spends its capacity on it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from tsae.errors import UserError
 
 @dataclass
 class InputNormalizer:
-    """``(x - mean) / scale``, so that a position's expected squared norm is d_in.
+    """``(x - mean) / scale``, with an expected squared norm of d_in per position.
 
-    mean: (d_in), float32
-    scale: positive
+    mean: (d_in), float32; scale: positive
     """
 
     mean: Tensor
@@ -27,16 +26,16 @@ class InputNormalizer:
 
     @classmethod
     def estimate(cls, x: Tensor, segments: Tensor | None = None) -> InputNormalizer:
-        """From activations (N, T, d_in), leaving out positions of negative segment id.
+        """Estimate from activations (N, T, d_in), without positions of negative segment id.
 
         Raises:
-            UserError: no position counts, or the activations do not vary or are not finite.
+            UserError: every position is excluded, or the activations are constant or not finite.
         """
         width = x.shape[-1]
         n, total = 0, torch.zeros(width, dtype=torch.float64, device=x.device)
         square = torch.zeros((), dtype=torch.float64, device=x.device)
         shift: Tensor | None = None
-        for row in range(x.shape[0]):  # row by row: no float64 copy of everything
+        for row in range(x.shape[0]):  # row by row, so that the float64 copy is small
             tokens = x[row].double() if segments is None else x[row][segments[row] >= 0].double()
             if tokens.shape[0] == 0:
                 continue
@@ -47,7 +46,7 @@ class InputNormalizer:
             total += tokens.sum(0)
             square += tokens.square().sum()
         if shift is None:
-            raise UserError("There is no content token to estimate the input's mean and scale from; use more text.")
+            raise UserError("The input's mean and scale need at least one content token; use more text.")
         variance = (square / n - (total / n).square().sum()) / width
         if not torch.isfinite(variance) or variance <= 0:
             raise UserError(
@@ -58,9 +57,9 @@ class InputNormalizer:
 
     @classmethod
     def identity(cls, d_in: int) -> InputNormalizer:
-        """The one that leaves activations as they are."""
+        """A normalizer that changes nothing."""
         return cls(torch.zeros(d_in), 1.0)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Raw activations (..., d_in) to normalized ones, float32."""
+        """Normalize raw activations (..., d_in); float32."""
         return (x.float() - self.mean) / self.scale

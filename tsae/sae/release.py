@@ -1,4 +1,4 @@
-"""A trained autoencoder with another release ratio, at the sparsity it had: hysteresis put on or off afterwards."""
+"""A trained autoencoder with another release ratio at the same L0: hysteresis added or removed after training."""
 
 from __future__ import annotations
 
@@ -13,52 +13,59 @@ from torch.nn import functional
 from tsae.config import SAEConfig
 from tsae.errors import UserError
 from tsae.sae.hysteresis import switch_on_levels
-from tsae.sae.model import THRESHOLDED, SparseAutoencoder
+from tsae.sae.kinds import KINDS
+from tsae.sae.model import SparseAutoencoder
 
 
-class Released(NamedTuple):
-    """An autoencoder that `with_release_ratio` made, and what it took."""
+class AdjustedRelease(NamedTuple):
+    """The result of `with_release_ratio`.
+
+    sae: the new autoencoder
+    factor: on all switch-on thresholds
+    l0: mean L0 of the original autoencoder on the batches
+    """
 
     sae: SparseAutoencoder
     factor: float
-    """All switch-on thresholds are multiplied by this."""
     l0: float
-    """Mean L0 of the original on the text it was found on."""
 
 
-def check_releasable(cfg: SAEConfig) -> None:
-    """Raise `UserError` unless features of ``cfg`` have thresholds, and stay as the thresholds leave them."""
-    if cfg.activation not in THRESHOLDED or cfg.layer_norm == "post":
+def check_has_thresholds(cfg: SAEConfig) -> None:
+    """Raise `UserError` unless the features of ``cfg`` are its pre-activations above stored thresholds."""
+    if not cfg.kind.stores_threshold or cfg.layer_norm == "post":
+        usable = ", ".join(name for name, kind in KINDS.items() if kind.stores_threshold)
         raise UserError(
             f"The autoencoder's activation is {cfg.activation!r} (layer_norm {cfg.layer_norm!r}); a release ratio "
-            f"needs one with thresholds, of {', '.join(THRESHOLDED)}, and no layer normalization after it."
+            f"needs one with thresholds ({usable}) and no layer normalization after it."
         )
 
 
 @torch.no_grad()
-def with_release_ratio(sae: SparseAutoencoder, ratio: float, batches: Sequence[tuple[Tensor, Tensor]]) -> Released:
-    """``sae`` as a Schmitt trigger that releases at ``ratio`` times its switch-on thresholds.
+def with_release_ratio(
+    sae: SparseAutoencoder, ratio: float, batches: Sequence[tuple[Tensor, Tensor]]
+) -> AdjustedRelease:
+    """``sae`` as a Schmitt trigger with releases at ``ratio`` times its switch-on thresholds, at the same L0.
 
-    To go on releasing lower with the same thresholds would make more features active. So all thresholds are multiplied
-    by the one factor with which as many are active on ``batches`` as before: an order statistic, see
-    `tsae.sae.hysteresis.switch_on_levels`. A `jumprelu_schmitt`'s own releases are replaced.
+    A lower release at the same thresholds would activate more features. So all thresholds are multiplied by the factor
+    at which as many features are active on ``batches`` as before, an order statistic of
+    `tsae.sae.hysteresis.switch_on_levels`. The own releases of `jumprelu_schmitt` are replaced.
 
-    sae: with thresholds (`check_releasable`); left as it is
-    ratio: from 0 to 1; 1 takes hysteresis away
-    batches: activations (B, T, d_in), in the units of the autoencoder's input, and segments (B, T), on any device
+    sae: with thresholds (`check_has_thresholds`); not changed
+    ratio: from 0 to 1; 1 removes hysteresis
+    batches: activations (B, T, d_in) in the units of the autoencoder's input, and segments (B, T), on any device
 
     Raises:
-        UserError: an activation that has no thresholds.
+        UserError: the activation has no thresholds.
     """
     cfg = sae.cfg
-    check_releasable(cfg)
+    check_has_thresholds(cfg)
     out = SparseAutoencoder(dataclasses.replace(cfg, activation="schmitt", release_ratio=ratio)).to(sae.b_dec.device)
-    out.eval().load_state_dict(sae.state_dict(), strict=False)  # but for the logarithms of learned thresholds
+    out.eval().load_state_dict(sae.state_dict(), strict=False)  # without the parameters of learned thresholds
     unit = sae.threshold.clamp(min=torch.finfo(torch.float32).tiny)
     batches = [(x.to(unit.device), segments.to(unit.device)) for x, segments in batches]
     active = sum(int((sae.encode(x, segments)[segments >= 0] > 0).sum()) for x, segments in batches)
     tokens = sum(int((segments >= 0).sum()) for _, segments in batches)
-    highest = unit.new_empty(0)  # of all levels, in units of each feature's threshold, those that can matter
+    highest = unit.new_empty(0)  # the active + 1 highest levels, as multiples of each feature's threshold
     for x, segments in batches:
         z = sae.pre_activation(x) + sae.b_enc
         if cfg.layer_norm == "pre":
@@ -70,4 +77,4 @@ def with_release_ratio(sae: SparseAutoencoder, ratio: float, batches: Sequence[t
     factor = float(highest.min()) if len(highest) > active else 0.0
     out.threshold.copy_(factor * sae.threshold)
     out.release.copy_(ratio * out.threshold)
-    return Released(out, factor, active / max(tokens, 1))
+    return AdjustedRelease(out, factor, active / max(tokens, 1))

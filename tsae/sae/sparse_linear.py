@@ -1,8 +1,8 @@
-"""Matrix products that skip the zeros of the features, for CPUs.
+"""Matrix products that skip zero features, for CPUs.
 
-With 32 of 2,560 features active, four of the five products of a training step (all but the encoder's forward) touch
-1 % of what the dense ones do. The sums are the same, in another order. Under bfloat16 autocast the encoder's forward
-runs in bfloat16, features and their gradient are bfloat16, and the four are summed in float32.
+With 32 of 2,560 features active, four of the five products in a training step (all but the encoder's forward) touch
+1 % of the entries that dense products do. They add the same terms in another order. Under bfloat16 autocast the
+encoder's forward runs in bfloat16, features and their gradients are bfloat16, and the four accumulate in float32.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch.autograd.function import once_differentiable
 
 from tsae_kernels.sparse import CompressedRows, compress, matmul, sampled_matmul, sparse_products_available, transpose
 
-MAX_DENSITY = 0.08  # of features: above, the dense product is faster (measured on an AVX2 CPU)
+MAX_DENSITY = 0.08  # above this share of active features the dense product is faster (measured on an AVX2 CPU)
 
 
-def worthwhile(x: Tensor) -> bool:
-    """Whether sparse products are available and may pay for tensors like ``x``: on a CPU with the compiled kernels,
-    float32, or bfloat16 under autocast."""
+def use_sparse_products(x: Tensor) -> bool:
+    """Whether ``x`` is a case for sparse products: on a CPU with the compiled kernels, and float32, or bfloat16 under
+    autocast."""
     autocast = torch.is_autocast_enabled("cpu")
     if autocast and torch.get_autocast_dtype("cpu") != torch.bfloat16:
         return False
@@ -33,7 +33,7 @@ def worthwhile(x: Tensor) -> bool:
 
 
 def _compressed(dense: Tensor) -> CompressedRows | None:
-    """``dense`` compressed, or None if too much of it is not 0."""
+    """``dense`` in compressed rows, or None if it is too dense."""
     rows = compress(dense)
     return rows if rows.values.numel() <= MAX_DENSITY * dense.numel() else None
 
@@ -67,11 +67,11 @@ class _DecodeSparse(torch.autograd.Function):
 def decode_sparse(h: Tensor, W_dec: Tensor) -> Tensor:
     """``h @ W_dec`` for features that are mostly 0.
 
-    The gradient of ``h`` is computed only where ``h`` is not 0. It is exact for features that come out of a
-    thresholded relu, whose own gradient is 0 there; do not use it for others.
+    The gradient of ``h`` is computed only where ``h`` is nonzero. Use it only for features from a thresholded ReLU,
+    which passes no gradient elsewhere.
 
     h: (..., d_sae), float32, or bfloat16 under autocast; W_dec: (d_sae, d_in), float32
-    out: (..., d_in), float32 unless too little of h is 0 under autocast
+    out: (..., d_in), float32; under autocast bfloat16 if ``h`` is denser than `MAX_DENSITY`
     """
     return _DecodeSparse.apply(h.reshape(-1, h.shape[-1]), W_dec).reshape(*h.shape[:-1], W_dec.shape[1])
 
@@ -92,15 +92,14 @@ class _EncodeLinear(torch.autograd.Function):
             grad_x = grad @ W_enc.to(grad.dtype).T if rows is None else matmul(rows, W_enc.T)
         if ctx.needs_input_grad[1]:
             grad_W = x.to(grad.dtype).T @ grad if rows is None else matmul(transpose(rows, grad.shape[1]), x).T
-        return _as(grad_x, x), _as(grad_W, W_enc)
-
-
-def _as(gradient: Tensor | None, of: Tensor) -> Tensor | None:
-    return None if gradient is None else gradient.to(of.dtype)
+        return (
+            None if grad_x is None else grad_x.to(x.dtype),
+            None if grad_W is None else grad_W.to(W_enc.dtype),
+        )
 
 
 def encode_linear(x: Tensor, W_enc: Tensor) -> Tensor:
-    """``x @ W_enc``, whose backward skips the zeros of the incoming gradient.
+    """``x @ W_enc`` with a backward pass that skips zeros of the incoming gradient.
 
     x: (..., d_in), float32; W_enc: (d_in, d_sae), float32
     out: (..., d_sae), bfloat16 under autocast

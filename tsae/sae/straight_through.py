@@ -1,8 +1,8 @@
-"""Gradients of learned thresholds: JumpReLU's straight-through estimator, and its form for the Schmitt trigger.
+"""Gradients of learned thresholds: JumpReLU's straight-through estimator, and one for the Schmitt trigger.
 
-Rajamanoharan et al. 2024 (arXiv 2407.14435), sections 3 and 4. The features are the kernels'; what is here is
-identity on them, and runs on the way back. Ours differs from the paper in one reading: the width of the window is a
-share of the threshold, so that it means the same in any unit.
+Rajamanoharan et al. 2024 (arXiv 2407.14435), sections 3 and 4. The kernels compute the features; here the forward pass
+is the identity on them, and the backward pass adds the gradients of the thresholds. Unlike in the paper, the window's
+width is a share of the threshold, so it does not depend on units.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def thresholds(log_threshold: Tensor, release_logit: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Threshold and release (None without a logit) from what is learned; all (d_sae). 0 < release < threshold."""
+def learned_thresholds(log_threshold: Tensor, release_logit: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Threshold and release (None without a logit) from their parameters, all (d_sae), with 0 < release < threshold."""
     threshold = log_threshold.detach().exp()
     if release_logit is None:
         return threshold, None
@@ -31,28 +31,29 @@ def straight_through(
     bandwidth: float,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``h`` unchanged, and the mean L0, both with pseudo-gradients to the thresholds.
+    """``h`` unchanged and the mean L0, both with pseudo-gradients to the thresholds.
 
-    With z = pre + bias, the rectangular window of width e = bandwidth theta, and g the gradient that reaches h:
+    Let z = pre + bias, theta the threshold, e = bandwidth theta the width of a rectangular window, and g the gradient
+    of h. For JumpReLU (the paper's section 3)
 
-        dL / dtheta  = -(theta / e) sum_t [|z_t - theta| < e/2] g_t         (the paper's section 3)
-        dL0 / dtheta = -(1 / e)     sum_t [|z_t - theta| < e/2] / positions (likewise)
+        dL / dtheta  = -(theta / e) sum_t [|z_t - theta| < e/2] g_t
+        dL0 / dtheta = -(1 / e)     sum_t [|z_t - theta| < e/2] / positions
 
-    A Schmitt trigger's entry also decides on those that it would hold on after it. With the credit of an entry and of
-    the run that hangs on it,
+    In a Schmitt trigger, switching on at t also holds the positions after it on. The credit of position t and of the
+    run that depends on it is
 
         C_t = z_t g_t + [t+1 is in the segment and release < z_{t+1} <= theta] C_{t+1}
 
-    the sums of C_t over [|z_t - theta| < e/2, off before] and over [|z_t - release| < e/2, on before, z_t <= theta],
-    divided by -e, are the gradients of theta and of the release; L0 likewise, with 1 / positions for z_t g_t.
+    The gradient of theta is -1/e times the sum of C_t over [|z_t - theta| < e/2, off before]; that of the release is
+    -1/e times the sum over [|z_t - release| < e/2, on before, z_t <= theta]. For L0, 1 / positions replaces z_t g_t.
 
-    What reaches h by way of the activation's statistics is not seen here: temporal terms made from them move the
-    weights, but not the thresholds.
+    Gradients that reach h through the activation's statistics bypass this function: temporal terms computed from them
+    train the weights but not the thresholds.
 
-    h: (B, T, d_sae), of `activate_with_stats`, for these thresholds; pre: (B, T, d_sae); bias: (d_sae) or None
-    log_threshold: (d_sae); release_logit: (d_sae), the release is theta sigmoid(release_logit); None: JumpReLU
+    h: (B, T, d_sae), from `activate_with_stats` with these thresholds; pre: (B, T, d_sae); bias: (d_sae) or None
+    log_threshold: (d_sae); release_logit: (d_sae), with release = theta sigmoid(release_logit), or None for JumpReLU
     bandwidth: positive; segments: (B, T) or None
-    out: h, and a scalar. The gradient of h must be whole, also where h is 0.
+    out: h (its gradient must be complete, also where h is 0), and a scalar
     """
     return _StraightThrough.apply(h, pre.detach(), bias, log_threshold, release_logit, bandwidth, segments)
 
@@ -69,7 +70,7 @@ class _StraightThrough(torch.autograd.Function):
         bandwidth: float,
         segments: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        theta, release = thresholds(log_threshold, release_logit)
+        theta, release = learned_thresholds(log_threshold, release_logit)
         dtype = torch.promote_types(pre.dtype, torch.float32)
         z = pre.to(dtype) if bias is None else pre.to(dtype) + bias.detach()
         half = 0.5 * bandwidth * theta
@@ -78,7 +79,7 @@ class _StraightThrough(torch.autograd.Function):
         if segments is None:
             segments = torch.zeros(h.shape[:2], dtype=torch.int32, device=h.device)
         kept = segments >= 0
-        if h.is_cuda or not kept.all():  # a GPU is not waited for
+        if h.is_cuda or not kept.all():  # on a GPU without the check, which would synchronize
             near &= kept[..., None]
             on = on & kept[..., None]
         positions = kept.sum().clamp(min=1)
@@ -94,10 +95,10 @@ class _StraightThrough(torch.autograd.Function):
             before[:, 1:] = on[:, :-1]
             before &= joined
             below = z <= theta
-            hangs = below & (z > release) & joined  # on only if the one before it is
-            sets = near & ~before
-            holds = before & below & (z > release - half) & (z < release + half)
-            ctx.save_for_backward(theta, positions, sets, holds, hangs, z, release / theta)
+            held = below & (z > release) & joined  # on only if the position before it is
+            near_threshold = near & ~before
+            near_release = before & below & (z > release - half) & (z < release + half)
+            ctx.save_for_backward(theta, positions, near_threshold, near_release, held, z, release / theta)
         count = on.count_nonzero().to(dtype) / positions
         return h.view_as(h), count
 
@@ -105,34 +106,40 @@ class _StraightThrough(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_h: Tensor | None, grad_count: Tensor | None) -> tuple[Tensor | None, ...]:
         theta, positions, *saved = ctx.saved_tensors
-        price = None if grad_count is None else grad_count / positions  # of one active entry
+        grad_active = None if grad_count is None else grad_count / positions  # of L0, per active entry
         if len(saved) == 1:
-            return grad_h, None, None, _jumprelu(grad_h, price, theta, *saved) / -ctx.bandwidth, None, None, None
-        sets, holds = _schmitt(grad_h, price, *saved[:4])
-        ratio = saved[4]
-        log_threshold = (sets + ratio * holds) / -ctx.bandwidth
-        release_logit = ratio * (1.0 - ratio) * holds / -ctx.bandwidth
+            grad = _jumprelu_credit(grad_h, grad_active, theta, *saved) / -ctx.bandwidth
+            return grad_h, None, None, grad, None, None, None
+        *saved, ratio = saved
+        on_threshold, on_release = _schmitt_credit(grad_h, grad_active, *saved)
+        log_threshold = (on_threshold + ratio * on_release) / -ctx.bandwidth
+        release_logit = ratio * (1.0 - ratio) * on_release / -ctx.bandwidth
         return grad_h, None, None, log_threshold, release_logit, None, None
 
 
-def _jumprelu(grad_h: Tensor | None, price: Tensor | None, theta: Tensor, near: Tensor) -> Tensor:
-    """Sum over the window of what being active is worth; out: (d_sae)."""
+def _jumprelu_credit(grad_h: Tensor | None, grad_active: Tensor | None, theta: Tensor, near: Tensor) -> Tensor:
+    """(d_sae), the sum over the window of the gradient of being active."""
     out = torch.zeros_like(theta)
     if grad_h is not None:
         out = out + theta * torch.where(near, grad_h, 0.0).sum((0, 1), dtype=theta.dtype)
-    if price is not None:
-        out = out + price * near.sum((0, 1))
+    if grad_active is not None:
+        out = out + grad_active * near.sum((0, 1))
     return out
 
 
-def _schmitt(
-    grad_h: Tensor | None, price: Tensor | None, sets: Tensor, holds: Tensor, hangs: Tensor, z: Tensor
+def _schmitt_credit(
+    grad_h: Tensor | None,
+    grad_active: Tensor | None,
+    near_threshold: Tensor,
+    near_release: Tensor,
+    held: Tensor,
+    z: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Sums of the credit over the two windows; out: (d_sae) each."""
+    """(d_sae) each, the sums of the credit over the two windows."""
     credit = torch.zeros_like(z) if grad_h is None else z * grad_h  # [B, T, d_sae]
-    if price is not None:
-        credit += price
-    rows, carried = credit.unbind(1), hangs.to(z.dtype).unbind(1)  # [B, d_sae] for every t
+    if grad_active is not None:
+        credit += grad_active
+    rows, carried = credit.unbind(1), held.to(z.dtype).unbind(1)  # [B, d_sae] for every t
     for t in range(z.shape[1] - 2, -1, -1):
         rows[t].addcmul_(rows[t + 1], carried[t + 1])
-    return torch.where(sets, credit, 0.0).sum((0, 1)), torch.where(holds, credit, 0.0).sum((0, 1))
+    return torch.where(near_threshold, credit, 0.0).sum((0, 1)), torch.where(near_release, credit, 0.0).sum((0, 1))

@@ -1,7 +1,6 @@
-"""Thresholds of the sparse activations: per token, per batch, and steered to a target sparsity.
+"""Thresholds of the sparse activations: per token, per batch, and steered to a target L0.
 
-Every activation reaches the kernels in one form, `relu` with a threshold and perhaps a release, so this file
-only has to say what the threshold is.
+The kernels compute all of these activations as a ReLU with a threshold, and with a release for hysteresis.
 """
 
 from __future__ import annotations
@@ -13,73 +12,61 @@ from tsae.parallel.axis import SINGLE_PROCESS, Axis, Ranks
 from tsae.parallel.selection import kth_largest, kth_largest_per_row
 
 
-def topk_threshold(pre: Tensor, bias: Tensor | None, k: int, features: Axis | None = None) -> Tensor:
-    """The per-token threshold that ``pre + bias > threshold`` passes for exactly k features, ties apart.
+def topk_threshold(pre: Tensor, bias: Tensor | None, k: int, features: Axis = SINGLE_PROCESS.features) -> Tensor:
+    """The per-token threshold that exactly k features exceed, except for ties (Gao et al. 2024, equation 4).
 
-    pre: (B, T, d_sae); bias: (d_sae) or None; of a dictionary that is split over ``features``, this process's part
-    out: (B, T, 1), no gradient: the (k + 1)-th largest value (Gao et al. 2024, equation 4)
+    pre: (B, T, d_sae); bias: (d_sae) or None; this rank's shard if the dictionary is split over ``features``
+    out: (B, T, 1), the (k + 1)-th largest value of ``pre + bias``, no gradient
     """
     values = pre.detach() if bias is None else pre.detach() + bias.detach().to(pre.dtype)
-    parts = 1 if features is None else features.size
-    if k >= values.shape[-1] * parts:
+    if k >= values.shape[-1] * features.size:
         return torch.full_like(values[..., :1], torch.finfo(values.dtype).min)
-    if features is not None and parts > 1:
-        return kth_largest_per_row(values, k + 1, features)
-    return values.topk(k + 1, dim=-1, sorted=True).values[..., k:]
+    return kth_largest_per_row(values, k + 1, features)
 
 
 def batch_topk_threshold(
     pre: Tensor, bias: Tensor | None, k: int, segments: Tensor | None, ranks: Ranks = SINGLE_PROCESS
 ) -> Tensor:
-    """The one threshold that passes k features a token on average over the batch (Bussmann et al. 2024).
+    """The threshold that k features per token exceed on average over the batch (Bussmann et al. 2024).
 
-    pre: (B, T, d_sae); bias: (d_sae) or None; positions of negative segment id do not count
-    ranks: with several, ``pre`` is a share of the batch and the dictionary, and the threshold that of the whole
+    pre: (B, T, d_sae); bias: (d_sae) or None; positions with negative segment ids do not count
+    ranks: if there are several, ``pre`` is this rank's shard, and the threshold is for the global batch and dictionary
     out: scalar, no gradient
     """
     values = pre.detach() if bias is None else pre.detach() + bias.detach().to(pre.dtype)
-    values = values.flatten(0, 1) if segments is None else values[segments >= 0]
-    return threshold_for(values, k, ranks, torch.finfo(values.dtype).min)
+    return threshold_for(values, k, segments, ranks, torch.finfo(values.dtype).min)
 
 
-def threshold_for(values: Tensor, k: int, ranks: Ranks, everything: float) -> Tensor:
-    """The threshold that passes k of every row's values on average: the (k rows + 1)-th largest of all.
+def threshold_for(values: Tensor, k: int, segments: Tensor | None, ranks: Ranks, lowest: float) -> Tensor:
+    """The threshold that k values per token exceed on average: the (k tokens + 1)-th largest value; a scalar.
 
-    values: (rows, d_sae), this process's share; everything: what stands for it where all pass
-    out: scalar
+    values, segments, ranks: as ``pre`` and the others in `batch_topk_threshold`; lowest: the threshold if all may pass
     """
-    tokens, d_sae = values.shape
-    if ranks.world.size > 1:
-        tokens = int(ranks.data.sum_no_grad(torch.tensor(tokens)))
-        d_sae *= ranks.features.size
-    if tokens == 0 or k >= d_sae:
-        return values.new_full((), everything)
-    if ranks.world.size > 1:
-        return kth_largest(values, tokens * k + 1, ranks.world)
-    return values.flatten().kthvalue(tokens * (d_sae - k)).values
+    values = values.flatten(0, 1) if segments is None else values[segments >= 0]
+    tokens = int(ranks.data.sum_no_grad(torch.tensor(len(values))))
+    if tokens == 0 or k >= values.shape[1] * ranks.features.size:
+        return values.new_full((), lowest)
+    return kth_largest(values, tokens * k + 1, ranks.world)
 
 
 def mean_l0(h: Tensor, segments: Tensor | None = None, ranks: Ranks = SINGLE_PROCESS) -> Tensor:
-    """Mean number of features above 0 per position that is not excluded.
+    """Mean number of features above 0, over positions that are not excluded.
 
-    h: (B, T, d_sae), any float dtype; segments: (B, T) or None. On a CPU a NaN counts, too.
-    ranks: with several, ``h`` is a share and the mean that of the whole batch and dictionary
+    h: (B, T, d_sae), any float dtype (on a CPU, NaN counts as active); segments: (B, T) or None
+    ranks: if there are several, ``h`` is this rank's shard, and the mean is over the global batch and dictionary
     out: scalar float32
     """
-    # The same but for NaN; on a CPU a comparison of bfloat16 took more than twice as long as the two (torch 2.13).
+    # Equal except for NaN; on a CPU, comparing bfloat16 takes over twice as long as relu and bool (torch 2.13).
     above = h.relu().bool() if h.device.type == "cpu" else h > 0
     active = _count(above)  # [B, T]
-    if segments is None and ranks.world.size == 1:
-        return active.mean()
     kept = torch.ones_like(active, dtype=torch.bool) if segments is None else segments >= 0
     return ranks.world.sum_no_grad((active * kept).sum()) / ranks.data.sum_no_grad(kept.sum()).clamp(min=1)
 
 
 def _count(mask: Tensor) -> Tensor:
-    """How many of the last dimension are true: ``mask.sum(-1, dtype=torch.float32)``.
+    """``mask.sum(-1, dtype=torch.float32)``, faster on a CPU, where that converts every entry first.
 
-    A CPU converts what it sums first, which takes several times as long as everything else here. So eight bytes are
-    added at a time, as one number, and so few of them that no byte carries into the next.
+    Eight bytes are added at a time as one int64, and at most 255 of these, so that no byte carries into the next.
     """
     words, rest = divmod(mask.shape[-1], 8)
     together = max((n for n in range(1, 256) if words % n == 0), default=1)
@@ -92,20 +79,20 @@ def _count(mask: Tensor) -> Tensor:
 def initial_threshold(
     pre: Tensor, bias: Tensor | None, k: int, segments: Tensor | None = None, ranks: Ranks = SINGLE_PROCESS
 ) -> Tensor:
-    """Where a steered threshold starts: k features a token on average without hysteresis, and at least 0."""
+    """The start of a steered threshold: k features per token on average without hysteresis, and at least 0."""
     return batch_topk_threshold(pre, bias, k, segments, ranks).float().clamp(min=0.0)
 
 
 class ThresholdController:
-    """Steers one threshold so that the mean L0 meets a target.
+    """Steers a threshold so that the mean L0 meets a target.
 
-    ``theta <- theta * exp(gain * clip(L0 / target - 1, -1, 1))`` after every step. What is frozen for inference
-    is the exponential mean of log theta, which does not carry the last batch's noise.
+    ``theta <- theta * exp(gain * clip(L0 / target - 1, -1, 1))`` after every step. Inference uses an exponential
+    moving average of log theta, which averages out the noise of single batches.
 
     Args:
-        target: wanted mean number of active features per token.
+        target: mean number of active features per token.
         gain: step size on log theta.
-        decay: of the exponential mean.
+        decay: of the moving average.
     """
 
     def __init__(self, target: float, gain: float = 0.3, decay: float = 0.95) -> None:
@@ -124,7 +111,7 @@ class ThresholdController:
         self.log_mean = self.theta.log()
 
     def update(self, l0: Tensor) -> Tensor:
-        """One step of control; ``l0`` and the returned threshold are scalars. No device synchronisation."""
+        """One step of control; ``l0`` and the new threshold are scalars. Does not synchronize the device."""
         error = (l0.float() / self.target - 1.0).clamp(-1.0, 1.0)
         self.theta = self.theta * torch.exp(self.gain * error)
         self.log_mean = self.decay * self.log_mean + (1.0 - self.decay) * self.theta.log()
@@ -136,9 +123,9 @@ class ThresholdController:
         return self.log_mean.exp()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything `load_state_dict` needs to go on."""
+        """The state to resume from."""
         return {"theta": self.theta, "log_mean": self.log_mean}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Resume from a `state_dict`."""
         self.theta, self.log_mean = state["theta"], state["log_mean"]

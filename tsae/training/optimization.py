@@ -16,7 +16,7 @@ from tsae.sae.model import SparseAutoencoder
 
 def threshold_parameters(sae: SparseAutoencoder) -> list[torch.nn.Parameter]:
     """The learned thresholds: none, ``log_threshold``, or it and ``release_logit``."""
-    trained = sae.trained()
+    trained = sae.parameter_dict()
     return [trained[name] for name in ("log_threshold", "release_logit") if name in trained]
 
 
@@ -67,7 +67,7 @@ def add_gradient_noise(sae: SparseAutoencoder, std: float, generator: torch.Gene
     the noise of all features and uses its shard.
     """
     features = sae.ranks.features
-    for name, parameter in sae.trained().items():
+    for name, parameter in sae.parameter_dict().items():
         if parameter.grad is None:
             continue
         grad = local(parameter.grad)
@@ -82,7 +82,7 @@ def add_gradient_noise(sae: SparseAutoencoder, std: float, generator: torch.Gene
 @torch.no_grad()
 def sum_gradients(sae: SparseAutoencoder, data: Axis) -> None:
     """Sum every gradient over the shards of the batch."""
-    for parameter in sae.trained().values():
+    for parameter in sae.parameter_dict().values():
         if parameter.grad is not None:
             data.sum_in_place(local(parameter.grad))
 
@@ -92,7 +92,7 @@ def clip_gradients(sae: SparseAutoencoder, limit: float) -> Tensor:
     """Scale all gradients so that their global norm is at most ``limit``; returns the norm before, a scalar."""
     if sae.ranks.features.size == 1:
         return torch.nn.utils.clip_grad_norm_(list(sae.parameters()), limit)
-    gradients = {name: local(p.grad) for name, p in sae.trained().items() if p.grad is not None}
+    gradients = {name: local(p.grad) for name, p in sae.parameter_dict().items() if p.grad is not None}
     squares = {name: gradient.square().sum() for name, gradient in gradients.items()}
     parts = torch.stack([square for name, square in squares.items() if name in FEATURE_DIM])
     common = [square for name, square in squares.items() if name not in FEATURE_DIM]
@@ -106,7 +106,7 @@ def clip_gradients(sae: SparseAutoencoder, limit: float) -> Tensor:
 @torch.no_grad()
 def project_decoder_gradient(sae: SparseAutoencoder) -> None:
     """Remove from the gradient of each decoder row its component along the row (TC-SAE section 4, unit norm)."""
-    grad = sae.trained()["W_dec"].grad
+    grad = sae.parameter_dict()["W_dec"].grad
     if grad is not None:
         grad, W_dec = local(grad), sae.W_dec
         square = torch.linalg.vecdot(W_dec, W_dec).clamp_(min=1e-24)

@@ -203,7 +203,7 @@ class Trainer:
     @property
     def _steered(self) -> bool:
         """Whether the controller holds the mean L0 at ``sae.k``."""
-        if self.cfg.sae.activation == "schmitt":
+        if self.cfg.sae.kind.steered:
             return self.cfg.sae.steering == "controller"
         return self.sae.thresholds_learned and self.cfg.objective.l0 == 0
 
@@ -220,7 +220,7 @@ class Trainer:
             self.controller.start(initial_threshold(pre, self.sae.b_enc, self.cfg.sae.k, segments, self.ranks))
             if self.sae.log_threshold is not None:
                 self.sae.log_threshold.fill_(self.controller.theta.log())
-        if self.cfg.sae.activation == "schmitt":
+        if self.cfg.sae.kind.steered:
             self.sae.threshold.fill_(self.controller.theta)
             self.sae.release.copy_(self.sae.threshold * self.cfg.sae.release_ratio)
 
@@ -257,7 +257,7 @@ class Trainer:
         # A separate product: dead features get a gradient at every token, and the gradient of the others stays sparse.
         dead_pre = self.sae.pre_activation(x, dead) + self.sae.b_enc[dead]
         k = self.cfg.objective.aux_k or max(1, self.cfg.sae.d_in // 2)
-        through_zero = self.cfg.sae.activation == "relu" or self.sae.thresholds_learned
+        through_zero = self.cfg.sae.kind.dead_below_zero
         W_dec = self.sae.W_dec.index_select(0, dead)
         return auxk_loss(residual, dead_pre, W_dec, k, segments, through_zero=through_zero, ranks=self.ranks)
 
@@ -311,7 +311,7 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
         }
         out |= correlation_metrics(self.correlation, last, self.ranks)
-        if self.cfg.sae.activation in ("schmitt", "batchtopk"):
+        if self.cfg.sae.kind.shares_threshold:
             out["threshold"] = self.sae.threshold[0].item()
         elif self.sae.thresholds_learned:
             out["threshold"] = (features.sum_no_grad(self.sae.threshold.mean()) / features.size).item()
@@ -340,7 +340,7 @@ class Trainer:
         if frozen and sae.thresholds_learned:
             out.threshold *= controller.frozen / controller.theta
             out.release *= controller.frozen / controller.theta
-            out.adopt_thresholds()
+            out.update_threshold_parameters()
         return out
 
     def state_dict(self) -> dict[str, Any]:
@@ -377,7 +377,7 @@ class Trainer:
         """The tensors of this process that can become infinite."""
         slots = self.optimizer.state_dict()["state"]
         return {
-            "sae": {name: local(tensor) for name, tensor in self.sae.trained().items()}
+            "sae": {name: local(tensor) for name, tensor in self.sae.parameter_dict().items()}
             | dict(self.sae.named_buffers(recurse=False)),
             "optimizer": {"state": {i: {k: local(v) for k, v in slot.items()} for i, slot in slots.items()}},
             "controller": self.controller.state_dict(),

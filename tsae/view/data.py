@@ -26,7 +26,7 @@ from tsae.lm.loading import load_language_model
 from tsae.reports.figure import read_history, read_source
 from tsae.rundir import layout
 from tsae.rundir.directory import read_config
-from tsae.sae.model import SCHMITT, THRESHOLDED, SparseAutoencoder
+from tsae.sae.model import SparseAutoencoder
 from tsae.training.assemble import evaluation_batches, resolve_device
 from tsae.utils.config_json import load_json
 from tsae.view.features import NEIGHBOUR_LAGS, Activity, neighbours
@@ -140,8 +140,8 @@ def facts(cfg: TrainConfig, tokens: int) -> list[tuple[str, str]]:
     """What was trained on what, by name."""
     sae, objective = cfg.sae, cfg.objective
     activation = str(sae.activation)
-    details = [f"k = {sae.k}"] if sae.activation not in ("relu", "gelu") else []
-    details += [f"release ratio {sae.release_ratio:g}"] if sae.activation in SCHMITT else []
+    details = [f"k = {sae.k}"] if sae.kind.k_sparse else []
+    details += [f"release ratio {sae.release_ratio:g}"] if sae.kind.release else []
     return [
         ("model", f"{_last(cfg.model)}, layer {cfg.layer}"),
         ("trained on", f"{_last(cfg.data)}, {cfg.steps * cfg.batch * LENGTH:,} tokens in {cfg.steps:,} steps"),
@@ -216,9 +216,9 @@ def columns(sae: SparseAutoencoder, activity: Activity, ids: np.ndarray) -> dict
 
 def thresholds(sae: SparseAutoencoder) -> tuple[np.ndarray | None, np.ndarray | None]:
     """[d_sae] the threshold above which a feature switches on, and the release; None where there is none."""
-    if sae.cfg.activation not in THRESHOLDED or sae.cfg.layer_norm == "post":
+    if not sae.cfg.kind.stores_threshold or sae.cfg.layer_norm == "post":
         return None, None
-    release = sae.release.cpu().numpy() if sae.cfg.activation in SCHMITT else None
+    release = sae.release.cpu().numpy() if sae.cfg.kind.release else None
     return sae.threshold.cpu().numpy(), release
 
 
