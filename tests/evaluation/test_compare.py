@@ -11,8 +11,8 @@ import torch
 from evaluated_run import D_SAE, LAYER, write_dictionary_learning, write_run, write_saelens
 from tiny import sample_text
 
-import tsae.evaluation.evaluator
-import tsae.lm.hooks
+import tsae.data.harvest
+import tsae.evaluation.held_out
 from tsae.evaluate import main
 from tsae.evaluation.metrics import LanguageModelMetrics
 
@@ -74,8 +74,8 @@ def test_a_run_scores_in_company_what_it_scores_alone(options, tmp_path, tiny_ge
 
 def test_the_language_model_runs_once_for_all(options, tmp_path, monkeypatch) -> None:
     calls = []
-    real = tsae.evaluation.evaluator.activations
-    monkeypatch.setattr(tsae.evaluation.evaluator, "activations", lambda *args: calls.append(1) or real(*args))
+    real = tsae.data.harvest.activations
+    monkeypatch.setattr(tsae.data.harvest, "activations", lambda *args: calls.append(1) or real(*args))
     sources = [write_saelens(tmp_path / "a"), write_saelens(tmp_path / "b", scale=0.5)]
     assert main([*map(str, sources), *options]) == 0
     assert len(calls) == 1  # 4 sequences, one batch
@@ -117,9 +117,9 @@ def test_runs_of_different_text(tmp_path, tiny_gemma3, monkeypatch, capsys) -> N
     assert main([*map(str, runs)]) == 2
     assert "different text; name the text to compare them on" in capsys.readouterr().err
     seen = []
-    real = tsae.evaluation.compare.open_text
+    real = tsae.evaluation.held_out.open_text
     seen_by = lambda *a, **k: seen.append(k["config"].threshold) or real(*a, **k)  # noqa: E731
-    monkeypatch.setattr(tsae.evaluation.compare, "open_text", seen_by)
+    monkeypatch.setattr(tsae.evaluation.held_out, "open_text", seen_by)
     assert main([*map(str, runs), "--data", str(tmp_path / "text.txt")]) == 0
     assert seen == [0.05]
 
@@ -137,7 +137,7 @@ def test_one_that_is_not_finite_does_not_lose_the_others(options, tmp_path, caps
     ("arguments", "message"),
     [
         ([], "No autoencoder is named"),
-        (["theirs"], "is not a run's directory (it has no config.json)"),
+        (["theirs"], "is not a run directory (it has no config.json)"),
         (["theirs", "--layer", "1"], "name it with --model"),
         (["theirs", "theirs", "--model", "MODEL", "--layer", "1"], "named twice"),
         (["theirs", "--model", "MODEL", "--layer", "9"], "layer 9 does not exist"),

@@ -16,6 +16,7 @@ from tsae.data.text import open_text
 from tsae.errors import UserError
 from tsae.evaluate import evaluate, main, write_eval
 from tsae.evaluation import evaluator as measure
+from tsae.lm.hooks import activations
 from tsae.lm.loading import load_language_model
 from tsae.reports.table import print_table
 from tsae.rundir.directory import remove_run
@@ -130,7 +131,7 @@ def test_autoencoders_that_are_the_ablations(lm, batch):
     assert zero.metrics["ce_loss_with_sae"] == pytest.approx(zero.metrics["ce_loss_with_ablation"], abs=1e-6)
     assert zero.metrics["ce_loss_score"] == pytest.approx(0, abs=1e-6)
     assert zero.metrics["kl_div_score"] == pytest.approx(0, abs=1e-6)
-    x = measure.activations(lm, batch.tokens, LAYER)[:, 1:][batch.segments >= 0]
+    x = activations(lm, batch.tokens, LAYER)[:, 1:][batch.segments >= 0]
     mean = evaluate(Fake(x.mean(0), 0.0), lm, [batch], layer=LAYER, ce_sequences=6).metrics
     assert mean["explained_variance"] == pytest.approx(0, abs=1e-5)
     assert mean["ce_loss_with_sae"] == pytest.approx(mean["ce_loss_with_mean_ablation"], abs=1e-5)
@@ -162,7 +163,7 @@ def test_an_autoencoder_of_zeros(lm, batch):
     sae = SparseAutoencoder(SAEConfig(d_in=32, d_sae=48, activation="relu"))
     for parameter in sae.parameters():
         parameter.data.zero_()
-    x = measure.activations(lm, batch.tokens, LAYER)[:, 1:][batch.segments >= 0].double()
+    x = activations(lm, batch.tokens, LAYER)[:, 1:][batch.segments >= 0].double()
     metrics = evaluate(sae, lm, [batch], layer=LAYER).metrics
     expected = -x.mean(0).square().sum() / x.var(0, correction=0).sum()
     assert metrics["explained_variance"] == pytest.approx(float(expected))
@@ -382,17 +383,17 @@ def test_a_release_ratio_that_makes_no_sense_is_one_sentence(run_dir, capsys, ra
 def measured(monkeypatch) -> list[str]:
     """What reaches the metrics: the text of every segment of 30 tokens, decoded."""
     seen: list[str] = []
-    real = module.evaluate
+    real = module.evaluate_all
 
-    def spy(sae, lm, batches, **options):
+    def spy(saes, lm, batches, **options):
         seen.clear()
         for batch in batches:
             for row, ids in zip(batch.tokens[:, 1:], batch.segments, strict=True):
                 segments = [row[ids == i] for i in ids.unique() if i >= 0]
                 seen.extend(lm.tokenizer.decode(segment) for segment in segments if len(segment) >= 30)
-        return real(sae, lm, batches, **options)
+        return real(saes, lm, batches, **options)
 
-    monkeypatch.setattr(module, "evaluate", spy)
+    monkeypatch.setattr(module, "evaluate_all", spy)
     return seen
 
 

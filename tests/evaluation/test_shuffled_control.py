@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import tsae.data.harvest
 from tsae.config import SAEConfig
 from tsae.data.sequences import TokenBatch
 from tsae.evaluate import evaluate
-from tsae.evaluation import evaluator as module
 from tsae.evaluation.metrics import shuffle_within_segments
 from tsae.sae.model import SparseAutoencoder
 
@@ -27,7 +27,7 @@ class Latents:
         self.directions = directions
         self.lm = SimpleNamespace(name="no model", d_model=32)
         self.batch = TokenBatch(torch.arange(B)[:, None].expand(B, 1 + T), torch.zeros(B, T, dtype=torch.int32))
-        monkeypatch.setattr(module, "activations", lambda lm, tokens, layer: self.x[tokens[:, 0]])
+        monkeypatch.setattr(tsae.data.harvest, "activations", lambda lm, tokens, layer: self.x[tokens[:, 0]])
 
     def temporal(self, release_ratio: float, seed: int = 0) -> dict:
         """The metrics of an autoencoder whose features are the latents above 1.5."""

@@ -134,6 +134,6 @@ def test_dropping_needs_a_run(tiny_gemma3, tmp_path, capsys) -> None:
     run = write_run(tmp_path / "run", tiny_gemma3, activation="schmitt")
     options = ["--to", "saelens", "--out", str(tmp_path / "out"), "--drop-hysteresis"]
     assert main([str(run / "sae"), *options]) == 2
-    assert "is not a run's directory" in capsys.readouterr().err
+    assert "is not a run directory" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / ".out.tmp").exists()

@@ -93,8 +93,8 @@ def test_the_card_says_what_it_is(hub: StandIn, sae: SparseAutoencoder, run: Pat
     assert "sparse-autoencoder" in card.data.tags
     assert card.data.license == "apache-2.0"
     assert card.data.base_model is None  # a local model is none of the hub's
-    assert "| explained variance (centred) | 0.9123 |" in card.text
-    assert "| the same beyond chance, per feature | 0.310 |" in card.text
+    assert "| explained variance | 0.9123 |" in card.text
+    assert "| P(stays on), beyond chance | 0.3100 |" in card.text
     assert "smoothness" not in card.text  # which was not measured
     assert "![The run's report](report.png)" in card.text
     assert r"my\|texts.jsonl" in card.text

@@ -13,9 +13,10 @@ from rich.console import Console
 from tiny import sample_text
 
 from tsae.config import EvaluationConfig, SAEConfig, TrainConfig
+from tsae.data import harvest
 from tsae.data.text import TextConfig
-from tsae.lm import hooks
-from tsae.probe.__main__ import Arguments, main, probe_runs
+from tsae.probe.__main__ import main
+from tsae.probe.command import probe_runs
 from tsae.probe.results import print_results
 from tsae.sae.model import SparseAutoencoder
 from tsae.utils.config_json import to_dict
@@ -52,15 +53,15 @@ def source(tmp_path_factory, tiny_gemma3) -> list[Path]:
 def probed(source) -> tuple[Any, list[int], list[dict]]:
     """The results of probing both, the sequences of every harvest, and what was written."""
     harvests = []
-    real = hooks.activations
+    real = harvest.activations
 
     def counted(lm, tokens, layer):
         harvests.append(len(tokens))
         return real(lm, tokens, layer)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hooks, "activations", counted)
-        results = probe_runs(Arguments(tuple(source)))
+        patch.setattr(harvest, "activations", counted)
+        results = probe_runs(source)
     written = [json.loads((run / "probes.json").read_text()) for run in source]
     assert sorted(path.name for path in source[0].iterdir()) == ["config.json", "probes.json", "sae"]
     return results, harvests, written

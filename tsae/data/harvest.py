@@ -23,6 +23,14 @@ class ActivationBatch(NamedTuple):
     segments: Tensor
 
 
+def content_activations(lm: LanguageModel, batch: TokenBatch, layer: int) -> Tensor:
+    """The residual stream after block ``layer`` at content positions: the model sees the prefix (BOS), we do not.
+
+    out: [N, T, d_model] in the model's dtype, on its device
+    """
+    return activations(lm, batch.tokens, layer)[:, -batch.segments.shape[1] :]
+
+
 class Harvester:
     """Draws sequences from a stream and runs the language model up to one layer on them.
 
@@ -60,12 +68,11 @@ class Harvester:
 
         The position of the prefix (BOS) is fed to the model and dropped here.
         """
-        length = tokens.segments.shape[1]
-        for ids, segments in zip(tokens.tokens.split(self.batch), tokens.segments.split(self.batch), strict=True):
-            out = activations(self.lm, ids.to(self.lm.device), self.layer)
-            yield ActivationBatch(out[:, -length:].to("cpu", self.dtype), segments)
+        for part in tokens.split(self.batch):
+            x = content_activations(self.lm, part, self.layer)
+            yield ActivationBatch(x.to("cpu", self.dtype), part.segments)
             if progress is not None:
-                progress(segments.numel())
+                progress(part.segments.numel())
 
     def absent(self, tokens: TokenBatch, progress: Callable[[int], None] | None = None) -> Iterator[ActivationBatch]:
         """`batches` without running the model: x is on the meta device, of the right shape and dtype."""

@@ -13,7 +13,7 @@ from tsae.data.hub import hub_is_reachable
 from tsae.errors import UserError, reason
 from tsae.formats import load as read
 from tsae.hub.card import model_card, without_folders
-from tsae.reports.figure import read_source
+from tsae.reports.records import read_source
 from tsae.rundir import layout
 from tsae.sae.model import SparseAutoencoder
 from tsae.sae.saving import CONFIG

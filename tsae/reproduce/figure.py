@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from tsae.reports.figure import BLUE, GREY, INK, RED, STYLE, read_history
+from tsae.reports.figure import BLUE, GREY, INK, RED, STYLE
+from tsae.reports.records import read_history
 from tsae.reproduce.papers import INPUTS
 from tsae.rundir import layout
 from tsae.utils.atomic import atomic_write

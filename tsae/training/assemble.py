@@ -16,15 +16,16 @@ from tsae.data.cache import ActivationCache
 from tsae.data.cache_request import cache_request, made_with
 from tsae.data.feed import Feed
 from tsae.data.harvest import ActivationBatch, Harvester
-from tsae.data.sequences import SequenceStream, TokenBatch
+from tsae.data.sequences import SequenceStream
 from tsae.data.text import Document, Part, absolute_source, open_text, split_threshold
 from tsae.errors import UserError
+from tsae.evaluation.held_out import evaluation_batches
 from tsae.lm.hooks import check_layer
 from tsae.lm.loading import LanguageModel, absolute_name, default_dtype, load_language_model
 from tsae.parallel.axis import SINGLE_PROCESS, Ranks
 from tsae.parallel.buffer import DistributedActivationBuffer
-from tsae.parallel.environment import local_rank, world_size
 from tsae.parallel.processes import check_mesh, check_on_all_ranks, local_rank0_first
+from tsae.utils.device import resolve_device
 from tsae.utils.progress import bar
 
 
@@ -83,27 +84,6 @@ def _open(cfg: TrainConfig, device: torch.device) -> tuple[LanguageModel, TrainC
     return lm, cfg
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one, of several processes each its own.
-
-    Raises:
-        UserError: there is no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and world_size() > 1:
-        name = f"cuda:{local_rank()}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"There is no device {name!r}; use auto, cpu, cuda or cuda:N.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"Device {name!r} was asked for, but PyTorch sees no GPU here; use --device cpu.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"Device {name!r} was asked for, but there are {torch.cuda.device_count()} GPUs.")
-    return device
-
-
 def matching_width(cfg: TrainConfig, lm: LanguageModel) -> int:
     """The model's width, which a configured ``sae.d_in`` must equal."""
     if cfg.sae.d_in not in (0, lm.d_model):
@@ -119,25 +99,6 @@ def uses_autocast(cfg: TrainConfig, device: torch.device) -> bool:
 def _text(cfg: TrainConfig, part: Part) -> Callable[[int], Iterator[Document]]:
     """The run's text, one part of it, by epoch."""
     return lambda epoch: open_text(cfg.data, part=part, seed=cfg.stream_seed, config=cfg.text, epoch=epoch)
-
-
-def evaluation_batches(cfg: TrainConfig, lm: LanguageModel, sequences: int) -> list[TokenBatch]:
-    """Token batches of at most ``sequences`` sequences of the evaluation part of the run's text.
-
-    Raises:
-        UserError: the evaluation text is too short for one sequence.
-    """
-    stream = SequenceStream(_text(cfg, "evaluation"), lm.tokenizer, LENGTH, repeat=False)
-    batches, left = [], sequences
-    while left > 0:
-        batch = stream.next_batch(min(left, cfg.buffer.harvest_batch))
-        if batch.tokens.shape[0] == 0:
-            break
-        batches.append(batch)
-        left -= batch.tokens.shape[0]
-    if not batches:
-        raise UserError(f"The evaluation part of {cfg.data} is too short for one sequence of {LENGTH} tokens.")
-    return batches
 
 
 def demand(cfg: TrainConfig) -> int:
