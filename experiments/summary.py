@@ -17,18 +17,15 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from tsae.reports.table import metric
+from tsae.evaluation.catalogue import METRICS, lookup
 
-COLUMNS = (
-    ("EV", "explained_variance", 4),
-    ("CE score", "ce_loss_score", 4),
-    ("L0", "l0", 1),
-    ("alive", "frac_alive", 3),
-    ("excess", "temporal.persistence_excess", 3),
-    ("shuffled", "temporal.persistence_excess_shuffled", 3),
-    ("lag 1 pooled", "temporal.relative_difference.1", 3),
-    ("lag 1 per feature", "temporal.relative_difference_per_feature.1", 3),
-    ("smoothness", "temporal.smoothness", 4),
+COLUMNS = tuple(
+    METRICS[key]
+    for key in (
+        *("explained_variance", "ce_loss_score", "l0", "frac_alive"),
+        *("temporal.persistence_excess", "temporal.persistence_excess_shuffled"),
+        *("temporal.relative_difference.1", "temporal.relative_difference_per_feature.1", "temporal.smoothness"),
+    )
 )
 COLOURS = {
     "plain": "#20252B",
@@ -63,15 +60,15 @@ def collect(directories: list[Path]) -> dict[str, list[dict[str, Any]]]:
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
     """One row a configuration: means, and half ranges where there is more than one seed."""
     lines = [
-        "| run | seeds | " + " | ".join(heading for heading, _, _ in COLUMNS) + " |",
+        "| run | seeds | " + " | ".join(metric.column for metric in COLUMNS) + " |",
         "| --- " * (len(COLUMNS) + 2) + "|",
     ]
     for name, runs in found.items():
         cells = []
-        for _, key, digits in COLUMNS:
-            values = [metric(run, key) for run in runs]
-            spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{mean(values):.{digits}f}{spread}")
+        for metric in COLUMNS:
+            values = [lookup(run, metric.key) for run in runs]
+            spread = f" ± {metric.full((max(values) - min(values)) / 2)}" if len(values) > 1 else ""
+            cells.append(metric.full(mean(values)) + spread)
         lines.append(f"| {name} | {len(runs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -80,14 +77,14 @@ def against_plain(found: dict[str, list[dict[str, Any]]]) -> str:
     """Every configuration against `plain`, ratios and differences of means."""
 
     def average(name: str, key: str) -> float:
-        return mean(metric(run, key) for run in found[name])
+        return mean(lookup(run, key) for run in found[name])
 
     def over_control(name: str) -> float:
         return average(name, "temporal.persistence_excess") - average(name, "temporal.persistence_excess_shuffled")
 
     lines = [
-        "| against plain | EV | CE score | L0 | alive | excess | excess less control | lag 1 pooled | per feature |"
-        " smoothness |",
+        f"| against plain | {' | '.join(m.column for m in COLUMNS[:5])} | excess less control | "
+        f"{' | '.join(m.column for m in COLUMNS[6:])} |",
         "| --- " * 10 + "|",
     ]
     for name in found:
@@ -99,9 +96,9 @@ def against_plain(found: dict[str, list[dict[str, Any]]]) -> str:
             f"{average(name, 'ce_loss_score') - average('plain', 'ce_loss_score'):+.4f} | "
             f"{average(name, 'l0') / average('plain', 'l0') - 1:+.1%} | "
             f"{average(name, 'frac_alive') / average('plain', 'frac_alive'):.1%} | "
-            f"{average(name, COLUMNS[4][1]) / average('plain', COLUMNS[4][1]):.2f} x | "
+            f"{average(name, COLUMNS[4].key) / average('plain', COLUMNS[4].key):.2f} x | "
             f"{over_control(name) / over_control('plain'):.2f} x | "
-            + " | ".join(f"{average(name, key) / average('plain', key) - 1:+.1%}" for _, key, _ in COLUMNS[6:])
+            + " | ".join(f"{average(name, m.key) / average('plain', m.key) - 1:+.1%}" for m in COLUMNS[6:])
             + " |"
         )
     return "\n".join(lines)
@@ -120,7 +117,7 @@ def figure(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
         parts = re.fullmatch(r"(.+?)-([\d.]+)", name)
         family, value = parts.groups() if parts else (name, "")
         point = [
-            mean(metric(run, key) for run in runs) for key in ("temporal.persistence_excess", "explained_variance")
+            mean(lookup(run, key) for run in runs) for key in ("temporal.persistence_excess", "explained_variance")
         ]
         families[family].append((point[0], point[1], value))
     for family, points in families.items():

@@ -95,7 +95,7 @@ def test_tcsae_ends_with_table_and_figure(
     table = (out / "results.md").read_text()
     content = results["zero_output"]["content"]["zero_output"]
     assert f"EV = -|mean|^2 / Var = {content:.3f}" in table
-    assert "| run0 | paper | -0.785 | – | 0.00 | 0.00 | – | – | – | -0.586 | – |" in table
+    assert "| run0 | paper | -0.785 | – | 0.0 | 0.0 | – | – | – | -0.586 | – |" in table
     assert "| run1 | paper | – | – | – | – | – | – | – | – | 0 |" in table
     assert "|  | literal | – | – | – | – | – | – | – | – | 2 (stopped) |" in table
     assert "run2, fixed: Training stopped at step 3" in table
@@ -151,7 +151,7 @@ def test_explained_variance_with_and_without_bos(tiny_neox: Path) -> None:
     segments[2, 20:] = -1
     sae = SparseAutoencoder(SAEConfig(d_in=32, d_sae=24, activation="relu"), generator=torch.Generator().manual_seed(0))
     batch = TokenBatch(tokens, segments)
-    got = explained_variance({"a": sae}, lm, [batch], 1, 2)
+    got = explained_variance({"a": sae}, lm, batch.split(2), 1)
     x = activations(lm, tokens, 1)
     content = x[:, 1:][segments >= 0]
     for name, part in (("content", content), ("with_bos", torch.cat([content, x[:, 0]]))):

@@ -244,13 +244,9 @@ def _lags(ax: Axes, evaluation: dict[str, Any]) -> None:
 
 def _persistence(ax: Axes, evaluation: dict[str, Any]) -> None:
     ax.set_title("Does an active feature stay on?")
-    metrics = [
-        METRICS[f"temporal.{key}"] for key in ("persistence", "persistence_excess", "persistence_excess_shuffled")
-    ]
-    rows = [
-        (metric, lookup(evaluation, metric.key), color)
-        for metric, color in zip(metrics, (BLUE, GREEN, GREY), strict=True)
-    ]
+    colors = {"persistence": BLUE, "persistence_excess": GREEN, "persistence_excess_shuffled": GREY}
+    metrics = [METRICS[f"temporal.{key}"] for key in colors]
+    rows = [(m, lookup(evaluation, m.key), color) for m, color in zip(metrics, colors.values(), strict=True)]
     rows = [row for row in rows if isinstance(row[1], (int, float))]
     if not rows:
         return _empty(ax, "not evaluated")

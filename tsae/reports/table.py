@@ -31,7 +31,7 @@ def print_comparison(
     for metric in metrics:
         first, *rest = metric.heading.split("\n")
         width = max(map(len, (first, *rest, metric.short(-0.5))))
-        heading = "\n".join(["" if rest and first == above else first, *rest])  # neighbors share a first line
+        heading = "\n".join(["" if rest and first == above else first, *rest])  # neighbours share a first line
         table.add_column(heading, justify="right", no_wrap=True, min_width=width)
         above = first
     for name, run in runs.items():

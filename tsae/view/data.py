@@ -1,7 +1,7 @@
 """The content of the page as one JSON object: what a run directory says, and its features on held-out text.
 
 Features come as columns. The activations of a feature are kept only in the passages where it, or a feature that has it
-as its neighbor, is strongest; elsewhere the page has its statistics alone. That bounds the page's size.
+as its neighbour, is strongest; elsewhere the page has its statistics alone. That bounds the page's size.
 """
 
 from __future__ import annotations
