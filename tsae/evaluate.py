@@ -26,6 +26,7 @@ from tsae.evaluation.evaluator import evaluate as evaluate
 from tsae.evaluation.evaluator import evaluate_all, evaluation_options, evaluation_progress, write_eval
 from tsae.evaluation.held_out import HeldOut, choose_source, held_out, training_sample
 from tsae.evaluation.subject import Subject, open_autoencoders, open_run
+from tsae.integrations.sae_bench_output import core_output
 from tsae.reports.figure import write_report
 from tsae.reports.table import print_comparison, print_table
 from tsae.rundir import layout
@@ -185,8 +186,6 @@ def _write_out(arguments: Arguments, measured: Measured) -> None:
     """Write what `--out` and `--format` ask for."""
     path, results = arguments.out, measured.results
     if arguments.format == "saebench":
-        from tsae.integrations.sae_bench_output import core_output
-
         ((name, result),) = results.items()
         output = core_output(name, measured.subject.sae, result, measured.subject.config)
         write_json(path or arguments.run / layout.SAEBENCH, output)

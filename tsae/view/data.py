@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tsae.config import LENGTH, TrainConfig
 from tsae.data.sequences import TokenBatch
+from tsae.evaluation.catalogue import METRICS
 from tsae.evaluation.metrics.temporal import CURVE_LAGS, MIN_ACTIVATIONS
 from tsae.reports.records import read_history, read_source
 from tsae.rundir import layout
@@ -29,6 +30,8 @@ PASSAGES = 8  # at most, per feature
 TOP_TOKENS = 6
 POINTS = 300  # at most, per training curve
 ENTRIES = 3_500_000  # activations in a page, about 4 bytes each; beyond it each feature gets fewer passages
+# Metrics of eval.json whose labels the page shows.
+LABELED = ("explained_variance", "l0", "frac_alive", "ce_loss_score_mean_ablation", "temporal.persistence_excess")
 CURVES = (
     *("reconstruction", "sparsity", "temporal", "auxiliary", "explained_variance", "l0", "dead"),
     *("lag1_correlation", "lag1_correlation_p10", "lag1_correlation_p90"),
@@ -71,6 +74,11 @@ def page_data(
     return {
         "run": {"name": run.resolve().name, "facts": facts(cfg, int((activity.segments >= 0).sum()))},
         "evaluation": {"metrics": evaluation, "text": read_source(run).get("data")},
+        "labels": {
+            key: {"name": metric.name, "title": metric.title, "digits": metric.short_digits}
+            for key, metric in METRICS.items()
+            if key in LABELED
+        },
         "history": curves(run / layout.METRICS),
         "lags": list(CURVE_LAGS),
         "bands": [list(band) for band in MULTISCALE],
