@@ -1,12 +1,12 @@
 """An evaluation in the form of SAEBench's core results (`eval_output_schema_core.json` of sae-bench 0.6.0).
 
-SAEBench's fields hold what SAEBench defines, so that they stand beside its own tables, its known errors included
-(docs/metrics.md): `explained_variance` is nearly uncentred, and `mse` is the squared error summed over dimensions and
-divided by the tokens of a batch. Our own `eval.json`, the temporal metrics with it, is in `eval_result_unstructured`.
+The fields follow SAEBench's definitions, known errors included, so that they compare with its tables (docs/metrics.md):
+`explained_variance` is nearly uncentred, and `mse` is the squared error summed over dimensions and divided by the
+tokens of a batch. Our `eval.json`, with the temporal metrics, is in `eval_result_unstructured`.
 
-What is not the same as in SAEBench: the first position (BOS) keeps its activation in every run of the language model,
-also under zero ablation (`tsae.evaluation.evaluator.evaluate` says why); KL and cross-entropy are means over
-predictions within one document.
+Differences from SAEBench: the first position (BOS) keeps its activation in every pass of the language model, also under
+zero ablation (`tsae.evaluation.evaluator.evaluate` says why), and KL and cross-entropy are means over predictions
+within one document.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tsae.config import LENGTH, TrainConfig
 from tsae.evaluation.evaluator import EvaluationResult
 from tsae.sae.model import SparseAutoencoder
 
-CHUNK = 1024  # rows of the matrix of cosines held at once
+CHUNK = 1024  # rows of the cosine matrix at a time
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def core_output(name: str, sae: SparseAutoencoder, result: EvaluationResult, con
     """The content of a results file of SAEBench's core evaluation.
 
     name: of the autoencoder
-    config: the language model, layer, text and sizes that `result` was measured with
+    config: the language model, layer, text and sizes behind `result`
     """
     metrics, density = result.metrics, result.density
     batch = config.buffer.harvest_batch
@@ -123,7 +123,7 @@ def core_output(name: str, sae: SparseAutoencoder, result: EvaluationResult, con
 
 
 def _max_cosine(unit: Tensor) -> Tensor:
-    """(d_sae), for each unit vector of (d_sae, d_in) the greatest cosine with another."""
+    """(d_sae), the greatest cosine of each unit vector (d_sae, d_in) with another."""
     if len(unit) < 2:
         return unit.new_zeros(len(unit))
     greatest = unit.new_empty(len(unit))
@@ -135,7 +135,7 @@ def _max_cosine(unit: Tensor) -> Tensor:
 
 
 def _frequencies(density: Tensor) -> dict[str, float]:
-    """Shares of the features, and of all activations, that belong to features active more often than 1 % and 10 %."""
+    """Fractions of features, and of all activations, from features that are active more often than 1 % and 10 %."""
     total = float(density.sum())
     out = {}
     for percent in (1, 10):
@@ -148,5 +148,5 @@ def _frequencies(density: Tensor) -> dict[str, float]:
 def _version() -> str:
     try:
         return version("tsae")
-    except PackageNotFoundError:  # run from the source tree
+    except PackageNotFoundError:  # run from a source tree
         return "unknown"

@@ -103,4 +103,4 @@ def _dynamics(ax: Axes, results: dict[str, Any], directory: Path, given: str) ->
     ax.set_xlabel("step")
     ax.set_ylabel("error / variance of the batch")
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(ncols=3, fontsize=7.5, loc="lower left")  # "best" takes seconds on a slow machine, and warns
+        ax.legend(ncols=3, fontsize=7.5, loc="lower left")  # "best" takes seconds and warns
