@@ -130,7 +130,7 @@ def test_alone_a_run_scores_what_it_scores_beside_others(runs, probed, capsys):
 
 
 def test_a_trained_run_on_other_text(uninterrupted, tmp_path, capsys):
-    """Rows of text know no sections: the key is left out, and why is said."""
+    """Rows of text have no sections: the key is left out, with the reason."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": sample_text(200, seed=seed)}) + "\n" for seed in range(60)))
     written = uninterrupted / "probes.json"
@@ -140,7 +140,7 @@ def test_a_trained_run_on_other_text(uninterrupted, tmp_path, capsys):
     finally:
         written.unlink(missing_ok=True)
     assert set(found["problems"]) == {"document", "token_class"}
-    assert "knows no sections" in found["left_out"]["section"]
+    assert "has no sections" in found["left_out"]["section"]
     assert found["text"]["data"] == str(rows)
     assert found["text"]["part"] == "the evaluation side of the run's split"
     assert found["text"]["tokens"] == 2560

@@ -125,7 +125,7 @@ def test_a_sequence_that_the_parts_of_a_section_share_trains_only(tokenizer):
 
 def test_a_text_without_sections_says_so(tokenizer):
     texts = [sample_text(120, seed=seed) for seed in range(4)]
-    assert "knows no sections" in posed(tokenizer, texts)[1]["section"]
+    assert "has no sections" in posed(tokenizer, texts)[1]["section"]
     alone = {i: Section(str(i), 0) for i in range(4)}
     assert "fewer than two sections" in posed(tokenizer, texts, alone)[1]["section"]
 

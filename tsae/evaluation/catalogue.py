@@ -30,6 +30,11 @@ class Metric:
         return f"{self.of}, {self.label}" if self.of else self.label
 
     @property
+    def row(self) -> str:
+        """The label below that of the metric it refines."""
+        return f"  {self.label}" if self.of else self.label
+
+    @property
     def title(self) -> str:
         """The label as a title."""
         return self.name[0].upper() + self.name[1:]

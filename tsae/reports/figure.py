@@ -141,7 +141,7 @@ def _numbers(head: SubFigure, evaluation: dict[str, Any]) -> None:
         known = isinstance(value, (int, float)) and math.isfinite(value)
         number = METRICS[key].short(value if known else None)
         head.text(x, 0.46, number, fontsize=20, fontweight="bold", color=BLUE, va="center")
-        head.text(x, 0.23, METRICS[key].name, fontsize=9.5, va="center")
+        head.text(x, 0.23, METRICS[key].name, fontsize=9, va="center")
         head.text(x, 0.1, note if known else "", fontsize=8.5, color=GREY, va="center")
 
 
@@ -219,7 +219,7 @@ def _lags(ax: Axes, evaluation: dict[str, Any]) -> None:
         ("relative_difference", RED, "s"),
         ("relative_difference_per_feature", ORANGE, "D"),
     ):
-        label = METRICS[f"temporal.{key}"].name
+        label = METRICS[f"temporal.{key}"].row
         values = {int(lag): value for lag, value in temporal.get(key, {}).items()}
         if values:
             lags = sorted(values)
@@ -255,7 +255,7 @@ def _persistence(ax: Axes, evaluation: dict[str, Any]) -> None:
     ax.barh(places, values, color=[color for *_, color in rows], height=0.42)
     for place, (metric, value, _) in zip(places, rows, strict=True):
         ax.text(max(value, 0) + 0.01, place, metric.short(value), va="center", fontsize=10, fontweight="bold")
-        ax.text(0, place + 0.27, metric.name, va="bottom")
+        ax.text(0, place + 0.27, metric.row, va="bottom")
     ax.set_yticks([])
     ax.set_xlim(min(0.0, *values), max(1.2 * max(values), 0.1))
     ax.set_ylim(-0.45, len(rows) - 0.4)

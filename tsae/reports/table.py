@@ -60,10 +60,9 @@ def print_table(metrics: dict[str, Any], console: Console | None = None, text: s
         table.add_row(f"[bold]{group}[/bold]", "", "")
         for metric in listed:
             value = lookup(metrics, metric.key)
-            label = f"  {metric.label}" if metric.of else metric.label
             if isinstance(value, dict):
                 for part, entry in value.items():
-                    table.add_row(f"{label}, {metric.at(part).label}", metric.full(entry), metric.unit)
+                    table.add_row(f"{metric.row}, {metric.at(part).label}", metric.full(entry), metric.unit)
             else:
-                table.add_row(label, metric.full(value), metric.unit)
+                table.add_row(metric.row, metric.full(value), metric.unit)
     (console or Console()).print(table)
