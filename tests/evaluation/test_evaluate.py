@@ -5,11 +5,13 @@ import math
 
 import pytest
 import torch
+from evaluated_run import LAYER, write_run
 from safetensors.torch import load_file
+from tiny import sample_text
 from torch import Tensor, nn
 
 from tsae import evaluate as module
-from tsae.config import EvaluationConfig, SAEConfig, TrainConfig
+from tsae.config import SAEConfig
 from tsae.data.passages import Split
 from tsae.data.sequences import TokenBatch
 from tsae.data.text import open_text
@@ -23,7 +25,6 @@ from tsae.rundir.directory import remove_run
 from tsae.sae.model import SparseAutoencoder
 from tsae.utils.config_json import to_dict
 
-LAYER = 1
 KEYS = {
     "explained_variance",
     "explained_variance_legacy",
@@ -92,15 +93,6 @@ def batch(lm) -> TokenBatch:
     segments[2, 20:] = -1
     segments[3, 5] = -1
     return TokenBatch(tokens, segments)
-
-
-def sample_text(words: int, seed: int = 0) -> str:
-    """Made-up words, twelve to a paragraph."""
-    generator = torch.Generator().manual_seed(seed)
-    syllables = ("ba", "do", "ki", "le", "mu", "ran", "sto", "vi")
-    picks = torch.randint(0, 8, (words, 2), generator=generator).tolist()
-    spelled = [syllables[a] + syllables[b] for a, b in picks]
-    return "\n\n".join(" ".join(spelled[i : i + 12]) + "." for i in range(0, words, 12))
 
 
 def test_exact_keys_and_finite_values(lm, batch):
@@ -283,22 +275,7 @@ def test_table_names_groups_and_units(lm, batch, capsys):
 
 @pytest.fixture
 def run_dir(tmp_path, tiny_gemma3):
-    text = tmp_path / "text.txt"
-    text.write_text(sample_text(20000))
-    config = TrainConfig(
-        model=str(tiny_gemma3),
-        layer=LAYER,
-        data=str(text),
-        device="cpu",
-        lm_dtype="float32",
-        sae=SAEConfig(d_in=32, d_sae=48, k=4, activation="topk"),
-        evaluation=EvaluationConfig(sequences=4, ce_sequences=2),
-    )
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.json").write_text(json.dumps(to_dict(config)))
-    SparseAutoencoder(config.sae, generator=torch.Generator().manual_seed(0)).save(run / "sae")
-    return run
+    return write_run(tmp_path / "run", tiny_gemma3)
 
 
 def test_command_line(run_dir, capsys):
