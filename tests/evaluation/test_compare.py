@@ -47,7 +47,7 @@ def test_an_autoencoder_of_another_library(options, tmp_path, capsys) -> None:
     assert files(sae) == before
 
 
-def test_a_run_scores_in_company_what_it_scores_alone(options, tmp_path, tiny_gemma3, text, capsys) -> None:
+def test_a_run_scores_the_same_alone_and_beside_others(options, tmp_path, tiny_gemma3, text, capsys) -> None:
     run = write_run(tmp_path / "run", tiny_gemma3)
     assert main([str(run), "--tokens", "512", "--ce-sequences", "2"]) == 0
     alone = json.loads((run / "eval.json").read_text())
@@ -65,7 +65,7 @@ def test_a_run_scores_in_company_what_it_scores_alone(options, tmp_path, tiny_ge
     for name in metrics:
         assert name in table
     assert files(run) == before
-    # Two of one name go by the whole of theirs.
+    # Two that share a name are listed by their full paths.
     (tmp_path / "other").mkdir()
     twin = write_saelens(tmp_path / "other" / "theirs")
     assert main([str(sources[1]), str(twin), *options, "--out", str(out)]) == 0
@@ -100,8 +100,8 @@ def test_a_width_that_does_not_fit_is_found_before_any_forward_pass(
     assert files(run) == before
 
 
-def test_little_text_is_used_whole(options, tmp_path, capsys) -> None:
-    """Others than runs do not say what they were trained on; one passage has no evaluation side."""
+def test_short_text_is_used_completely(options, tmp_path, capsys) -> None:
+    """An autoencoder that is not a run does not say what it was trained on; one passage has no evaluation side."""
     (tmp_path / "short.txt").write_text(sample_text(300, seed=5))
     sae = write_saelens(tmp_path / "theirs")
     assert main([str(sae), *options, "--data", str(tmp_path / "short.txt")]) == 0
@@ -109,7 +109,7 @@ def test_little_text_is_used_whole(options, tmp_path, capsys) -> None:
 
 
 def test_runs_of_different_text(tmp_path, tiny_gemma3, monkeypatch, capsys) -> None:
-    """They are compared on text that lies on the evaluation side of all their splits."""
+    """They are compared on text on the evaluation side of all their splits."""
     runs = [write_run(tmp_path / name, tiny_gemma3) for name in ("a", "b")]
     config = json.loads((runs[1] / "config.json").read_text())
     config["text"]["evaluation_share"] = 0.3

@@ -15,7 +15,7 @@ from tsae.sae.model import SparseAutoencoder
 
 
 class Latents:
-    """In place of a language model's activations: slow latents, each a direction of its own, at a large mean."""
+    """Synthetic activations: slow latents along separate directions, with a large mean."""
 
     def __init__(self, rho: float, monkeypatch: pytest.MonkeyPatch, B: int = 24, T: int = 256, k: int = 16) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -50,7 +50,7 @@ def test_persistence_on_shuffled_tokens(monkeypatch):
     assert abs(plain["persistence_excess_shuffled"]) < 0.015
     assert schmitt["persistence_excess"] > plain["persistence_excess"] + 0.3
     assert 0.2 < schmitt["persistence_excess_shuffled"] < schmitt["persistence_excess"] - 0.3
-    # Without an order in the text both say the same.
+    # Without an order in the text both are equal.
     fast = Latents(0.0, monkeypatch)
     for ratio in (1.0, 0.3):
         metrics = fast.temporal(ratio)

@@ -42,7 +42,7 @@ def write_run(folder: Path, model: Path, text: Path, seed: int, **options) -> Pa
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, tiny_gemma3) -> list[Path]:
-    """Two runs on a text with two titles, of which about half of the passages are held out."""
+    """Two runs on a text with two titles, with about half of the passages held out."""
     folder = tmp_path_factory.mktemp("probed")
     text = folder / "text.txt"
     text.write_text("".join(f" = Title {i} = \n\n{sample_text(6000, seed=i)}\n\n" for i in range(2)))
@@ -69,7 +69,7 @@ def probed(source) -> tuple[Any, list[int], list[dict]]:
 
 @pytest.fixture
 def runs(source, tmp_path) -> list[Path]:
-    """Copies without results, to be spoiled."""
+    """Copies without results, for tests that modify them."""
     unprobed = shutil.ignore_patterns("probes.json")
     return [shutil.copytree(run, tmp_path / run.name, ignore=unprobed) for run in source]
 
@@ -102,7 +102,7 @@ def test_what_is_written(probed):
 
 def test_a_table_of_the_runs_beside_each_other(probed):
     page = StringIO()
-    print_results(probed[0], Console(file=page, width=60))  # a file: as wide as need be
+    print_results(probed[0], Console(file=page, width=60))  # a file is as wide as necessary
     out = page.getvalue()
     for word in ("plain", "other", "document", "section", "token class", "20 features", "activations, all", "chance"):
         assert word in out

@@ -1,4 +1,4 @@
-"""The page is drawn from whole, partial and broken run directories."""
+"""The report from complete, partial and broken run directories."""
 
 import json
 import math
@@ -67,7 +67,7 @@ def run_dir(tmp_path):
 
 
 def page(run_dir) -> Figure:
-    """The figure of a run directory whose files are all there."""
+    """The figure of a complete run directory."""
     density = np.geomspace(1e-4, 0.5, 64)
     history = read_history(run_dir / "metrics.jsonl")
     return draw(Records("run", history, EVALUATION, config=CONFIG, density=density))
