@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from tsae.reports.table import metric
+from tsae.evaluation.catalogue import lookup
 
 COLUMNS = (
     ("EV", "explained_variance", 4),
@@ -80,7 +80,7 @@ def write_json(sweeps: dict[str, Runs], path: Path) -> None:
             inner = kept
             for parent in parents:
                 inner = inner.setdefault(parent, {})
-            inner[leaf] = float(f"{metric(run, key):.6g}")
+            inner[leaf] = float(f"{lookup(run, key):.6g}")
         return kept
 
     blocks = [
@@ -110,7 +110,7 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
     for name, runs in found.items():
         cells = []
         for _, key, digits in COLUMNS:
-            values = [metric(run, key) for run in runs]
+            values = [lookup(run, key) for run in runs]
             spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{mean(values):.{digits}f}{spread}")
         lines.append(f"| {name} | {len(runs)} | " + " | ".join(cells) + " |")
@@ -121,7 +121,7 @@ def against_plain(found: dict[str, list[dict[str, Any]]]) -> str:
     """Every configuration against `plain`: differences and ratios of means."""
 
     def average(name: str, key: str) -> float:
-        return mean(metric(run, key) for run in found[name])
+        return mean(lookup(run, key) for run in found[name])
 
     def over_control(name: str) -> float:
         return average(name, "temporal.persistence_excess") - average(name, "temporal.persistence_excess_shuffled")
@@ -161,7 +161,7 @@ def figure(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
         parts = re.fullmatch(r"(.+?)-([\d.]+)", name)
         family, value = parts.groups() if parts else (name, "")
         point = [
-            mean(metric(run, key) for run in runs) for key in ("temporal.persistence_excess", "explained_variance")
+            mean(lookup(run, key) for run in runs) for key in ("temporal.persistence_excess", "explained_variance")
         ]
         families[family].append((point[0], point[1], value))
     for family, points in families.items():

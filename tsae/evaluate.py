@@ -1,187 +1,208 @@
-"""Evaluate a sparse autoencoder: `python -m tsae.evaluate RUN`. The measuring itself: `tsae.evaluation.evaluator`.
+"""Evaluate sparse autoencoders: `python -m tsae.evaluate RUN`.
 
-Autoencoders of other libraries, and several side by side: `tsae.evaluation.compare`. Which text it is measured on:
-`tsae.evaluation.held_out`.
+One run alone is evaluated again: its eval.json and report.png are rewritten. With `--release-ratio` its autoencoder is
+measured with another release ratio at the same L0 on the run's training text (`tsae.sae.release`), and the run's own
+eval.json and report.png stay as they are. Several autoencoders, or those of other libraries, share one pass of the
+language model and are printed side by side; nothing is written into their directories.
 
-With `--release-ratio` the autoencoder is measured as one of another release ratio, at the L0 it had: its thresholds are
-multiplied by one factor, found on the run's own training text, as training found them (`tsae.sae.release`). What is
-measured stays text that was not trained on, and its L0 is what comes of that, as with any other autoencoder. The run's
-own eval.json and report.png are not touched.
+Opening: `tsae.evaluation.subject`. Text: `tsae.evaluation.held_out`. Measuring: `tsae.evaluation.evaluator`.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 from rich.console import Console
-from torch import Tensor
 
-from tsae.config import LENGTH, TrainConfig
-from tsae.data.documents import Document
-from tsae.data.harvest import Harvester
-from tsae.data.sequences import SequenceStream
-from tsae.data.text import open_text
+from tsae.config import LENGTH
 from tsae.errors import UserError
-from tsae.evaluation import compare
-from tsae.evaluation.evaluator import (
-    EvaluationResult,
-    check_width,
-    evaluate,
-    evaluation_options,
-    evaluation_progress,
-    write_eval,
-)
-from tsae.evaluation.held_out import held_out, read_run, source_of
-from tsae.lm.loading import LanguageModel, load_language_model
-from tsae.reports.figure import read_source, write_report
-from tsae.reports.table import print_table
+from tsae.evaluation.evaluator import EvaluationResult as EvaluationResult
+from tsae.evaluation.evaluator import evaluate as evaluate
+from tsae.evaluation.evaluator import evaluate_all, evaluation_options, evaluation_progress, write_eval
+from tsae.evaluation.held_out import HeldOut, choose_source, held_out, training_sample
+from tsae.evaluation.subject import Subject, open_autoencoders, open_run
+from tsae.integrations.sae_bench_output import core_output
+from tsae.reports.figure import write_report
+from tsae.reports.table import print_comparison, print_table
 from tsae.rundir import layout
-from tsae.sae.model import SparseAutoencoder
 from tsae.sae.release import check_has_thresholds, with_release_ratio
 from tsae.utils.atomic import write_json
-from tsae.utils.cli import parse, report_errors
-from tsae.utils.config_json import load_json
+from tsae.utils.cli import check_counts, parse, report_errors
 
 
 @dataclass
 class Arguments:
-    """Evaluate a trained run again: rewrites its eval.json and report.png and prints the metrics.
+    """Evaluate a trained run again: rewrite its eval.json and report.png and print the metrics.
 
-    With --release-ratio R it writes eval-release-R.json instead.
+    With --release-ratio R, write eval-release-R.json instead.
 
-    With --model and --layer, autoencoders of other libraries; of several, a table side by side. Nothing is rewritten.
+    With --model and --layer, evaluate autoencoders of other libraries; several are printed side by side. Nothing is
+    rewritten.
     """
 
     saes: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|SAE ...")]
     """A run directory; or autoencoders in any known format, as directories or as OWNER/NAME/FOLDER on the hub."""
     model: str | None = None
-    """Language model that the autoencoders are of, as for training. Default: that of the runs among them."""
+    """Language model that the autoencoders encode, as for training. Default: that of the runs among them."""
     layer: int | None = None
     """Block whose output they encode, counted from 0. Default: that of the runs among them."""
     format: Literal["tsae", "saebench"] = "tsae"
-    """`saebench` writes SAEBench's core output too: saebench_core.json in the run, or --out."""
+    """`saebench` also writes SAEBench's core output: to saebench_core.json in the run, or to --out."""
     out: Path | None = None
-    """Write the metrics to this JSON file; of several autoencoders, by name."""
+    """Write the metrics to this JSON file; those of several autoencoders by name."""
     data: str | None = None
-    """Text to evaluate on, of which no document that the run trained on is used: what lies on the evaluation
-    side of the run's split, or if that is too little, all that is not in its training text. Default: the
+    """Text to evaluate on. Documents that the run trained on are left out: only the evaluation side of the run's
+    split is used, or, if that is too short, everything that is not in the run's training text. Default: the
     evaluation part of the run's own text."""
     tokens: int | None = None
-    """Tokens for reconstruction, sparsity and temporal metrics. Default: as in the run's configuration."""
+    """Tokens for the reconstruction, sparsity and temporal metrics. Default: as in the run's configuration."""
     ce_sequences: int | None = None
     """Sequences for the cross-entropy and KL metrics. Default: as in the run's configuration."""
     seed: int | None = None
     """Seed of the text order and of the shuffled control. Default: the run's."""
     device: str | None = None
-    """Where to compute: `auto`, `cpu`, `cuda`, ... Default: the run's."""
+    """Device: `auto`, `cpu`, `cuda`, ... Default: the run's."""
     column: str | None = None
     """Column of the data set that holds the text. Default: the run's."""
     release_ratio: float | None = None
-    """Measure the autoencoder with this release ratio, 0 to 1 (1: no hysteresis), at the same L0: all its thresholds
-    are multiplied by one factor, found on as many sequences of the run's training text as its evaluation takes. Goes
-    into eval-release-R.json. Default: as trained."""
+    """Measure the run's autoencoder with this release ratio, 0 to 1 (1: no hysteresis), at the same L0: all thresholds
+    are multiplied by one factor, fitted on the run's training text, on as many sequences as the evaluation uses. The
+    metrics go to eval-release-R.json. Default: as trained."""
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether one run is to be evaluated again."""
+        return len(self.saes) == 1 and self.model is None and self.layer is None
 
     @property
     def run(self) -> Path:
-        """The one run."""
+        """The first path, which is a run's if `rewrites`."""
         return Path(self.saes[0])
 
 
-def evaluate_run(arguments: Arguments) -> EvaluationResult:
-    """Evaluate RUN/sae as `arguments` say and rewrite RUN/eval.json and RUN/report.png, or write `release_file`.
+@dataclass
+class Measured:
+    """What was measured, with what result."""
 
-    Nothing is written unless everything was measured. Raises UserError for a directory that is not a run,
-    a value that makes no sense, or text or a model that cannot be read.
+    subject: Subject
+    """With the sizes and the text that were measured in its configuration."""
+    text: HeldOut
+    results: dict[str, EvaluationResult]
+    release: dict[str, float] | None = None
+    """The release ratio, the factor on the thresholds, and the L0 it keeps; None for autoencoders as trained."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens behind each result."""
+        return next(iter(self.results.values())).tokens
+
+
+def measure(arguments: Arguments) -> Measured:
+    """Measure the autoencoders that ``arguments`` name. Writes nothing.
+
+    Raises:
+        UserError: bad arguments; an autoencoder, a model or text that cannot be read; an autoencoder that does not fit
+            the language model (before any token goes through it); or a metric of the only autoencoder is not finite.
     """
-    run = arguments.run
-    config = read_run(run)
-    for name in ("tokens", "ce_sequences"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+    _check(arguments)
+    if arguments.rewrites:
+        subject, ratio = open_run(arguments.run), arguments.release_ratio
+    else:
+        subject, ratio = open_autoencoders(arguments.saes, arguments.model, arguments.layer), None
+    source = choose_source(subject.runs.values(), arguments.data, arguments.column)
+    if ratio is not None:
+        check_has_thresholds(subject.sae.cfg)
+    lm = subject.load_lm(arguments.device)
+    trained, sizes = subject.config, subject.config.evaluation
+    if arguments.tokens is not None:
+        sizes = replace(sizes, sequences=math.ceil(arguments.tokens / LENGTH))
+    if arguments.ce_sequences is not None:
+        sizes = replace(sizes, ce_sequences=arguments.ce_sequences)
+    seed = trained.stream_seed if arguments.seed is None else arguments.seed
+    text = held_out(source, lm, sizes.sequences, seed)
+    release = None
+    if ratio is not None:
+        released = with_release_ratio(subject.sae, ratio, training_sample(trained, lm))
+        subject.saes = dict.fromkeys(subject.saes, released.sae)
+        release = {"ratio": ratio, "threshold_factor": released.factor, "training_l0": released.l0}
+    subject.config = replace(trained, data=source.data, evaluation=sizes)
+    options = evaluation_options(subject.config) | {"seed": seed}
+    with evaluation_progress() as progress:
+        results = evaluate_all(subject.saes, lm, [text.batch], **options, progress=progress)
+    if len(results) == 1:
+        next(iter(results.values())).check_finite()
+    return Measured(subject, text, results, release)
+
+
+def _check(arguments: Arguments) -> None:
+    if not arguments.saes:
+        raise UserError("No autoencoder is named; give a run's directory, or others with --model and --layer.")
+    check_counts(tokens=arguments.tokens, ce_sequences=arguments.ce_sequences)
     ratio = arguments.release_ratio
     if ratio is not None and not 0.0 <= ratio <= 1.0:
         raise UserError(f"--release-ratio is {ratio}; it must be from 0 to 1.")
-    seed = config.stream_seed if arguments.seed is None else arguments.seed
-    source = source_of(config, arguments.data, arguments.column)
-    device = config.device if arguments.device is None else arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.format == "saebench" and len(arguments.saes) > 1:
+        raise UserError("--format saebench describes one autoencoder; name them one by one.")
+    if arguments.format == "saebench" and arguments.out is None and not arguments.rewrites:
+        raise UserError("--format saebench needs --out FILE for an autoencoder that is not a run.")
 
-    sae = SparseAutoencoder.load(run / layout.AUTOENCODER)
-    if ratio is not None:
-        check_has_thresholds(sae.cfg)
-    lm = load_language_model(config.model, device=device, dtype=config.lm_dtype, revision=config.revision)
-    check_width(sae, lm, str(run))
-    sae.to(lm.device)
 
-    sequences = config.evaluation.sequences
-    if arguments.tokens is not None:
-        sequences = math.ceil(arguments.tokens / LENGTH)
-    batch, _, named = held_out(config, source, lm, sequences, seed)
-    released = None if ratio is None else with_release_ratio(sae, ratio, training_sample(config, lm))
-    options = evaluation_options(config) | {"seed": seed}
-    if arguments.ce_sequences is not None:
-        options["ce_sequences"] = arguments.ce_sequences
-    with evaluation_progress() as progress:
-        result = evaluate(sae if released is None else released.sae, lm, [batch], **options, progress=progress)
-    if ratio is None or released is None:
-        write_eval(result, run, named)
-        write_report(run)
+def report(arguments: Arguments, measured: Measured) -> None:
+    """Print the metrics and write the files that ``arguments`` ask for."""
+    console, results, data = Console(), measured.results, measured.subject.config.data
+    of, written = f" of {data}", ""
+    if len(results) > 1:
+        title = f"{measured.subject.config.model}, layer {measured.subject.config.layer}"
+        rows = {name: {"metrics": result.metrics, "error": result.not_finite()} for name, result in results.items()}
+        print_comparison(rows, console, title=title, what="autoencoder")
     else:
-        release = {"ratio": ratio, "threshold_factor": released.factor, "training_l0": released.l0}
-        write_json(release_file(run, ratio), result.metrics | {"release": release, "source": named or {}})
-    return result
+        (result,) = results.values()
+        other = measured.text.source if arguments.rewrites else {"data": data}
+        print_table(result.metrics, console, text=other and other["data"])
+        if arguments.rewrites:
+            of = f" of {other['data']} ({other['part']})" if other else ""
+            written = f" Wrote {_write_run(arguments.run, result, measured)}."
+    _write_out(arguments, measured)
+    console.print(f"{measured.tokens:,} tokens{of}.{written}", markup=False, highlight=False, soft_wrap=bool(written))
 
 
-def release_file(run: Path, ratio: float) -> Path:
-    """Where the metrics at another release ratio go: those of eval.json, `release`, and `source` if of other text."""
-    return run / layout.release_evaluation(ratio)
+def _write_run(run: Path, result: EvaluationResult, measured: Measured) -> str:
+    """Write the metrics into the run's directory; a clause about what was written."""
+    if measured.release is None:
+        write_eval(result, run, measured.text.source)
+        write_report(run)
+        return f"{run / layout.EVALUATION} and {run / layout.REPORT}"
+    path = run / layout.release_evaluation(measured.release["ratio"])
+    write_json(path, result.metrics | {"release": measured.release, "source": measured.text.source or {}})
+    return f"{path}; the run's own eval.json and report.png are as they were"
 
 
-def training_sample(config: TrainConfig, lm: LanguageModel) -> list[tuple[Tensor, Tensor]]:
-    """Activations [N, T, d] float32 and segments [N, T] of as many sequences of a run's training text as its evaluation
-    takes: what a threshold that is found after training is found on."""
-
-    def training(epoch: int) -> Iterator[Document]:
-        return open_text(config.data, part="train", seed=config.stream_seed, config=config.text, epoch=epoch)
-
-    stream = SequenceStream(training, lm.tokenizer, LENGTH)
-    harvester = Harvester(lm, config.layer, stream, batch=config.buffer.harvest_batch, dtype=torch.float32)
-    return [tuple(part) for part in harvester.batches(harvester.tokenize(config.evaluation.sequences))]
+def _write_out(arguments: Arguments, measured: Measured) -> None:
+    """Write what `--out` and `--format` ask for."""
+    path, results = arguments.out, measured.results
+    if arguments.format == "saebench":
+        ((name, result),) = results.items()
+        output = core_output(name, measured.subject.sae, result, measured.subject.config)
+        write_json(path or arguments.run / layout.SAEBENCH, output)
+    elif path is not None:
+        metrics = {name: result.metrics for name, result in results.items()}
+        write_json(path, metrics if len(metrics) > 1 else next(iter(metrics.values())))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line.
 
     argv: its arguments; None takes those of the process
-    out: exit status, 2 for bad input, whose sentence is then on stderr
+    out: exit status, 2 for bad input, with one sentence on stderr
     """
     with report_errors() as status:
         arguments = parse(Arguments, sys.argv[1:] if argv is None else argv, None, "python -m tsae.evaluate")
-        if compare.is_wanted(arguments):
-            compare.compare(arguments)
-            return status.code
-        result = evaluate_run(arguments)
-        compare.write_results(arguments, {arguments.run.name: result})
-        console = Console()
-        if arguments.release_ratio is None:
-            source = read_source(arguments.run)
-            written = f"{arguments.run / layout.EVALUATION} and {arguments.run / layout.REPORT}"
-        else:
-            path = release_file(arguments.run, arguments.release_ratio)
-            source = load_json(path)["source"]
-            written = f"{path}; the run's own eval.json and report.png are as they were"
-        print_table(result.metrics, console, text=source.get("data"))
-        of = f" of {source['data']} ({source['part']})" if source else ""
-        console.print(f"{result.tokens:,} tokens{of}. Wrote {written}.", markup=False, highlight=False, soft_wrap=True)
+        report(arguments, measure(arguments))
     return status.code
 
 

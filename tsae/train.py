@@ -6,20 +6,14 @@ import dataclasses
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
 from tsae.config import TrainConfig
-from tsae.errors import UserError
 from tsae.presets import preset
-from tsae.rundir import layout
-from tsae.utils.cli import RESUME, only_options, parse, report_errors
+from tsae.utils.cli import RESUME, parse, report_errors
 from tsae.utils.config_json import from_dict, load_json
-from tsae.utils.torchrun import world_size
-
-if TYPE_CHECKING:
-    from tsae.training.job import Job
 
 
 @dataclass
@@ -46,7 +40,6 @@ class Command(TrainConfig):
 
 
 PROG = "python -m tsae.train"
-PARALLEL = ("--parallel.features", "--parallel.timeout")  # what --resume may change
 
 
 def command(argv: list[str]) -> tuple[TrainConfig, Command]:
@@ -77,94 +70,10 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     with report_errors(RESUME) as status:
         cfg, asked = command(argv)
-        # Imported here, so that --help and a misspelt option answer at once.
-        from tsae.parallel.processes import broadcast_from_rank0, processes
-        from tsae.training.job import Job
-        from tsae.utils.progress import console
+        from tsae.training.command import train  # here, so that --help and a misspelt option answer at once
 
-        runs = _runs(cfg, asked, argv)
-        with processes(max(each.parallel.timeout for each in runs.values())):
-            job = Job(runs, asked.resume or broadcast_from_rank0(lambda: _new_directory(cfg, asked)))
-            if asked.dry_run:
-                from tsae.training.dry_run import dry_run, print_estimate
-
-                print_estimate(dry_run(job), job)
-            else:
-                _train(job, resume=asked.resume is not None)
-                console.print(f"Written: {job.directory}", soft_wrap=True)
+        train(cfg, asked, argv)
     return status.code
-
-
-def _runs(cfg: TrainConfig, asked: Command, argv: list[str]) -> dict[str, TrainConfig]:
-    """The configurations to train, by name: those of a sweep, or one with the name ""."""
-    from tsae.training.sweep import read_runs
-    from tsae.training.sweep_file import read_sweep
-
-    if asked.resume is not None and _is_sweep(asked.resume):
-        only_options(argv, ("--resume", *PARALLEL), "--resume takes the sweep's own configuration")
-        return {name: _on_other_processes(each, asked, argv) for name, each in read_runs(asked.resume).items()}
-    if asked.sweep is not None:
-        only_options(argv, ("--sweep", "--out", "--overwrite", "--dry-run"), "The options of a sweep are in its file")
-        return read_sweep(asked.sweep)
-    return {"": cfg if asked.resume is None else _resumed(asked.resume, asked, argv)}
-
-
-def _new_directory(cfg: TrainConfig, asked: Command) -> Path:
-    from tsae.rundir.directory import new_directory
-    from tsae.training.sweep import sweep_directory
-
-    if asked.sweep is not None:
-        return sweep_directory(asked.sweep.stem, asked.out, overwrite=asked.overwrite)
-    return new_directory(cfg.preset, asked.out, overwrite=asked.overwrite)
-
-
-def _train(job: Job, *, resume: bool) -> None:
-    """Train, and print the metrics."""
-    from tsae.reports.table import print_table
-    from tsae.training.run import run
-    from tsae.training.sweep import print_sweep, run_sweep
-    from tsae.utils.torchrun import is_rank0
-
-    if job.is_sweep:
-        run_sweep(job, resume=resume)
-        if is_rank0():
-            print_sweep(job.directory)
-    else:
-        result = run(job.shared, job.directory, resume=resume)
-        if result is not None:
-            print_table(result.metrics)
-
-
-def _resumed(directory: Path, asked: Command, argv: list[str]) -> TrainConfig:
-    only_options(argv, ("--resume", *PARALLEL), "--resume takes the run's own configuration")
-    if not (directory / layout.CONFIG).is_file():
-        raise UserError(f"{directory} holds no run to resume; it has no config.json.")
-    if _is_sweep(directory.resolve().parent):
-        raise UserError(f"{directory} is part of a sweep; resume the sweep, --resume {directory.resolve().parent}.")
-    cfg = from_dict(TrainConfig, load_json(directory / layout.CONFIG))
-    if asked.preset not in ("", cfg.preset):
-        raise UserError(f"{directory} is a run of the preset {cfg.preset!r}, not {asked.preset!r}; leave the name out.")
-    return _on_other_processes(cfg, asked, argv)
-
-
-def _on_other_processes(cfg: TrainConfig, asked: Command, argv: list[str]) -> TrainConfig:
-    """The configuration of a resumed run, with the options of ``argv`` in ``PARALLEL``.
-
-    A sharded dictionary becomes a complete one on a single process.
-    """
-    given = {name.split("=")[0] for name in argv}
-    parallel = cfg.parallel
-    for name in PARALLEL:
-        if name in given:
-            field = name.split(".")[1]
-            parallel = replace(parallel, **{field: getattr(asked.parallel, field)})
-    if PARALLEL[0] not in given and world_size() == 1:
-        parallel = replace(parallel, features=1)
-    return replace(cfg, parallel=parallel)
-
-
-def _is_sweep(directory: Path) -> bool:
-    return (directory / layout.SWEEP).is_file()
 
 
 if __name__ == "__main__":

@@ -51,8 +51,8 @@ def exported(module: str) -> Iterator[tuple[str, Any]]:
     """The public functions that a module defines or a package exports, and the methods of its classes."""
     found = importlib.import_module(module)
     wanted = getattr(found, "__all__", None)
-    for name, value in vars(found).items():
-        if name in wanted if wanted else not name.startswith("_") and getattr(value, "__module__", "") == module:
+    for name, value in [(name, getattr(found, name)) for name in wanted or vars(found)]:
+        if wanted or (not name.startswith("_") and getattr(value, "__module__", "") == module):
             yield name, value
             for method, function in vars(value).items() if inspect.isclass(value) else ():
                 if not method.startswith("_"):

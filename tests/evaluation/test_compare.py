@@ -11,8 +11,8 @@ import torch
 from evaluated_run import D_SAE, LAYER, write_dictionary_learning, write_run, write_saelens
 from tiny import sample_text
 
-import tsae.evaluation.evaluator
-import tsae.lm.hooks
+import tsae.data.harvest
+import tsae.evaluation.held_out
 from tsae.evaluate import main
 from tsae.evaluation.metrics import LanguageModelMetrics
 
@@ -47,7 +47,7 @@ def test_an_autoencoder_of_another_library(options, tmp_path, capsys) -> None:
     assert files(sae) == before
 
 
-def test_a_run_scores_in_company_what_it_scores_alone(options, tmp_path, tiny_gemma3, text, capsys) -> None:
+def test_a_run_scores_the_same_alone_and_beside_others(options, tmp_path, tiny_gemma3, text, capsys) -> None:
     run = write_run(tmp_path / "run", tiny_gemma3)
     assert main([str(run), "--tokens", "512", "--ce-sequences", "2"]) == 0
     alone = json.loads((run / "eval.json").read_text())
@@ -65,7 +65,7 @@ def test_a_run_scores_in_company_what_it_scores_alone(options, tmp_path, tiny_ge
     for name in metrics:
         assert name in table
     assert files(run) == before
-    # Two of one name go by the whole of theirs.
+    # Two that share a name are listed by their full paths.
     (tmp_path / "other").mkdir()
     twin = write_saelens(tmp_path / "other" / "theirs")
     assert main([str(sources[1]), str(twin), *options, "--out", str(out)]) == 0
@@ -74,8 +74,8 @@ def test_a_run_scores_in_company_what_it_scores_alone(options, tmp_path, tiny_ge
 
 def test_the_language_model_runs_once_for_all(options, tmp_path, monkeypatch) -> None:
     calls = []
-    real = tsae.evaluation.evaluator.activations
-    monkeypatch.setattr(tsae.evaluation.evaluator, "activations", lambda *args: calls.append(1) or real(*args))
+    real = tsae.data.harvest.activations
+    monkeypatch.setattr(tsae.data.harvest, "activations", lambda *args: calls.append(1) or real(*args))
     sources = [write_saelens(tmp_path / "a"), write_saelens(tmp_path / "b", scale=0.5)]
     assert main([*map(str, sources), *options]) == 0
     assert len(calls) == 1  # 4 sequences, one batch
@@ -100,8 +100,8 @@ def test_a_width_that_does_not_fit_is_found_before_any_forward_pass(
     assert files(run) == before
 
 
-def test_little_text_is_used_whole(options, tmp_path, capsys) -> None:
-    """Others than runs do not say what they were trained on; one passage has no evaluation side."""
+def test_short_text_is_used_completely(options, tmp_path, capsys) -> None:
+    """An autoencoder that is not a run does not say what it was trained on; one passage has no evaluation side."""
     (tmp_path / "short.txt").write_text(sample_text(300, seed=5))
     sae = write_saelens(tmp_path / "theirs")
     assert main([str(sae), *options, "--data", str(tmp_path / "short.txt")]) == 0
@@ -109,7 +109,7 @@ def test_little_text_is_used_whole(options, tmp_path, capsys) -> None:
 
 
 def test_runs_of_different_text(tmp_path, tiny_gemma3, monkeypatch, capsys) -> None:
-    """They are compared on text that lies on the evaluation side of all their splits."""
+    """They are compared on text on the evaluation side of all their splits."""
     runs = [write_run(tmp_path / name, tiny_gemma3) for name in ("a", "b")]
     config = json.loads((runs[1] / "config.json").read_text())
     config["text"]["evaluation_share"] = 0.3
@@ -117,9 +117,9 @@ def test_runs_of_different_text(tmp_path, tiny_gemma3, monkeypatch, capsys) -> N
     assert main([*map(str, runs)]) == 2
     assert "different text; name the text to compare them on" in capsys.readouterr().err
     seen = []
-    real = tsae.evaluation.compare.open_text
+    real = tsae.evaluation.held_out.open_text
     seen_by = lambda *a, **k: seen.append(k["config"].threshold) or real(*a, **k)  # noqa: E731
-    monkeypatch.setattr(tsae.evaluation.compare, "open_text", seen_by)
+    monkeypatch.setattr(tsae.evaluation.held_out, "open_text", seen_by)
     assert main([*map(str, runs), "--data", str(tmp_path / "text.txt")]) == 0
     assert seen == [0.05]
 
@@ -137,7 +137,7 @@ def test_one_that_is_not_finite_does_not_lose_the_others(options, tmp_path, caps
     ("arguments", "message"),
     [
         ([], "No autoencoder is named"),
-        (["theirs"], "is not a run's directory (it has no config.json)"),
+        (["theirs"], "is not a run directory (it has no config.json)"),
         (["theirs", "--layer", "1"], "name it with --model"),
         (["theirs", "theirs", "--model", "MODEL", "--layer", "1"], "named twice"),
         (["theirs", "--model", "MODEL", "--layer", "9"], "layer 9 does not exist"),

@@ -5,24 +5,26 @@ import math
 
 import pytest
 import torch
+from evaluated_run import LAYER, write_run
 from safetensors.torch import load_file
+from tiny import sample_text
 from torch import Tensor, nn
 
 from tsae import evaluate as module
-from tsae.config import EvaluationConfig, SAEConfig, TrainConfig
+from tsae.config import SAEConfig
 from tsae.data.sequences import TokenBatch
 from tsae.data.split import Split
 from tsae.data.text import open_text
 from tsae.errors import UserError
 from tsae.evaluate import evaluate, main, write_eval
 from tsae.evaluation import evaluator as measure
+from tsae.lm.hooks import activations
 from tsae.lm.loading import load_language_model
 from tsae.reports.table import print_table
 from tsae.rundir.directory import remove_run
 from tsae.sae.model import SparseAutoencoder
 from tsae.utils.config_json import to_dict
 
-LAYER = 1
 KEYS = {
     "explained_variance",
     "explained_variance_legacy",
@@ -93,15 +95,6 @@ def batch(lm) -> TokenBatch:
     return TokenBatch(tokens, segments)
 
 
-def sample_text(words: int, seed: int = 0) -> str:
-    """Made-up words, twelve to a paragraph."""
-    generator = torch.Generator().manual_seed(seed)
-    syllables = ("ba", "do", "ki", "le", "mu", "ran", "sto", "vi")
-    picks = torch.randint(0, 8, (words, 2), generator=generator).tolist()
-    spelled = [syllables[a] + syllables[b] for a, b in picks]
-    return "\n\n".join(" ".join(spelled[i : i + 12]) + "." for i in range(0, words, 12))
-
-
 def test_exact_keys_and_finite_values(lm, batch):
     result = evaluate(Fake(torch.zeros(32), 0.8), lm, [batch], layer=LAYER, lm_batch=2)
     assert set(result.metrics) == KEYS
@@ -130,7 +123,7 @@ def test_autoencoders_that_are_the_ablations(lm, batch):
     assert zero.metrics["ce_loss_with_sae"] == pytest.approx(zero.metrics["ce_loss_with_ablation"], abs=1e-6)
     assert zero.metrics["ce_loss_score"] == pytest.approx(0, abs=1e-6)
     assert zero.metrics["kl_div_score"] == pytest.approx(0, abs=1e-6)
-    x = measure.activations(lm, batch.tokens, LAYER)[:, 1:][batch.segments >= 0]
+    x = activations(lm, batch.tokens, LAYER)[:, 1:][batch.segments >= 0]
     mean = evaluate(Fake(x.mean(0), 0.0), lm, [batch], layer=LAYER, ce_sequences=6).metrics
     assert mean["explained_variance"] == pytest.approx(0, abs=1e-5)
     assert mean["ce_loss_with_sae"] == pytest.approx(mean["ce_loss_with_mean_ablation"], abs=1e-5)
@@ -158,15 +151,15 @@ def test_bos_and_excluded_positions_keep_their_activation(lm, batch, monkeypatch
 
 
 def test_an_autoencoder_of_zeros(lm, batch):
-    """What a run reports whose features all died: EV = -|mean|^2 / Var, with L0 and the ratio of norms 0."""
+    """The metrics of a run with only dead features: EV = -|mean|^2 / Var, and L0 and the ratio of norms 0."""
     sae = SparseAutoencoder(SAEConfig(d_in=32, d_sae=48, activation="relu"))
     for parameter in sae.parameters():
         parameter.data.zero_()
-    x = measure.activations(lm, batch.tokens, LAYER)[:, 1:][batch.segments >= 0].double()
+    x = activations(lm, batch.tokens, LAYER)[:, 1:][batch.segments >= 0].double()
     metrics = evaluate(sae, lm, [batch], layer=LAYER).metrics
     expected = -x.mean(0).square().sum() / x.var(0, correction=0).sum()
     assert metrics["explained_variance"] == pytest.approx(float(expected))
-    assert expected < -0.01  # else any score of about 0 would do
+    assert expected < -0.01  # otherwise any score near 0 would pass
     for key in ("l0", "l1", "l2_ratio", "cossim", "frac_alive", "ce_loss_score", "kl_div_score"):
         assert metrics[key] == pytest.approx(0, abs=1e-6), key
     assert metrics["temporal"]["persistence_excess"] == metrics["temporal"]["persistence_excess_shuffled"] == 0
@@ -220,7 +213,7 @@ def test_progress_starts_at_zero_and_ends_at_its_totals(lm, batch):
     ]
 
 
-def test_training_mode_is_given_back(lm, batch):
+def test_training_mode_is_restored(lm, batch):
     sae = Fake(torch.zeros(32), 1.0).train()
     evaluate(sae, lm, [batch], layer=LAYER, ce_sequences=0)
     assert sae.training
@@ -282,22 +275,7 @@ def test_table_names_groups_and_units(lm, batch, capsys):
 
 @pytest.fixture
 def run_dir(tmp_path, tiny_gemma3):
-    text = tmp_path / "text.txt"
-    text.write_text(sample_text(20000))
-    config = TrainConfig(
-        model=str(tiny_gemma3),
-        layer=LAYER,
-        data=str(text),
-        device="cpu",
-        lm_dtype="float32",
-        sae=SAEConfig(d_in=32, d_sae=48, k=4, activation="topk"),
-        evaluation=EvaluationConfig(sequences=4, ce_sequences=2),
-    )
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.json").write_text(json.dumps(to_dict(config)))
-    SparseAutoencoder(config.sae, generator=torch.Generator().manual_seed(0)).save(run / "sae")
-    return run
+    return write_run(tmp_path / "run", tiny_gemma3)
 
 
 def test_command_line(run_dir, capsys):
@@ -316,7 +294,7 @@ def test_command_line(run_dir, capsys):
 
 @pytest.fixture
 def schmitt_run(run_dir):
-    """The run, of a Schmitt trigger."""
+    """The run with a Schmitt trigger."""
     set_config(run_dir, sae=to_dict(SAEConfig(d_in=32, d_sae=48, k=4, release_ratio=0.3)))
     sae = SparseAutoencoder(SAEConfig(d_in=32, d_sae=48, k=4, release_ratio=0.3))
     sae.threshold.fill_(2.0)
@@ -339,7 +317,7 @@ def test_command_line_with_another_release_ratio(schmitt_run, tmp_path, capsys):
     assert plain["source"] == {}
     assert plain["release"]["ratio"] == 1.0
     assert 0.3 < plain["release"]["threshold_factor"] < 0.99  # lower, as nothing is held on
-    assert plain["l0"] == pytest.approx(hysteretic["l0"], rel=0.15)  # of other text than the factor was found on
+    assert plain["l0"] == pytest.approx(hysteretic["l0"], rel=0.15)  # not the text that the factor was fitted on
     assert plain["release"]["training_l0"] == pytest.approx(hysteretic["l0"], rel=0.15)
     assert plain["temporal"]["persistence"] < hysteretic["temporal"]["persistence"] - 0.05
 
@@ -354,7 +332,7 @@ def test_command_line_with_another_release_ratio(schmitt_run, tmp_path, capsys):
     assert "other.txt" in capsys.readouterr().out
     elsewhere = json.loads((schmitt_run / "eval-release-0.3.json").read_text())
     assert elsewhere["source"]["data"] == str(other)
-    assert elsewhere["release"] == again["release"]  # found on the run's training text all the same
+    assert elsewhere["release"] == again["release"]  # fitted on the run's training text in both cases
     remove_run(schmitt_run)
     assert sorted(path.name for path in schmitt_run.iterdir()) == ["config.json"]
 
@@ -380,19 +358,19 @@ def test_a_release_ratio_that_makes_no_sense_is_one_sentence(run_dir, capsys, ra
 
 @pytest.fixture
 def measured(monkeypatch) -> list[str]:
-    """What reaches the metrics: the text of every segment of 30 tokens, decoded."""
+    """The decoded text of every segment of at least 30 tokens that reaches the metrics."""
     seen: list[str] = []
-    real = module.evaluate
+    real = module.evaluate_all
 
-    def spy(sae, lm, batches, **options):
+    def spy(saes, lm, batches, **options):
         seen.clear()
         for batch in batches:
             for row, ids in zip(batch.tokens[:, 1:], batch.segments, strict=True):
                 segments = [row[ids == i] for i in ids.unique() if i >= 0]
                 seen.extend(lm.tokenizer.decode(segment) for segment in segments if len(segment) >= 30)
-        return real(sae, lm, batches, **options)
+        return real(saes, lm, batches, **options)
 
-    monkeypatch.setattr(module, "evaluate", spy)
+    monkeypatch.setattr(module, "evaluate_all", spy)
     return seen
 
 
@@ -407,12 +385,12 @@ def set_config(run_dir, **values):
 
 
 def sides(data):
-    """What a run on `data` trains on, and what it holds out."""
+    """The training and held-out texts of a run on `data`."""
     return [[d.text for d in open_text(data, part=part, seed=0)] for part in ("train", "evaluation")]
 
 
 def test_command_line_on_other_text(run_dir, tmp_path, measured, capsys):
-    """One passage: all of it is used, for it is not in the run's training text; the run says what was measured."""
+    """One passage that is not in the run's training text is used completely, and the run records which text it was."""
     assert main([str(run_dir)]) == 0
     own, own_page = (run_dir / "eval.json").read_bytes(), (run_dir / "report.png").read_bytes()
     names = {path.name for path in run_dir.iterdir()}
@@ -434,7 +412,7 @@ def test_command_line_on_other_text(run_dir, tmp_path, measured, capsys):
 
 
 def test_text_that_the_run_trained_on_is_never_measured(run_dir, tmp_path, measured, capsys):
-    """A copy, a part, and a mixture of the run's text, also so little that a split of its own would move."""
+    """A copy, an excerpt and a mixture of the run's text, even too short for an independent split."""
     data = write_rows(tmp_path / "rows.jsonl", [sample_text(60, seed) for seed in range(90)])
     set_config(run_dir, data=data)
     train, held_out = sides(data)
@@ -453,7 +431,7 @@ def test_text_that_the_run_trained_on_is_never_measured(run_dir, tmp_path, measu
 
 
 def test_the_split_of_few_documents_holds_for_other_text(run_dir, tmp_path, measured):
-    """Of the run's few documents none has a hash below the share: its threshold moved, and with it that of a copy."""
+    """No hash of the run's few documents is below the share, so its threshold moved; it must move for a copy too."""
     texts = [
         text for text in (sample_text(60, seed) for seed in range(40)) if not Split("evaluation", 0.3).contains(text)
     ]

@@ -97,7 +97,7 @@ def test_saebench_variance_is_nearly_uncentred_for_small_values():
 
 
 def test_an_autoencoder_that_outputs_nothing():
-    # What a collapsed run reports: EV = -|mean|^2 / Var and nothing else but zeros.
+    # A collapsed run: EV = -|mean|^2 / Var, all else 0.
     x = torch.randn(4, 32, 8, generator=torch.Generator().manual_seed(0)) + 3
     zeros = torch.zeros(4, 32, 5)
     metrics = computed((x, torch.zeros_like(x), zeros, torch.zeros(4, 32, dtype=torch.int32)))
@@ -109,7 +109,7 @@ def test_an_autoencoder_that_outputs_nothing():
 
 
 def test_the_papers_score_is_that_of_zeros():
-    """TSAE's -0.785, with L0 and L2 ratio 0: nothing but the size of the mean, |mean|^2 = 0.785 Var."""
+    """TSAE's -0.785 with L0 and L2 ratio 0 is just the size of the mean: |mean|^2 = 0.785 Var."""
     deviation = torch.randn(8, 64, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     deviation -= deviation.mean((0, 1))
     direction = torch.nn.functional.normalize(torch.linspace(-1, 2, 16, dtype=torch.float64), dim=0)
@@ -135,7 +135,7 @@ def test_merging_equals_one_pass():
         assert merged.tokens == tokens
         expected = torch.cat([x[segments >= 0] for x, _, _, segments in batches]).double().mean(0)
         torch.testing.assert_close(merged.mean(), expected, rtol=1e-12, atol=1e-12)
-    # Merging left its argument as it was.
+    # Merging does not change its argument.
     assert right.compute() == pytest.approx(computed(*batches[1:]), rel=1e-12)
 
 

@@ -6,16 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import tsae.data.harvest
 from tsae.config import SAEConfig
 from tsae.data.sequences import TokenBatch
 from tsae.evaluate import evaluate
-from tsae.evaluation import evaluator as module
 from tsae.evaluation.metrics import shuffle_within_segments
 from tsae.sae.model import SparseAutoencoder
 
 
 class Latents:
-    """In place of a language model's activations: slow latents, each a direction of its own, at a large mean."""
+    """Synthetic activations: slow latents along separate directions, with a large mean."""
 
     def __init__(self, rho: float, monkeypatch: pytest.MonkeyPatch, B: int = 24, T: int = 256, k: int = 16) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -27,7 +27,7 @@ class Latents:
         self.directions = directions
         self.lm = SimpleNamespace(name="no model", d_model=32)
         self.batch = TokenBatch(torch.arange(B)[:, None].expand(B, 1 + T), torch.zeros(B, T, dtype=torch.int32))
-        monkeypatch.setattr(module, "activations", lambda lm, tokens, layer: self.x[tokens[:, 0]])
+        monkeypatch.setattr(tsae.data.harvest, "activations", lambda lm, tokens, layer: self.x[tokens[:, 0]])
 
     def temporal(self, release_ratio: float, seed: int = 0) -> dict:
         """The metrics of an autoencoder whose features are the latents above 1.5."""
@@ -50,7 +50,7 @@ def test_persistence_on_shuffled_tokens(monkeypatch):
     assert abs(plain["persistence_excess_shuffled"]) < 0.015
     assert schmitt["persistence_excess"] > plain["persistence_excess"] + 0.3
     assert 0.2 < schmitt["persistence_excess_shuffled"] < schmitt["persistence_excess"] - 0.3
-    # Without an order in the text both say the same.
+    # Without an order in the text both are equal.
     fast = Latents(0.0, monkeypatch)
     for ratio in (1.0, 0.3):
         metrics = fast.temporal(ratio)

@@ -264,8 +264,8 @@ def test_constant_and_alternating_signals():
 
 
 def test_constant_features_have_neither_autocorrelation_nor_excess():
-    # Of numbers that float32 sums cannot hold, and of some that alternate between two neighbours in float32, as what
-    # comes out of a matrix product may: rounding is no variance.
+    # Values that float32 sums cannot represent, and values that alternate between two float32 neighbours, as results of
+    # matrix products do: rounding is not variance.
     h = (torch.rand(50, generator=torch.Generator().manual_seed(0)) * 6000 + 1).repeat(3, 127, 1)
     h[:, ::2, 40:] = h[:, ::2, 40:].nextafter(torch.tensor(torch.inf))
     metrics = TemporalMetrics()
@@ -293,7 +293,7 @@ def test_square_wave():
     assert [curve[lag] for lag in ("8", "16", "32", "64")] == pytest.approx([-1, 1, 1, 1])
     assert curve["1"] == pytest.approx(1 - 2 * 15 / 127)  # 15 of 127 pairs disagree
     assert curve["4"] == pytest.approx(1 - 2 * 60 / 124)
-    # Ones that a difference leaves over ones in pairs: the first token is in one pair, and the last one is off.
+    # One difference over the ones in pairs: the first token is in one pair, and the last is off.
     assert metrics["relative_difference"] == pytest.approx({"1": 15 / 127, "4": 60 / 124, "16": 0, "64": 0})
 
 
@@ -327,7 +327,7 @@ def test_degenerate_sets_are_finite(case):
 
 
 def test_repeated_input_does_not_divide_by_zero():
-    # A latched feature may switch where the input does not move: no slope is defined there.
+    # A latched feature may switch where the input is constant, which leaves the slope undefined.
     h = torch.tensor([[[0.0], [1.0], [3.0]]])
     x = torch.tensor([[[0.0], [0.0], [4.0]]])
     assert fast_metrics(x, h, one_document(h))["smoothness"] == pytest.approx(0.5)
@@ -361,7 +361,7 @@ def test_shuffling_kills_the_excess_of_order_and_not_that_of_documents():
     fast = ar1(0.5, B=48, T=128, k=16).relu()
     assert excess(fast) > 0.25
     assert excess(shuffle_within_segments(fast, segments, generator)) < 0.05
-    # A feature of whole documents keeps its excess: that is not owed to the order of tokens.
+    # A feature of complete documents keeps its excess, which does not depend on the order of tokens.
     topic = (torch.randn(48, 1, 16, generator=generator) > 0).float().expand(48, 128, 16)
     assert excess(shuffle_within_segments(topic, segments, generator)) == pytest.approx(1)
     independent = torch.randn(48, 128, 16, generator=generator).relu()
@@ -392,7 +392,7 @@ def test_per_feature_persistence_and_dwell():
     features = persistence.per_feature()
     assert features.active.tolist() == [7, 0]
     assert features.density.tolist() == [7 / 20, 0]
-    # Of the seven activations five have a next token in their segment (the last of each segment has not).
+    # Five of the seven activations have a next token in their segment.
     assert features.stays[0] == pytest.approx(2 / 5)
     assert features.excess[0] == pytest.approx((2 / 5 - 7 / 20) / (1 - 7 / 20))
     assert features.dwell[0] == pytest.approx(7 / 5)  # runs of 3, 1, 1, 1 and 1

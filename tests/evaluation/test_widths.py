@@ -1,4 +1,4 @@
-"""An autoencoder that does not fit the model's layer: every command says so, and the model is not run."""
+"""Every command rejects an autoencoder of the wrong width before running the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAID = "takes activations of width 20, but the blocks of {} put out 32"
 
 @pytest.fixture
 def no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes any forward pass of a language model, which begins with its embedding, a failure."""
+    """Fails on any forward pass of a language model, at its embedding."""
     monkeypatch.setattr(torch.nn.Embedding, "forward", lambda *_: pytest.fail("the language model ran"))
 
 

@@ -32,7 +32,7 @@ def test_exported_autoencoders_load_again(activation: str, to: str, tiny_gemma3,
     run = write_run(tmp_path / "run", tiny_gemma3, activation=activation)
     (run / "eval.json").write_text("{}")
     out = tmp_path / "out"
-    out.mkdir()  # an empty one may be there
+    out.mkdir()  # may exist if empty
     assert main([str(run), "--to", to, "--out", str(out)]) == 0
     weights = ["cfg.json", "sae_weights.safetensors"]
     if to == "dictionary_learning":
@@ -64,13 +64,13 @@ def test_hysteresis_is_refused_or_dropped_and_measured_anew(tiny_gemma3, tmp_pat
     before, after = (json.loads((d / "eval.json").read_text()) for d in (run, out))
     assert after["l0"] == pytest.approx(before["l0"], rel=0.05)
     assert after["temporal"]["persistence_excess"] < before["temporal"]["persistence_excess"]
-    # What stands there is what evaluating the exported directory finds, on the run's text.
+    # Evaluating the exported directory on the run's text gives the same metrics.
     options = ["--model", str(tiny_gemma3), "--layer", "1", "--out", str(tmp_path / "again.json")]
     assert evaluate([str(out), str(run), *options]) == 0
     again = json.loads((tmp_path / "again.json").read_text())["out"]
     assert again["l0"] == pytest.approx(after["l0"])
     assert again["explained_variance"] == pytest.approx(after["explained_variance"])
-    # dictionary_learning has the form, too: one threshold.
+    # dictionary_learning also has a form for one threshold.
     second = tmp_path / "second"
     assert main([str(run), "--to", "dictionary_learning", "--out", str(second), "--drop-hysteresis"]) == 0
     assert json.loads((second / "trainer_0" / "config.json").read_text())["trainer"]["dict_class"] == "BatchTopKSAE"
@@ -134,6 +134,6 @@ def test_dropping_needs_a_run(tiny_gemma3, tmp_path, capsys) -> None:
     run = write_run(tmp_path / "run", tiny_gemma3, activation="schmitt")
     options = ["--to", "saelens", "--out", str(tmp_path / "out"), "--drop-hysteresis"]
     assert main([str(run / "sae"), *options]) == 2
-    assert "is not a run's directory" in capsys.readouterr().err
+    assert "is not a run directory" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / ".out.tmp").exists()

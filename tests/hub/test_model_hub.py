@@ -1,4 +1,4 @@
-"""An autoencoder goes to a stand-in of the hub and comes back, through the real client."""
+"""Upload to and download from a fake hub through the real client."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_there_and_back(hub: StandIn, sae: SparseAutoencoder, run: Path, tmp_pat
     assert not back.training
     equal(sae, back)
     assert hub.fetched() == {"cfg.json", "config.json", "sae_weights.safetensors"}
-    # Again, over what is there; and from the cache once the hub is gone.
+    # Again, over the existing repository; and from the cache once the hub is down.
     assert tsae.hub.push(sae, "me/river-sae", token=hub.token)
     hub.close()
     equal(sae, tsae.hub.load("me/river-sae", local_files_only=True))
@@ -92,9 +92,9 @@ def test_the_card_says_what_it_is(hub: StandIn, sae: SparseAutoencoder, run: Pat
     assert card.data.library_name == "tsae"
     assert "sparse-autoencoder" in card.data.tags
     assert card.data.license == "apache-2.0"
-    assert card.data.base_model is None  # a local model is none of the hub's
-    assert "| explained variance (centred) | 0.9123 |" in card.text
-    assert "| the same beyond chance, per feature | 0.310 |" in card.text
+    assert card.data.base_model is None  # a local model is not on the hub
+    assert "| explained variance | 0.9123 |" in card.text
+    assert "| P(stays on), beyond chance | 0.3100 |" in card.text
     assert "smoothness" not in card.text  # which was not measured
     assert "![The run's report](report.png)" in card.text
     assert r"my\|texts.jsonl" in card.text
@@ -162,7 +162,7 @@ READERS = [tsae.hub.load, tsae.load]
 def test_every_reader_takes_what_the_hub_offers(
     read: Callable[..., SparseAutoencoder], hub: StandIn, sae: SparseAutoencoder, tmp_path: Path
 ) -> None:
-    """A folder, a revision, a private repository, a cache of one's own, a device; and says the same where it cannot."""
+    """A folder, a revision, a private repository, another cache, a device; and the same errors."""
     sae.save(tmp_path / "saved")
     files = {f"layer_3/{path.name}": path.read_bytes() for path in (tmp_path / "saved").iterdir()}
     hub.repositories["me/saes"] = files | {"layer_4/cfg.json": b"{}", "README.md": b"# many"}

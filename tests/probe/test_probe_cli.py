@@ -13,9 +13,10 @@ from rich.console import Console
 from tiny import sample_text
 
 from tsae.config import EvaluationConfig, SAEConfig, TrainConfig
+from tsae.data import harvest
 from tsae.data.text import TextConfig
-from tsae.lm import hooks
-from tsae.probe.__main__ import Arguments, main, probe_runs
+from tsae.probe.__main__ import main
+from tsae.probe.command import probe_runs
 from tsae.probe.results import print_results
 from tsae.sae.model import SparseAutoencoder
 from tsae.utils.config_json import to_dict
@@ -41,7 +42,7 @@ def write_run(folder: Path, model: Path, text: Path, seed: int, **options) -> Pa
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, tiny_gemma3) -> list[Path]:
-    """Two runs on a text with two titles, of which about half of the passages are held out."""
+    """Two runs on a text with two titles, with about half of the passages held out."""
     folder = tmp_path_factory.mktemp("probed")
     text = folder / "text.txt"
     text.write_text("".join(f" = Title {i} = \n\n{sample_text(6000, seed=i)}\n\n" for i in range(2)))
@@ -52,15 +53,15 @@ def source(tmp_path_factory, tiny_gemma3) -> list[Path]:
 def probed(source) -> tuple[Any, list[int], list[dict]]:
     """The results of probing both, the sequences of every harvest, and what was written."""
     harvests = []
-    real = hooks.activations
+    real = harvest.activations
 
     def counted(lm, tokens, layer):
         harvests.append(len(tokens))
         return real(lm, tokens, layer)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hooks, "activations", counted)
-        results = probe_runs(Arguments(tuple(source)))
+        patch.setattr(harvest, "activations", counted)
+        results = probe_runs(source)
     written = [json.loads((run / "probes.json").read_text()) for run in source]
     assert sorted(path.name for path in source[0].iterdir()) == ["config.json", "probes.json", "sae"]
     return results, harvests, written
@@ -68,7 +69,7 @@ def probed(source) -> tuple[Any, list[int], list[dict]]:
 
 @pytest.fixture
 def runs(source, tmp_path) -> list[Path]:
-    """Copies without results, to be spoiled."""
+    """Copies without results, for tests that modify them."""
     unprobed = shutil.ignore_patterns("probes.json")
     return [shutil.copytree(run, tmp_path / run.name, ignore=unprobed) for run in source]
 
@@ -101,7 +102,7 @@ def test_what_is_written(probed):
 
 def test_a_table_of_the_runs_beside_each_other(probed):
     page = StringIO()
-    print_results(probed[0], Console(file=page, width=60))  # a file: as wide as need be
+    print_results(probed[0], Console(file=page, width=60))  # a file is as wide as necessary
     out = page.getvalue()
     for word in ("plain", "other", "document", "section", "token class", "20 features", "activations, all", "chance"):
         assert word in out
@@ -129,7 +130,7 @@ def test_alone_a_run_scores_what_it_scores_beside_others(runs, probed, capsys):
 
 
 def test_a_trained_run_on_other_text(uninterrupted, tmp_path, capsys):
-    """Rows of text know no sections: the key is left out, and why is said."""
+    """Rows of text have no sections: the key is left out, with the reason."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": sample_text(200, seed=seed)}) + "\n" for seed in range(60)))
     written = uninterrupted / "probes.json"
@@ -139,7 +140,7 @@ def test_a_trained_run_on_other_text(uninterrupted, tmp_path, capsys):
     finally:
         written.unlink(missing_ok=True)
     assert set(found["problems"]) == {"document", "token_class"}
-    assert "knows no sections" in found["left_out"]["section"]
+    assert "has no sections" in found["left_out"]["section"]
     assert found["text"]["data"] == str(rows)
     assert found["text"]["part"] == "the evaluation side of the run's split"
     assert found["text"]["tokens"] == 2560

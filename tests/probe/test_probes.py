@@ -65,7 +65,7 @@ def test_a_planted_feature_is_found_and_scored():
     assert chosen[0][:, 0].tolist() == [3, 4, 5, 6, 7, 8]
     scores = sparse_probes(Passed(), batches, [problem], owner, 0)["planted"]
     assert set(scores) == set(KS)
-    # On at 2/3 of the label's tokens and at none else: wins 2/3, ties the rest.
+    # On at 2/3 of the label's tokens only: wins 2/3, ties the rest.
     assert scores[1].auc == pytest.approx(2 / 3 + 1 / 6, abs=0.02)
     assert scores[5].auc >= scores[1].auc - 0.005
     assert len(scores[1].per_label) == LABELS
@@ -100,7 +100,7 @@ def test_shuffled_labels_give_chance():
 
 
 def test_nothing_of_the_test_part_is_learned():
-    """Features and probes are chosen on the training part: what the test part holds changes scores, not them."""
+    """Features and probes are chosen on the training part; the test part changes only the scores."""
     batches, problem, owner = planted()
     before = choose_features(module._features(Passed(), batches), [problem])[0]
     test = torch.zeros(N * T, dtype=torch.bool)
@@ -156,7 +156,7 @@ def test_areas_equal_a_count_of_pairs_and_scikit_learn():
 
 
 def test_the_bootstrap_draws_documents():
-    """Against draws made token by token: a document drawn twice counts twice, and its label too."""
+    """Against a token-by-token bootstrap: a document drawn twice counts twice, and so does its label."""
     from sklearn.metrics import roc_auc_score
 
     rng = np.random.default_rng(0)

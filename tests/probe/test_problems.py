@@ -1,4 +1,4 @@
-"""Which tokens train and which test, and that the two parts know nothing of each other."""
+"""The training and test tokens of problems, and that the two parts are independent."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def posed(tokenizer, texts, sections=None, seed=0):
 @pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("sequences", [3, 1000])
 def test_the_document_of_every_token(bos, sequences):
-    """Documents that go on in the next row, special tokens in the text, a padded or cut end, with and without BOS."""
+    """Documents across rows, special tokens in the text, a padded or cut end, with and without BOS."""
     tokenizer = make_tokenizer(bos=bos, eos=False)
     texts = [sample_text(words, seed=words) + "<pad>" * (words % 2) for words in (3, 150, 40, 1, 77, 9)]
     batch, documents = packed(texts, tokenizer, sequences)
@@ -84,7 +84,7 @@ def test_the_parts_of_a_document_are_apart_in_time_and_in_sequences(tokenizer):
         assert not set(row[train]) & set(row[test])
         assert min(len(train), len(test)) >= MIN_TOKENS
         whole = (owner == owner[train[0]]).sum()
-        assert abs(len(train) - whole / 2) <= LENGTH / 2 + 1  # the border is the nearest to the middle
+        assert abs(len(train) - whole / 2) <= LENGTH / 2 + 1  # the boundary is the nearest to the middle
 
 
 def test_documents_that_lie_in_one_sequence_are_no_problem(tokenizer):
@@ -94,7 +94,7 @@ def test_documents_that_lie_in_one_sequence_are_no_problem(tokenizer):
 
 def test_the_parts_of_a_section_are_of_different_documents_and_sequences(tokenizer):
     texts = [sample_text(120, seed=seed) for seed in range(9)]
-    # The order of the text is not that of the stream; document 8 is in a section of its own, 7 in none.
+    # Text and stream are in different order; document 8 is the only one in its section, 7 is in none.
     sections = {i: Section("ab"[i % 2], place) for i, place in enumerate([3, 0, 1, 9, 2, 4, 0])}
     sections[8] = Section("alone", 0)
     problems, left_out, owner, row, _ = posed(tokenizer, texts, sections)
@@ -120,12 +120,12 @@ def test_a_sequence_that_the_parts_of_a_section_share_trains_only(tokenizer):
         assert set(owner[train]) == {first}
         assert set(owner[test]) == {second}
         assert not set(row[train]) & set(row[test])
-        assert set(row[train]) & set(row[owner == second])  # the case is there
+        assert set(row[train]) & set(row[owner == second])  # the case occurs
 
 
 def test_a_text_without_sections_says_so(tokenizer):
     texts = [sample_text(120, seed=seed) for seed in range(4)]
-    assert "knows no sections" in posed(tokenizer, texts)[1]["section"]
+    assert "has no sections" in posed(tokenizer, texts)[1]["section"]
     alone = {i: Section(str(i), 0) for i in range(4)}
     assert "fewer than two sections" in posed(tokenizer, texts, alone)[1]["section"]
 

@@ -1,4 +1,4 @@
-"""The page is drawn from whole, partial and broken run directories."""
+"""The report from complete, partial and broken run directories."""
 
 import json
 import math
@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from safetensors.numpy import save_file
 
 from tsae.errors import UserError
-from tsae.reports.figure import draw, read_history, write_report
+from tsae.reports.figure import draw, write_report
+from tsae.reports.records import Records, read_history
 
 EVALUATION = {
     "explained_variance": 0.915,
@@ -66,9 +67,10 @@ def run_dir(tmp_path):
 
 
 def page(run_dir) -> Figure:
-    """The figure of a run directory whose files are all there."""
+    """The figure of a complete run directory."""
     density = np.geomspace(1e-4, 0.5, 64)
-    return draw(read_history(run_dir / "metrics.jsonl"), EVALUATION, CONFIG, density, title="run")
+    history = read_history(run_dir / "metrics.jsonl")
+    return draw(Records("run", history, EVALUATION, config=CONFIG, density=density))
 
 
 def axes_of(figure: Figure) -> dict[str, object]:
@@ -116,7 +118,7 @@ def test_any_key_may_be_missing_or_odd(run_dir):
 @pytest.mark.parametrize("drop", sorted(record(1).keys() - {"step"}))
 def test_each_series_may_be_missing(drop):
     history = {key: (np.arange(1, 50), np.linspace(0.1, 1, 49)) for key in record(1) if key not in ("step", drop)}
-    draw(history, EVALUATION, CONFIG, None, title="run")
+    draw(Records("run", history, EVALUATION, config=CONFIG))
 
 
 def test_panels_have_titles_labels_and_the_data(run_dir):

@@ -37,7 +37,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small evaluation, and no pages of single runs, which are drawn elsewhere."""
+    """A small evaluation, and no reports of single runs, which other tests cover."""
     monkeypatch.setattr(tsae.training.run, "write_report", lambda directory: None)
     small = EvaluationConfig(sequences=8, ce_sequences=2)
     monkeypatch.setattr(tsae.reproduce.papers, "EvaluationConfig", lambda **_: small)
@@ -70,14 +70,14 @@ def test_tcsae_ends_with_table_and_figure(
     assert list(rows) == ["run0", "run1", "run2", "run3", "run4"]
     assert (results["steps"], results["sequences_per_step"], results["d_sae"]) == (4, 32, 24)
 
-    # The papers' figures stand as quoted, and null where there is none.
+    # The papers' figures are as quoted, and null if not given.
     assert rows["run0"]["paper"]["explained_variance"] == -0.785
     assert (rows["run1"]["paper"]["steps"], rows["run1"]["paper"]["explained_variance"]) == (0, None)
     assert rows["run2"]["paper"]["l0"] == rows["run3"]["paper"]["l0"] == 249.06
     assert rows["run4"]["paper"]["relative_reconstruction_bias"] == 92.64
     assert rows["run4"]["paper"]["cossim"] is None
 
-    # Ours are those of the runs' own evaluations; a diverged one has its steps and the term.
+    # Ours come from the runs' evaluations; a diverged run has its steps and the loss term.
     for name, row in rows.items():
         for given in ("literal", "fixed"):
             ours, run = row[given], out / f"{name}-{given}"
@@ -95,7 +95,7 @@ def test_tcsae_ends_with_table_and_figure(
     table = (out / "results.md").read_text()
     content = results["zero_output"]["content"]["zero_output"]
     assert f"EV = -|mean|^2 / Var = {content:.3f}" in table
-    assert "| run0 | paper | -0.785 | – | 0.00 | 0.00 | – | – | – | -0.586 | – |" in table
+    assert "| run0 | paper | -0.785 | – | 0.0 | 0.0 | – | – | – | -0.586 | – |" in table
     assert "| run1 | paper | – | – | – | – | – | – | – | – | 0 |" in table
     assert "|  | literal | – | – | – | – | – | – | – | – | 2 (stopped) |" in table
     assert "run2, fixed: Training stopped at step 3" in table
@@ -151,7 +151,7 @@ def test_explained_variance_with_and_without_bos(tiny_neox: Path) -> None:
     segments[2, 20:] = -1
     sae = SparseAutoencoder(SAEConfig(d_in=32, d_sae=24, activation="relu"), generator=torch.Generator().manual_seed(0))
     batch = TokenBatch(tokens, segments)
-    got = explained_variance({"a": sae}, lm, [batch], 1, 2)
+    got = explained_variance({"a": sae}, lm, batch.split(2), 1)
     x = activations(lm, tokens, 1)
     content = x[:, 1:][segments >= 0]
     for name, part in (("content", content), ("with_bos", torch.cat([content, x[:, 0]]))):

@@ -112,7 +112,7 @@ def test_both_evaluations_read_only_text_that_training_does_not(
         return real(saes, lm, batches, **options)
 
     monkeypatch.setattr(tsae.training.run, "evaluate_all", spy)
-    monkeypatch.setattr(tsae.evaluation.evaluator, "evaluate_all", spy)
+    monkeypatch.setattr(tsae.evaluate, "evaluate_all", spy)
     out = tmp_path / "run"
     assert main(options(tiny_neox, text_file, out, "--steps", "2")) == 0
     assert tsae.evaluate.main([str(out)]) == 0

@@ -25,7 +25,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Of a page of 60 features, whose text is markup in part."""
+    """A page of 60 features, with markup in its text."""
     return made_up_page(tmp_path_factory.mktemp("page") / "run<b>", d_sae=60, hostile=True)
 
 

@@ -1,4 +1,4 @@
-"""A run directory and features on a text, made up: what a page shows, without a language model."""
+"""A synthetic run directory and features, for pages without a language model."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def write_run(folder: Path, steps: int = 200) -> Path:
 
 
 def made_up_activity(d_sae: int, sequences: int, T: int = 128, on: float = 0.005, seed: int = 0) -> Activity:
-    """Features that switch on at random and off again after a few tokens, the even ones each followed by an odd one."""
+    """Features that switch on at random for a few tokens; each even one is followed by an odd one."""
     generator = torch.Generator().manual_seed(seed)
     activity = Activity(d_sae)
     for start in range(0, sequences, 16):

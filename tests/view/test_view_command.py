@@ -39,7 +39,7 @@ def test_the_page_of_a_run_shows_what_its_evaluation_measured(run: Path, capsys:
     assert {"reconstruction", "explained_variance", "l0"} <= shown["history"].keys()
     said = "".join(shown["texts"])
     assert "river" in said or "ri" in said
-    assert str(run.parent) not in json.dumps(shown["run"])  # the author's folders are nobody's business
+    assert str(run.parent) not in json.dumps(shown["run"])  # the author's folders are private
 
 
 def test_how_much_text_and_where_to(run: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a page shows equals what the features did."""
+"""The page's content against the features."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tsae.view.page import embedded, render
 
 
 def unpack(text: str) -> list[int]:
-    """The page's own reading of `pack`, once more."""
+    """The inverse of `pack`, as the page's script has it."""
     out, value, shift = [], 0, 0
     for byte in base64.b64decode(text):
         value |= (byte & 127) << shift
@@ -119,7 +119,7 @@ def test_the_neighbour_is_the_most_correlated_at_a_short_lag(activity: Activity)
             assert neighbour[j] == r[j].argmax()
             assert strength[j] == pytest.approx(r[j].max(), abs=1e-4)
     assert often.sum() >= 10
-    # As it was made: an odd feature does what the even one before it did two tokens earlier.
+    # By construction an odd feature repeats the even one before it two tokens later.
     assert sum(neighbour[j] == j + 1 for j in range(0, 10, 2)) >= 4
 
 

@@ -33,6 +33,14 @@ class ActivationBatch(NamedTuple):
         return 0
 
 
+def content_activations(lm: LanguageModel, batch: TokenBatch, layer: int) -> Tensor:
+    """The residual stream after block ``layer`` at content positions: the model sees the prefix (BOS), we do not.
+
+    out: [N, T, d_model] in the model's dtype, on its device
+    """
+    return activations(lm, batch.tokens, layer)[:, -batch.segments.shape[1] :]
+
+
 class Harvester:
     """Runs the language model, up to one layer, on the sequences of a stream.
 
@@ -65,10 +73,9 @@ class Harvester:
 
         The position of the prefix (BOS) is fed to the model and dropped here.
         """
-        length = tokens.segments.shape[1]
-        for ids, segments in zip(tokens.tokens.split(self.batch), tokens.segments.split(self.batch), strict=True):
-            out = activations(self.lm, ids.to(self.lm.device), self.layer)
-            yield ActivationBatch(out[:, -length:].to("cpu", self.dtype), segments)
+        for part in tokens.split(self.batch):
+            x = content_activations(self.lm, part, self.layer)
+            yield ActivationBatch(x.to("cpu", self.dtype), part.segments)
 
     def placeholders(self, tokens: TokenBatch) -> Iterator[ActivationBatch]:
         """`batches` without running the model: x has the right shape and dtype, on the meta device."""

@@ -44,6 +44,11 @@ class TokenBatch(NamedTuple):
         """The sequences of all ``parts`` (at least one), in order."""
         return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
+    def split(self, size: int) -> Iterator[TokenBatch]:
+        """The batch in parts of ``size`` sequences; the last may have fewer."""
+        for tokens, segments in zip(self.tokens.split(size), self.segments.split(size), strict=True):
+            yield TokenBatch(tokens, segments)
+
     def equals(self, other: TokenBatch) -> bool:
         """Whether all tokens and segments are equal."""
         return torch.equal(self.tokens, other.tokens) and torch.equal(self.segments, other.segments)

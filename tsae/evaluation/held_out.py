@@ -1,99 +1,141 @@
-"""The text that a run is measured on: the evaluation part of its own, or other text, but none that it trained on.
+"""Text that autoencoders are measured on: text that no run among them trained on.
 
-No document that the run's own split put on the training side is ever used. The run's split (`text.threshold` of its
-config.json) holds for other text too, so whatever of that lies on the evaluation side was not trained on, even if
-it is a copy or a part of the run's text. Where that is less than one sequence, all of the other text is used but
-the documents in the training part of the run's text, which is read for the purpose.
+Documents on the training side of a run's split are never used. The split (`text.threshold` in config.json) applies to
+any text, so a document on its evaluation side was not trained on, even in a copy or an excerpt of the run's text. If
+that side of another text has less than one sequence, all of the text is used except the documents of the run's training
+text, which is read for the purpose. Autoencoders that are not runs do not say what they were trained on; they are
+measured on the evaluation side of the default split.
 
-The limit of this: documents (passages of about 2,000 characters, for plain text) are compared as wholes. The same
-words cut in another way, as the passages of a book in one file and its chapters in another, are not recognised.
+Limit: documents (passages of about 2,000 characters for plain text) are compared as a unit. The same words cut
+differently, such as a book's passages in one file and its chapters in another, are not recognized.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from tsae.config import LENGTH, TrainConfig
 from tsae.data.documents import Document
+from tsae.data.harvest import ActivationBatch, Harvester
 from tsae.data.sequences import SequenceStream, TokenBatch, TooShortError
-from tsae.data.text import TextConfig, absolute_source, is_same_source, open_text, open_unseen, split_threshold
+from tsae.data.text import (
+    PYTHON_DOCS,
+    TextConfig,
+    absolute_source,
+    is_same_source,
+    open_text,
+    open_unseen,
+    split_threshold,
+)
 from tsae.errors import UserError
 from tsae.lm.loading import LanguageModel
-from tsae.rundir import layout
-from tsae.rundir.directory import read_config
 
 
-class Source(NamedTuple):
-    """A text to measure on and how to read it."""
+@dataclass(frozen=True)
+class Source:
+    """A text, how to read it, and the runs whose training text to avoid, one for each distinct split."""
 
     data: str
     text: TextConfig
+    runs: tuple[TrainConfig, ...]
 
 
 class HeldOut(NamedTuple):
-    """Sequences that a run did not train on."""
+    """Sequences that no run trained on."""
 
     batch: TokenBatch
     documents: list[Document]
-    """The documents in the order they were packed; the last ones may not have been reached."""
+    """The documents in the order they were packed; the batch may end before the last ones."""
     source: dict[str, Any] | None
-    """What text it is, for eval_source.json; None for the run's own evaluation part."""
+    """The text, for eval_source.json; None for the evaluation part of the run's own text."""
 
 
-def read_run(run: Path) -> TrainConfig:
-    """The configuration of a trained run. Raises UserError unless the directory holds one with an autoencoder."""
-    if not run.is_dir():
-        raise UserError(f"There is no run directory {run}; name the directory that training wrote.")
-    if not (run / layout.CONFIG).is_file():
-        raise UserError(
-            f"{run} is not a run's directory (it has no config.json); of another autoencoder name the language model, "
-            "with --model and --layer."
-        )
-    config = read_config(run)
-    if not layout.has_autoencoder(run):
-        raise UserError(f"{run} has no trained autoencoder in sae/; let training finish, or resume it.")
-    return config
+def choose_source(runs: Iterable[TrainConfig], data: str | None = None, column: str | None = None) -> Source:
+    """The text to measure runs on.
+
+    data, column: as on the command line; None takes the runs'. Without any run, `python-docs`.
+
+    Raises:
+        UserError: the runs were trained on different text and ``data`` is None.
+    """
+    distinct = tuple({(run.data, run.text): run for run in runs}.values())
+    if len(distinct) == 1:
+        (run,) = distinct
+        same = data is None or is_same_source(data, run.data)
+        text = run.text if column is None else replace(run.text, column=column)
+        return Source(run.data if same else absolute_source(data), text, distinct)
+    if distinct and data is None:
+        raise UserError("The runs were trained on different text; name the text to compare them on, with --data.")
+    return Source(absolute_source(data or PYTHON_DOCS), TextConfig(column=column), distinct)
 
 
-def source_of(config: TrainConfig, data: str | None, column: str | None) -> Source:
-    """The text that `--data` and `--column` name; None takes the run's."""
-    name = config.data
-    if data is not None and not is_same_source(data, config.data):
-        name = absolute_source(data)
-    return Source(name, config.text if column is None else replace(config.text, column=column))
-
-
-def held_out(config: TrainConfig, source: Source, lm: LanguageModel, sequences: int, seed: int) -> HeldOut:
-    """At most so many sequences of a text that the run did not train on.
+def held_out(source: Source, lm: LanguageModel, sequences: int, seed: int) -> HeldOut:
+    """At most ``sequences`` sequences of a text that no run trained on.
 
     seed: of the order of the documents
-    Raises UserError if the text cannot be read, or nothing of it is left.
+
+    Raises:
+        UserError: the text cannot be read, or has less than one sequence that was not trained on.
     """
-    data, text = source
-    documents: list[Document] = []
+    data, text = source.data, source.text
 
-    def recorded(opened: Iterator[Document]) -> Iterator[Document]:
-        for document in opened:
-            documents.append(document)
-            yield document
+    def pack(opened: Iterator[Document], part: str | None) -> HeldOut:
+        documents: list[Document] = []
 
-    def batch(opened: Iterator[Document]) -> TokenBatch:
-        documents.clear()
-        stream = SequenceStream(lambda epoch: recorded(opened), lm.tokenizer, LENGTH, repeat=False)
-        return stream.next_batch(sequences)
+        def recorded(epoch: int) -> Iterator[Document]:
+            for document in opened:
+                documents.append(document)
+                yield document
 
-    if data == config.data and text == config.text:
-        return HeldOut(batch(open_text(data, part="evaluation", seed=seed, config=text)), documents, None)
-    other = replace(text, threshold=split_threshold(config.data, config.text))
+        batch = SequenceStream(recorded, lm.tokenizer, LENGTH, repeat=False).next_batch(sequences)
+        named = None if part is None else {"data": data, "column": text.column, "part": part}
+        return HeldOut(batch, documents, named)
+
+    if [(run.data, run.text) for run in source.runs] == [(data, text)]:
+        return pack(open_text(data, part="evaluation", seed=seed, config=text), None)
+    # What lies below the lowest threshold is on the evaluation side of every split.
+    thresholds = [split_threshold(run.data, run.text) for run in source.runs]
+    other = replace(text, threshold=min(thresholds, default=text.evaluation_share))
     if Path(data).expanduser().exists():
         other = replace(other, subset=None)  # the run's, of a hub dataset
-    named = {"data": data, "column": text.column}
     try:
-        found = batch(open_text(data, part="evaluation", seed=seed, config=other))
-        return HeldOut(found, documents, named | {"part": "the evaluation side of the run's split"})
+        opened = open_text(data, part="evaluation", seed=seed, config=other)
+        return pack(opened, "the evaluation side of the run's split")
     except TooShortError:
-        unseen = open_unseen(data, seed=seed, config=other, trained_on=config.data, trained_config=config.text)
-        return HeldOut(batch(unseen), documents, named | {"part": "all but the run's training text"})
+        if len(source.runs) > 1:
+            raise
+    if not source.runs:
+        opened = open_text(data, part="evaluation", seed=seed, config=replace(other, threshold=1.0))
+        return pack(opened, "all of it")
+    (run,) = source.runs
+    unseen = open_unseen(data, seed=seed, config=other, trained_on=run.data, trained_config=run.text)
+    return pack(unseen, "all but the run's training text")
+
+
+def evaluation_batches(config: TrainConfig, lm: LanguageModel, sequences: int) -> list[TokenBatch]:
+    """At most ``sequences`` sequences of the evaluation part of a run's own text, `buffer.harvest_batch` to a batch.
+
+    Raises:
+        UserError: the evaluation part has less than one sequence.
+    """
+    batch = held_out(choose_source([config]), lm, sequences, config.stream_seed).batch
+    return list(batch.split(config.buffer.harvest_batch))
+
+
+def training_sample(config: TrainConfig, lm: LanguageModel) -> list[ActivationBatch]:
+    """Activations (float32) of a run's training text, as many sequences as its evaluation has.
+
+    Thresholds that are fitted after training are fitted on these.
+    """
+
+    def documents(epoch: int) -> Iterator[Document]:
+        return open_text(config.data, part="train", seed=config.stream_seed, config=config.text, epoch=epoch)
+
+    stream = SequenceStream(documents, lm.tokenizer, LENGTH)
+    harvester = Harvester(lm, config.layer, stream, batch=config.buffer.harvest_batch, dtype=torch.float32)
+    return list(harvester.batches(harvester.tokenize(config.evaluation.sequences)))

@@ -1,4 +1,4 @@
-"""The model card of an autoencoder: what it is of, how to use it, what was measured, how it was trained."""
+"""The model card of an autoencoder: what it encodes, how to use it, its metrics, and how it was trained."""
 
 from __future__ import annotations
 
@@ -8,26 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from tsae.config import LENGTH, SAEConfig
-from tsae.reports.table import metric
+from tsae.evaluation.catalogue import METRICS, lookup
 
-# What the card's table shows of an eval.json: key, what it is, the format.
+# The metrics in the card's table.
 ROWS = (
-    ("explained_variance", "explained variance (centred)", "{:.4f}"),
-    ("l0", "active features per token (L0)", "{:.1f}"),
-    ("frac_alive", "features alive", "{:.3f}"),
-    ("ce_loss_score", "loss recovered against zero ablation", "{:.4f}"),
-    ("ce_loss_score_mean_ablation", "loss recovered against mean ablation", "{:.4f}"),
-    ("temporal.persistence", "P(active at the next token, given active)", "{:.3f}"),
-    ("temporal.persistence_excess", "the same beyond chance, per feature", "{:.3f}"),
-    ("temporal.persistence_excess_shuffled", "control: beyond chance with tokens shuffled", "{:.3f}"),
-    ("temporal.autocorrelation.1", "autocorrelation at lag 1", "{:.3f}"),
-    ("temporal.smoothness", "T-SAE's smoothness (lower is smoother)", "{:.3f}"),
+    *("explained_variance", "l0", "frac_alive", "ce_loss_score", "ce_loss_score_mean_ablation"),
+    *("temporal.persistence", "temporal.persistence_excess", "temporal.persistence_excess_shuffled"),
+    *("temporal.autocorrelation.1", "temporal.smoothness"),
 )
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HYSTERESIS = (
-    "Its features have hysteresis: one switches on above its `threshold` and stays on until it falls below its "
-    "`release`, along the sequence. So encode whole texts, `[batch, tokens, d_in]`, and not single tokens; give "
-    "`encode` the `segments` where a row holds several documents.\n"
+    "Its features have hysteresis: along the sequence, a feature switches on above its `threshold` and stays on until "
+    "it falls below its `release`. Encode complete texts, `[batch, tokens, d_in]`, not single tokens, and pass "
+    "`segments` to `encode` if a row holds several documents.\n"
 )
 
 
@@ -43,13 +36,13 @@ def model_card(
 ) -> str:
     """The card as Markdown with its YAML head.
 
-    cfg:        of the autoencoder
-    repo_id:    where it will be, as in the example of its use
+    cfg:        the autoencoder's configuration
+    repo_id:    the repository, for the example code
     training:   the run's configuration
-    evaluation: its eval.json
-    text:       what was evaluated on, if not the held-out part of the run's own text
-    figure:     a file beside the card to show
-    license:    the hub's name of one; none is stated unless it is given
+    evaluation: the run's eval.json
+    text:       the text that was evaluated on, if not the held-out part of the run's own
+    figure:     an image beside the card to show
+    license:    by the hub's name for it; None states none
     """
     from huggingface_hub import ModelCardData
 
@@ -87,23 +80,23 @@ def model_card(
 
 
 def without_folders(name: str) -> str:
-    """A path's last part, as the author's folders are nobody's business; names that are no absolute path stay whole."""
+    """The last part of an absolute path, to keep the author's folders private; other names are kept."""
     return Path(name).name if Path(name).is_absolute() else name
 
 
 def plain(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
+    """Text escaped for Markdown, on one line."""
     return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(text.split()))
 
 
 def _measured(evaluation: dict[str, Any], data: str, text: str | None) -> str:
     other = "held-out text" if not data else f"the held-out part of {plain(data)}"
     lines = [f"On {plain(without_folders(text)) if text else other}:\n", "| metric | value |", "| --- | --- |"]
-    for key, name, form in ROWS:
-        value = metric(evaluation, key)
+    for metric in (METRICS[key] for key in ROWS):
+        value = lookup(evaluation, metric.key)
         if isinstance(value, (int, float)):
-            lines.append(f"| {name} | {form.format(value)} |")
-    return "\n".join(lines) + "\n\nAll of them are in `eval.json`.\n"
+            lines.append(f"| {metric.name} | {metric.full(value)} |")
+    return "\n".join(lines) + "\n\nAll metrics are in `eval.json`.\n"
 
 
 def _trained(training: dict[str, Any], model: str, data: str) -> str:
@@ -120,4 +113,4 @@ def _trained(training: dict[str, Any], model: str, data: str) -> str:
         ("seed", training.get("seed")),
     ]
     lines = [f"| {name} | {plain(str(value))} |" for name, value in rows if value not in (None, "")]
-    return "\n".join(["| | |", "| --- | --- |", *lines]) + "\n\nAll of it is in `config.json`.\n"
+    return "\n".join(["| | |", "| --- | --- |", *lines]) + "\n\nThe complete configuration is in `config.json`.\n"

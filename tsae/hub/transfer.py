@@ -1,4 +1,4 @@
-"""To the Hugging Face hub and back: a directory of safetensors and JSON, never a pickle."""
+"""Upload to and download from the Hugging Face hub: a directory of safetensors and JSON, never a pickle."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from tsae.errors import UserError, reason
 from tsae.formats import load as read
 from tsae.hub.card import model_card, without_folders
-from tsae.reports.figure import read_source
+from tsae.reports.records import read_source
 from tsae.rundir import layout
 from tsae.sae.model import SparseAutoencoder
 from tsae.sae.saving import CONFIG
@@ -35,17 +35,17 @@ def push(
 ) -> str:
     """Upload an autoencoder with a model card, and return the address of the commit.
 
-    sae:       the autoencoder, which works on raw activations
-    repo_id:   "name" or "owner/name"; it is created unless it exists
-    run:       the run directory that it comes from: its metrics, configuration and figure go with it
-    private:   whether a new repository is; None leaves that to the hub's defaults
-    license:   the hub's name of one; none is stated unless it is given
-    revision:  a branch that exists; None is the main one
+    sae:       the autoencoder, on raw activations
+    repo_id:   "name" or "owner/name"; created if it does not exist
+    run:       its run directory, to upload the metrics, configuration and figure too
+    private:   visibility of a new repository; None takes the hub's default
+    license:   by the hub's name for it; None states none
+    revision:  an existing branch; None is the main one
     create_pr: open a pull request instead of a commit
-    token:     None takes the one of `hf auth login`
+    token:     None takes the token of `hf auth login`
     message:   of the commit
 
-    Raises UserError if the run is none, the hub cannot be reached or it refuses.
+    Raises UserError if ``run`` is not a run directory, or the hub cannot be reached or refuses.
     """
     from huggingface_hub import HfApi
 
@@ -62,7 +62,7 @@ def push(
             done = api.upload_folder(
                 repo_id=whole, folder_path=folder, commit_message=message, revision=revision, create_pr=create_pr
             )
-        except Exception as error:  # of the client, of whichever HTTP library it is built on, or about the name
+        except Exception as error:  # the client's, its HTTP library's, or about the name
             raise UserError(f"The hub did not take {repo_id}: {reason(error)}.") from error
         return str(done.pr_url or done.commit_url)
 
@@ -75,12 +75,12 @@ def prepare(
     run: str | Path | None = None,
     license: str | None = None,
 ) -> None:
-    """Write into `folder` what `push` uploads. Paths of local models and texts lose their folders.
+    """Write the files that `push` uploads into `folder`, without the folders in paths of local models and texts.
 
-    sae, repo_id, run, license: as `push` takes them
-    folder: made if need be
+    sae, repo_id, run, license: as for `push`
+    folder: created if it does not exist
 
-    Raises UserError if ``run`` has no `config.json`.
+    Raises UserError if ``run`` is not a run directory.
     """
     training: dict[str, Any] = {}
     evaluation: dict[str, Any] = {}
@@ -122,16 +122,16 @@ def load(
     local_files_only: bool = False,
     device: str | torch.device = "cpu",
 ) -> SparseAutoencoder:
-    """`tsae.load` of what has no pickle in it: an autoencoder from the hub, or from a local directory.
+    """`tsae.load` without pickles: an autoencoder from the hub or a local directory.
 
-    name:             `OWNER/NAME[/FOLDER...][@REVISION]` on the hub, the directory of an autoencoder, or that of a run
+    name:             `OWNER/NAME[/FOLDER...][@REVISION]` on the hub, or the directory of an autoencoder or a run
     revision:         branch, tag or commit
-    token:            for a private repository; None takes the one of `hf auth login`
-    cache_dir:        None is the hub client's own cache
-    local_files_only: do not ask the network
-    device:           where its parameters go
+    token:            for a private repository; None takes the token of `hf auth login`
+    cache_dir:        None is the hub client's cache
+    local_files_only: do not use the network
+    device:           of its parameters
 
-    Raises UserError if there is no such autoencoder, it is damaged, or it is in pickles alone.
+    Raises UserError if there is no such autoencoder, it is damaged, or it exists only as pickles.
     """
     return read(
         name,

@@ -1,12 +1,12 @@
 """An evaluation in the form of SAEBench's core results (`eval_output_schema_core.json` of sae-bench 0.6.0).
 
-SAEBench's fields hold what SAEBench defines, so that they stand beside its own tables, its known errors included
-(docs/metrics.md): `explained_variance` is nearly uncentred, and `mse` is the squared error summed over dimensions and
-divided by the tokens of a batch. Our own `eval.json`, the temporal metrics with it, is in `eval_result_unstructured`.
+The fields follow SAEBench's definitions, known errors included, so that they compare with its tables (docs/metrics.md):
+`explained_variance` is nearly uncentred, and `mse` is the squared error summed over dimensions and divided by the
+tokens of a batch. Our `eval.json`, with the temporal metrics, is in `eval_result_unstructured`.
 
-What is not the same as in SAEBench: the first position (BOS) keeps its activation in every run of the language model,
-also under zero ablation (`tsae.evaluation.evaluator.evaluate` says why); KL and cross-entropy are means over
-predictions within one document.
+Differences from SAEBench: the first position (BOS) keeps its activation in every pass of the language model, also under
+zero ablation (`tsae.evaluation.evaluator.evaluate` says why), and KL and cross-entropy are means over predictions
+within one document.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tsae.config import LENGTH, TrainConfig
 from tsae.evaluation.evaluator import EvaluationResult
 from tsae.sae.model import SparseAutoencoder
 
-CHUNK = 1024  # rows of the matrix of cosines held at once
+CHUNK = 1024  # rows of the cosine matrix at a time
 
 
 @torch.no_grad()
@@ -34,17 +34,17 @@ def core_output(name: str, sae: SparseAutoencoder, result: EvaluationResult, con
     """The content of a results file of SAEBench's core evaluation.
 
     name: of the autoencoder
-    config: the language model, layer, text and sizes that `result` was measured with
+    config: the language model, layer, text and sizes behind `result`
     """
-    metrics, density = result.metrics, result.density
-    batch = config.buffer.harvest_batch
+    metrics = result.metrics
     predicted = min(config.evaluation.ce_sequences * LENGTH, result.tokens)
+    batch_tokens = min(config.buffer.harvest_batch * LENGTH, result.tokens)
     encoder, decoder = functional.normalize(sae.W_enc.T.float()), functional.normalize(sae.W_dec.float())
     max_encoder, max_decoder = _max_cosine(encoder), _max_cosine(decoder)
-    per_sequence = result.tokens_per_sequence if result.tokens_per_sequence is not None else torch.zeros(len(density))
+    per_sequence = result.tokens_per_sequence
     features = {
-        "feature_density": density,
-        "consistent_activation_heuristic": per_sequence,
+        "feature_density": result.density,
+        "consistent_activation_heuristic": torch.zeros(sae.cfg.d_sae) if per_sequence is None else per_sequence,
         "encoder_bias": sae.b_enc,
         "encoder_norm": sae.W_enc.norm(dim=0),
         "encoder_decoder_cosine_sim": (encoder * decoder).sum(dim=1),
@@ -52,27 +52,9 @@ def core_output(name: str, sae: SparseAutoencoder, result: EvaluationResult, con
         "max_encoder_cosine_sim": max_encoder,
     }
     columns = {key: value.detach().cpu().double().tolist() for key, value in features.items()}
-    hook = f"blocks.{config.layer}.hook_resid_post"
     return {
         "eval_type_id": "core",
-        "eval_config": {
-            "model_name": config.model,
-            "llm_dtype": config.lm_dtype,
-            "batch_size_prompts": batch,
-            "n_eval_reconstruction_batches": math.ceil(predicted / LENGTH / batch),
-            "n_eval_sparsity_variance_batches": math.ceil(result.tokens / LENGTH / batch),
-            "dataset": config.data,
-            "context_size": LENGTH,
-            "compute_kl": True,
-            "compute_ce_loss": True,
-            "compute_l2_norms": True,
-            "compute_sparsity_metrics": True,
-            "compute_variance_metrics": True,
-            "compute_featurewise_density_statistics": True,
-            "compute_featurewise_weight_based_metrics": True,
-            "exclude_special_tokens_from_reconstruction": True,
-            "verbose": False,
-        },
+        "eval_config": _eval_config(config, predicted, result.tokens),
         "eval_id": str(uuid.uuid4()),
         "datetime_epoch_millis": int(time.time() * 1000),
         "eval_result_metrics": {
@@ -88,7 +70,7 @@ def core_output(name: str, sae: SparseAutoencoder, result: EvaluationResult, con
             "reconstruction_quality": {
                 "explained_variance": metrics["explained_variance_saebench"],
                 "explained_variance_legacy": metrics["explained_variance_legacy"],
-                "mse": metrics["mse"] * sae.cfg.d_in / min(batch * LENGTH, result.tokens),
+                "mse": metrics["mse"] * sae.cfg.d_in / batch_tokens,
                 "cossim": metrics["cossim"],
             },
             "shrinkage": {
@@ -103,7 +85,7 @@ def core_output(name: str, sae: SparseAutoencoder, result: EvaluationResult, con
                 "total_tokens_eval_sparsity_variance": result.tokens,
             },
             "misc_metrics": {
-                **_frequencies(density),
+                **_frequencies(result.density),
                 "average_max_encoder_cosine_sim": float(max_encoder.mean()),
                 "average_max_decoder_cosine_sim": float(max_decoder.mean()),
                 "frac_alive": metrics["frac_alive"],
@@ -113,17 +95,42 @@ def core_output(name: str, sae: SparseAutoencoder, result: EvaluationResult, con
             {"index": i} | {key: column[i] for key, column in columns.items()} for i in range(sae.cfg.d_sae)
         ],
         "eval_result_unstructured": {"tsae": metrics},
+        **_origin(name, sae, config),
+    }
+
+
+def _eval_config(config: TrainConfig, predicted: int, tokens: int) -> dict[str, Any]:
+    batch = config.buffer.harvest_batch
+    measured = ("kl", "ce_loss", "l2_norms", "sparsity_metrics", "variance_metrics")
+    featurewise = ("density_statistics", "weight_based_metrics")
+    return {
+        "model_name": config.model,
+        "llm_dtype": config.lm_dtype,
+        "batch_size_prompts": batch,
+        "n_eval_reconstruction_batches": math.ceil(predicted / LENGTH / batch),
+        "n_eval_sparsity_variance_batches": math.ceil(tokens / LENGTH / batch),
+        "dataset": config.data,
+        "context_size": LENGTH,
+        **{f"compute_{name}": True for name in measured},
+        **{f"compute_featurewise_{name}": True for name in featurewise},
+        "exclude_special_tokens_from_reconstruction": True,
+        "verbose": False,
+    }
+
+
+def _origin(name: str, sae: SparseAutoencoder, config: TrainConfig) -> dict[str, Any]:
+    hook = {"hook_name": f"blocks.{config.layer}.hook_resid_post", "hook_layer": config.layer}
+    return {
         "sae_bench_commit_hash": f"tsae {_version()}",
         "sae_lens_id": name,
         "sae_lens_release_id": None,
         "sae_lens_version": None,
-        "sae_cfg_dict": dataclasses.asdict(sae.cfg)
-        | {"model_name": config.model, "hook_name": hook, "hook_layer": config.layer},
+        "sae_cfg_dict": dataclasses.asdict(sae.cfg) | {"model_name": config.model} | hook,
     }
 
 
 def _max_cosine(unit: Tensor) -> Tensor:
-    """(d_sae), for each unit vector of (d_sae, d_in) the greatest cosine with another."""
+    """(d_sae), the greatest cosine of each unit vector (d_sae, d_in) with another."""
     if len(unit) < 2:
         return unit.new_zeros(len(unit))
     greatest = unit.new_empty(len(unit))
@@ -135,7 +142,7 @@ def _max_cosine(unit: Tensor) -> Tensor:
 
 
 def _frequencies(density: Tensor) -> dict[str, float]:
-    """Shares of the features, and of all activations, that belong to features active more often than 1 % and 10 %."""
+    """Fractions of features, and of all activations, from features that are active more often than 1 % and 10 %."""
     total = float(density.sum())
     out = {}
     for percent in (1, 10):
@@ -148,5 +155,5 @@ def _frequencies(density: Tensor) -> dict[str, float]:
 def _version() -> str:
     try:
         return version("tsae")
-    except PackageNotFoundError:  # run from the source tree
+    except PackageNotFoundError:  # run from a source tree
         return "unknown"

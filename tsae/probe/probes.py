@@ -1,8 +1,8 @@
 """Sparse linear probes: one-vs-rest logistic regressions on the k features whose means differ most.
 
-The practice of Gurnee et al. 2023 (arXiv 2305.01610) and SAEBench: features are ranked by the absolute difference
-between their means on a label and off it ("max mean difference"), on the training part, and a logistic regression,
-both sides weighted equally, is fitted on the first k.
+As in Gurnee et al. 2023 (arXiv 2305.01610) and SAEBench: on the training part, features are ranked by the absolute
+difference between their means on and off a label ("max mean difference"), and a logistic regression with balanced
+classes is fitted on the first k.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from tsae.errors import UserError
 from tsae.probe.problems import Problem
 from tsae.sae.model import SparseAutoencoder
 
-KS = (1, 5, 20)  # numbers of features that a sparse probe gets
-CHANCE = 0.5  # the AUC of a score that knows nothing
-DRAWS = 1000  # of the bootstrap
-STRENGTHS = (1e-4, 1e-3, 1e-2)  # C of the dense probe, which has enough weights to overfit
-TUNED = 8  # labels that it is chosen with
+KS = (1, 5, 20)  # features per sparse probe
+CHANCE = 0.5  # AUC of an uninformed score
+DRAWS = 1000  # bootstrap draws
+STRENGTHS = (1e-4, 1e-3, 1e-2)  # C of the dense probe, which can overfit
+TUNED = 8  # labels used to choose C
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Score:
-    """How well one kind of probe does on one problem.
+    """The score of one kind of probe on one problem.
 
-    auc:       the mean over labels of the area under the ROC curve, one against the rest, on the test part
+    auc:       area under the ROC curve, one label against the rest, on the test part; the mean over labels
     per_label: the areas, in the order of `Problem.labels`
-    draws:     [DRAWS] the mean again, over documents drawn with replacement. The draws are the same for all probes of
-               a problem, so that those of two can be subtracted.
+    draws:     [DRAWS] the mean over documents drawn with replacement. All probes of a problem share the draws, so that
+               two probes' draws can be subtracted.
     """
 
     auc: float
@@ -46,7 +46,7 @@ class Score:
 
     @property
     def stderr(self) -> float:
-        """Bootstrap standard error of `auc`: other documents of the same kind."""
+        """Bootstrap standard error of `auc` over documents."""
         return float(self.draws.std())
 
 
@@ -56,7 +56,7 @@ def difference(a: Score, b: Score) -> tuple[float, float]:
 
 
 def check_installed() -> None:
-    """Raise UserError if scikit-learn is not there."""
+    """Raise UserError if scikit-learn is not installed."""
     try:
         import sklearn.linear_model  # noqa: F401
     except ImportError as error:
@@ -66,15 +66,15 @@ def check_installed() -> None:
 def sparse_probes(
     sae: SparseAutoencoder, batches: Batches, problems: list[Problem], owner: np.ndarray, seed: int
 ) -> dict[str, dict[int, Score]]:
-    """Score probes on the k features of an autoencoder that are chosen for each label, for k in `KS`.
+    """Score probes on the k features of an autoencoder chosen for each label, for k in `KS`.
 
-    The features are computed twice, to choose some and to read those, so that never all are held at once.
+    Features are computed twice, once to choose among them and once to keep the chosen ones, to bound the memory.
 
     sae:      in ``eval()`` mode, on raw activations
-    batches:  x [N, T, d] float32 and segments [N, T] of the whole evaluation set, iterable more than once
+    batches:  x [N, T, d] float32 and segments [N, T] of the complete evaluation set, iterable more than once
     problems: over its n counted positions
-    owner:    [n] the document of every counted position, the unit of the bootstrap
-    out:      by the problem's name and k
+    owner:    [n] document of each counted position, the unit of the bootstrap
+    out:      by problem name and k
 
     Raises UserError if a feature is not finite.
     """
@@ -83,9 +83,7 @@ def sparse_probes(
     values = torch.cat([h.index_select(1, columns.to(h.device)).cpu() for h in _features(sae, batches)]).numpy()
     out: dict[str, dict[int, Score]] = {}
     for problem, ranking in zip(problems, chosen, strict=True):
-        at = torch.searchsorted(
-            columns, ranking.contiguous()
-        ).numpy()  # [L, max(KS)] places of the features among the columns
+        at = torch.searchsorted(columns, ranking.contiguous()).numpy()  # [L, max(KS)] features as columns of values
         train, test = values[problem.train], values[problem.test]
         out[problem.name] = {}
         with _one_thread():
@@ -97,7 +95,7 @@ def sparse_probes(
 
 @torch.no_grad()
 def _features(sae: SparseAutoencoder, batches: Batches) -> Iterator[Tensor]:
-    """[m, d_sae] at counted positions, batch by batch."""
+    """Features [m, d_sae] at counted positions, batch by batch."""
     device = next(sae.parameters()).device
     for x, segments in batches:
         h = sae.encode(x.to(device), segments.to(device))[(segments >= 0).to(device)]
@@ -107,9 +105,9 @@ def _features(sae: SparseAutoencoder, batches: Batches) -> Iterator[Tensor]:
 
 
 def choose_features(features: Iterable[Tensor], problems: list[Problem]) -> list[Tensor]:
-    """For every problem [L, max(KS)] int64: the features with the largest difference of means, the largest first.
+    """For each problem [L, max(KS)] int64: the features with the largest difference of means, in descending order.
 
-    features: [m, d_sae] each, together over the n counted positions
+    features: batches [m, d_sae] that together cover the n counted positions
     """
     sums: list[Tensor] = []
     start = 0
@@ -134,7 +132,7 @@ def choose_features(features: Iterable[Tensor], problems: list[Problem]) -> list
 
 
 def _sparse_scores(train: np.ndarray, test: np.ndarray, positive: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """[number of test tokens] what the probe of one label says about the test tokens."""
+    """[test tokens] scores of one label's probe."""
     train, test = train[:, columns], test[:, columns]
     scale = train.std(axis=0)
     scale[scale == 0] = 1.0
@@ -142,12 +140,12 @@ def _sparse_scores(train: np.ndarray, test: np.ndarray, positive: np.ndarray, co
 
 
 def dense_probes(x: np.ndarray, problems: list[Problem], owner: np.ndarray, seed: int) -> dict[str, Score]:
-    """What a linear probe can know: the same regression on all dimensions of the activations, standardised.
+    """An upper reference: the same regression on all dimensions of the standardised activations.
 
     x:   [n, d] float32, at counted positions
-    out: by the problem's name
+    out: by problem name
 
-    The strength of the penalty is chosen for each problem on the last quarter of every label's training tokens.
+    The penalty of each problem is chosen on the last quarter of each label's training tokens.
     """
     with _one_thread():
         return {problem.name: _dense(x, problem, owner, seed) for problem in problems}
@@ -175,26 +173,26 @@ def _dense(x: np.ndarray, problem: Problem, owner: np.ndarray, seed: int) -> Sco
 
 
 def _one_thread() -> AbstractContextManager[Any]:
-    """For the many small products of the fits: on a busy machine threads cost them ten times what they save."""
+    """One BLAS thread: the fits are many small products, which threads make ten times slower on a busy machine."""
     from threadpoolctl import threadpool_limits
 
     return threadpool_limits(1, user_api="blas")
 
 
 def _fit(x: np.ndarray, positive: np.ndarray, strength: float) -> Callable[[np.ndarray], np.ndarray]:
-    """The scores of a logistic regression of `positive` [n] on x [n, features], as a function of features."""
+    """Fit a logistic regression of `positive` [n] on x [n, features]; out: its scores as a function of features."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     probe = LogisticRegression(C=strength, class_weight="balanced", max_iter=300)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the order of the scores has long settled
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the order of the scores has settled by then
         probe.fit(x, positive)
     return probe.decision_function
 
 
 def _score(problem: Problem, owner: np.ndarray, seed: int, scores: Iterable[np.ndarray]) -> Score:
-    """Areas under the ROC curves of the labels' scores, each [number of test tokens], and their bootstrap."""
+    """Areas under the ROC curves of each label's scores [test tokens], and their bootstrap."""
     y, owner = problem.y[problem.test], owner[problem.test]
     documents, group = np.unique(owner, return_inverse=True)
     G = len(documents)
@@ -214,8 +212,9 @@ def _score(problem: Problem, owner: np.ndarray, seed: int, scores: Iterable[np.n
 
 
 def wins_between(score: np.ndarray, positive: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
-    """[groups, groups] float64: over pairs of a positive token of one document and a negative token of another, how
-    often the positive one scores higher; a tie counts half. The area under the ROC curve is their sum over all pairs'.
+    """[groups, groups] float64: among pairs of a positive token of one document and a negative token of another, the
+    number in which the positive one scores higher; a tie counts half. Their sum over the number of pairs is the area
+    under the ROC curve.
 
     score: [n]; positive: [n] bool; group: [n] int, below `groups`
     """

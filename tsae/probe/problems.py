@@ -1,4 +1,4 @@
-"""What is probed for: labels of tokens, and which tokens a probe is trained and tested on."""
+"""Probing problems: labels of tokens, and the tokens that a probe is trained and tested on."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from tsae.probe.token_classes import CLASSES
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MIN_TOKENS = 20  # that a label needs in either part
-MAX_LABELS = 64  # documents or sections; of more, so many are drawn
-GAP = 8  # tokens between the two parts of a document that are in neither
+MIN_TOKENS = 20  # per label, in each part
+MAX_LABELS = 64  # documents or sections; a larger number is sampled
+GAP = 8  # unused tokens between the two parts of a document
 
 
 @dataclass(frozen=True)
 class Problem:
     """One-vs-rest problems over the counted tokens of an evaluation set.
 
-    labels:      their names, L of them
-    y:           [n] int64, the label of a token, -1 for a token that is in neither part
+    labels:      L names
+    y:           [n] int64, label of each token, -1 for a token in neither part
     train, test: [n] bool, disjoint
     """
 
@@ -43,12 +43,12 @@ class Problem:
 def document_of_tokens(
     batch: TokenBatch, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase
 ) -> np.ndarray:
-    """[N, T] int64, the index in `documents` of every content token, -1 at excluded positions.
+    """[N, T] int64, index in `documents` of each content token, -1 at excluded positions.
 
-    documents: those that were packed into the batch, in order; there may be more
+    documents: the documents packed into the batch, in order; more may follow
     """
     tokens = batch.tokens.numpy()
-    bos = 0 if prefix_token(tokenizer) is None else 1  # without one the first token of content takes its place
+    bos = 0 if prefix_token(tokenizer) is None else 1  # without BOS the first content token is the prefix
     content = tokens[:, bos:].reshape(-1)
     pieces: list[list[int]] = []
     for start in range(0, len(documents), 64):
@@ -58,7 +58,7 @@ def document_of_tokens(
             break
     flat = np.concatenate([np.array(piece, dtype=np.int64) for piece in pieces])[: content.size]
     if not np.array_equal(flat, content[: flat.size]):
-        raise ValueError("documents: they are not what the batch was packed from")
+        raise ValueError("documents: the batch was not packed from these")
     owner = np.full(content.size, -1)
     owner[: flat.size] = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])[: content.size]
     owner = owner.reshape(len(tokens), -1)[:, 1 - bos :]
@@ -73,18 +73,18 @@ def pose_problems(
     classes: np.ndarray,
     seed: int,
 ) -> tuple[list[Problem], dict[str, str]]:
-    """The problems that a text poses, and for the others why not.
+    """The problems that a text supports, and the reasons against the others, by name.
 
     owner:    [N, T] from `document_of_tokens`
-    sections: of the documents, by name, from `tsae.data.sections`; empty if the source knows none
-    classes:  [n] the class of every counted token, from `token_classes`
-    seed:     of the documents that a class is learned from, and of the labels if there are too many
+    sections: of the documents, by name, from `tsae.data.sections`; empty if the source has none
+    classes:  [n] class of each counted token, from `token_classes`
+    seed:     of the choice of training documents for classes, and of labels if there are too many
 
-    "document"     which document; the first part of it trains, the rest tests. They are in different sequences: what
-                   the language model saw, or a latched feature remembers, of the one does not reach into the other.
-    "section"      which section, for sections of several documents: the first documents train, the others test, at
-                   tokens whose sequence holds no training token of that section.
-    "token class"  which of `CLASSES`; half of the documents train, the others test.
+    "document"     which document. Its first part trains and the rest tests, in different sequences, so that neither
+                   the language model's context nor a latched feature carries over.
+    "section"      which section, for sections of several documents. The first documents train, the others test, at
+                   tokens whose sequence has no training token of that section.
+    "token class"  which of `CLASSES`. Half of the documents train, the others test.
     """
     counted = batch.segments.numpy() >= 0
     row = np.broadcast_to(np.arange(len(owner))[:, None], owner.shape)[counted]
@@ -115,7 +115,7 @@ def _section(
 ) -> Problem | str:
     if not any(places):
         return (
-            "the text knows no sections; python-docs does, and plain text with titles, lines `= Title =`, or in "
+            "the text has no sections; python-docs has, and so has plain text with titles (lines `= Title =`) or in "
             "several files"
         )
     members: dict[str, list[tuple[int, int]]] = defaultdict(list)
@@ -142,7 +142,7 @@ def _token_class(owner: np.ndarray, classes: np.ndarray, rng: np.random.Generato
     counts = np.stack([np.bincount(classes[part & (classes >= 0)], minlength=len(CLASSES)) for part in (train, ~train)])
     kept = np.flatnonzero((counts >= MIN_TOKENS).all(axis=0))
     if len(kept) < 2:
-        return f"fewer than two classes have {MIN_TOKENS} tokens in either half of the documents"
+        return f"fewer than two classes have {MIN_TOKENS} tokens in each half of the documents"
     index = np.full(len(CLASSES) + 1, -1)  # the last entry is for class -1
     index[kept] = np.arange(len(kept))
     y = index[classes]
@@ -152,7 +152,7 @@ def _token_class(owner: np.ndarray, classes: np.ndarray, rng: np.random.Generato
 def _of_parts(
     name: str, parts: dict[str, tuple[np.ndarray, np.ndarray]], n: int, rng: np.random.Generator
 ) -> Problem | None:
-    """The problem whose labels have these training and test tokens; None if there are not two of them."""
+    """The problem whose labels have these training and test tokens; None for fewer than two labels."""
     labels = sorted(parts)
     if len(labels) > MAX_LABELS:
         labels = sorted(rng.choice(labels, MAX_LABELS, replace=False).tolist())
@@ -166,18 +166,18 @@ def _of_parts(
 
 
 def _tokens_by(owner: np.ndarray) -> dict[int, np.ndarray]:
-    """The tokens of every document, ascending."""
+    """The tokens of each document, in ascending order."""
     order = np.argsort(owner, kind="stable")
     documents, starts = np.unique(owner[order], return_index=True)
     return dict(zip(documents.tolist(), np.split(order, starts[1:]), strict=True))
 
 
 def _middle(group: np.ndarray) -> int:
-    """The border between runs of equal numbers that is nearest to the middle; the end if there is one run."""
+    """The boundary between runs of equal numbers nearest to the middle; the end if there is one run."""
     borders = np.flatnonzero(np.diff(group)) + 1
     return int(borders[np.abs(borders - len(group) / 2).argmin()]) if len(borders) else len(group)
 
 
 def counted_tokens(batch: TokenBatch) -> torch.Tensor:
-    """[n] int64, the ids of the tokens at counted positions."""
+    """[n] int64 token ids at counted positions."""
     return batch.tokens[:, 1:][batch.segments >= 0]

@@ -1,4 +1,4 @@
-"""What the probes of some runs found: `probes.json`, and a table of the runs beside each other."""
+"""Results of probes: `probes.json`, and a table of runs side by side."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from tsae.probe.problems import Problem
 
 @dataclass(frozen=True)
 class Results:
-    """The probes of some runs on one text."""
+    """The probes of several runs on one text."""
 
     text: dict[str, Any]
-    """What was probed on: data, part, tokens, documents, seed."""
+    """The text: data, part, tokens, documents, seed."""
     problems: list[Problem]
     left_out: dict[str, str]
-    """Problems that the text does not pose, and why."""
+    """Problems that the text does not support, and why."""
     dense: dict[str, Score]
     """By problem."""
     sparse: dict[str, dict[str, dict[int, Score]]]
-    """By run, problem and k; the first run is what the others are compared with."""
+    """By run, problem and k; the other runs are compared with the first."""
 
 
 def as_json(results: Results, run: str) -> dict[str, Any]:
@@ -50,14 +50,14 @@ def as_json(results: Results, run: str) -> dict[str, Any]:
 
 
 def print_results(results: Results, console: Console | None = None) -> None:
-    """Print the table, in several parts where the terminal is too narrow, and below it what was probed on."""
+    """Print the table, in several parts if the terminal is too narrow, and below it the text."""
     console = console or Console()
     runs = list(results.sparse)
     beside = len(runs)
     if console.is_terminal:
         beside = max(1, (console.width - 36) // 18)
     else:
-        console.width = max(console.width, 36 + 18 * beside + max(map(len, runs)))  # in a file nothing need be folded
+        console.width = max(console.width, 36 + 18 * beside + max(map(len, runs)))  # a file needs no folding
     for start in range(0, len(runs), beside):
         console.print(_table(results, runs[start : start + beside], runs[0]))
     for name, why in results.left_out.items():
@@ -66,7 +66,7 @@ def print_results(results: Results, console: Console | None = None) -> None:
     part = f"{text['data']} ({text['part']})"
     console.print(f"{text['tokens']:,} tokens, {text['documents']} documents of {part}.", markup=False, highlight=False)
     if len(runs) > 1:
-        console.print(f"Below each figure: the difference to {runs[0]}.", markup=False, highlight=False)
+        console.print(f"Below each figure: the difference from {runs[0]}.", markup=False, highlight=False)
 
 
 def _table(results: Results, runs: list[str], first: str) -> Table:

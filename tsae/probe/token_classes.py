@@ -1,4 +1,4 @@
-"""A class for every token, from its own characters alone: what a feature can know without any context."""
+"""Classes of tokens by their own characters: what a feature can represent without context."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ CLASSES = (
     "word",
     "continuation",
 )
-"""In the order in which they are tried, see `token_class`."""
+"""In the order in which `token_class` tries them."""
 
 _OPERATORS = frozenset("+-*/%=<>&|^~@\\")
 
-# English words of the closed classes: determiners, pronouns, prepositions, conjunctions, auxiliaries, and not.
+# English closed-class words: determiners, pronouns, prepositions, conjunctions, auxiliaries, and "not".
 _FUNCTION_WORDS = frozenset(
     """
     a an the this that these those each every either neither some any no all both such
@@ -44,20 +44,20 @@ _KEYWORDS = frozenset(keyword.kwlist)
 
 
 def token_class(token: str) -> str | None:
-    """The first of `CLASSES` that fits; None for what has none, such as a part of a character.
+    """The first of `CLASSES` that fits; None for a token without a class, such as part of a character.
 
-    token: with the blank before it, if there is one
+    token: including a leading space
 
-    blank          nothing but blanks and line breaks
-    number         digits, and no letter: `12`, `3.`, ` 0`
-    operator       no letter, digit or underscore, but one of + - * / % = < > & | ^ ~ @ and the backslash: `->`, ` ==`
+    blank          only spaces and line breaks
+    number         digits and no letter: `12`, `3.`, ` 0`
+    operator       one of + - * / % = < > & | ^ ~ @ and the backslash, without letter, digit or underscore: `->`, ` ==`
     punctuation    no letter, digit, underscore or operator: `.`, `("`, ` ...`
     identifier     has an underscore: `_name`, `__`
-    function word  a word of a closed class in English, in any case: ` the`, `Of`, `is`; Python's `if` and `for` too
+    function word  an English closed-class word in any case: ` the`, `Of`, `is`; includes Python's `if` and `for`
     keyword        any other reserved word of Python: ` def`, `None`
     capitalised    begins with a capital: ` Error`, `Path`
-    word           any other that a blank comes before: ` river`
-    continuation   any other: `ing`, and the first word of a line, whose string is no different
+    word           any other after a space: ` river`
+    continuation   any other: `ing`, and the first word of a line, which looks the same
     """
     core = token.strip()
     if "\N{REPLACEMENT CHARACTER}" in core:
@@ -81,14 +81,14 @@ def token_class(token: str) -> str | None:
 
 
 def token_classes(ids: Sequence[int] | np.ndarray, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """[n] int64, the index in `CLASSES` of every token id, -1 for none."""
+    """[n] int64, index in `CLASSES` of each token id, -1 for none."""
     unique, inverse = np.unique(np.asarray(ids), return_inverse=True)
     found = [token_class(string) for string in _strings(unique.tolist(), tokenizer)]
     return np.array([-1 if name is None else CLASSES.index(name) for name in found], dtype=np.int64)[inverse]
 
 
 def _strings(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What every token adds to a text: decoded behind another token, for alone it may lose the blank before it."""
+    """The text of each token, decoded after another token, because alone it may lose its leading space."""
     before = tokenizer("x", add_special_tokens=False)["input_ids"]
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     start = len(tokenizer.decode(before, **options))

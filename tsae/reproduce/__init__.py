@@ -1,1 +1,1 @@
-"""The papers' experiments again: `python -m tsae.reproduce tcsae` and `python -m tsae.reproduce tsae`."""
+"""Reproductions of the papers' experiments: `python -m tsae.reproduce tcsae` and `python -m tsae.reproduce tsae`."""

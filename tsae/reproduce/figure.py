@@ -13,19 +13,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from tsae.reports.figure import BLUE, GREY, INK, RED, STYLE, read_history
+from tsae.evaluation.catalogue import METRICS
+from tsae.reports.figure import BLUE, GREY, INK, RED, STYLE
+from tsae.reports.records import read_history
 from tsae.reproduce.papers import INPUTS
 from tsae.rundir import layout
 from tsae.utils.atomic import atomic_write
 
 SOURCES = (("paper", "#9AA2AA"), ("literal", RED), ("fixed", BLUE))
-PANELS = (
-    ("explained_variance", "Explained variance"),
-    ("l0", "Active features (L0)"),
-    ("cossim", "Cosine similarity"),
-    ("l2_ratio", "L2 ratio"),
-    ("ce_loss_score", "CE score"),
-)
+PANELS = ("explained_variance", "l0", "cossim", "l2_ratio", "ce_loss_score")
 
 
 def write_figure(results: dict[str, Any], directory: Path) -> Path:
@@ -41,11 +37,11 @@ def write_figure(results: dict[str, Any], directory: Path) -> Path:
             ha="left",
             fontweight="bold",
         )
-        for ax, (key, title) in zip(top.subplots(1, len(PANELS)), PANELS, strict=True):
-            _bars(ax, results, key, title)
+        for ax, key in zip(top.subplots(1, len(PANELS)), PANELS, strict=True):
+            _bars(ax, results, key)
         top.legend(
             handles=[
-                *(Patch(color=colour, label=source) for source, colour in SOURCES),
+                *(Patch(color=color, label=source) for source, color in SOURCES),
                 Line2D([], [], color=INK, linewidth=1.0, linestyle=(0, (3, 2)), label="outputs zero"),
             ],
             loc="upper right",
@@ -61,11 +57,11 @@ def write_figure(results: dict[str, Any], directory: Path) -> Path:
     return path
 
 
-def _bars(ax: Axes, results: dict[str, Any], key: str, title: str) -> None:
-    ax.set_title(title)
+def _bars(ax: Axes, results: dict[str, Any], key: str) -> None:
+    ax.set_title(METRICS[key].column)
     rows = results["rows"]
     places, values = np.arange(len(rows))[::-1], []
-    for i, (source, colour) in enumerate(SOURCES):
+    for i, (source, color) in enumerate(SOURCES):
         for place, row in zip(places, rows, strict=True):
             y, value = place + 0.27 * (1 - i), row[source][key]
             if value is None:
@@ -73,8 +69,8 @@ def _bars(ax: Axes, results: dict[str, Any], key: str, title: str) -> None:
                 ax.text(0.0, y, f" {reason}", fontsize=6.5, color=GREY, va="center")
                 continue
             values.append(value)
-            ax.barh(y, value, height=0.25, color=colour)
-            ax.plot([value], [y], marker="|", color=INK, markersize=4)  # a bar of 0 is seen too
+            ax.barh(y, value, height=0.25, color=color)
+            ax.plot([value], [y], marker="|", color=INK, markersize=4)  # so that a bar of 0 is visible
     if key == "explained_variance":
         zero = results["zero_output"]["content"]["zero_output"]
         ax.axvline(zero, color=INK, linewidth=1.0, linestyle=(0, (3, 2)))
@@ -83,21 +79,21 @@ def _bars(ax: Axes, results: dict[str, Any], key: str, title: str) -> None:
         ax.set_xscale("symlog", linthresh=1.0)
     ax.axvline(0, color="#B8BEC5", linewidth=0.8)
     ax.tick_params(axis="y", left=False)
-    ax.set_yticks(places, [row["run"] for row in rows] if key == PANELS[0][0] else [])
+    ax.set_yticks(places, [row["run"] for row in rows] if key == PANELS[0] else [])
     ax.grid(axis="y", visible=False)
 
 
 def _dynamics(ax: Axes, results: dict[str, Any], directory: Path, given: str) -> None:
     ax.set_title({"literal": "literal: raw activations", "fixed": "fixed: centred and scaled"}[given])
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(results["rows"])))
-    for row, colour in zip(results["rows"], colours, strict=True):
+    for row, color in zip(results["rows"], colours, strict=True):
         history = read_history(directory / f"{row['run']}-{given}" / layout.METRICS)
         if "explained_variance" not in history:
             continue
         steps, explained = history["explained_variance"]
-        ax.plot(steps, np.clip(1 - explained, 1e-6, None), color=colour, linewidth=1.2, label=row["run"])
+        ax.plot(steps, np.clip(1 - explained, 1e-6, None), color=color, linewidth=1.2, label=row["run"])
         if row[given]["error"]:
-            ax.plot(steps[-1:], np.clip(1 - explained[-1:], 1e-6, None), "x", color=colour, markersize=8)
+            ax.plot(steps[-1:], np.clip(1 - explained[-1:], 1e-6, None), "x", color=color, markersize=8)
     zero = 1 - results["zero_output"]["content"]["zero_output"]
     ax.axhline(zero, color=INK, linewidth=1.0, linestyle=(0, (3, 2)))
     ax.axhline(1, color="#B8BEC5", linewidth=0.8)
@@ -107,4 +103,4 @@ def _dynamics(ax: Axes, results: dict[str, Any], directory: Path, given: str) ->
     ax.set_xlabel("step")
     ax.set_ylabel("error / variance of the batch")
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(ncols=3, fontsize=7.5, loc="lower left")  # "best" takes seconds on a slow machine, and warns
+        ax.legend(ncols=3, fontsize=7.5, loc="lower left")  # "best" takes seconds and warns

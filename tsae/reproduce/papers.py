@@ -1,16 +1,16 @@
-"""What the two papers ran, as configurations, and the figures they give, quoted.
+"""The experiments of the two papers, as configurations, and the figures that the papers report.
 
-Every experiment runs twice, alike but for the input:
+Every experiment runs twice and differs only in its input:
 
-* *literal*: raw activations, neither centred nor scaled, as neither paper says a word of either;
-* *fixed*: centred, and scaled to a mean squared norm of d, as `tsae` does everywhere.
+* *literal*: raw activations, neither centred nor scaled, since neither paper mentions either;
+* *fixed*: centred, and scaled to a mean squared norm of d, as everywhere in `tsae`.
 
-BOS is fed to the language model and dropped from both. Neither paper mentions it, and it may have counted there: so
-every explained variance is given with BOS besides, for an output of zero too. Further readings of what the papers
-leave open stand at the experiments. All arithmetic of the autoencoders is float32, so that rounding explains nothing.
+BOS is fed to the language model and dropped from both. Neither paper mentions it and both may have included it, so each
+explained variance is also given with BOS, including that of an output of zero. How we read other points that the papers
+leave open is noted at the experiments. The autoencoders compute in float32, so that rounding explains nothing.
 
-A paper's "cross-entropy loss" below 0 can only be a score, `ce_loss_score`; its explained variance is the centred one,
-`1 - E|x - xhat|^2 / Var(x)`, or an autoencoder that outputs zero could not score below 0.
+A paper's "cross-entropy loss" below 0 can only be a score, `ce_loss_score`. Its explained variance is the centred one,
+`1 - E|x - xhat|^2 / Var(x)`; otherwise an autoencoder that outputs zero could not score below 0.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Experiment:
     """One run of a paper."""
 
     what: str
-    """What distinguishes it, in a few words."""
+    """What sets it apart, in a few words."""
     options: dict[str, Any]
-    """Over the paper's preset."""
+    """Changes to the paper's preset."""
     paper: dict[str, float] = field(default_factory=dict)
-    """The figures that the paper gives, by the keys of eval.json, and `steps`."""
+    """The figures in the paper, by the keys of eval.json, and `steps`."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ class Paper:
     experiments: dict[str, Experiment]
 
 
-# Runs 0 to 2 have no learning-rate schedule, for run 3 adds it. How runs 0 and 1 begin is not stated; unit
-# rows and their transpose are the common choice. "Xavier initialization and unit-norm constraints" are one mechanism
-# in section 4, so that both come with run 2.
+# Runs 0 to 2 have no learning-rate schedule, because run 3 adds it. The initialization of runs 0 and 1 is not stated;
+# unit rows and their transpose are the common choice. "Xavier initialization and unit-norm constraints" are one
+# mechanism in section 4, so run 2 has both.
 _UNSCHEDULED = {"optimizer.schedule": "constant", "optimizer.warmup_steps": 0}
 _PLAIN = _UNSCHEDULED | {"sae.init": "tied", "sae.unit_norm_decoder": False, "optimizer.clip_norm": 0.0}
-# Run 3 is the one with the "reduced" coefficient, of 0.01; what it was before is not stated. 0.1 is lambda_1's value.
+# Run 3 has the "reduced" coefficient, 0.01; the value before is not stated. 0.1 is the value of lambda_1.
 _LARGE = {"objective.window_weight": 0.1}
-# Section 6: run 3 "maintained identical sparsity levels", and all else "remained unchanged".
+# Section 6: run 3 "maintained identical sparsity levels", and everything else "remained unchanged".
 _RUN_2 = {"explained_variance": -1.76, "l0": 249.06, "l1": 143.48, "cossim": 0.003, "l2_ratio": 0.68}
 _RUN_2 |= {"ce_loss_score": -0.18}
 
@@ -72,13 +72,13 @@ TCSAE = Paper(
             {"explained_variance": -0.785, "l0": 0.0, "l1": 0.0, "ce_loss_score": -0.586},
         ),
         "run1": Experiment(
-            "temporal loss, neither Xavier nor clipping",  # for section 6 blames run 1 on their absence
+            "temporal loss, neither Xavier nor clipping",  # section 6 blames their absence for run 1
             _PLAIN | _LARGE,
             {"steps": 0},
         ),
         "run2": Experiment("Xavier, unit-norm decoder, clipping", _UNSCHEDULED | _LARGE, _RUN_2),
         "run3": Experiment("smaller coefficient, warm-up and cosine", {}, _RUN_2),
-        # Before the nonlinearity: after it, fewer than half of the features could be above 0 (run 4 has L0 248.90).
+        # Before the nonlinearity: after it, fewer than half of the features could be above 0, but run 4 has L0 248.90.
         "run4": Experiment(
             "layer normalization",
             {"sae.layer_norm": "pre"},
@@ -94,7 +94,7 @@ TCSAE = Paper(
     },
 )
 
-# The baseline is the standard autoencoder: of section 5.1 only what is not an innovation of the paper.
+# The baseline is the standard autoencoder: section 5.1 without the paper's innovations.
 _STANDARD = {
     "objective.temporal": "none",
     "objective.boost": 1.0,
@@ -123,7 +123,7 @@ TSAE = Paper(
             },
         ),
         "full": Experiment("three scales at 0.01, 0.005, 0.001, all mechanisms", _FULL, _FAILED),
-        # With the warm-up goes what is defined by it: boosting, the buffer's mixing and the noise.
+        # Boosting, the buffer's mixing and the noise are defined by the warm-up and go with it.
         "no-warmup": Experiment(
             "no warm-up",
             _FULL | {"objective.hold_steps": 0, "objective.ramp_steps": 0, "optimizer.noise_eta": 0.0},
@@ -132,7 +132,7 @@ TSAE = Paper(
         "no-boosting": Experiment("no reconstruction boosting", _FULL | {"objective.boost": 1.0}, _FAILED),
         "no-clipping": Experiment("no gradient clipping", _FULL | {"optimizer.clip_norm": 0.0}, _FAILED),
         "no-threshold": Experiment("no variance threshold", _FULL | {"objective.min_variance": 0.0}, _FAILED),
-        # The variance of each batch alone.
+        # The variance of each batch by itself.
         "no-buffer": Experiment("no temporal buffer", _FULL | {"objective.buffer_mixing": 1.0}, _FAILED),
         "no-noise": Experiment("no gradient noise", _FULL | {"optimizer.noise_eta": 0.0}, _FAILED),
         "no-layer-norm": Experiment("no layer normalization", {}, _FAILED),
@@ -153,20 +153,20 @@ def configurations(
     seed: int = 0,
     device: str = "auto",
 ) -> dict[str, TrainConfig]:
-    """Every experiment with both inputs, `NAME-literal` and `NAME-fixed`, on one stream.
+    """Every experiment with both inputs, `NAME-literal` and `NAME-fixed`, on one stream of activations.
 
-    What is None is the paper's on its own model, and the demo's on the demo model. Schedules are as long as the papers
-    say (1000 steps a phase) but at most a quarter of the run each.
+    None takes the paper's value on its own model, and the demo's on the demo model. Each phase of a schedule is as long
+    as in the papers (1000 steps) but at most a quarter of the run.
 
     Raises:
-        UserError: a model that is neither, without its layer.
+        UserError: ``layer`` is None for a model that is neither.
     """
     own, demo = preset(paper.preset), preset("demo")
     at_home = model == own.model
     source = own if at_home else demo
     if layer is None:
         if model != source.model:
-            raise UserError(f"The layer to encode of {model} is not known; name it with --layer.")
+            raise UserError(f"The layer of {model} to encode is unknown; name it with --layer.")
         layer = source.layer
     data = data or source.data
     steps = steps or (own.steps if at_home else paper.demo_steps)
@@ -186,7 +186,7 @@ def configurations(
         evaluation=EvaluationConfig(sequences=128, ce_sequences=16 if at_home else 8),
         checkpoint=CheckpointConfig(every=max(1, steps // 4), keep=1),
     )
-    # The demo model's width, as both papers have as many features as dimensions.
+    # 640 is the demo model's width: both papers have as many features as dimensions.
     base = with_options(base, {"sae.d_sae": d_sae or (own.sae.d_sae if at_home else 640)})
     if paper is TSAE:
         base = with_options(base, {"objective": {"hold_steps": phase, "ramp_steps": phase}})

@@ -1,4 +1,4 @@
-"""The papers' figures beside ours: results.json, a Markdown table, and the same on the terminal."""
+"""The papers' figures beside ours: results.json, and a table in Markdown and on the terminal."""
 
 from __future__ import annotations
 
@@ -16,36 +16,31 @@ from torch import Tensor
 
 from tsae.config import TrainConfig
 from tsae.data.sequences import TokenBatch
+from tsae.evaluation.catalogue import METRICS, Metric, lookup
 from tsae.lm.hooks import activations
 from tsae.lm.loading import LanguageModel
-from tsae.reports.table import metric
 from tsae.reproduce.papers import INPUTS, Paper
 from tsae.sae.model import SparseAutoencoder
 
-# Heading, key of eval.json (but the second), digits.
+# Columns of the table; all but the second are metrics of eval.json.
 COLUMNS = (
-    ("EV", "explained_variance", 3),
-    ("with BOS", "explained_variance_with_bos", 3),
-    ("L0", "l0", 2),
-    ("L1", "l1", 2),
-    ("cosine", "cossim", 3),
-    ("L2 ratio", "l2_ratio", 3),
-    ("rel. bias", "relative_reconstruction_bias", 2),
-    ("CE score", "ce_loss_score", 3),
+    METRICS["explained_variance"],
+    Metric("explained_variance_with_bos", "explained variance with BOS", heading="with BOS"),
+    *(METRICS[key] for key in ("l0", "l1", "cossim", "l2_ratio", "relative_reconstruction_bias", "ce_loss_score")),
 )
-# In results.json only.
+# Only in results.json.
 FURTHER = ("mse", "ce_loss_with_sae", "ce_loss_without_sae", "frac_alive", "temporal.persistence_excess")
 
 
 class _Sums:
-    """Sums over positions, float64: how many, of x, of |x|^2, and of |x - xhat|^2 by autoencoder."""
+    """Sums over positions, float64: the count, x, |x|^2, and |x - xhat|^2 by autoencoder."""
 
     def __init__(self) -> None:
         self.n, self.total, self.square = 0, torch.zeros(()), 0.0
         self.residual: dict[str, float] = {}
 
     def add(self, x: Tensor, reconstructions: dict[str, Tensor]) -> None:
-        """Count x [n, d] and what each autoencoder makes of it."""
+        """Count x [n, d] and its reconstruction by each autoencoder."""
         x = x.double()
         self.n, self.total, self.square = self.n + x.shape[0], self.total + x.sum(0), self.square + x.square().sum()
         for name, xhat in reconstructions.items():
@@ -64,29 +59,28 @@ class _Sums:
 
 @torch.no_grad()
 def explained_variance(
-    saes: dict[str, SparseAutoencoder], lm: LanguageModel, batches: Iterable[TokenBatch], layer: int, size: int
+    saes: dict[str, SparseAutoencoder], lm: LanguageModel, batches: Iterable[TokenBatch], layer: int
 ) -> dict[str, Any]:
-    """Explained variance 1 - E|x - xhat|^2 / Var(x) with and without BOS, beside what an output of zero scores.
+    """Explained variance 1 - E|x - xhat|^2 / Var(x) with and without BOS, and that of an output of zero.
 
-    That is 1 - E|x|^2 / Var(x) = -|mean|^2 / Var(x). BOS's activation can be many times longer than all others, and
-    nothing in the papers says that it was left out.
+    The latter is 1 - E|x|^2 / Var(x) = -|mean|^2 / Var(x). BOS's activation can be many times longer than all others,
+    and the papers do not say that they left it out.
 
-    saes: by name, working on raw activations; none has seen BOS in training
-    batches: tokens [N, 1 + T] with BOS first, segments [N, T]
-    size: sequences in one pass
-    out: for `content` (the positions that count) and `with_bos` (BOS besides): `zero_output`, `runs` by name, and the
-        norms behind the first, `mean_norm` |E x| and `rms_norm` sqrt(E|x|^2)
+    saes: by name, on raw activations; none was trained on BOS
+    batches: tokens [N, 1 + T] with BOS first, segments [N, T]; one pass each
+    out: for `content` (non-excluded positions) and `with_bos` (BOS too): `zero_output`, `runs` by name, and the norms
+        behind `zero_output`: `mean_norm` |E x| and `rms_norm` sqrt(E|x|^2)
     """
     sums = {"content": _Sums(), "with_bos": _Sums()}
     for batch in batches:
-        for tokens, segments in zip(batch.tokens.split(size), batch.segments.split(size), strict=True):
-            x = activations(lm, tokens, layer).float()  # [N, 1 + T, d]
-            kept = segments.to(x.device) >= 0
-            content = {name: sae(x[:, 1:], segments.to(x.device))[kept] for name, sae in saes.items()}
-            bos = {name: sae(x[:, :1])[:, 0] for name, sae in saes.items()}
-            for each in sums.values():
-                each.add(x[:, 1:][kept], content)
-            sums["with_bos"].add(x[:, 0], bos)
+        x = activations(lm, batch.tokens, layer).float()  # [N, 1 + T, d]
+        segments = batch.segments.to(x.device)
+        counted = segments >= 0
+        content = {name: sae(x[:, 1:], segments)[counted] for name, sae in saes.items()}
+        bos = {name: sae(x[:, :1])[:, 0] for name, sae in saes.items()}
+        for each in sums.values():
+            each.add(x[:, 1:][counted], content)
+        sums["with_bos"].add(x[:, 0], bos)
     return {name: each.compute() for name, each in sums.items()}
 
 
@@ -95,14 +89,13 @@ def collect(
 ) -> dict[str, Any]:
     """The content of results.json.
 
-    runs: of `sweep.json`, finished
+    runs: from `sweep.json`, all ended
     explained: from `explained_variance`
-    seconds: the whole command took; None for a resumed one
+    seconds: duration of the command; None if it was resumed
     """
     rows = []
     for name, experiment in paper.experiments.items():
-        keys = [key for _, key, _ in COLUMNS]
-        keys += FURTHER
+        keys = [*(metric.key for metric in COLUMNS), *FURTHER]
         row: dict[str, Any] = {"run": name, "what": experiment.what}
         row["paper"] = {key: experiment.paper.get(key) for key in [*keys, "steps"]}
         for given in INPUTS:
@@ -110,7 +103,7 @@ def collect(
             metrics = run["metrics"] or {}
             if metrics:
                 metrics["explained_variance_with_bos"] = explained["with_bos"]["runs"][f"{name}-{given}"]
-            values = {key: metric(metrics, key) if metrics else None for key in keys}
+            values = {key: lookup(metrics, key) if metrics else None for key in keys}
             row[given] = values | {"steps": run["steps"], "error": run["error"]}
         rows.append(row)
     return {
@@ -147,34 +140,38 @@ def _processor() -> str:
 
 
 def _cells(results: dict[str, Any]) -> list[list[str]]:
-    """The table: one line for each run and source."""
+    """The rows of the table, one for each run and source."""
     lines = []
     for row in results["rows"]:
         for source in ("paper", *INPUTS):
             values = row[source]
-            numbers = [_number(values[key], digits) for _, key, digits in COLUMNS]
+            show = _quoted if source == "paper" else _number
             steps = "–" if values["steps"] is None else f"{values['steps']}"
             steps += " (stopped)" if values.get("error") else ""
-            lines.append([row["run"] if source == "paper" else "", source, *numbers, steps])
+            lines.append([row["run"] if source == "paper" else "", source])
+            lines[-1] += [*(show(values[metric.key], metric) for metric in COLUMNS), steps]
     return lines
 
 
-def _number(value: float | None, digits: int) -> str:
-    if value is None:
-        return "–"
-    if abs(value) >= 1000:
+def _quoted(value: float | None, metric: Metric) -> str:
+    """A paper's figure, with its own digits."""
+    return "–" if value is None else f"{value}"
+
+
+def _number(value: float | None, metric: Metric) -> str:
+    if value is not None and abs(value) >= 1000:
         return f"{value:.0f}" if abs(value) < 1e6 else f"{value:.2e}"
-    return f"{round(value, digits) + 0.0:.{digits}f}"  # no -0.00
+    return metric.short(None if value is None else round(value, metric.short_digits) + 0.0)  # no -0.00
 
 
 def _notes(results: dict[str, Any]) -> list[str]:
     content, with_bos = results["zero_output"]["content"], results["zero_output"]["with_bos"]
     notes = [
-        f"On the same activations an autoencoder that outputs zero scores EV = -|mean|^2 / Var = "
+        f"On the same activations, an autoencoder that outputs zero scores EV = -|mean|^2 / Var = "
         f"{content['zero_output']:.3f} (|mean| {content['mean_norm']:.1f}, root mean square norm "
-        f"{content['rms_norm']:.1f}); with BOS counted besides, {with_bos['zero_output']:.3f} (|mean| "
+        f"{content['rms_norm']:.1f}); with BOS included, {with_bos['zero_output']:.3f} (|mean| "
         f"{with_bos['mean_norm']:.1f}, root mean square norm {with_bos['rms_norm']:.1f}).",
-        "L1 is in the activations' own units, but with gelu or layer normalization in those of the given input.",
+        "L1 is in the units of the raw activations, or, with gelu or layer normalization, of the given input.",
     ]
     for row in results["rows"]:
         notes += [f"{row['run']}, {given}: {row[given]['error']}" for given in INPUTS if row[given]["error"]]
@@ -182,8 +179,8 @@ def _notes(results: dict[str, Any]) -> list[str]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table, what the runs are, and the notes, as Markdown."""
-    head = ["run", "", *(heading for heading, _, _ in COLUMNS), "steps"]
+    """The table, a line about each run, and the notes, as Markdown."""
+    head = ["run", "", *(metric.column for metric in COLUMNS), "steps"]
     lines = [
         f"*{results['title']}*: the paper's figures beside ours. {results['model']}, layer {results['layer']}, "
         f"{results['data']}, {results['steps']} steps of {results['sequences_per_step']} x 128 tokens, "
@@ -210,13 +207,13 @@ def markdown(results: dict[str, Any]) -> str:
 def print_results(results: dict[str, Any], console: Console | None = None) -> None:
     """Print the table and the notes."""
     table = Table(title=results["title"], title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for i, heading in enumerate(("run", "", *(heading for heading, _, _ in COLUMNS), "steps")):
+    for i, heading in enumerate(("run", "", *(metric.column for metric in COLUMNS), "steps")):
         table.add_column(heading, justify="left" if i < 2 else "right", no_wrap=i > 1)
     for cells in _cells(results):
         table.add_row(*cells, style="dim" if cells[1] == "paper" else "")
     console = console or Console()
     if not console.is_terminal:
-        console.width = max(console.width, 120)  # in a file nothing need be folded
+        console.width = max(console.width, 120)  # a file needs no folding
     console.print(table)
     for note in _notes(results):
         console.print(note, markup=False, highlight=False)

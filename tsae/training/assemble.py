@@ -18,17 +18,18 @@ from tsae.data.cache_key import cache_key, provenance
 from tsae.data.feed import ActivationFeed, no_progress
 from tsae.data.harvest import Harvester
 from tsae.data.prefetching import PrefetchingFeed
-from tsae.data.sequences import SequenceStream, TokenBatch
+from tsae.data.sequences import SequenceStream
 from tsae.data.text import Document, Part, absolute_source, open_text, split_threshold
 from tsae.errors import UserError
+from tsae.evaluation.held_out import evaluation_batches
 from tsae.lm.hooks import check_layer
 from tsae.lm.loading import LanguageModel, absolute_name, default_dtype, load_language_model
 from tsae.parallel.axis import SINGLE_PROCESS, Ranks
 from tsae.parallel.buffer import DistributedActivationBuffer
 from tsae.parallel.processes import check_mesh, check_on_all_ranks, local_rank0_first, raise_on_all_ranks
 from tsae.training.job import Job, prefix_errors
+from tsae.utils.device import resolve_device
 from tsae.utils.progress import bar
-from tsae.utils.torchrun import local_rank, world_size
 
 
 @dataclass(frozen=True)
@@ -103,27 +104,6 @@ def prepare(job: Job) -> Setup:
     return Setup(replace(job, runs=runs), lm, device)
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one, of several processes each its own.
-
-    Raises:
-        UserError: there is no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and world_size() > 1:
-        name = f"cuda:{local_rank()}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"There is no device {name!r}; use auto, cpu, cuda or cuda:N.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"Device {name!r} was asked for, but PyTorch sees no GPU here; use --device cpu.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"Device {name!r} was asked for, but there are {torch.cuda.device_count()} GPUs.")
-    return device
-
-
 def matching_width(cfg: TrainConfig, lm: LanguageModel) -> int:
     """The width of the model, which ``sae.d_in`` must equal if it is given."""
     if cfg.sae.d_in not in (0, lm.d_model):
@@ -134,25 +114,6 @@ def matching_width(cfg: TrainConfig, lm: LanguageModel) -> int:
 def _text(cfg: TrainConfig, part: Part) -> Callable[[int], Iterator[Document]]:
     """A function from the epoch to the documents of one part of the run's text."""
     return lambda epoch: open_text(cfg.data, part=part, seed=cfg.stream_seed, config=cfg.text, epoch=epoch)
-
-
-def evaluation_batches(cfg: TrainConfig, lm: LanguageModel, sequences: int) -> list[TokenBatch]:
-    """Token batches of at most ``sequences`` sequences of the evaluation part of the run's text.
-
-    Raises:
-        UserError: the evaluation text is too short for one sequence.
-    """
-    stream = SequenceStream(_text(cfg, "evaluation"), lm.tokenizer, LENGTH, repeat=False)
-    batches, left = [], sequences
-    while left > 0:
-        batch = stream.next_batch(min(left, cfg.buffer.harvest_batch))
-        if batch.tokens.shape[0] == 0:
-            break
-        batches.append(batch)
-        left -= batch.tokens.shape[0]
-    if not batches:
-        raise UserError(f"The evaluation part of {cfg.data} is too short for one sequence of {LENGTH} tokens.")
-    return batches
 
 
 @contextmanager

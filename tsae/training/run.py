@@ -14,6 +14,7 @@ from tsae.evaluation.evaluator import (
     evaluation_progress,
     write_eval,
 )
+from tsae.evaluation.held_out import evaluation_batches
 from tsae.parallel.processes import broadcast_from_rank0, raise_on_all_ranks, ranks_for
 from tsae.reports.figure import write_report
 from tsae.rundir import layout
@@ -21,7 +22,7 @@ from tsae.rundir.directory import check_writable
 from tsae.rundir.fingerprint import fingerprint
 from tsae.rundir.trackers import check_trackers, track_evaluation
 from tsae.sae.model import SparseAutoencoder
-from tsae.training.assemble import Setup, evaluation_batches, prepare
+from tsae.training.assemble import Setup, prepare
 from tsae.training.job import Job
 from tsae.training.loop import Outcome, train
 from tsae.utils.interrupts import Interrupted

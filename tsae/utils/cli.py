@@ -64,6 +64,13 @@ def only_options(argv: list[str], allowed: tuple[str, ...], why: str) -> None:
         raise UserError(f"{why}; leave out {' '.join(others)}.")
 
 
+def check_counts(**options: int | None) -> None:
+    """Raise `UserError` naming the first option below 1; None is an option that was not given."""
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+
+
 @contextlib.contextmanager
 def report_errors(advice: str = "") -> Iterator[Status]:
     """Turn a `UserError`, a full or failing disk, and lack of memory into a sentence on stderr and status 2, and an

@@ -1,1 +1,1 @@
-"""A page to look at features: `python -m tsae.view RUN` writes one HTML file that needs nothing else."""
+"""A page for browsing features: `python -m tsae.view RUN` writes one self-contained HTML file."""

@@ -1,5 +1,5 @@
 "use strict";
-// Elements, scales, and the charts of the overview. Nothing here, nor elsewhere, makes markup out of a string.
+// Elements, scales, and the charts of the overview. No code on this page builds markup from strings.
 
 function element(name, options = {}, ...children) {
   const made = document.createElement(name);
@@ -70,7 +70,7 @@ const powers = (low, high) => {
 // Superscripts, as "10⁻³".
 const power = (e) => `10${String(e).replace(/./g, (c) => (c === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[c]))}`;
 
-// Draws again whenever the place gets another width.
+// Redraws whenever the width of the place changes.
 const resized = new ResizeObserver((entries) => {
   for (const { target, contentRect } of entries) {
     const width = Math.round(contentRect.width);
@@ -88,7 +88,7 @@ function drawing(draw) {
   return place;
 }
 
-/* A chart in axes: {x: {low, high, marks, text, label}, y: the same, label, parts: (px, py, svg) => void} */
+/* A chart with axes: {x: {low, high, marks, text, label}, y: the same, label, parts: (px, py, svg) => void} */
 function axes(width, chart, height = 200) {
   const left = 46, right = 10, top = 8, bottom = 36;
   const px = (v) => left + (v - chart.x.low) / (chart.x.high - chart.x.low || 1) * (width - left - right);
@@ -123,7 +123,7 @@ function card(title, text, content, names = []) {
     element("figcaption", {}, element("strong", {}, title), text), content, ...(names.length ? [legend] : []));
 }
 
-/* Curves over the steps of training; {title, text, log, curves: [[name, colour, [steps, values]]], level: [name, value]} */
+/* Curves over training steps: {title, text, log, curves: [[name, colour, [steps, values]]], level: [name, value]} */
 function trainingCard({title, text, curves, log = false, level = null, spread = null, from = null}) {
   curves = curves.filter(([, , series]) => series);
   if (log) {
@@ -158,7 +158,7 @@ function trainingCard({title, text, curves, log = false, level = null, spread = 
   return card(title, text, drawing((width) => axes(width, chart)), names.length > 1 ? names : []);
 }
 
-/* A histogram of log10 of the values, or of the values themselves. */
+/* A histogram of the values, or of their log10. */
 function histogramCard({title, text, values, log, label, colour}) {
   const numbers = known(values).filter((v) => !log || v > 0).map((v) => (log ? Math.log10(v) : v));
   if (!numbers.length) return card(title, "There is nothing to count.", "");

@@ -1,109 +1,60 @@
-"""The content of the page, as one object that JSON can hold: what a run directory says, and its features on its text.
+"""The content of the page as one JSON object: what a run directory says, and its features on held-out text.
 
-The text is the evaluation part of the run's own, which training never saw, as in `tsae.evaluate`. Features come as
-columns. The activations of a feature are kept in the passages where it, or a feature that has it as its neighbour, is
-strongest: everywhere else the page has its statistics alone. That bounds the page's size.
+Features come as columns. The activations of a feature are kept only in the passages where it, or a feature that has it
+as its neighbour, is strongest; elsewhere the page has its statistics alone. That bounds the page's size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from tsae.config import LENGTH, TrainConfig
 from tsae.data.sequences import TokenBatch
-from tsae.errors import UserError
-from tsae.evaluation.evaluator import check_width
+from tsae.evaluation.catalogue import METRICS
 from tsae.evaluation.metrics.temporal import CURVE_LAGS, MIN_ACTIVATIONS
-from tsae.lm.hooks import activations
-from tsae.lm.loading import load_language_model
-from tsae.reports.figure import read_history, read_source
+from tsae.reports.records import read_history, read_source
 from tsae.rundir import layout
-from tsae.rundir.directory import read_config
 from tsae.sae.model import SparseAutoencoder
-from tsae.training.assemble import evaluation_batches, resolve_device
 from tsae.utils.config_json import load_json
 from tsae.view.features import NEIGHBOUR_LAGS, Activity, neighbours
 from tsae.view.packing import pack, rounded
 from tsae_kernels import MULTISCALE
 
-LEVELS = 1023  # steps of an activation, of the feature's largest one
-PASSAGES = 8  # of a feature, at most
+LEVELS = 1023  # activations are quantized to this many steps of the feature's largest one
+PASSAGES = 8  # at most, per feature
 TOP_TOKENS = 6
-POINTS = 300  # of a training curve
-ENTRIES = 3_500_000  # activations in a page, of about 4 bytes; fewer passages a feature where there are more
+POINTS = 300  # at most, per training curve
+ENTRIES = 3_500_000  # activations in a page, about 4 bytes each; beyond it each feature gets fewer passages
+# Metrics of eval.json whose labels the page shows.
+LABELED = ("explained_variance", "l0", "frac_alive", "ce_loss_score_mean_ablation", "temporal.persistence_excess")
 CURVES = (
     *("reconstruction", "sparsity", "temporal", "auxiliary", "explained_variance", "l0", "dead"),
     *("lag1_correlation", "lag1_correlation_p10", "lag1_correlation_p90"),
 )
 
 
-def collect(run: Path, tokens: int | None = None, progress: Callable[[float], None] | None = None) -> dict[str, Any]:
-    """Run the language model and the autoencoder over held-out text and gather the page's content.
-
-    run:      a finished run's directory
-    tokens:   of the text; None takes as many as the run's evaluation
-    progress: called with the tokens done since its last call
-
-    Raises UserError for a directory that is not a run's, or a model or a text that cannot be read.
-    """
-    cfg, sae = open_run(run)
-    if tokens is not None and tokens < 1:
-        raise UserError(f"--tokens is {tokens}; it must be at least 1.")
-    device = resolve_device(cfg.device)
-    lm = load_language_model(cfg.model, device=device, dtype=cfg.lm_dtype, revision=cfg.revision)
-    check_width(sae, lm, str(run))
-    sae.to(device)
-    sequences = cfg.evaluation.sequences if tokens is None else math.ceil(tokens / LENGTH)
-    batches = evaluation_batches(cfg, lm, sequences)
-    activity = Activity(sae.cfg.d_sae)
-    for batch in batches:
-        segments = batch.segments.to(device)
-        x = activations(lm, batch.tokens, cfg.layer)[:, -segments.shape[1] :].to(device, torch.float32)
-        with torch.no_grad():
-            activity.update(sae.encode(x, segments), segments)
-        if progress is not None:
-            progress(segments.numel())
-    activity.finish()
-    ids, texts = token_texts(lm.tokenizer, torch.cat([content(batch) for batch in batches]))
-    return page_data(run, cfg, sae, activity, ids, texts)
-
-
-def open_run(run: Path) -> tuple[TrainConfig, SparseAutoencoder]:
-    """The configuration and the autoencoder of a finished run; `UserError` says what is not there."""
-    if (run / layout.SWEEP).is_file():
-        raise UserError(f"{run} is a sweep's directory; name one of the runs in it.")
-    if not run.is_dir():
-        raise UserError(f"There is no run directory {run}; name the directory that training wrote.")
-    cfg = read_config(run)
-    if not layout.has_autoencoder(run):
-        raise UserError(f"{run} has no trained autoencoder in sae/; let training finish, or resume it.")
-    return cfg, SparseAutoencoder.load(run / layout.AUTOENCODER)
-
-
-def content(batch: TokenBatch) -> Tensor:
-    """[N, T] the tokens that have an activation: all but the first."""
+def content_tokens(batch: TokenBatch) -> Tensor:
+    """[N, T] the tokens that have an activation: all but the prefix (BOS)."""
     return batch.tokens[:, -batch.segments.shape[1] :]
 
 
 def token_texts(tokenizer: Any, tokens: Tensor) -> tuple[np.ndarray, list[str]]:
-    """What the tokens of a text say.
+    """The strings of the tokens of a text.
 
     tokens: [N, T] ids
-    out: [N * T] indices into the list of strings; what is no whole character alone is the tokenizer's name for it
+    out: [N * T] indices into the list of strings; a token that is only part of a character has the tokenizer's name
     """
     ids, index = np.unique(tokens.flatten().numpy(), return_inverse=True)
     (anchor,) = tokenizer("a", add_special_tokens=False)["input_ids"][:1]
     before = tokenizer.decode([anchor])
     texts = []
     for token, name in zip(ids.tolist(), tokenizer.convert_ids_to_tokens(ids.tolist()), strict=True):
-        # Behind another token: some tokenizers drop the space of one that stands alone.
+        # After another token: some tokenizers drop the leading space of a token decoded alone.
         text = tokenizer.decode([anchor, token], clean_up_tokenization_spaces=False)
         text = text.removeprefix(before)
         texts.append(str(name) if "\ufffd" in text or not text else text)
@@ -113,16 +64,21 @@ def token_texts(tokenizer: Any, tokens: Tensor) -> tuple[np.ndarray, list[str]]:
 def page_data(
     run: Path, cfg: TrainConfig, sae: SparseAutoencoder, activity: Activity, ids: np.ndarray, texts: list[str]
 ) -> dict[str, Any]:
-    """The page's content from what was collected.
+    """The page's content.
 
-    activity: finished
-    ids:      [N * T] what each position says, an index into `texts`
+    activity: of the features on the text, finished
+    ids:      [N * T] the token at each position, as an index into `texts`
     """
     T = activity.segments.shape[1]
     evaluation = load_json(run / layout.EVALUATION) if (run / layout.EVALUATION).exists() else {}
     return {
         "run": {"name": run.resolve().name, "facts": facts(cfg, int((activity.segments >= 0).sum()))},
         "evaluation": {"metrics": evaluation, "text": read_source(run).get("data")},
+        "labels": {
+            key: {"name": metric.name, "title": metric.title, "digits": metric.short_digits}
+            for key, metric in METRICS.items()
+            if key in LABELED
+        },
         "history": curves(run / layout.METRICS),
         "lags": list(CURVE_LAGS),
         "bands": [list(band) for band in MULTISCALE],
@@ -137,7 +93,7 @@ def page_data(
 
 
 def facts(cfg: TrainConfig, tokens: int) -> list[tuple[str, str]]:
-    """What was trained on what, by name."""
+    """The run in a few words: pairs of a name and a value."""
     sae, objective = cfg.sae, cfg.objective
     activation = str(sae.activation)
     details = [f"k = {sae.k}"] if sae.kind.k_sparse else []
@@ -152,7 +108,7 @@ def facts(cfg: TrainConfig, tokens: int) -> list[tuple[str, str]]:
 
 
 def _last(name: str) -> str:
-    """A path's last part: folders of the author's are nobody's business. A hub id stays whole."""
+    """A path's last part, to keep the author's folders private; a hub id is kept."""
     return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
 
 
@@ -168,7 +124,7 @@ def curves(path: Path) -> dict[str, list[list[float | None]]]:
 
 
 def run_bounds(run: np.ndarray, T: int) -> list[list[int]]:
-    """Row, first position and length of every stretch of text, by number; [] for an excluded one."""
+    """Row, first position and length of every segment run, by number; [] for an excluded one."""
     positions = np.flatnonzero(run >= 0)
     numbers, first, length = np.unique(run[positions], return_index=True, return_counts=True)
     out: list[list[int]] = [[] for _ in range(int(run.max(initial=-1)) + 1)]
@@ -178,7 +134,7 @@ def run_bounds(run: np.ndarray, T: int) -> list[list[int]]:
 
 
 def columns(sae: SparseAutoencoder, activity: Activity, ids: np.ndarray) -> dict[str, Any]:
-    """Everything that is one value, or one list, for each feature."""
+    """Columns with one value, or one list, per feature."""
     persistence = activity.persistence.per_feature()
     neighbour, correlation = neighbours(activity)
     threshold, release = thresholds(sae)
@@ -215,7 +171,7 @@ def columns(sae: SparseAutoencoder, activity: Activity, ids: np.ndarray) -> dict
 
 
 def thresholds(sae: SparseAutoencoder) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """[d_sae] the threshold above which a feature switches on, and the release; None where there is none."""
+    """[d_sae] switch-on threshold and release of each feature; None if the activation has none."""
     if not sae.cfg.kind.stores_threshold or sae.cfg.layer_norm == "post":
         return None, None
     release = sae.release.cpu().numpy() if sae.cfg.kind.release else None
@@ -223,9 +179,9 @@ def thresholds(sae: SparseAutoencoder) -> tuple[np.ndarray | None, np.ndarray | 
 
 
 def select(activity: Activity, neighbour: np.ndarray) -> tuple[list[list[int]], np.ndarray]:
-    """The strongest passages of each feature, and which activations the page needs for them.
+    """The strongest passages of each feature, and which activations the page needs to show them.
 
-    out: for each feature the runs, the strongest first; [n] bool over the activations
+    out: the runs of each feature, strongest first; [n] bool over the activations
     """
     stretches = int(activity.run.max(initial=0)) + 1
     run = activity.run[activity.position]

@@ -1,5 +1,5 @@
 "use strict";
-// The list of features: sorted, searched, and drawn only where it is looked at, so that its length does not matter.
+// The feature list: sorted, searched, and drawn only where visible, so that its length does not matter.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const features = data.features, count = features.density.length;
@@ -36,7 +36,7 @@ function arrange() {
   order.sort((a, b) => {
     const x = column.value(a), y = column.value(b);
     if (x === y) return a - b;
-    return x === null ? 1 : y === null ? -1 : sign * (x - y);  // what has no value comes last either way
+    return x === null ? 1 : y === null ? -1 : sign * (x - y);  // missing values come last in both orders
   });
   state.order = order;
   const open = order.indexOf(state.open);
@@ -55,7 +55,7 @@ function arrange() {
   drawRows();
 }
 
-// The one number that a narrow screen has room for.
+// The one number that fits on a narrow screen.
 const shown = (key) => key === (state.sort === "number" ? "excess" : state.sort);
 
 function chips(tokens) {

@@ -1,4 +1,4 @@
-"""What a page shows of the features: their statistics, where each is strongest, and its neighbour in time."""
+"""The features of a page: their statistics, where each is strongest, and its neighbour in time."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from tsae.evaluation.metrics.temporal import MIN_ACTIVATIONS, LagStatistics
 from tsae_kernels.segments import find_runs
 
 NEIGHBOUR_LAGS = (1, 2, 3, 4)
-DENSE = 1 << 26  # elements of the [tokens, features] float32 blocks that are held at once: 256 MB each
+DENSE = 1 << 26  # elements per [tokens, features] float32 block: 256 MB
 
 
 class Activity:
-    """Collects the features of a text, sparsely, with their statistics.
+    """Sparse activations of features on a text, with their statistics.
 
-    After the last `update`, with n activations above 0 in all, sorted by feature and then by position:
+    After `finish`, with n activations above 0, sorted by feature and then by position:
 
         feature, position: [n] int64; a position counts tokens over all rows, row * T + t
         value:             [n] float32
 
-    and `run` [N * T] int64, the stretch of text that each position lies in, numbered over all rows, -1 where excluded.
+    and `run` [N * T] int64, the segment run of each position, numbered over all rows, -1 where excluded.
     """
 
     def __init__(self, d_sae: int) -> None:
@@ -47,7 +47,7 @@ class Activity:
         self._segments.append(segments.cpu())
 
     def finish(self) -> None:
-        """Sort what was collected."""
+        """Sort the activations and number the segment runs, after the last `update`."""
         self.segments = torch.cat(self._segments)  # [N, T]
         position, feature, value = (np.concatenate(column) for column in zip(*self._parts, strict=True))
         order = np.argsort(feature, kind="stable")  # positions stay ascending within a feature
@@ -59,13 +59,13 @@ class Activity:
 
     @property
     def peak(self) -> np.ndarray:
-        """[d_sae] the largest activation; 0 for a feature that is never on."""
+        """[d_sae] largest activation; 0 for a feature that is never on."""
         out = np.zeros(self.d_sae, dtype=np.float32)
         np.maximum.at(out, self.feature, self.value)
         return out
 
     def strongest(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The runs in which each feature comes highest, at most so many a feature, the highest first.
+        """The runs in which each feature peaks highest, at most ``count`` per feature, in descending order.
 
         out: feature and run, [m] int64 each, sorted by feature
         """
@@ -83,9 +83,9 @@ class Activity:
         return feature[rank < count], run[rank < count]
 
     def top_tokens(self, token: np.ndarray, count: int) -> list[list[int]]:
-        """The tokens that hold most of each feature's activation, summed over the text, the first first.
+        """The tokens with the largest activation of each feature, summed over the text, in descending order.
 
-        token: [N * T] integers, what stands at each position
+        token: [N * T] integers, the token at each position
         """
         size = int(token.max()) + 1
         key, inverse = np.unique(self.feature * size + token[self.position], return_inverse=True)
@@ -100,16 +100,16 @@ class Activity:
 
 @torch.no_grad()
 def neighbours(activity: Activity) -> tuple[np.ndarray, np.ndarray]:
-    """For each feature i the other feature j whose activation 1 to 4 tokens later goes most with it.
+    """For each feature i the other feature j whose activation 1 to 4 tokens later correlates most with it.
 
-    The correlation is, with sums over the pairs (t, u), u - t in `NEIGHBOUR_LAGS`, of one segment,
+    With sums over the pairs (t, u) within a segment, u - t in `NEIGHBOUR_LAGS`, the correlation is
 
         r_ij = sum (h_i,t - m_i)(h_j,u - m_j) / (pairs * s_i * s_j)
 
-    m and s the mean and the standard deviation of a feature over every counted position, as in the autocorrelation.
-    Features that are on fewer than 20 times have no neighbour and are none.
+    m and s are the mean and the standard deviation of a feature over all counted positions, as in the autocorrelation.
+    Features that are on fewer than 20 times neither have a neighbour nor are one.
 
-    out: j [d_sae] int64, -1 where there is none, and r_ij [d_sae] float32, NaN there
+    out: j [d_sae] int64, -1 for no neighbour, and r_ij [d_sae] float32, NaN for none
     """
     counts = np.bincount(activity.feature, minlength=activity.d_sae)
     able = np.flatnonzero(counts >= MIN_ACTIVATIONS)
@@ -122,7 +122,7 @@ def neighbours(activity: Activity) -> tuple[np.ndarray, np.ndarray]:
     bounds = np.searchsorted(activity.feature, np.arange(activity.d_sae + 1))
 
     def standard(features: np.ndarray) -> Tensor:
-        """[N, T, b]: activations less their mean, over their standard deviation; 0 at excluded positions."""
+        """[N, T, b]: standardised activations; 0 at excluded positions."""
         h = torch.zeros(len(features), counted.numel())
         for row, j in zip(h, features, strict=True):
             own = slice(bounds[j], bounds[j + 1])
@@ -141,7 +141,7 @@ def neighbours(activity: Activity) -> tuple[np.ndarray, np.ndarray]:
     best = {b: torch.full((len(block),), -torch.inf) for b, block in enumerate(blocks)}
     for candidates in blocks:
         y = standard(candidates)
-        later = torch.zeros_like(y)  # at t the sum of y over t + 1 ... t + 4 in the segment
+        later = torch.zeros_like(y)  # at t: the sum of y over t + 1 ... t + 4 in the segment
         for lag in NEIGHBOUR_LAGS:
             later[:, :-lag] += y[:, lag:] * pair_mask(segments, lag)[..., None]
         del y

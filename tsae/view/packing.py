@@ -1,4 +1,4 @@
-"""Numbers as short text: variable-length integers in base64, and decimals of a few digits, for JSON."""
+"""Numbers as short text for JSON: variable-length integers in base64, and rounded decimals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def pack(values: np.ndarray) -> str:
-    """Non-negative integers below 2^28 as base64 of varints: 7 bits a byte, low ones first, bit 7 on all but the last.
+    """Non-negative integers below 2^28 as base64 varints: 7 bits per byte, low bits first, bit 7 on all but the last.
 
     values: [n] integers
     """
@@ -28,7 +28,7 @@ def pack(values: np.ndarray) -> str:
 
 
 def rounded(values: Tensor | np.ndarray | Iterable[float], digits: int = 4) -> list[float | None]:
-    """Floats of so many significant digits; None where a value is not finite."""
+    """Floats rounded to ``digits`` significant digits; None for a value that is not finite."""
     if isinstance(values, (Tensor, np.ndarray)):
         values = values.tolist()
     return [float(f"{value:.{digits}g}") if math.isfinite(value) else None for value in values]

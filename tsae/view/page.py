@@ -1,4 +1,4 @@
-"""The page: content, style and script in one HTML file that fetches nothing and runs no other script."""
+"""The page: content, style and script in one HTML file, which fetches nothing and runs no other script."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 from tsae.errors import UserError
 from tsae.utils.atomic import WriteError, atomic_write
 
-SCRIPTS = ("charts.js", "features.js", "passages.js", "view.js")  # in this order, as one script
+SCRIPTS = ("charts.js", "features.js", "passages.js", "view.js")  # concatenated in this order
 
 
 def render(data: dict[str, Any]) -> str:
-    """The page as text. data: from `tsae.view.data`; whatever text it holds, it is shown and never interpreted."""
+    """The page as text. data: from `tsae.view.data`; any text in it is shown and never interpreted."""
     style, script = _read("view.css"), "\n".join(_read(name) for name in SCRIPTS)
-    # The browser runs this one script and no other, should anything of the data ever get out of its place.
+    # The browser runs this script and no other, should any of the data ever escape its element.
     policy = f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'"
     return Template(_read("template.html")).substitute(
         title=html.escape(f"{data['run']['name']}: features over time"),
@@ -32,16 +32,16 @@ def render(data: dict[str, Any]) -> str:
 
 
 def embedded(data: Any) -> str:
-    """JSON that nothing in it can end: no ``<``, and none of what HTML or JavaScript read as something else."""
+    """JSON that cannot end its element: without ``<`` and other characters special to HTML or JavaScript."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    # Half of a pair of surrogates, which a tokenizer may give, is no text that a file can hold.
+    # A lone surrogate, which a tokenizer may produce, cannot be encoded.
     return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def write_page(data: dict[str, Any], path: Path) -> int:
-    """Write the page, atomically; its size in bytes. `UserError` where the file cannot be written."""
+    """Write the page atomically; out: its size in bytes. Raises `UserError` if the file cannot be written."""
     text = render(data).encode("utf-8")
     try:
         with atomic_write(path) as temporary:

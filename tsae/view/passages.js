@@ -1,11 +1,11 @@
 "use strict";
-// One feature: its numbers, and its strongest passages with the activation over time beside its neighbour's.
+// One feature: its numbers, and its strongest passages with its activation over time and its neighbour's.
 
-const WINDOW = 64;  // tokens of a passage that are shown at first
-const LEAD = 24;  // of those, before the highest
+const WINDOW = 64;  // tokens of a passage shown at first
+const LEAD = 24;  // of them before the peak
 const T = data.rows.length ? unpack(data.rows[0]).length : 0;
 
-// Integers from base64: 7 bits a byte, the low ones first, bit 7 set on all bytes of a number but the last.
+// Integers from base64 varints: 7 bits per byte, low bits first, bit 7 set on all bytes of a number except the last.
 function unpack(text) {
   const bytes = atob(text), out = [];
   let value = 0, shift = 0;
@@ -31,7 +31,7 @@ function entries(f) {
   return unpacked.get(f);
 }
 
-// The activation of a feature at each token of a run, and where it is held on below the switch-on threshold.
+// The activation of a feature at each token of a run, and where hysteresis holds it on below the switch-on threshold.
 function activation(f, run) {
   const [line, start, length] = data.runs[run], begin = line * T + start, {positions, steps} = entries(f);
   const values = new Float64Array(length), held = new Uint8Array(length);
@@ -176,7 +176,7 @@ function passage(f, other, run, number) {
       text, chart.place, element("div", {class: "under"}, readout, ...(length > WINDOW ? [more] : [])));
   }
   draw();
-  requestAnimationFrame(() => {  // once it is laid out: the highest token may lie below the fold
+  requestAnimationFrame(() => {  // after layout: the peak may lie below the fold
     const text = made.querySelector(".text"), token = text.children[peak - first()];
     if (token.offsetTop > text.clientHeight - 30) text.scrollTop = token.offsetTop - text.clientHeight / 2;
   });

@@ -1,9 +1,9 @@
 "use strict";
-// The page put together: head, overview, list; dark or light; the feature that the address names.
+// The page: head, overview, list, theme, and the feature that the address names.
 
 function setUpTheme() {
   const button = byId("theme"), system = matchMedia("(prefers-color-scheme: dark)");
-  const stored = (value) => {  // a page opened from a file may have no storage
+  const stored = (value) => {  // a page opened from a file may lack storage
     try {
       if (value) localStorage.setItem("tsae-theme", value);
       return localStorage.getItem("tsae-theme");
@@ -27,16 +27,18 @@ function setUpTheme() {
 }
 
 function numbers() {
-  const m = data.evaluation.metrics, temporal = m.temporal ?? {};
+  const m = data.evaluation.metrics;
+  const at = (key) => key.split(".").reduce((inside, part) => inside?.[part], m);
+  const metric = (key, means) => [data.labels[key].name, at(key), (v) => v.toFixed(data.labels[key].digits), means];
   const dwell = known(features.dwell.filter((_, f) => features.active[f] >= data.min_activations)).sort((a, b) => a - b);
-  const shuffled = temporal.persistence_excess_shuffled;
+  const shuffled = at("temporal.persistence_excess_shuffled");
   return [
-    ["explained variance", m.explained_variance, (v) => v.toFixed(3), "1 is a perfect reconstruction, 0 no better than the mean activation"],
-    ["active features per token (L0)", m.l0, (v) => v.toFixed(1), `of ${whole(count)}; fewer are easier to read`],
-    ["features alive", m.frac_alive, percent, "were on at least once in the evaluation"],
-    ["loss recovered", m.ce_loss_score_mean_ablation, percent, "of what the language model loses when the mean stands in for the activation"],
-    ["stays on, beyond chance", temporal.persistence_excess, (v) => v.toFixed(3),
-      "0: on at random, 1: never switches off" + (shuffled === undefined ? "" : `; ${shuffled.toFixed(3)} with the tokens shuffled`)],
+    metric("explained_variance", "1 is a perfect reconstruction, 0 no better than the mean activation"),
+    metric("l0", `of ${whole(count)}; fewer are easier to read`),
+    metric("frac_alive", "fraction that was on at least once in the evaluation"),
+    metric("ce_loss_score_mean_ablation", "fraction of what the language model loses when the mean replaces the activation"),
+    metric("temporal.persistence_excess",
+      "0: on at random, 1: never switches off" + (shuffled === undefined ? "" : `; ${shuffled.toFixed(3)} with the tokens shuffled`)),
     ["median dwell time", quantile(dwell, 0.5), (v) => `${v.toFixed(2)} tokens`, "how long a feature stays on, on average; half of the features stay longer"],
   ];
 }
@@ -51,9 +53,9 @@ function overviewCharts() {
     trainingCard({title: "Loss terms", text: "In training, logarithmic.", log: true, curves: [
       ["reconstruction", "blue", h.reconstruction], ["sparsity", "orange", h.sparsity],
       ["temporal", "green", h.temporal], ["auxiliary", "purple", h.auxiliary]]}),
-    trainingCard({title: "Explained variance", text: "Of training batches; its first steps may lie below.", from: "end",
+    trainingCard({title: data.labels.explained_variance.title, text: "Of training batches; its first steps may lie below.", from: "end",
       curves: [["training", "blue", h.explained_variance]], level: m.explained_variance === undefined ? null : ["held-out", m.explained_variance]}),
-    trainingCard({title: "Active features per token", text: "L0 of training batches.", from: 0, curves: [["training", "blue", h.l0]]}),
+    trainingCard({title: data.labels.l0.title, text: "Training batches.", from: 0, curves: [["training", "blue", h.l0]]}),
     trainingCard({title: "Dead features", text: "Silent for long, in training.", from: 0, curves: [["dead", "blue", h.dead]]}),
     trainingCard({title: "Correlation at lag 1", text: "Mean over the features, in training; shaded, the middle 80 %.", from: 0,
       curves: [["mean", "blue", h.lag1_correlation]],

@@ -1,4 +1,4 @@
-"""Streaming sums: what every metric of an evaluation set is computed from."""
+"""Streaming sums, from which every metric of an evaluation set is computed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Elements of one chunk on a CPU: float32 temporaries of 2 MB stay in the second-level cache.
+# Elements per chunk on a CPU: float32 temporaries of 2 MB fit in the L2 cache.
 CHUNK_ELEMENTS = 1 << 19
 
 
 class Accumulator:
     """Named float64 sums over batches.
 
-    Two accumulators fed with the halves of an evaluation set merge into the one fed with all of it.
+    Accumulators of two halves of an evaluation set merge into the accumulator of the set.
     """
 
     def __init__(self) -> None:
@@ -28,19 +28,19 @@ class Accumulator:
             self._sums[name] = value.clone()
 
     def _get(self, name: str) -> Tensor:
-        """The sum on the CPU; 0 if nothing was ever added."""
+        """The sum on the CPU; 0 if nothing was added."""
         return self._sums.get(name, torch.zeros((), dtype=torch.float64)).cpu()
 
     def merge(self, other: Accumulator) -> None:
-        """Add the sums of `other`, an accumulator of the same class fed with other batches."""
+        """Add the sums of `other`, an accumulator of the same class over other batches."""
         if type(other) is not type(self):
-            raise TypeError(f"other: a {type(self).__name__} is wanted, got a {type(other).__name__}")
+            raise TypeError(f"other must be a {type(self).__name__}, got a {type(other).__name__}")
         for name, value in other._sums.items():
             self._add(name, value)
 
 
 def ratio(numerator: Tensor | float, denominator: Tensor | float) -> float:
-    """`numerator / denominator` as a float; 0.0 where the denominator is 0."""
+    """`numerator / denominator` as a float; 0.0 if the denominator is 0."""
     numerator, denominator = float(numerator), float(denominator)
     return numerator / denominator if denominator != 0.0 else 0.0
 
@@ -62,7 +62,7 @@ def segment_runs(segments: Tensor) -> Tensor:
 
 
 def pair_mask(segments: Tensor, lag: int) -> Tensor:
-    """Which pairs (t, t + lag) lie in one segment, neither end excluded.
+    """Mask of the pairs (t, t + lag) within one segment, with neither end excluded.
 
     segments: [B, T] integers, negative = excluded
     out:      [B, max(T - lag, 0)] bool
@@ -75,7 +75,7 @@ def pair_mask(segments: Tensor, lag: int) -> Tensor:
 
 
 def row_chunks(h: Tensor) -> Iterator[slice]:
-    """Slices of the batch axis: small enough for the cache on a CPU, everything at once elsewhere."""
+    """Slices of the batch axis: cache-sized chunks on a CPU, the complete batch elsewhere."""
     B, T, k = h.shape
     rows = max(1, CHUNK_ELEMENTS // max(T * k, 1)) if h.device.type == "cpu" else max(B, 1)
     for start in range(0, B, rows):

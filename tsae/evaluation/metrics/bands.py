@@ -1,4 +1,4 @@
-"""Autocorrelation of every feature over bands of lags, from the squared differences that the kernels compute."""
+"""Autocorrelation of each feature over bands of lags, from the squared differences of `tsae_kernels`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tsae_kernels.segments import find_runs
 
 
 class BandAutocorrelation(Accumulator):
-    """`LagStatistics.autocorrelation` with all pairs of a band of lags pooled, feature by feature.
+    """`LagStatistics.autocorrelation` of each feature, with all pairs in a band of lags pooled.
 
     For a band (a, b), with sums over the pairs (t, u), a <= u - t <= b, of one segment:
 
         sum (h_t - m)(h_u - m) / (pairs * v)
 
-    m and v the mean and variance of the feature over every counted position. With y = h - m the sum of products is
-    ``(sum (y_t^2 + y_u^2) - D) / 2``, D being `temporal_stats`'s differences, so that it costs no loop over lags.
+    m and v are the mean and variance of the feature over all counted positions. With y = h - m and D the differences
+    of `temporal_stats`, the sum of products is ``(sum (y_t^2 + y_u^2) - D) / 2``, which needs no loop over lags.
     """
 
     def __init__(self, bands: Bands = MULTISCALE) -> None:
@@ -36,7 +36,7 @@ class BandAutocorrelation(Accumulator):
         if not bool(counted.any()):
             return
         h = h.masked_fill(~counted[..., None], 0)
-        if self._shift is None:  # a feature far from 0 keeps its variance in float32
+        if self._shift is None:  # keeps the variance of a feature far from 0 exact in float32
             self._shift = h.flatten(0, 1).sum(0) / counted.sum()
         y = h - self._shift
         degrees = partners(segments, self.bands).to(h.dtype)  # [S, B, T]
@@ -61,14 +61,14 @@ class BandAutocorrelation(Accumulator):
 
 
 def partners(segments: Tensor, bands: Bands) -> Tensor:
-    """How many positions u of its segment each position t has at a <= |u - t| <= b.
+    """Number of positions u in the segment of each position t with a <= |u - t| <= b.
 
     segments: [B, T] integers, negative = excluded
     out:      [S, B, T] int64, 0 at excluded positions
     """
     runs = find_runs(segments)
     place = torch.arange(segments.shape[1], device=segments.device)
-    before, after = place - runs.start, runs.end - 1 - place  # positions that the segment has on either side
+    before, after = place - runs.start, runs.end - 1 - place  # positions of the segment on either side
 
     def within(reach: Tensor, low: int, high: int) -> Tensor:
         return (reach.clamp(max=high) - (low - 1)).clamp(min=0)

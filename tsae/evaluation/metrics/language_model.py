@@ -1,4 +1,4 @@
-"""What replacing activations does to the language model's predictions."""
+"""The effect of replaced activations on the language model's predictions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tsae.evaluation.metrics.accumulator import Accumulator, pair_mask, ratio
 
-# Logits in float32 at once: on a CPU few, as the passes over them are 3 times faster from its cache.
+# float32 logits per chunk. Small on a CPU, where passes over them are 3 times faster from the cache.
 CHUNK_LOGITS = {"cpu": 1 << 20}
 CHUNK_LOGITS_ELSEWHERE = 1 << 25
 
@@ -16,17 +16,16 @@ class LanguageModelMetrics(Accumulator):
     """Cross-entropy and KL divergence of next-token predictions, nats per token.
 
     Four runs of the language model over the same tokens: `without_sae` (untouched), `with_sae`,
-    `with_ablation` (activations put to zero) and `with_mean_ablation` (put to their mean).
+    `with_ablation` (activations set to zero) and `with_mean_ablation` (set to their mean).
 
-    A prediction counts if the predicting position and its target, the next token, lie in one segment: BOS
-    predicts nothing here, nor does the last token of a document. KL is KL(untouched || run) over the same
-    predictions. log-softmax is computed in float32.
+    A prediction counts if its position and its target, the next token, lie in one segment; predictions at BOS and at
+    the last token of a document do not. KL is KL(untouched || run) over the same predictions. log-softmax is float32.
 
-    ce_loss_score                (CE_zero - CE_sae) / (CE_zero - CE_without); 1 = nothing lost, 0 = zeros
+    ce_loss_score                (CE_zero - CE_sae) / (CE_zero - CE_without); 1 = nothing lost, 0 = zero ablation
     ce_loss_score_mean_ablation  the same against mean ablation
     kl_div_score                 (KL_zero - KL_sae) / KL_zero
 
-    A score whose denominator is 0 (no prediction counted, or an ablation that changes nothing) is 0.0.
+    A score is 0.0 if its denominator is 0: no prediction counted, or an ablation that changes nothing.
     """
 
     RUNS = ("without_sae", "with_sae", "with_ablation", "with_mean_ablation")
@@ -43,7 +42,7 @@ class LanguageModelMetrics(Accumulator):
         untouched: [N, 1 + T, V] logits of the untouched model; KL is counted if given
         """
         if run not in self.RUNS:
-            raise ValueError(f"run: one of {', '.join(self.RUNS)} is wanted, got {run!r}")
+            raise ValueError(f"run must be one of {', '.join(self.RUNS)}, got {run!r}")
         pairs = pair_mask(segments, 1)  # [N, T - 1]
         row, position = (index.to(logits.device) for index in pairs.nonzero(as_tuple=True))
         targets = tokens.to(logits.device)[row, position + 2]
@@ -64,7 +63,7 @@ class LanguageModelMetrics(Accumulator):
         self._add(f"{run}/divergence", divergence)
 
     def divergence(self, run: str) -> float:
-        """Mean KL divergence of a run from the untouched one, nats per token."""
+        """Mean KL divergence of a run from the untouched run, nats per token."""
         return ratio(self._get(f"{run}/divergence"), self._get(f"{run}/tokens"))
 
     def compute(self) -> dict[str, float]:

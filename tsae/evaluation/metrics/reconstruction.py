@@ -1,4 +1,4 @@
-"""How well a sparse autoencoder reconstructs its input, and how sparsely."""
+"""Reconstruction quality and sparsity."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from tsae.evaluation.metrics.accumulator import Accumulator, ratio
 
 
 class ReconstructionMetrics(Accumulator):
-    """Reconstruction and sparsity over an evaluation set. Positions with a negative segment do not count.
+    """Reconstruction and sparsity over an evaluation set, without positions that have a negative segment.
 
-    With r = x - xhat, tokens t and dimensions d, E the mean over all counted tokens:
+    With r = x - xhat, tokens t, d dimensions, and E the mean over all counted tokens:
 
-    explained_variance          1 - sum_t |r_t|^2 / sum_t |x_t - m|^2, m the mean of x over the whole set
-    explained_variance_legacy   E[1 - |r_t|^2 / |x_t - m_batch|^2]: a mean of ratios, each batch about its own
-                                mean. What SAEBench's paper and Neuronpedia report.
+    explained_variance          1 - sum_t |r_t|^2 / sum_t |x_t - m|^2, m the mean of x over the complete set
+    explained_variance_legacy   E[1 - |r_t|^2 / |x_t - m_batch|^2]: a mean of ratios, with each batch's own mean.
+                                Reported by SAEBench's paper and Neuronpedia.
     explained_variance_saebench 1 - E|r|^2 / (E|x|^2 - s^2), s = the mean over tokens *and dimensions* of x^2.
-                                SAEBench 0.6.0 (`evals/core/main.py`) squares where it means the mean
-                                activation, and its concatenation of batches collapses the dimensions. So the
-                                variance is nearly uncentred while the values are small, and negative (the
-                                score then above 1) once s^2 exceeds E|x|^2, as for x of the order of d. Only
-                                for comparison with published tables.
+                                SAEBench 0.6.0 (`evals/core/main.py`) squares x where it needs the mean
+                                activation, and its concatenation of batches collapses the dimensions. The
+                                variance is nearly uncentred while values are small, and negative (a score
+                                above 1) once s^2 exceeds E|x|^2, as for x of the order of d. Only for
+                                comparison with published tables.
     mse                         sum |r|^2 / (tokens * d): mean over tokens and dimensions, squared activation
                                 units. (SAEBench divides the sum over dimensions by the token count twice.)
     cossim                      E[x.xhat / (|x| |xhat|)]; a zero vector counts as 0
     l2_ratio                    E[|xhat| / |x|]; |x| below 1e-4 counts as 1, as in SAEBench
-    relative_reconstruction_bias  E|xhat|^2 / E[x.xhat] (arXiv 2404.16014, eq. 10), over the whole set
+    relative_reconstruction_bias  E|xhat|^2 / E[x.xhat] (arXiv 2404.16014, eq. 10), over the complete set
     l0                          E[number of h > 0]
     l1                          E[sum of h], activation units. SAEBench's definition, without absolute value;
-                                it is the |h|_1 of the papers wherever h >= 0 (all activations but gelu).
-    frac_alive                  share of the features with h > 0 at least once in the set
+                                it equals the papers' |h|_1 if h >= 0 (all activations except gelu).
+    frac_alive                  fraction of features with h > 0 at least once in the set
 
-    Degenerate cases, so that every value is finite: a ratio whose denominator is 0 is 0.0 (no token, constant
-    x, an SAE that outputs nothing); a token equal to its batch mean adds 0 to `explained_variance_legacy`.
+    Every value is finite: a ratio whose denominator is 0 is 0.0 (no token, constant x, an SAE that outputs
+    nothing), and a token equal to its batch mean adds 0 to `explained_variance_legacy`.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class ReconstructionMetrics(Accumulator):
         x = x[counted].to(torch.float64)  # [n, d]
         xhat = xhat[counted].to(torch.float64)
         if self._shift is None:
-            # About the first batch's mean the sums of squares below do not cancel.
+            # Sums of squares about the first batch's mean do not cancel.
             self._shift = x.mean(dim=0)
         y = x - self._shift
         residual = (x - xhat).square().sum(dim=-1)  # [n]
@@ -87,7 +87,7 @@ class ReconstructionMetrics(Accumulator):
         self._add("dot", dot.sum())
 
     def merge(self, other: Accumulator) -> None:
-        """Add the sums of `other`, fed with other batches."""
+        """Add the sums of `other`, over other batches."""
         if isinstance(other, ReconstructionMetrics) and other._shift is not None:
             if self._shift is None:
                 self._shift = other._shift
@@ -109,13 +109,13 @@ class ReconstructionMetrics(Accumulator):
         return int(self._get("tokens"))
 
     def mean(self) -> Tensor:
-        """[d] float64, the mean of x over everything counted so far."""
+        """[d] float64, the mean of x over all counted positions."""
         if self._shift is None:
             raise ValueError("mean: no position has been counted yet")
         return self._shift + self._sums["y"] / self._sums["tokens"]
 
     def density(self) -> Tensor:
-        """[d_sae] float64 on the CPU: share of the counted positions at which each feature is active."""
+        """[d_sae] float64 on the CPU: fraction of counted positions at which each feature is active."""
         return self._get("active") / max(self.tokens, 1)
 
     def norms(self) -> tuple[float, float]:
@@ -124,7 +124,7 @@ class ReconstructionMetrics(Accumulator):
         return ratio(self._get("norm_x"), n), ratio(self._get("norm_xhat"), n)
 
     def tokens_per_sequence(self) -> Tensor:
-        """[d_sae] float64 on the CPU: active positions of each feature in the sequences where it is active at all."""
+        """[d_sae] float64 on the CPU: active positions of each feature per sequence in which it is active."""
         return self._get("active") / self._get("sequences_active").clamp(min=1)
 
     def compute(self) -> dict[str, float]:

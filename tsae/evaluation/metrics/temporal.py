@@ -1,7 +1,7 @@
-"""How features behave along the sequence: the `temporal` object of eval.json.
+"""Metrics of features along the sequence: the `temporal` object of eval.json.
 
-A pair (t, t + lag) counts if both positions lie in the same segment, so no pair touches an excluded position
-or crosses a document border. `h` is the feature activations, [B, T, d_sae]; a feature is on where h > 0.
+A pair (t, t + lag) counts if both positions lie in one segment: no pair includes an excluded position or crosses a
+document boundary. `h` is the feature activations, [B, T, d_sae]; a feature is on where h > 0.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from tsae.evaluation.metrics.accumulator import Accumulator, mean_where, pair_ma
 
 DIFFERENCE_LAGS = (1, 4, 16, 64)
 CURVE_LAGS = (1, 2, 4, 8, 16, 32, 64)
-MIN_ACTIVATIONS = 20  # below it a feature's P(on | on) is too noisy to enter persistence_excess
+MIN_ACTIVATIONS = 20  # with fewer, a feature's P(on | on) is too noisy for persistence_excess
 
 
 class LagStatistics(Accumulator):
-    """Differences and autocorrelation of every feature at a few lags.
+    """Differences and autocorrelation of features at a few lags.
 
-    For a lag, with sums over its pairs (t, u = t + lag) and j a feature:
+    For each lag, with sums over its pairs (t, u = t + lag) and features j:
 
     relative_difference              sum_j sum (h_u - h_t)^2 / sum_j sum (h_u^2 + h_t^2); 0 = constant,
                                      1 = unrelated, 2 = alternating in sign
-    relative_difference_per_feature  the same ratio feature by feature, averaged over the features that have
-                                     energy (a nonzero denominator)
+    relative_difference_per_feature  the same ratio per feature, averaged over features with a nonzero
+                                     denominator
     autocorrelation                  sum (h_t - m)(h_u - m) / (pairs * v) with m and v the mean and variance
-                                     of the feature over every counted position, averaged over the features
-                                     with v > 1e-10 E[h^2]: float32 rounding is not variance
+                                     of the feature over all counted positions, averaged over features with
+                                     v > 1e-10 E[h^2] (less is float32 rounding)
 
-    Nothing to average, or no pair at a lag (every segment shorter), gives 0.0.
+    A value is 0.0 if there is nothing to average, or no pair because every segment is shorter than the lag.
     """
 
     def __init__(self, lags: Sequence[int] = CURVE_LAGS) -> None:
@@ -47,11 +47,11 @@ class LagStatistics(Accumulator):
         if n == 0:
             return
         if self._shift is None:
-            # A feature far from 0 has its variance computed about this, without cancellation.
+            # The variance of a feature far from 0 is computed about this, without cancellation.
             self._shift = (counted.flatten().to(h.dtype) @ h.flatten(0, 1)) / n
         T = h.shape[1]
         masks = [pair_mask(segments, lag).to(h.dtype) for lag in self.lags]  # [B, T - lag] each
-        # Row 0 counts positions; row i how many pairs of lag i a position belongs to (0, 1 or 2).
+        # Row 0 counts positions; row i counts the pairs of lag i that a position belongs to (0, 1 or 2).
         weights = h.new_zeros((1 + len(self.lags), *segments.shape))
         weights[0] = counted
         for weight, mask, lag in zip(weights[1:], masks, self.lags, strict=True):
@@ -77,10 +77,10 @@ class LagStatistics(Accumulator):
         self._add("differences", differences)
 
     def merge(self, other: Accumulator) -> None:
-        """Add the sums of `other`; ValueError if its lags are not these."""
+        """Add the sums of `other`; ValueError if its lags differ."""
         if isinstance(other, LagStatistics):
             if other.lags != self.lags:
-                raise ValueError(f"other: lags {self.lags} are wanted, got {other.lags}")
+                raise ValueError(f"other must have lags {self.lags}, got {other.lags}")
             if other._shift is not None:
                 if self._shift is None:
                     self._shift = other._shift
@@ -101,7 +101,7 @@ class LagStatistics(Accumulator):
         return moved
 
     def compute(self) -> dict[str, dict[int, float]]:
-        """The three quantities of the class docstring, each keyed by lag."""
+        """The three metrics of the class docstring, each by lag."""
         out: dict[str, dict[int, float]] = {
             "relative_difference": {},
             "relative_difference_per_feature": {},
@@ -120,12 +120,12 @@ class LagStatistics(Accumulator):
         return out
 
     def autocorrelation_per_feature(self) -> Tensor:
-        """`autocorrelation` before its mean: [lags, d_sae] float64 on the CPU, NaN where a feature has none.
+        """`autocorrelation` of each feature: [lags, d_sae] float64 on the CPU, NaN where undefined.
 
-        Raises ValueError if nothing was counted yet.
+        Raises ValueError if no position was counted.
         """
         if self._shift is None:
-            raise ValueError("there is no position to take an autocorrelation of: update with one first")
+            raise ValueError("no position has been counted; call update first")
         count, energy = self._get("count"), self._get("energy")
         total, square, differences = self._get("sum"), self._get("square"), self._get("differences")
         mean = total[0] / count[0]
@@ -138,32 +138,32 @@ class LagStatistics(Accumulator):
 
 
 class FeaturePersistence(NamedTuple):
-    """How each feature switches, [d_sae] float64 on the CPU; NaN where there is nothing to measure."""
+    """Switching statistics of each feature, [d_sae] float64 on the CPU; NaN where undefined."""
 
     active: Tensor
     """Positions at which the feature is on."""
     density: Tensor
-    """Share of the counted positions at which it is on."""
+    """Fraction of counted positions at which it is on."""
     stays: Tensor
     """P(on at t + 1 | on at t)."""
     excess: Tensor
-    """The same with chance taken out: (stays - density) / (1 - density), 0 for one that is always on."""
+    """The same corrected for chance: (stays - density) / (1 - density); 0 for a feature that is always on."""
     dwell: Tensor
-    """Mean length in tokens of a run of activations; runs end with the segment, so long ones are cut short."""
+    """Mean length in tokens of a run of activations. Runs end at the segment's end, which cuts long ones short."""
 
 
 class Persistence(Accumulator):
     """Does an active feature stay active on the next token? Sums over the pairs (t, t + 1).
 
     persistence         P(on at t + 1 | on at t), pooled over features and pairs
-    persistence_excess  mean over the features with at least 20 activations of (P(on | on) - p) / (1 - p), p
-                        the share of the counted positions at which the feature is on: 0 for a feature that is
+    persistence_excess  mean over features with at least 20 activations of (P(on | on) - p) / (1 - p), p being
+                        the fraction of counted positions at which the feature is on: 0 for a feature that is
                         on at random and, by definition, for one that is always on
-    transitions         rates of on_on, on_off, off_on, off_off over all pairs and features (dead ones too);
-                        they sum to 1
+    transitions         rates of on_on, on_off, off_on, off_off over all pairs and features, dead ones
+                        included; they sum to 1
 
-    Nothing to average gives 0.0; without a pair the four rates are 0. A feature none of whose activations
-    starts a pair has no P(on | on) and is left out of the excess.
+    A value is 0.0 if there is nothing to average; without a pair the four rates are 0. A feature whose activations
+    start no pair has no P(on | on) and is left out of the excess.
     """
 
     def update(self, on: Tensor, segments: Tensor) -> None:
@@ -179,28 +179,28 @@ class Persistence(Accumulator):
         self._add("count", torch.stack([weights[0].sum(), mask.sum()]))
 
     def update_features(self, h: Tensor, segments: Tensor) -> None:
-        """The same from features, on where h > 0.
+        """`update` with features that are on where h > 0.
 
-        h: [B, T, d_sae] floating point, anything at excluded positions; segments: [B, T] integers.
+        h: [B, T, d_sae] floating point, any value at excluded positions; segments: [B, T] integers.
         """
         for rows in row_chunks(h):
             part = _counted(h[rows], segments[rows])
             self.update((part > 0).to(part.dtype), segments[rows])
 
     def excess(self) -> float:
-        """`persistence_excess` alone."""
+        """`persistence_excess`."""
         if "on" not in self._sums:
             return 0.0
         features = self.per_feature()
         return mean_where(features.excess, (features.active >= MIN_ACTIVATIONS) & ~features.excess.isnan())
 
     def per_feature(self) -> FeaturePersistence:
-        """What `persistence` and `persistence_excess` are made of, feature by feature.
+        """The statistics of each feature behind `persistence` and `persistence_excess`.
 
-        Raises ValueError if nothing was counted yet.
+        Raises ValueError if no position was counted.
         """
         if "on" not in self._sums:
-            raise ValueError("there is no position to take a persistence of: update with one first")
+            raise ValueError("no position has been counted; call update first")
         active, first, _ = self._get("on")
         both = self._get("both")
         density = active / self._get("count")[0]
@@ -209,7 +209,7 @@ class Persistence(Accumulator):
         return FeaturePersistence(active, density, stays, excess, active / (active - both))
 
     def compute(self) -> dict[str, float | dict[str, float]]:
-        """`persistence`, `persistence_excess` and `transitions` of the class docstring."""
+        """The metrics of the class docstring."""
         if "on" not in self._sums:
             rates = dict.fromkeys(("on_on", "on_off", "off_on", "off_off"), 0.0)
             return {"persistence": 0.0, "persistence_excess": 0.0, "transitions": rates}
@@ -231,13 +231,13 @@ class Persistence(Accumulator):
 class Smoothness(Accumulator):
     """Smoothness of T-SAE (arXiv 2511.05541): lower is smoother.
 
-    The mean over all (sequence, feature), the feature active in the sequence, of
+    The mean, over all pairs of a sequence and a feature active in it, of
 
         max_t |h_{t+1} - h_t| / |x_{t+1} - x_t|_2
 
-    (The authors' code, `lipschitz_cont`, averages over features within a sequence first and over sequences
-    then, and knows no segments.) A row is one sequence; the maximum runs over its within-segment pairs with
-    x_{t+1} != x_t, and active means on at one end of such a pair. No such sequence and feature gives 0.0.
+    (The authors' code, `lipschitz_cont`, averages over features within a sequence and then over sequences, and has no
+    segments.) A row is one sequence. The maximum is over its within-segment pairs with x_{t+1} != x_t; active means on
+    at either end of such a pair. 0.0 if there is no such sequence and feature.
     """
 
     def update(self, h: Tensor, on: Tensor, x: Tensor, segments: Tensor) -> None:
@@ -256,12 +256,12 @@ class Smoothness(Accumulator):
         self._add("count", active.sum())
 
     def compute(self) -> float:
-        """The quantity of the class docstring: features' units over the activations'."""
+        """The metric of the class docstring, in units of features per unit of activations."""
         return ratio(self._get("steepest"), self._get("count"))
 
 
 class TemporalMetrics:
-    """All temporal metrics of an evaluation set but the shuffled control."""
+    """All temporal metrics of an evaluation set except the shuffled control."""
 
     def __init__(self) -> None:
         self.lags = LagStatistics(CURVE_LAGS)
@@ -271,7 +271,7 @@ class TemporalMetrics:
     def update(self, x: Tensor, h: Tensor, segments: Tensor) -> None:
         """Count one batch.
 
-        x:        [B, T, d] the SAE's input
+        x:        [B, T, d] the autoencoder's input
         h:        [B, T, d_sae] feature activations; computed in float32 (float64 if h is)
         segments: [B, T] integers, negative = excluded
         """
@@ -283,7 +283,7 @@ class TemporalMetrics:
             self.smoothness.update(part, on, x[rows], ids)
 
     def merge(self, other: TemporalMetrics) -> None:
-        """Add the sums of `other`, fed with other batches of features of the same autoencoder."""
+        """Add the sums of `other`, over other batches and the same autoencoder."""
         self.lags.merge(other.lags)
         self.persistence.merge(other.persistence)
         self.smoothness.merge(other.smoothness)
@@ -303,23 +303,23 @@ class TemporalMetrics:
 
 
 def shuffle_within_segments(x: Tensor, segments: Tensor, generator: torch.Generator) -> Tensor:
-    """Permute the positions of every segment at random; excluded positions stay where they are.
+    """Permute the positions within each segment at random; excluded positions stay in place.
 
     x:         [B, T, d]
     segments:  [B, T] integers, negative = excluded
-    generator: a CPU generator, so that a seed means the same permutation on every device
+    generator: on the CPU, so that a seed gives the same permutation on every device
     """
     B, T = segments.shape
     key = torch.rand((B, T), generator=generator, dtype=torch.float64).to(segments.device)
     place = torch.arange(T, device=segments.device, dtype=torch.float64) / T
     key = torch.where(segments >= 0, key, place)
-    # Runs are numbered along T and keys are below 1: sorting never moves a position out of its run.
+    # Runs are numbered along T and keys are below 1, so sorting keeps every position in its run.
     order = (segment_runs(segments) + key).argsort(dim=1)  # [B, T]
     return x.gather(1, order.to(x.device)[..., None].expand_as(x))
 
 
 def _counted(h: Tensor, segments: Tensor) -> Tensor:
-    """h in float32 or better with excluded positions set to 0, whatever was there (even NaN)."""
+    """h in at least float32, with excluded positions (even NaN) set to 0."""
     h = h if h.dtype == torch.float64 else h.to(torch.float32)
     excluded = segments < 0
     return h.masked_fill(excluded[..., None], 0) if bool(excluded.any()) else h

@@ -1,0 +1,39 @@
+"""From a run to the hub, or to a folder of the files that would be uploaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tsae.errors import UserError
+from tsae.hub.transfer import prepare, push
+from tsae.rundir import layout
+from tsae.sae.model import SparseAutoencoder
+from tsae.utils.progress import console
+
+
+def publish(
+    run: Path,
+    repo: str,
+    private: bool = False,
+    license: str | None = None,
+    revision: str | None = None,
+    folder: Path | None = None,
+) -> None:
+    """Upload a run's autoencoder, or with ``folder`` write the files there; the options of the command line.
+
+    run, repo, license, revision: as for `tsae.hub.push`
+    private: make a new repository private
+    folder: new or empty
+
+    Raises:
+        UserError: the directory is not a run's, the folder is not empty, or the hub refuses.
+    """
+    sae = SparseAutoencoder.load(run / layout.AUTOENCODER)
+    if folder is None:
+        where = push(sae, repo, run=run, private=private or None, license=license, revision=revision)
+        console.print(f"Uploaded: {where}", soft_wrap=True)
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not an empty folder; name a new one.")
+    prepare(sae, folder, repo, run=run, license=license)
+    console.print(f"Written: {folder}", soft_wrap=True)

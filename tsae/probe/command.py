@@ -1,0 +1,122 @@
+"""Probe the features of runs: one pass of the language model, one dense probe, and sparse probes for each run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tsae.config import LENGTH
+from tsae.data.harvest import content_activations
+from tsae.data.sections import sections
+from tsae.data.sequences import TokenBatch
+from tsae.errors import UserError
+from tsae.evaluation.held_out import choose_source, held_out
+from tsae.evaluation.subject import Subject, by_name, open_run
+from tsae.lm.loading import LanguageModel
+from tsae.probe.probes import check_installed, dense_probes, sparse_probes
+from tsae.probe.problems import counted_tokens, document_of_tokens, pose_problems
+from tsae.probe.results import Results, as_json, print_results
+from tsae.probe.token_classes import token_classes
+from tsae.rundir import layout
+from tsae.utils.atomic import write_json
+from tsae.utils.cli import check_counts
+from tsae.utils.progress import bar, console
+
+AGREEING = ("model", "revision", "layer", "lm_dtype", "data", "text")
+
+
+def probe_and_print(runs: Sequence[Path], **options: str | int | None) -> None:
+    """`probe_runs`, then print the table and the files written."""
+    print_results(probe_runs(runs, **options))
+    for run in runs:
+        console.print(f"Written: {run / layout.PROBES}", soft_wrap=True)
+
+
+def probe_runs(
+    runs: Sequence[Path],
+    *,
+    data: str | None = None,
+    tokens: int | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    column: str | None = None,
+) -> Results:
+    """Probe runs and, once all are measured, write each one's probes.json. The options are those of the command line.
+
+    Raises:
+        UserError: a directory is not a run's, the runs differ in model, layer or text, the text is too short for any
+            problem, or scikit-learn is missing.
+    """
+    check_installed()
+    check_counts(tokens=tokens)
+    directories = _directories(runs)
+    subject = _open(directories)
+    config = subject.config
+    seed = config.stream_seed if seed is None else seed
+    source = choose_source([config], data, column)
+    sequences = config.evaluation.sequences if tokens is None else math.ceil(tokens / LENGTH)
+    lm = subject.load_lm(device)
+    batch, documents, named = held_out(source, lm, sequences, seed)
+
+    owner = document_of_tokens(batch, documents, lm.tokenizer)
+    classes = token_classes(counted_tokens(batch).numpy(), lm.tokenizer)
+    problems, left_out = pose_problems(batch, owner, documents, sections(source.data, documents), classes, seed)
+    if not problems:
+        raise UserError("The text is too short for any probe; give more text, or more of it with --tokens.")
+    owner = owner[owner >= 0]  # [n], of the counted tokens
+
+    batches = _harvest(lm, batch, config.layer, config.buffer.harvest_batch)
+    del lm
+    with bar("probing", 1 + len(subject.saes), "probes") as advance:
+        counted = torch.cat([x[segments >= 0] for x, segments in batches]).numpy()
+        dense = dense_probes(counted, problems, owner, seed)
+        advance(1)
+        sparse = {}
+        for name, sae in subject.saes.items():
+            sparse[name] = sparse_probes(sae, batches, problems, owner, seed)
+            advance(1)
+
+    text = named or {"data": source.data, "column": source.text.column, "part": "the run's own evaluation part"}
+    text |= {"tokens": len(owner), "documents": len(set(owner.tolist())), "seed": seed}
+    results = Results(text, problems, left_out, dense, sparse)
+    for name, run in directories.items():
+        write_json(run / layout.PROBES, as_json(results, name))
+    return results
+
+
+def _directories(paths: Sequence[Path]) -> dict[str, Path]:
+    """Run directories by name; a directory that is named twice is listed once."""
+    if not paths:
+        raise UserError("No run is named; name the directories of one or more runs.")
+    runs = list({path.resolve(): path for path in paths}.values())
+    return by_name(runs, [run.resolve().name for run in runs])
+
+
+def _open(directories: dict[str, Path]) -> Subject:
+    """All runs. Raises UserError unless they can share one harvest of the same text."""
+    opened = {name: open_run(run) for name, run in directories.items()}
+    (first, subject), *others = opened.items()
+    for name, other in others:
+        for key in AGREEING:
+            mine, theirs = getattr(subject.config, key), getattr(other.config, key)
+            if mine != theirs:
+                raise UserError(
+                    f"The runs {first} and {name} differ in {key} ({mine} and {theirs}); probe them separately: "
+                    "only runs with the same model, layer and text can share a harvest."
+                )
+    runs = {name: run.config for name, run in opened.items()}
+    return Subject({name: run.sae for name, run in opened.items()}, subject.config, runs)
+
+
+def _harvest(lm: LanguageModel, batch: TokenBatch, layer: int, size: int) -> list[tuple[Tensor, Tensor]]:
+    """Activations [N, T, d] float32 and segments [N, T] on the CPU, ``size`` sequences each."""
+    batches = []
+    with bar("harvesting", batch.segments.numel()) as advance:
+        for part in batch.split(size):
+            batches.append((content_activations(lm, part, layer).to("cpu", torch.float32), part.segments))
+            advance(part.segments.numel())
+    return batches

@@ -1,0 +1,102 @@
+"""What `tsae.train` does once its command line is parsed: new runs and sweeps, resumed ones, and dry runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tsae.config import TrainConfig
+from tsae.errors import UserError
+from tsae.parallel.processes import broadcast_from_rank0, processes
+from tsae.reports.table import print_table
+from tsae.rundir import layout
+from tsae.rundir.directory import new_directory
+from tsae.training.dry_run import dry_run, print_estimate
+from tsae.training.job import Job
+from tsae.training.run import run
+from tsae.training.sweep import print_sweep, read_runs, run_sweep, sweep_directory
+from tsae.training.sweep_file import read_sweep
+from tsae.utils.cli import only_options
+from tsae.utils.config_json import from_dict, load_json
+from tsae.utils.progress import console
+from tsae.utils.torchrun import is_rank0, world_size
+
+if TYPE_CHECKING:
+    from tsae.train import Command
+
+PARALLEL = ("--parallel.features", "--parallel.timeout")  # what --resume may change
+
+
+def train(cfg: TrainConfig, asked: Command, argv: list[str]) -> None:
+    """Train, or with ``--dry-run`` estimate, and print the metrics.
+
+    cfg, asked, argv: the configuration, the parsed command line, and its words
+
+    Raises:
+        UserError: options that do not go together, or a model or text that cannot be used.
+    """
+    runs, resume = _runs(cfg, asked, argv), asked.resume is not None
+    with processes(max(each.parallel.timeout for each in runs.values())):
+        job = Job(runs, asked.resume or broadcast_from_rank0(lambda: _new_directory(cfg, asked)))
+        if asked.dry_run:
+            print_estimate(dry_run(job), job)
+            return
+        if job.is_sweep:
+            run_sweep(job, resume=resume)
+            if is_rank0():
+                print_sweep(job.directory)
+        else:
+            result = run(job.shared, job.directory, resume=resume)
+            if result is not None:
+                print_table(result.metrics)
+        console.print(f"Written: {job.directory}", soft_wrap=True)
+
+
+def _runs(cfg: TrainConfig, asked: Command, argv: list[str]) -> dict[str, TrainConfig]:
+    """The configurations to train, by name: those of a sweep, or one with the name ""."""
+    if asked.resume is not None and _is_sweep(asked.resume):
+        only_options(argv, ("--resume", *PARALLEL), "--resume takes the sweep's own configuration")
+        return {name: _on_other_processes(each, asked, argv) for name, each in read_runs(asked.resume).items()}
+    if asked.sweep is not None:
+        only_options(argv, ("--sweep", "--out", "--overwrite", "--dry-run"), "The options of a sweep are in its file")
+        return read_sweep(asked.sweep)
+    return {"": cfg if asked.resume is None else _resumed(asked.resume, asked, argv)}
+
+
+def _new_directory(cfg: TrainConfig, asked: Command) -> Path:
+    if asked.sweep is not None:
+        return sweep_directory(asked.sweep.stem, asked.out, overwrite=asked.overwrite)
+    return new_directory(cfg.preset, asked.out, overwrite=asked.overwrite)
+
+
+def _resumed(directory: Path, asked: Command, argv: list[str]) -> TrainConfig:
+    only_options(argv, ("--resume", *PARALLEL), "--resume takes the run's own configuration")
+    if not (directory / layout.CONFIG).is_file():
+        raise UserError(f"{directory} holds no run to resume; it has no config.json.")
+    if _is_sweep(directory.resolve().parent):
+        raise UserError(f"{directory} is part of a sweep; resume the sweep, --resume {directory.resolve().parent}.")
+    cfg = from_dict(TrainConfig, load_json(directory / layout.CONFIG))
+    if asked.preset not in ("", cfg.preset):
+        raise UserError(f"{directory} is a run of the preset {cfg.preset!r}, not {asked.preset!r}; leave the name out.")
+    return _on_other_processes(cfg, asked, argv)
+
+
+def _on_other_processes(cfg: TrainConfig, asked: Command, argv: list[str]) -> TrainConfig:
+    """The configuration of a resumed run, with the options of ``argv`` in ``PARALLEL``.
+
+    A sharded dictionary becomes a complete one on a single process.
+    """
+    given = {name.split("=")[0] for name in argv}
+    parallel = cfg.parallel
+    for name in PARALLEL:
+        if name in given:
+            field = name.split(".")[1]
+            parallel = replace(parallel, **{field: getattr(asked.parallel, field)})
+    if PARALLEL[0] not in given and world_size() == 1:
+        parallel = replace(parallel, features=1)
+    return replace(cfg, parallel=parallel)
+
+
+def _is_sweep(directory: Path) -> bool:
+    return (directory / layout.SWEEP).is_file()

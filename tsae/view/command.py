@@ -1,0 +1,58 @@
+"""From a run to its page: the language model and the autoencoder over held-out text, then one HTML file."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tsae.config import LENGTH
+from tsae.data.harvest import content_activations
+from tsae.errors import UserError
+from tsae.evaluation.held_out import evaluation_batches
+from tsae.evaluation.subject import open_run
+from tsae.rundir import layout
+from tsae.utils.cli import check_counts
+from tsae.utils.progress import bar, console
+from tsae.view.data import content_tokens, page_data, token_texts
+from tsae.view.features import Activity
+from tsae.view.page import write_page
+
+
+def view(run: Path, out: Path | None = None, tokens: int | None = None) -> None:
+    """Write the page of a finished run.
+
+    out: the file; None writes RUN/view.html
+    tokens: of held-out text; None takes as many as the run's evaluation
+
+    Raises:
+        UserError: the directory is not a run's, the model or the text cannot be read, or the file cannot be written.
+    """
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UserError(f"There is no directory {out.parent} for the page; create it, or name another file.")
+    out = run / layout.PAGE if out is None else out
+    size = write_page(collect(run, tokens), out)
+    console.print(f"Written: {out} ({size / 1e6:.1f} MB)", soft_wrap=True)
+
+
+@torch.no_grad()
+def collect(run: Path, tokens: int | None = None) -> dict[str, Any]:
+    """The content of the page, from the run's directory and its features on held-out text."""
+    check_counts(tokens=tokens)
+    subject = open_run(run)
+    cfg, sae = subject.config, subject.sae
+    lm = subject.load_lm()
+    sequences = cfg.evaluation.sequences if tokens is None else math.ceil(tokens / LENGTH)
+    batches = evaluation_batches(cfg, lm, sequences)
+    activity = Activity(sae.cfg.d_sae)
+    with bar("Features", sum(batch.segments.numel() for batch in batches)) as advance:
+        for batch in batches:
+            segments = batch.segments.to(lm.device)
+            x = content_activations(lm, batch, cfg.layer).to(lm.device, torch.float32)
+            activity.update(sae.encode(x, segments), segments)
+            advance(segments.numel())
+    activity.finish()
+    ids, texts = token_texts(lm.tokenizer, torch.cat([content_tokens(batch) for batch in batches]))
+    return page_data(run, cfg, sae, activity, ids, texts)
