@@ -236,7 +236,7 @@ def test_overwrite_replaces_runs_and_keeps_what_is_not_theirs(
     assert {path.name for path in out.iterdir()} == {"checkpoint", "sweep.json", "b", "c"}
     assert [path.name for path in (out / "b").iterdir()] == ["notes.txt"]
     assert main(["--resume", str(out / "c")]) == 2
-    assert f"is part of a sweep; go on with all of it, --resume {out}" in capsys.readouterr().err
+    assert f"is part of a sweep; resume the sweep, --resume {out}" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("no_report")
