@@ -1,9 +1,9 @@
 """Evaluate sparse autoencoders: `python -m tsae.evaluate RUN`.
 
 One run alone is evaluated again: its eval.json and report.png are rewritten. With `--release-ratio` its autoencoder is
-measured with another release ratio at the same L0 on the run's training text (`tsae.sae.release`), and the run's own
-eval.json and report.png stay as they are. Several autoencoders, or those of other libraries, share one pass of the
-language model and are printed side by side; nothing is written into their directories.
+measured with another release ratio, at the same L0 on the run's training text (`tsae.sae.release`), and the run's own
+eval.json and report.png are kept. Several autoencoders, of any library, share one pass of the language model and are
+printed side by side; nothing is written into their directories.
 
 Opening: `tsae.evaluation.subject`. Text: `tsae.evaluation.held_out`. Measuring: `tsae.evaluation.evaluator`.
 """
@@ -48,13 +48,13 @@ class Arguments:
     saes: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|SAE ...")]
     """A run directory; or autoencoders in any known format, as directories or as OWNER/NAME/FOLDER on the hub."""
     model: str | None = None
-    """Language model that the autoencoders encode, as for training. Default: that of the runs among them."""
+    """Language model that the autoencoders encode, as for training. Default: from the runs among them."""
     layer: int | None = None
-    """Block whose output they encode, counted from 0. Default: that of the runs among them."""
+    """Block whose output they encode, counted from 0. Default: from the runs among them."""
     format: Literal["tsae", "saebench"] = "tsae"
     """`saebench` also writes SAEBench's core output: to saebench_core.json in the run, or to --out."""
     out: Path | None = None
-    """Write the metrics to this JSON file; those of several autoencoders by name."""
+    """Write the metrics to this JSON file; with several autoencoders, by name."""
     data: str | None = None
     """Text to evaluate on. Documents that the run trained on are left out: only the evaluation side of the run's
     split is used, or, if that is too short, everything that is not in the run's training text. Default: the

@@ -18,6 +18,7 @@ from tsae.data.text import open_text
 from tsae.errors import UserError
 from tsae.evaluate import evaluate, main, write_eval
 from tsae.evaluation import evaluator as measure
+from tsae.evaluation.catalogue import GROUPS
 from tsae.lm.hooks import activations
 from tsae.lm.loading import load_language_model
 from tsae.reports.table import print_table
@@ -108,6 +109,11 @@ def test_exact_keys_and_finite_values(lm, batch):
     assert result.tokens == int((batch.segments >= 0).sum())
     assert result.density.shape == (64,)
     assert set(result.autocorrelation_curve) == {1, 2, 4, 8, 16, 32, 64}
+
+
+def test_the_catalogue_lists_every_metric():
+    listed = [metric.key for group in GROUPS.values() for metric in group]
+    assert sorted(listed) == sorted([*KEYS - {"temporal"}, *(f"temporal.{key}" for key in TEMPORAL_KEYS)])
 
 
 def test_a_perfect_autoencoder(lm, batch):

@@ -13,7 +13,7 @@ class Metric:
     key: str
     """Its place in eval.json, dotted: `temporal.persistence`."""
     label: str
-    """In a few words; after `of`, a refinement of another metric."""
+    """In a few words; if `of` is set, without the metric that it refines."""
     digits: int = 4
     """Decimals where metrics are listed in full."""
     unit: str = ""
@@ -31,7 +31,7 @@ class Metric:
 
     @property
     def row(self) -> str:
-        """The label below that of the metric it refines."""
+        """The label in a list, indented if it refines the metric above."""
         return f"  {self.label}" if self.of else self.label
 
     @property

@@ -76,7 +76,7 @@ class EvaluationResult:
 
 @dataclass(frozen=True)
 class _Settings:
-    """The keywords of `evaluate_all` after they are split off from the autoencoders and the batches."""
+    """What to measure: the keywords of `evaluate_all`."""
 
     layer: int
     ce_sequences: int
@@ -154,7 +154,7 @@ def evaluate_all(
     reference_mean: Tensor | None = None,
     progress: ProgressCallback | None = None,
 ) -> dict[str, EvaluationResult]:
-    """`evaluate` for several autoencoders of one layer; each scores what it would score alone.
+    """`evaluate` for several autoencoders of one layer. Each scores the same as by itself.
 
     Activations are harvested once, and the untouched and ablated passes of the language model are shared: each further
     autoencoder costs its own arithmetic and one pass with its reconstruction. Metrics that are not finite are returned

@@ -85,7 +85,7 @@ def open_autoencoders(sources: Sequence[str], model: str | None = None, layer: i
     """Autoencoders in any known format, named by the last part of their paths, or by all of it where two share that.
 
     sources: run directories, other directories, or `OWNER/NAME/FOLDER` on the hub
-    model, layer: what they encode; None takes that of the runs among them
+    model, layer: what they encode; None takes the value of the runs among them
 
     Raises:
         UserError: an autoencoder is named twice or cannot be read, or what they encode is unknown or differs.
@@ -125,7 +125,7 @@ def _config_of(source: str) -> TrainConfig | None:
 
 
 def check_width(sae: SparseAutoencoder, lm: LanguageModel, name: str) -> None:
-    """Raise `UserError` unless the autoencoder's width is that of the language model's residual stream.
+    """Raise `UserError` unless the autoencoder has the width of the language model's residual stream.
 
     name: of the autoencoder, for the message; may be empty
     """

@@ -6,7 +6,7 @@ Every experiment runs twice and differs only in its input:
 * *fixed*: centred, and scaled to a mean squared norm of d, as everywhere in `tsae`.
 
 BOS is fed to the language model and dropped from both. Neither paper mentions it and both may have included it, so each
-explained variance is also given with BOS, including that of an output of zero. How we read other points that the papers
+explained variance is also given with BOS, as is the score of a zero output. How we read other points that the papers
 leave open is noted at the experiments. The autoencoders compute in float32, so that rounding explains nothing.
 
 A paper's "cross-entropy loss" below 0 can only be a score, `ce_loss_score`. Its explained variance is the centred one,

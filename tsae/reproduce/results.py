@@ -61,7 +61,7 @@ class _Sums:
 def explained_variance(
     saes: dict[str, SparseAutoencoder], lm: LanguageModel, batches: Iterable[TokenBatch], layer: int
 ) -> dict[str, Any]:
-    """Explained variance 1 - E|x - xhat|^2 / Var(x) with and without BOS, and that of an output of zero.
+    """Explained variance 1 - E|x - xhat|^2 / Var(x) with and without BOS, beside the score of a zero output.
 
     The latter is 1 - E|x|^2 / Var(x) = -|mean|^2 / Var(x). BOS's activation can be many times longer than all others,
     and the papers do not say that they left it out.
