@@ -7,8 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+# A worker of pytest-xdist has one core; torch and the processes that its tests start read this on import.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before anything imports Triton.
 if not torch.cuda.is_available():
@@ -78,6 +83,15 @@ def uninterrupted(tiny_gemma2: Path, text_file: Path, tmp_path_factory: pytest.T
     for name in ("dead", "auxiliary", "temporal"):  # else a resumed run could lose their state unnoticed
         assert all(line[name] > 0 for line in later)
     return out
+
+
+@pytest.fixture
+def blank_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs write a report.png without its figure, which takes longer to draw than a tiny run to train.
+
+    tests/reports draws it, and so do the tests of `tsae.train` and `tsae.evaluate` that look at it.
+    """
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **kwargs: Path(path).write_bytes(b"blank"))
 
 
 @pytest.fixture

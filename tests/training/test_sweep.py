@@ -23,6 +23,8 @@ from tsae.training.sweep import read_sweep
 from tsae.training.trainer import Trainer
 from tsae.utils.config_json import to_dict
 
+pytestmark = pytest.mark.usefixtures("blank_report")
+
 RUNS = {
     "plain": {"seed": 3, "sae.release_ratio": 1.0, "objective": {"temporal": "none"}},
     "wide": {"sae": {"d_sae": 96, "k": 1, "activation": "batchtopk"}, "log_every": 5, "optimizer.noise_eta": 0.1},

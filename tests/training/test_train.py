@@ -63,6 +63,7 @@ def test_every_preset_runs_end_to_end(
         assert (sae.cfg.activation, logged[0]["temporal"] > 0) == ("gelu", True)
 
 
+@pytest.mark.usefixtures("blank_report")
 def test_the_start_up_line_states_the_buffers_bound(
     tiny_neox: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,6 +77,7 @@ def test_the_start_up_line_states_the_buffers_bound(
     assert start.index("Activation buffer") < start.index("Harvest") < start.index("Training")
 
 
+@pytest.mark.usefixtures("blank_report")
 def test_mean_and_scale_come_from_positions_that_count(tiny_neox: Path, tmp_path: Path) -> None:
     text = tmp_path / "special.txt"
     text.write_text("".join(f"the river ran {'<eos>' * (i % 4)} under a bridge {i}.\n\n" for i in range(3000)))
@@ -91,6 +93,7 @@ def test_mean_and_scale_come_from_positions_that_count(tiny_neox: Path, tmp_path
     assert normalizer["scale"] == pytest.approx(float(x.var(0, correction=0).mean().sqrt()), rel=1e-5)
 
 
+@pytest.mark.usefixtures("blank_report")
 def test_both_evaluations_read_only_text_that_training_does_not(
     tiny_neox: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

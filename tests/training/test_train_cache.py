@@ -25,6 +25,7 @@ from tsae.sae.model import SparseAutoencoder
 from tsae.train import main
 from tsae.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("blank_report")
 Argv = Callable[..., list[str]]  # the fixture `argv_of`
 
 

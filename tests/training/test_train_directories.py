@@ -15,6 +15,8 @@ from tsae.rundir import directory as directories
 from tsae.train import command, main
 from tsae.utils.config_json import to_dict
 
+pytestmark = pytest.mark.usefixtures("blank_report")
+
 
 def test_a_directory_with_a_run_is_not_touched(
     uninterrupted: Path,

@@ -15,6 +15,8 @@ from tsae.train import main
 from tsae.training import checkpoint
 from tsae.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("blank_report")
+
 
 @pytest.mark.parametrize("term", ["reconstruction", "temporal"])
 def test_a_loss_that_is_not_finite_stops_with_step_term_and_checkpoint(

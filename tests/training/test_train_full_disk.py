@@ -38,6 +38,7 @@ def one_sentence(capsys: pytest.CaptureFixture[str]) -> str:
     return sentence
 
 
+@pytest.mark.usefixtures("blank_report")
 def test_in_a_checkpoint(
     uninterrupted: Path,
     tiny_gemma2: Path,
@@ -57,6 +58,7 @@ def test_in_a_checkpoint(
     same(uninterrupted, out)
 
 
+@pytest.mark.usefixtures("blank_report")
 def test_in_the_measurements(
     tiny_gemma2: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,8 @@ from tiny_runs import Killed, die, lines, options, run_options, same
 import tsae.training.run
 from tsae.train import main
 
+pytestmark = pytest.mark.usefixtures("blank_report")
+
 
 @pytest.mark.parametrize("stop_at", [1, 4, 6, 13, 23])
 def test_resume_is_bitwise_equal_wherever_it_stopped(
