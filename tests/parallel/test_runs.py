@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from launch import fork, run_jobs, torchrun
 from safetensors.torch import load_file
 from tiny_runs import lines, options
-from torchrun import torchrun
 
 from tsae.train import main
 
@@ -44,10 +44,7 @@ def runs(tiny_gemma2: Path, text_file: Path, tmp_path_factory: pytest.TempPathFa
         (2, arguments(tiny_gemma2, text_file, found["none"], "--dry-run")),
         (2, arguments(tiny_gemma2, text_file, found["one"])),
     ]
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    result = torchrun(2, "mains.py", folder / "jobs.json")
-    assert result.returncode == 0, result.stderr
-    (folder / "stderr").write_text(result.stderr)
+    (folder / "stderr").write_text(fork(2, run_jobs, jobs, folder=folder))
     return found | {"stderr": folder / "stderr"}
 
 
@@ -132,9 +129,7 @@ def test_runs_go_on_in_four_processes(runs: Runs, tmp_path: Path) -> None:
         (0, ["--resume", str(cut_back(runs["shares"], tmp_path / "shares", 4)), "--parallel.features", "2"]),
         (0, ["--resume", str(cut_back(runs["parts"], tmp_path / "parts", 4))]),
     ]
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    result = torchrun(4, "mains.py", tmp_path / "jobs.json")
-    assert result.returncode == 0, result.stderr
+    fork(4, run_jobs, jobs, folder=tmp_path)
     for name in ("one", "shares", "parts"):
         check_same(runs["one"], tmp_path / name)
 
