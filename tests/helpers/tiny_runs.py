@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-WORDS = (
+TEXT = (
     "the river ran under a stone bridge and children threw leaves from it to see whose would come out first on the"
     " other side where an old man sat reading his paper in the sun as he had done every day for years"
-).split()
+)
+WORDS = TEXT.split()
 
 
 def write_text(path: Path) -> Path:

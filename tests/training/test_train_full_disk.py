@@ -87,24 +87,24 @@ def test_in_what_is_written_last(
     kept: list[str],
     tiny_neox: Path,
     text_file: Path,
+    finished: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    assert main(options(tiny_neox, text_file, whole)) == 0
+    out = tmp_path / "run"
     capsys.readouterr()
     with filling() as fill, monkeypatch.context() as patch:
         before_call(owner, method, lambda self: fill(700), patch)
         assert main(options(tiny_neox, text_file, out)) == 2
     assert f"{out / file} cannot be written" in one_sentence(capsys)
     for name in kept:
-        assert (out / name).read_bytes() == (whole / name).read_bytes() or name.endswith(".json")
+        assert (out / name).read_bytes() == (finished / name).read_bytes() or name.endswith(".json")
     assert not (out / file).exists()
     assert not list(out.rglob("*.tmp"))
     assert main(["--resume", str(out)]) == 0
-    same(whole, out)
-    assert (out / "eval.json").read_bytes() == (whole / "eval.json").read_bytes()
+    same(finished, out)
+    assert (out / "eval.json").read_bytes() == (finished / "eval.json").read_bytes()
 
 
 def test_what_no_part_expected_is_a_sentence_too(capsys: pytest.CaptureFixture[str]) -> None:
