@@ -33,12 +33,7 @@ def tokenizer() -> Any:
 def tiny_gemma2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "gemma2"
     return save_model(
-        folder,
-        "Gemma2ForCausalLM",
-        "Gemma2Config",
-        head_dim=16,
-        num_key_value_heads=1,
-        query_pre_attn_scalar=16,
+        folder, "Gemma2ForCausalLM", "Gemma2Config", head_dim=16, num_key_value_heads=1, query_pre_attn_scalar=16
     )
 
 

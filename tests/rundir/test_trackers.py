@@ -164,11 +164,7 @@ def test_the_real_wandb_offline(argv: Argv, tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_missing_package_is_one_sentence_before_anything_else(
-    name: str,
-    argv: Argv,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    name: str, argv: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda wanted: None if wanted == name else object())
     monkeypatch.setattr("tsae.training.assemble.load_language_model", lambda *args, **kwargs: pytest.fail("it began"))

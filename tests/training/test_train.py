@@ -30,24 +30,8 @@ def test_every_preset_runs_end_to_end(
     assert names == {"config.json", "metrics.jsonl", "checkpoint", "sae", "eval.json", "report.png"}
     logged = lines(out / "metrics.jsonl")
     assert [line["step"] for line in logged] == [1, 3, 6, 9, 12]
-    wanted = {
-        "loss",
-        "reconstruction",
-        "sparsity",
-        "temporal",
-        "auxiliary",
-        "explained_variance",
-        "l0",
-        "dead",
-        "lr",
-    }
-    wanted |= {
-        "lag1_correlation",
-        "lag1_correlation_p10",
-        "lag1_correlation_p50",
-        "lag1_correlation_p90",
-        "tokens",
-    }
+    wanted = {"loss", "reconstruction", "sparsity", "temporal", "auxiliary", "explained_variance", "l0", "dead", "lr"}
+    wanted |= {"lag1_correlation", "lag1_correlation_p10", "lag1_correlation_p50", "lag1_correlation_p90", "tokens"}
     assert all(wanted <= set(line) for line in logged)
     assert logged[-1]["reconstruction"] < logged[0]["reconstruction"]
     assert logged[-1]["tokens"] <= 12 * 4 * 128

@@ -330,11 +330,7 @@ def test_a_signal_in_the_harvest_ends_it_after_the_forward_pass_in_hand(
 
 @pytest.mark.parametrize("after", [2, 5, 6, 8])
 def test_a_signal_in_a_harvest_ahead_of_training(
-    after: int,
-    argv_of: Argv,
-    in_pass: Callable[..., list[int]],
-    uninterrupted: Path,
-    tmp_path: Path,
+    after: int, argv_of: Argv, in_pass: Callable[..., list[int]], uninterrupted: Path, tmp_path: Path
 ) -> None:
     """Training sees it while it waits for that pass, amid a refill of which it has had a part already."""
 

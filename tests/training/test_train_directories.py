@@ -19,11 +19,7 @@ pytestmark = pytest.mark.usefixtures("blank_report")
 
 
 def test_a_directory_with_a_run_is_not_touched(
-    uninterrupted: Path,
-    tiny_gemma2: Path,
-    text_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    uninterrupted: Path, tiny_gemma2: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*")}
     assert main(run_options(tiny_gemma2, text_file, uninterrupted)) == 2

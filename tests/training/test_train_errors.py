@@ -173,12 +173,7 @@ def test_bad_input_that_shows_late_leaves_the_old_run(
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(
-    more: list[str],
-    words: str,
-    tiny_gemma2: Path,
-    text_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    more: list[str], words: str, tiny_gemma2: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
     assert main(options(tiny_gemma2, text_file, out, *more)) == 2

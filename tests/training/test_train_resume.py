@@ -27,11 +27,7 @@ pytestmark = pytest.mark.usefixtures("blank_report")
 
 @pytest.mark.parametrize("stop_at", [1, 4, 6, 13, 23])
 def test_resume_is_bitwise_equal_wherever_it_stopped(
-    stop_at: int,
-    argv_of: Callable[..., list[str]],
-    at_step: Callable[..., None],
-    uninterrupted: Path,
-    tmp_path: Path,
+    stop_at: int, argv_of: Callable[..., list[str]], at_step: Callable[..., None], uninterrupted: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     at_step(stop_at, die)
