@@ -1,4 +1,4 @@
-"""The code in README.md and docs/: fenced blocks, and the commands of a shell block."""
+"""Reads the code in README.md and docs/: fenced blocks, and the commands in shell blocks."""
 
 from __future__ import annotations
 

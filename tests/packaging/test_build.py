@@ -1,4 +1,4 @@
-"""What `pip install` and `python -m build` make of the source tree; nothing is compiled here."""
+"""What `pip install` and `python -m build` produce from the source tree, without compiling."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NO_TORCH = ("-c", "import sys; sys.modules['torch'] = None; " + SETUP[1])  # as 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what the builds need, because they write beside it."""
+    """A copy of the sources, because builds write beside them."""
     folder = tmp_path_factory.mktemp("tree")
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)

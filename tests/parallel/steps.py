@@ -20,9 +20,9 @@ from tsae.sae.normalization import InputNormalizer
 from tsae.training.trainer import Trainer
 from tsae.utils.config_json import from_dict, to_dict
 
-STEPS, BATCH, LENGTH, WIDTH = 50, 7, 24, 16  # 7: shares differ in size
+STEPS, BATCH, LENGTH, WIDTH = 50, 7, 24, 16  # 7: shares of different sizes
 
-# What a run differs in from `BASE`; together they pass through every reduction there is.
+# Changes to `BASE`. Together the runs pass through every reduction across processes.
 BASE: dict[str, Any] = {
     "sae": {"d_in": WIDTH, "d_sae": 48, "k": 6},
     "objective": {"temporal": "none", "hold_steps": 5, "ramp_steps": 5, "l1": 0.0, "aux_weight": 0.0},

@@ -1,4 +1,4 @@
-"""Steps of shares of the batch and parts of the dictionary, against those of one process."""
+"""Training steps with a split batch or a split dictionary, against the same steps in one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TensorBoard for real, Weights & Biases offline where it is installed and through a stand-in everywhere."""
+"""TensorBoard, Weights & Biases through a stand-in, and the real one offline if it is installed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def argv(tiny_gemma2: Path, text_file: Path, tmp_path: Path) -> Callable[..., li
 
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A stand-in for the package that keeps what it is told; `runs` in the order they were started."""
+    """A stand-in for the package that records what it is sent; `runs` are in the order they started."""
     module = types.ModuleType("wandb")
     module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     module.errors = types.SimpleNamespace(Error=type("Error", (Exception,), {}))

@@ -39,7 +39,7 @@ def test_every_preset_runs_end_to_end(
     assert all(isinstance(leaf, (int, float)) and abs(leaf) < 1e30 for leaf in leaves(values))
     config = json.loads((out / "config.json").read_text())
     assert (config["preset"], config["steps"], config["sae"]["d_sae"]) == (preset, 12, 48)
-    assert config["text"]["threshold"] == 0.2  # the split that holds from now on, whatever becomes of the text
+    assert config["text"]["threshold"] == 0.2  # fixes the split, even if the text changes
     sae = SparseAutoencoder.load(out / "sae")
     assert sae.W_enc.shape == (sae.cfg.d_in, 48)
     if preset == "tcsae-pythia-70m":
@@ -67,7 +67,7 @@ def test_mean_and_scale_come_from_positions_that_count(tiny_neox: Path, tmp_path
     text.write_text("".join(f"the river ran {'<eos>' * (i % 4)} under a bridge {i}.\n\n" for i in range(3000)))
     out = tmp_path / "run"
     assert main(options(tiny_neox, text, out, "--steps", "4", "--evaluation.no-final")) == 0
-    held = load_file(out / "checkpoint" / "buffer-0001.safetensors")  # all that was harvested
+    held = load_file(out / "checkpoint" / "buffer-0001.safetensors")  # everything harvested
     kept = held["segments"] >= 0
     assert int((~kept).sum()) > 0
     x = held["x"][kept].double()
@@ -81,7 +81,7 @@ def test_mean_and_scale_come_from_positions_that_count(tiny_neox: Path, tmp_path
 def test_both_evaluations_read_only_text_that_training_does_not(
     tiny_neox: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What reaches the metrics, decoded: every segment is in the evaluation part, none is in the training part."""
+    """Every decoded segment that reaches the metrics is in the evaluation part, none in the training part."""
     import tsae.evaluate
     import tsae.evaluation.evaluator
     import tsae.training.run

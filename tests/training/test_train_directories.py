@@ -1,4 +1,4 @@
-"""Where runs go, and what becomes of a run that was there."""
+"""Where runs are written, and what happens to a run that is already there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stops a run: bad input, numbers that are not finite; one sentence each, and nothing lost."""
+"""What stops a run: bad input, non-finite numbers. Each gives one sentence, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_term_and_checkpoint(
 
 
 class BrokenGradient(torch.autograd.Function):
-    """The identity, with a gradient that is not a number."""
+    """The identity with a NaN gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -97,7 +97,7 @@ def test_a_checkpoint_of_numbers_that_are_not_finite_is_never_written(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As on a GPU, where a step without a log looks at nothing."""
+    """As on a GPU, where only logged steps check their values."""
     real = Trainer.train_step
 
     def spoiling(self: Trainer, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -122,7 +122,7 @@ def test_a_checkpoint_of_numbers_that_are_not_finite_is_never_written(
 
 @pytest.fixture
 def short_text(text_file: Path, tmp_path: Path) -> Path:
-    """Fills a row of 128 tokens, but not the harvest's first batch."""
+    """Enough for a row of 128 tokens, too short for the first harvest batch."""
     path = tmp_path / "short.txt"
     path.write_text("".join(text_file.read_text().splitlines(keepends=True)[:8]))
     return path

@@ -1,4 +1,4 @@
-"""A disk that is full at any part of a run: one sentence, what was complete is kept, and the run goes on from there."""
+"""A full disk at any point of a run: one sentence, complete files are kept, and the run resumes from them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tsae.utils.cli import report_errors
 
 
 def before_call(owner: type, name: str, act: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have `act` called with the object before each call of its method."""
+    """Call `act` with the object before each call of its method."""
     real = getattr(owner, name)
 
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A run that was stopped or killed goes on, and ends bitwise as if it had not been."""
+"""A run that was stopped or killed resumes, and ends bitwise equal to an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_a_configuration_that_changed_since_is_refused_with_the_difference(
 
 
 def test_measurements_that_lost_their_end_do_not_get_another(stopped_at_13: Path, tmp_path: Path) -> None:
-    """As after a crash of the machine: a file shorter than the checkpoint says must not be filled with NULs."""
+    """As after a system crash: a file shorter than the checkpoint says must not be padded with NULs."""
     out = shutil.copytree(stopped_at_13, tmp_path / "run")
     content = (out / "metrics.jsonl").read_bytes()
     (out / "metrics.jsonl").write_bytes(content[: len(content) // 2])

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever was killed before."""
+"""Files are complete or absent, whatever was killed before."""
 
 from __future__ import annotations
 
