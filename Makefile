@@ -7,6 +7,9 @@ STAMP := $(VENV)/.installed
 PEERS := $(VENV)-peers
 PEERS_STAMP := $(PEERS)/.installed
 # A GPU machine brings its own torch: make VENV=/path/to/its/environment ... skips the installation.
+# One test process per core. Each takes a stretch of the files, so that most fixtures are built once, then helps the others.
+WORKERS ?= logical
+PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .PHONY: demo install peers test test-slow test-peers kills lint format docs bench bench-smoke asan cuda-compile triton-compile gpu-check clean
 
@@ -29,9 +32,9 @@ $(PEERS_STAMP): $(STAMP) tests/peers/requirements.txt tests/peers/peers_environm
 	$(BIN)/python tests/peers/peers_environment.py $(PEERS)
 	touch $@
 
-# All but what takes long: many processes, many kills. CI runs both.
+# All but the slow tests (many processes, many kills), which CI runs too.
 test: install
-	$(BIN)/python -m pytest tests -m "not slow"
+	$(BIN)/python -m pytest tests -m "not slow" $(PARALLEL)
 
 test-slow: install
 	$(BIN)/python -m pytest tests -m slow

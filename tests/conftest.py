@@ -1,4 +1,4 @@
-"""Fixtures: a tokenizer, and folders with a tiny model of each supported class."""
+"""Fixtures: tiny models of each supported class, text, and runs of the main job on them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+# A worker of pytest-xdist has one core; torch and the processes that its tests start read this on import.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before anything imports Triton.
 if not torch.cuda.is_available():
@@ -16,7 +21,7 @@ if not torch.cuda.is_available():
 
 from stand_in import StandIn
 from tiny import make_tokenizer, save_model
-from tiny_runs import lines, run_options, write_text
+from tiny_runs import lines, options, run_options, write_text
 
 
 @pytest.fixture(scope="session")
@@ -28,12 +33,7 @@ def tokenizer() -> Any:
 def tiny_gemma2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "gemma2"
     return save_model(
-        folder,
-        "Gemma2ForCausalLM",
-        "Gemma2Config",
-        head_dim=16,
-        num_key_value_heads=1,
-        query_pre_attn_scalar=16,
+        folder, "Gemma2ForCausalLM", "Gemma2Config", head_dim=16, num_key_value_heads=1, query_pre_attn_scalar=16
     )
 
 
@@ -69,7 +69,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def uninterrupted(tiny_gemma2: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole run with `run_options`."""
+    """A complete run with `run_options`."""
     from tsae.train import main
 
     out = tmp_path_factory.mktemp("whole") / "run"
@@ -80,15 +80,34 @@ def uninterrupted(tiny_gemma2: Path, text_file: Path, tmp_path_factory: pytest.T
     return out
 
 
+@pytest.fixture(scope="session")
+def finished(tiny_neox: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete run with `options`, its evaluation and report included."""
+    from tsae.train import main
+
+    out = tmp_path_factory.mktemp("finished") / "run"
+    assert main(options(tiny_neox, text_file, out)) == 0
+    return out
+
+
+@pytest.fixture
+def blank_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs write a report.png without its figure, which takes longer to draw than a tiny run to train.
+
+    tests/reports draws it, and so do the tests of `tsae.train` and `tsae.evaluate` that look at it.
+    """
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **kwargs: Path(path).write_bytes(b"blank"))
+
+
 @pytest.fixture
 def argv_of(tiny_gemma2: Path, text_file: Path) -> Callable[..., list[str]]:
-    """`argv_of(out, *more)`: the command line of such a run, with more options at its end."""
+    """`argv_of(out, *more)`: the command line of a run with `run_options`, and more options."""
     return lambda out, *more: [*run_options(tiny_gemma2, text_file, out), *map(str, more)]
 
 
 @pytest.fixture
 def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`at_step(number, act)`: calls `act()` in training before each step that follows on `number`; without, no more."""
+    """`at_step(number, act)` has training call `act()` after step `number`; `at_step()` takes that back."""
     from tsae.training.trainer import Trainer
 
     real = Trainer.train_step
@@ -106,7 +125,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandIn]:
-    """What the hub's client takes for the Hugging Face hub, without repositories, and with an empty cache."""
+    """A local server that the hub's client takes for the Hugging Face hub: no repositories, an empty cache."""
     from huggingface_hub import constants
 
     stand_in = StandIn()

@@ -154,7 +154,7 @@ def test_any_command_line_is_a_command_or_a_sentence(argv: list[str]) -> None:
     "more",
     [
         "--sae.d-sae 1000000000000",
-        "--batch 1000000000 --buffer.sequences 1000000000",
+        "--batch 100000000 --buffer.sequences 100000000",
         "--buffer.sequences 10000000000 --steps 10000000000",
         "--buffer.sequences 10000000000000 --steps 10000000000000",
     ],

@@ -1,4 +1,4 @@
-"""Memory of tensors, as torch's allocator tells it."""
+"""Peak memory of tensors, measured by torch's allocator."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def allocated(work: Callable[[], object]) -> int:
-    """Most bytes of tensors that were live at once in ``work``, beyond those before."""
+    """Peak bytes that ``work`` allocates in tensors."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]

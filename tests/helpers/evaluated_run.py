@@ -1,4 +1,4 @@
-"""A run directory with an untrained autoencoder, and autoencoders of other libraries, for the command lines' tests."""
+"""Run directories with an untrained autoencoder, and autoencoders in the formats of other libraries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LAYER, D_IN, D_SAE = 1, 32, 48
 
 
 def write_run(directory: Path, model: Path, **sae: object) -> Path:
-    """A run on made-up text beside it: `config.json` and `sae/`."""
+    """Write a run, `config.json` and `sae/`, on random text beside it."""
     text = directory.parent / "text.txt"
     if not text.exists():
         text.write_text(sample_text(20000))
@@ -42,7 +42,7 @@ def write_run(directory: Path, model: Path, **sae: object) -> Path:
 
 
 def write_saelens(directory: Path, d_in: int = D_IN, scale: float = 1.0) -> Path:
-    """An autoencoder of SAELens's `standard`, with our demo's kind of weights times ``scale``."""
+    """Write an autoencoder of SAELens's `standard` architecture, its encoder scaled by ``scale``."""
     W_dec = torch.nn.functional.normalize(torch.randn(D_SAE, d_in, generator=torch.Generator().manual_seed(1)), dim=1)
     weights = {"W_enc": scale * W_dec.T, "b_enc": torch.zeros(D_SAE), "W_dec": W_dec, "b_dec": torch.zeros(d_in)}
     directory.mkdir()
@@ -52,7 +52,7 @@ def write_saelens(directory: Path, d_in: int = D_IN, scale: float = 1.0) -> Path
 
 
 def write_dictionary_learning(directory: Path) -> Path:
-    """A BatchTopK autoencoder of dictionary_learning."""
+    """Write a BatchTopK autoencoder in the format of dictionary_learning."""
     weight = torch.randn(D_SAE, D_IN, generator=torch.Generator().manual_seed(2)) / D_IN**0.5
     state = {"encoder.weight": weight, "encoder.bias": torch.zeros(D_SAE), "decoder.weight": weight.T.clone()}
     state |= {"b_dec": torch.zeros(D_IN), "k": torch.tensor(4), "threshold": torch.tensor(0.5)}

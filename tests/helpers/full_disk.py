@@ -1,4 +1,4 @@
-"""A disk that is full, for tests: files that cannot grow beyond a size, by the system's own EFBIG."""
+"""Simulates a full disk: a limit on file size, beyond which the system fails a write with EFBIG."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["files_of_at_most", "filling"]
-
 
 @contextmanager
 def filling() -> Iterator[Callable[[int], None]]:
-    """The yielded function takes the bytes that no write may bring a file beyond, until the block ends."""
+    """Yields a function that sets the limit in bytes; it holds until the block ends."""
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -24,7 +22,7 @@ def filling() -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """Within the block a write beyond so many bytes of a file fails."""
+    """Within the block, a write that takes a file beyond ``size`` bytes fails."""
     with filling() as fill:
         fill(size)
         yield

@@ -1,10 +1,10 @@
-"""Random `kill -9`s of real runs: every restart must complete, with the weights of a run that nothing stopped.
+"""Random `kill -9`s of real runs: every restart must complete with the weights of an uninterrupted run.
 
     python tests/helpers/kill_campaign.py --kills 50 --signals 8 --seed 0
 
-One process imports everything once; each attempt is a fork of it that runs `tsae.train.main` and is killed at a moment
-drawn from the seed: any moment of the run, or, where a part is aimed at, one soon after its files appear. So many times
-it is sent SIGINT or SIGTERM instead, and must end by itself, with a sentence, in ten seconds.
+One process imports everything once; each attempt forks it, runs `tsae.train.main` and is killed at a random moment: any
+moment of the run, or soon after the files of the targeted part appear. With `--signals`, some attempts get SIGINT or
+SIGTERM instead and must exit by themselves within ten seconds, with a one-line message.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-# The parent stays of one thread: what forks with more leaves their locks held in the child.
+# The parent stays single-threaded: a fork would copy locks that other threads hold.
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import torch
@@ -44,11 +44,11 @@ MOST_IN_A_ROW = 4  # kills of one run
 
 @dataclass
 class Part:
-    """What is to be killed: runs of one kind.
+    """One kind of run to kill.
 
-    name: of the part; command: (directory) -> arguments of `tsae.train`
-    pattern: of files, below the directory, that are there while what is aimed at is being written
-    share: of the kills
+    name: its name; command: (directory) -> arguments of `tsae.train`
+    pattern: glob, below the directory, of the files that exist while the target is being written
+    share: its weight in the number of kills
     """
 
     name: str
@@ -86,7 +86,7 @@ def prepare(models: Path) -> None:
 
 
 class Campaign:
-    """The parts, each with a run that nothing stopped to compare with."""
+    """All parts, each with an uninterrupted run to compare with."""
 
     def __init__(self, root: Path, seed: int) -> None:
         self.root, self.random = root, random.Random(seed)
@@ -117,14 +117,14 @@ class Campaign:
             self.weights[part.name] = self._weights(whole)
 
     def _warm_up(self) -> None:
-        """Make the models, and find out what a run imports, some of it late: the parent then does so once for all."""
+        """Make the models, and list the modules that a run imports, so that the parent imports them once."""
         prepare(self.models)
         part, directory = parts(self.models)[-1], self.root / "warm-up"
         directory.mkdir()
         self._wait(self._start(part.command(directory), directory), directory)
 
     def run(self, kills: int, signals: int) -> Counter[str]:
-        """Strike so often in all; how many kills hit what was aimed at, by part."""
+        """Send ``kills`` SIGKILLs and ``signals`` other signals; how many kills hit the target, by part."""
         hits: Counter[str] = Counter()
         strikes = {part.name: [] for part in self.parts}
         weighted = [part.name for part in self.parts for _ in range(part.share)]
@@ -140,8 +140,7 @@ class Campaign:
         return hits
 
     def _chain(self, part: Part, directory: Path, strikes: list[signal.Signals]) -> int:
-        """A run that is struck some times, by the first of ``strikes``, which are taken off, and then goes on to its
-        end; how many of them hit."""
+        """One run, resumed after each of the first few ``strikes``, which are removed; the number of hits."""
         directory.mkdir()
         hit = 0
         for number in range(MOST_IN_A_ROW + 1):
@@ -211,7 +210,7 @@ class Campaign:
             os._exit(status)
 
     def _comes_to(self, child: int, part: Part, directory: Path) -> bool:
-        """Wait for a random moment of the child; False if it had ended, as it should, before that."""
+        """Wait for a random moment of the child; False if it finished before."""
         aimed = part.name != "training" and self.random.random() < 0.8
         if aimed:  # after its files have been seen, and gone again, some times
             sightings = self.random.randrange(1, 5) if part.name != "conversion" else 1
@@ -233,7 +232,7 @@ class Campaign:
         return False
 
     def _strike(self, child: int, number: signal.Signals, directory: Path) -> bool:
-        """Whether the signal ended the child; if not, it had just ended as it should."""
+        """Whether the signal ended the child; otherwise it had just finished."""
         before, load = time.monotonic(), max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
         os.kill(child, number)
         if number is signal.SIGKILL:
@@ -255,7 +254,7 @@ class Campaign:
         return False
 
     def _polls(self, child: int, directory: Path, right: tuple[int, ...] = (0,)) -> Iterator[None]:
-        """Short pauses until the child ends, which must be with a right status; it is kept as `last`."""
+        """Yield at short intervals until the child ends; its status, kept in `last`, must be a ``right`` one."""
         deadline = time.monotonic() + LONGEST
         while time.monotonic() < deadline:
             ended, self.last = os.waitpid(child, os.WNOHANG)

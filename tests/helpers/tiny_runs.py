@@ -1,4 +1,4 @@
-"""Runs of the main job on tiny models, small enough for tests: their options, their text, and what they leave."""
+"""Small runs of the main job for tests: their options, their text, and readers of their output."""
 
 from __future__ import annotations
 
@@ -9,51 +9,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-WORDS = [
-    "the",
-    "river",
-    "ran",
-    "under",
-    "a",
-    "stone",
-    "bridge",
-    "and",
-    "children",
-    "threw",
-    "leaves",
-    "from",
-    "it",
-    "to",
-    "see",
-    "whose",
-    "would",
-    "come",
-    "out",
-    "first",
-    "on",
-    "the",
-    "other",
-    "side",
-    "where",
-    "an",
-    "old",
-    "man",
-    "sat",
-    "reading",
-    "his",
-    "paper",
-    "in",
-    "the",
-    "sun",
-    "as",
-    "he",
-    "had",
-    "done",
-    "every",
-    "day",
-    "for",
-    "years",
-]
+TEXT = (
+    "the river ran under a stone bridge and children threw leaves from it to see whose would come out first on the"
+    " other side where an old man sat reading his paper in the sun as he had done every day for years"
+)
+WORDS = TEXT.split()
 
 
 def write_text(path: Path) -> Path:
@@ -76,7 +36,7 @@ def options(model: Path, text: Path, out: Path, *more: str, preset: str = "demo"
 
 
 def run_options(model: Path, text: Path, out: Path) -> list[str]:
-    """Everything with state on: noise, temporal loss, dead features, a buffer that refills."""
+    """Turns on everything that has state: noise, temporal loss, dead features, a buffer that refills."""
     more = "--steps 24 --optimizer.noise-eta 0.1 --optimizer.clip-norm 2 --objective.hold-steps 4"
     more += " --objective.ramp-steps 4 --objective.dead-after-tokens 600 --evaluation.no-final"
     more += " --sae.d-sae 96 --sae.k 1"  # few enough active that some die
@@ -84,7 +44,7 @@ def run_options(model: Path, text: Path, out: Path) -> list[str]:
 
 
 class Killed(BaseException):
-    """Nothing in the product catches it, as nothing catches SIGKILL."""
+    """Stands for SIGKILL: nothing in the package catches it."""
 
 
 def die() -> None:
@@ -106,6 +66,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 
 def same(a: Path, b: Path) -> None:
+    """Assert that two runs have bitwise equal weights and the same log, timing aside."""
     for name, tensor in weights(a).items():
         assert torch.equal(tensor, weights(b)[name]), name
     timing = "tokens_per_second"

@@ -1,4 +1,4 @@
-"""A run of the main job in which something happens to process 1 before its step 4:
+"""A run of the main job in which process 1 fails before step 4:
 
 python -m torch.distributed.run --nproc-per-node 2 tests/parallel/mishap.py MISHAP ARGUMENTS OF tsae.train
 """

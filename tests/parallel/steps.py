@@ -1,14 +1,8 @@
-"""Steps of `Trainer` on made-up activations, in one process or in those of one torchrun:
-
-    python -m torch.distributed.run --nproc-per-node N tests/parallel/steps.py OUT FEATURES ...
-
-writes to OUT, for each number of parts of the dictionary and each of `RUNS`, what was measured at every step.
-"""
+"""Steps of `Trainer` on made-up activations, in one process or in several."""
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +20,9 @@ from tsae.sae.normalization import InputNormalizer
 from tsae.training.trainer import Trainer
 from tsae.utils.config_json import from_dict, to_dict
 
-STEPS, BATCH, LENGTH, WIDTH = 50, 7, 24, 16  # 7: shares differ in size
+STEPS, BATCH, LENGTH, WIDTH = 50, 7, 24, 16  # 7: shares of different sizes
 
-# What a run differs in from `BASE`; together they pass through every reduction there is.
+# Changes to `BASE`. Together the runs pass through every reduction across processes.
 BASE: dict[str, Any] = {
     "sae": {"d_in": WIDTH, "d_sae": 48, "k": 6},
     "objective": {"temporal": "none", "hold_steps": 5, "ramp_steps": 5, "l1": 0.0, "aux_weight": 0.0},
@@ -109,7 +103,11 @@ def trained(
     return measured, trainer.finished().state_dict()
 
 
-def main(out: Path, features: list[int]) -> None:
+def train_all(out: Path, features: list[int]) -> None:
+    """In each process: every run of `RUNS` for each number of parts of the dictionary.
+
+    Writes the measurements of every step to ``out`` and the finished weights beside it.
+    """
     dist.init_process_group("gloo")
     results = {}
     for parts in features:
@@ -121,7 +119,3 @@ def main(out: Path, features: list[int]) -> None:
         torch.save({name: weights for name, (_, weights) in results.items()}, out.with_suffix(".pt"))
         out.write_text(json.dumps({name: measured for name, (measured, _) in results.items()}))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), [int(argument) for argument in sys.argv[2:]])

@@ -1,4 +1,4 @@
-"""The main job in several processes: the run of one, resumed on other numbers of them, and what ends it."""
+"""The main job in several processes: same results as in one, resuming in another number, failures."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from launch import fork, run_jobs, torchrun
 from safetensors.torch import load_file
 from tiny_runs import lines, options
-from torchrun import torchrun
 
 from tsae.train import main
 
@@ -18,7 +18,7 @@ Runs = dict[str, Path]
 
 
 def arguments(model: Path, text: Path, out: Path, *more: str) -> list[str]:
-    """A buffer that refills, temporal terms, all state on; 12 steps, checkpoints at 4, 8 and 12."""
+    """A run with all state: a buffer that refills, temporal terms; 12 steps, checkpoints at 4, 8 and 12."""
     extra = "--autocast none --lm-dtype float32 --log-every 1 --objective.hold-steps 2 --objective.ramp-steps 4"
     extra += " --checkpoint.keep 3 --objective multiscale+contrastive --objective.pairs 32 --optimizer.noise-eta 0.01"
     return options(model, text, out, *extra.split(), *more)
@@ -26,7 +26,7 @@ def arguments(model: Path, text: Path, out: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(tiny_gemma2: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """By name: of one process, which fills a cache, of two in both modes, and bad input, which leaves nothing."""
+    """Run directories by name: one process, which fills a cache; two in both modes; bad input, which leaves none."""
     folder = tmp_path_factory.mktemp("runs")
     found = {name: folder / name for name in ("one", "shares", "parts", "none", "sweep", "sweep-of-one")}
     cache = ("--cache", str(folder / "cache"))
@@ -44,10 +44,7 @@ def runs(tiny_gemma2: Path, text_file: Path, tmp_path_factory: pytest.TempPathFa
         (2, arguments(tiny_gemma2, text_file, found["none"], "--dry-run")),
         (2, arguments(tiny_gemma2, text_file, found["one"])),
     ]
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    result = torchrun(2, "mains.py", folder / "jobs.json")
-    assert result.returncode == 0, result.stderr
-    (folder / "stderr").write_text(result.stderr)
+    (folder / "stderr").write_text(fork(2, run_jobs, jobs, folder=folder))
     return found | {"stderr": folder / "stderr"}
 
 
@@ -110,7 +107,7 @@ def test_the_first_process_alone_writes_to_the_terminal(runs: Runs) -> None:
 
 
 def cut_back(run: Path, copy: Path, step: int) -> Path:
-    """A copy of the run as it was after ``step``."""
+    """A copy of the run without the checkpoints after ``step``."""
     shutil.copytree(run, copy)
     for checkpoint in (copy / "checkpoint").glob("step-*"):
         if int(checkpoint.name.removeprefix("step-")) > step:
@@ -132,9 +129,7 @@ def test_runs_go_on_in_four_processes(runs: Runs, tmp_path: Path) -> None:
         (0, ["--resume", str(cut_back(runs["shares"], tmp_path / "shares", 4)), "--parallel.features", "2"]),
         (0, ["--resume", str(cut_back(runs["parts"], tmp_path / "parts", 4))]),
     ]
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    result = torchrun(4, "mains.py", tmp_path / "jobs.json")
-    assert result.returncode == 0, result.stderr
+    fork(4, run_jobs, jobs, folder=tmp_path)
     for name in ("one", "shares", "parts"):
         check_same(runs["one"], tmp_path / name)
 
@@ -152,7 +147,7 @@ def test_a_process_that_dies_ends_the_job(mishap: str, tiny_gemma2: Path, text_f
     endless = arguments(tiny_gemma2, text_file, tmp_path / "run", "--steps", "100000")
     result = torchrun(2, "mishap.py", mishap, *endless, timeout=200)
     assert result.returncode != 0
-    assert time.monotonic() - start < 150  # of which the start is most; the processes wait for each other for longer
+    assert time.monotonic() - start < 150  # mostly the start; the timeout of a collective is longer
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 3
     if mishap == "error":
         assert "process 1 of 2 failed:\nTraceback" in result.stderr

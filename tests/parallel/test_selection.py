@@ -1,4 +1,4 @@
-"""Order statistics found from the bits of numbers, against sorting."""
+"""Order statistics by bisection over bits, against sorting."""
 
 from __future__ import annotations
 

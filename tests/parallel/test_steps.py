@@ -1,4 +1,4 @@
-"""Steps of shares of the batch and parts of the dictionary, against those of one process."""
+"""Training steps with a split batch or a split dictionary, against the same steps in one process."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from steps import RUNS, trained
-from torchrun import torchrun
+from launch import fork
+from steps import RUNS, train_all, trained
 
 Measured = dict[str, list[dict[str, float]]]
 CLOSE = 1e-5  # relative, of every loss of 50 steps
@@ -29,8 +29,7 @@ def alone() -> Callable[[str], tuple[list[dict[str, float]], dict[str, torch.Ten
 
 def launched(count: int, features: list[int], folder: Path) -> tuple[Measured, dict[str, dict[str, torch.Tensor]]]:
     out = folder / "measured.json"
-    result = torchrun(count, "steps.py", out, *features)
-    assert result.returncode == 0, result.stderr
+    fork(count, train_all, out, features, folder=folder)
     return json.loads(out.read_text()), torch.load(out.with_suffix(".pt"), weights_only=True)
 
 

@@ -146,7 +146,7 @@ def test_a_trained_run_on_other_text(uninterrupted, tmp_path, capsys):
     assert found["text"]["tokens"] == 2560
     out = capsys.readouterr().out
     assert "Left out: section" in out
-    assert "rows.jsonl" in out
+    assert "rows.jsonl" in out.replace("\n", "")  # a long path is wrapped
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""TensorBoard for real, Weights & Biases offline where it is installed and through a stand-in everywhere."""
+"""TensorBoard, Weights & Biases through a stand-in, and the real one offline if it is installed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def argv(tiny_gemma2: Path, text_file: Path, tmp_path: Path) -> Callable[..., li
 
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A stand-in for the package that keeps what it is told; `runs` in the order they were started."""
+    """A stand-in for the package that records what it is sent; `runs` are in the order they started."""
     module = types.ModuleType("wandb")
     module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     module.errors = types.SimpleNamespace(Error=type("Error", (Exception,), {}))
@@ -164,11 +164,7 @@ def test_the_real_wandb_offline(argv: Argv, tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_missing_package_is_one_sentence_before_anything_else(
-    name: str,
-    argv: Argv,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    name: str, argv: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda wanted: None if wanted == name else object())
     monkeypatch.setattr("tsae.training.assemble.load_language_model", lambda *args, **kwargs: pytest.fail("it began"))

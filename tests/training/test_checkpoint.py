@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, bounded in number, never executing code."""
+"""Checkpoints are complete or absent, limited in number, and never execute code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damage to the files of a finished run: bits that flip, files cut short. What is not as it was written is named."""
+"""Damage to the files of a finished run, flipped bits or truncation, is reported with the file's name."""
 
 from __future__ import annotations
 

@@ -72,9 +72,7 @@ def test_the_schedule_is_in_the_total(data: tuple[torch.Tensor, ...]) -> None:
     assert float(late.total) == pytest.approx(float(late.reconstruction) + float(late.temporal))
 
 
-def test_no_feature_above_the_variance_threshold_means_no_temporal_loss(
-    data: tuple[torch.Tensor, ...],
-) -> None:
+def test_no_feature_above_the_variance_threshold_means_no_temporal_loss(data: tuple[torch.Tensor, ...]) -> None:
     x, xhat, h = data
     h = h.requires_grad_()
     cfg = ObjectiveConfig(l1=0.0)

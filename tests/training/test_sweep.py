@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from tiny import sample_text
 from tiny_runs import Killed
 
-import tsae.training.run
 import tsae.training.trainer
 from tsae.config import TrainConfig
 from tsae.data.harvest import Harvester
@@ -22,6 +21,8 @@ from tsae.train import main
 from tsae.training.sweep_file import read_sweep
 from tsae.training.trainer import Trainer
 from tsae.utils.config_json import to_dict
+
+pytestmark = pytest.mark.usefixtures("blank_report")
 
 RUNS = {
     "plain": {"seed": 3, "sae.release_ratio": 1.0, "objective": {"temporal": "none"}},
@@ -77,12 +78,6 @@ def swept(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder / "out"
 
 
-@pytest.fixture
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing is half of such a short run's time."""
-    monkeypatch.setattr(tsae.training.run, "write_report", lambda directory: None)
-
-
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "sae" / "sae_weights.safetensors")
 
@@ -99,7 +94,6 @@ def same(a: Path, b: Path) -> None:
     assert json.loads((a / "eval.json").read_text()) == json.loads((b / "eval.json").read_text())
 
 
-@pytest.mark.usefixtures("no_report")
 def test_a_sweep_has_run_directories_and_a_table(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {path.name for path in swept.iterdir()} == {"checkpoint", "sweep.json", *RUNS}
     for name in RUNS:
@@ -132,7 +126,6 @@ def test_a_sweep_has_run_directories_and_a_table(swept: Path, capsys: pytest.Cap
         assert word in table
 
 
-@pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_alone_gives_bitwise_the_same(name: str, swept: Path, tmp_path: Path) -> None:
     out = tmp_path / "alone"
@@ -171,7 +164,6 @@ def diverging(patch: pytest.MonkeyPatch, run: str, at: int) -> None:
     patch.setattr(tsae.training.trainer, "objective", broken)
 
 
-@pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("stop_at", [6, 9])
 def test_a_diverged_run_stops_alone_and_resuming_is_bitwise_equal(
     stop_at: int, swept: Path, base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -201,11 +193,7 @@ def test_a_diverged_run_stops_alone_and_resuming_is_bitwise_equal(
     row = json.loads((out / "sweep.json").read_text())["runs"]["window"]
     assert (row["steps"], row["metrics"], row["error"]) == (6, None, message["message"])
     assert log(out / "window") == [line for line in log(swept / "window") if line["step"] < 7]
-    assert {path.name for path in (out / "window").iterdir()} == {
-        "config.json",
-        "metrics.jsonl",
-        "diverged.json",
-    }
+    assert {path.name for path in (out / "window").iterdir()} == {"config.json", "metrics.jsonl", "diverged.json"}
     assert "window: Training stopped at step 7" in " ".join(capsys.readouterr().out.split())
 
 
@@ -220,7 +208,6 @@ def test_when_all_diverge_the_status_says_so(
     assert not (tmp_path / "out" / "checkpoint").exists()
 
 
-@pytest.mark.usefixtures("no_report")
 def test_overwrite_replaces_runs_and_keeps_what_is_not_theirs(
     base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,7 +226,6 @@ def test_overwrite_replaces_runs_and_keeps_what_is_not_theirs(
     assert f"is part of a sweep; resume the sweep, --resume {out}" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("no_report")
 def test_default_directory(base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "sizes.yaml", base=base | {"steps": 1, "evaluation.final": False}, grid={"sae.k": [4, 5]})

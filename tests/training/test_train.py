@@ -30,24 +30,8 @@ def test_every_preset_runs_end_to_end(
     assert names == {"config.json", "metrics.jsonl", "checkpoint", "sae", "eval.json", "report.png"}
     logged = lines(out / "metrics.jsonl")
     assert [line["step"] for line in logged] == [1, 3, 6, 9, 12]
-    wanted = {
-        "loss",
-        "reconstruction",
-        "sparsity",
-        "temporal",
-        "auxiliary",
-        "explained_variance",
-        "l0",
-        "dead",
-        "lr",
-    }
-    wanted |= {
-        "lag1_correlation",
-        "lag1_correlation_p10",
-        "lag1_correlation_p50",
-        "lag1_correlation_p90",
-        "tokens",
-    }
+    wanted = {"loss", "reconstruction", "sparsity", "temporal", "auxiliary", "explained_variance", "l0", "dead", "lr"}
+    wanted |= {"lag1_correlation", "lag1_correlation_p10", "lag1_correlation_p50", "lag1_correlation_p90", "tokens"}
     assert all(wanted <= set(line) for line in logged)
     assert logged[-1]["reconstruction"] < logged[0]["reconstruction"]
     assert logged[-1]["tokens"] <= 12 * 4 * 128
@@ -55,7 +39,7 @@ def test_every_preset_runs_end_to_end(
     assert all(isinstance(leaf, (int, float)) and abs(leaf) < 1e30 for leaf in leaves(values))
     config = json.loads((out / "config.json").read_text())
     assert (config["preset"], config["steps"], config["sae"]["d_sae"]) == (preset, 12, 48)
-    assert config["text"]["threshold"] == 0.2  # the split that holds from now on, whatever becomes of the text
+    assert config["text"]["threshold"] == 0.2  # fixes the split, even if the text changes
     sae = SparseAutoencoder.load(out / "sae")
     assert sae.W_enc.shape == (sae.cfg.d_in, 48)
     if preset == "tcsae-pythia-70m":
@@ -63,6 +47,7 @@ def test_every_preset_runs_end_to_end(
         assert (sae.cfg.activation, logged[0]["temporal"] > 0) == ("gelu", True)
 
 
+@pytest.mark.usefixtures("blank_report")
 def test_the_start_up_line_states_the_buffers_bound(
     tiny_neox: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,12 +61,13 @@ def test_the_start_up_line_states_the_buffers_bound(
     assert start.index("Activation buffer") < start.index("Harvest") < start.index("Training")
 
 
+@pytest.mark.usefixtures("blank_report")
 def test_mean_and_scale_come_from_positions_that_count(tiny_neox: Path, tmp_path: Path) -> None:
     text = tmp_path / "special.txt"
     text.write_text("".join(f"the river ran {'<eos>' * (i % 4)} under a bridge {i}.\n\n" for i in range(3000)))
     out = tmp_path / "run"
     assert main(options(tiny_neox, text, out, "--steps", "4", "--evaluation.no-final")) == 0
-    held = load_file(out / "checkpoint" / "buffer-0001.safetensors")  # all that was harvested
+    held = load_file(out / "checkpoint" / "buffer-0001.safetensors")  # everything harvested
     kept = held["segments"] >= 0
     assert int((~kept).sum()) > 0
     x = held["x"][kept].double()
@@ -91,10 +77,11 @@ def test_mean_and_scale_come_from_positions_that_count(tiny_neox: Path, tmp_path
     assert normalizer["scale"] == pytest.approx(float(x.var(0, correction=0).mean().sqrt()), rel=1e-5)
 
 
+@pytest.mark.usefixtures("blank_report")
 def test_both_evaluations_read_only_text_that_training_does_not(
     tiny_neox: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What reaches the metrics, decoded: every segment is in the evaluation part, none is in the training part."""
+    """Every decoded segment that reaches the metrics is in the evaluation part, none in the training part."""
     import tsae.evaluate
     import tsae.evaluation.evaluator
     import tsae.training.run

@@ -1,4 +1,4 @@
-"""Runs with a cache: the same bits as without, whoever wrote it and wherever it stopped; faults and interruptions."""
+"""Runs with a cache: the same bits as without one, whoever wrote it and wherever it stopped; faults, signals."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ from tsae.sae.model import SparseAutoencoder
 from tsae.train import main
 from tsae.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("blank_report")
 Argv = Callable[..., list[str]]  # the fixture `argv_of`
 
 
 @pytest.fixture
 def harvested(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The numbers of sequences that the language model was run on."""
+    """Numbers of sequences that the language model ran on."""
     numbers: list[int] = []
     real = Harvester.batches
 
@@ -44,7 +45,7 @@ def harvested(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture(scope="module")
 def cache(tiny_gemma2: Path, text_file: Path, uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache that a run with `run_options` left; that run is the same as one without."""
+    """The cache of a run with `run_options`, which equals the run without a cache."""
     folder = tmp_path_factory.mktemp("cached")
     assert main([*run_options(tiny_gemma2, text_file, folder / "run"), "--cache", str(folder / "cache")]) == 0
     same(uninterrupted, folder / "run")
@@ -95,19 +96,27 @@ def test_a_killed_run_goes_on_with_its_cache(
     with pytest.raises(Killed):
         main(argv_of(tmp_path / "run", "--cache", tmp_path / "cache"))
     at_step()
-    if stop_at == 13:  # whoever removes the cache meanwhile pays with time alone
+    if stop_at == 13:  # removing the cache meanwhile costs time only
         for path in (tmp_path / "cache").iterdir():
             path.unlink()
     assert main(["--resume", str(tmp_path / "run")]) == 0
     same(uninterrupted, tmp_path / "run")
 
 
+@pytest.fixture(scope="module")
+def short_cache(tiny_gemma2: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of a run of 12 steps."""
+    folder = tmp_path_factory.mktemp("short")
+    more = ["--steps", "12", "--cache", str(folder / "cache")]
+    assert main([*run_options(tiny_gemma2, text_file, folder / "run"), *more]) == 0
+    return folder / "cache"
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "last two"])
 def test_damaged_shards_are_harvested_again(
-    damage: str, argv_of: Argv, uninterrupted: Path, tmp_path: Path, harvested: list[int]
+    damage: str, argv_of: Argv, short_cache: Path, uninterrupted: Path, tmp_path: Path, harvested: list[int]
 ) -> None:
-    own = tmp_path / "cache"
-    assert main(argv_of(tmp_path / "short", "--steps", 12, "--cache", own)) == 0
+    own = shutil.copytree(short_cache, tmp_path / "cache")
     whole = manifest(own)
     shards = sorted(own.glob("shard-*"))
     assert len(shards) > 2
@@ -121,11 +130,10 @@ def test_damaged_shards_are_harvested_again(
         else:
             data[len(data) // 2] ^= 4
             path.write_bytes(data)
-    before = sum(harvested)
     assert main(argv_of(tmp_path / "run", "--cache", own)) == 0
     same(uninterrupted, tmp_path / "run")
     lost = sum(whole["shards"][shards.index(path)]["sequences"] for path in hit)
-    assert sum(harvested) - before == lost + 48
+    assert sum(harvested) == lost + 48
     assert manifest(own)["shards"][: len(shards)] == whole["shards"]  # bit for bit as they were
 
 
@@ -192,7 +200,7 @@ def test_a_second_writer_is_told_and_the_first_is_not_harmed(
 
 @pytest.fixture
 def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A directory on a full disk: a tiny file system where one may be mounted, else a write that fails alike."""
+    """A directory on a full disk: a tiny file system if one can be mounted, else a patched write that fails alike."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", str(disk)]
@@ -232,19 +240,19 @@ def test_a_full_disk_stops_with_a_sentence_and_keeps_what_is_complete(
         "manifest.json",
         *(f"shard-{i:06d}.safetensors" for i in range(len(kept))),
     ]
-    shutil.copytree(own, tmp_path / "larger")  # where there is room, it goes on
+    shutil.copytree(own, tmp_path / "larger")  # with room again, the run continues
     monkeypatch.undo()
     assert main(argv_of(out, "--overwrite", "--cache", tmp_path / "larger")) == 0
     same(uninterrupted, out)
     assert manifest(tmp_path / "larger")["shards"][: len(kept)] == kept
 
 
-# Signals, really sent.
+# Real signals.
 
 
 @pytest.fixture
 def in_pass(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
-    """`in_pass(number, act)`: calls `act()` in that pass of the language model; the list grows with each of them."""
+    """`in_pass(number, act)` calls `act()` in that forward pass; the list it returns has an entry per pass."""
     real = tsae.data.harvest.activations
 
     def in_pass(number: int, act: Callable[[], None]) -> list[int]:
@@ -316,19 +324,15 @@ def test_a_signal_in_the_harvest_ends_it_after_the_forward_pass_in_hand(
     assert f"python -m tsae.train --resume {out}" in message
     assert main(["--resume", str(out)]) == 0
     same(uninterrupted, out)
-    # The cache keeps every pass; without it, those of the refill that was cut short are made again.
+    # The cache keeps every pass; without one, the interrupted refill starts again.
     assert (len(passes) == 24 * 4 / 8) == cached
 
 
 @pytest.mark.parametrize("after", [2, 5, 6, 8])
 def test_a_signal_in_a_harvest_ahead_of_training(
-    after: int,
-    argv_of: Argv,
-    in_pass: Callable[..., list[int]],
-    uninterrupted: Path,
-    tmp_path: Path,
+    after: int, argv_of: Argv, in_pass: Callable[..., list[int]], uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """Training sees it while it waits for that pass, amid a refill of which it has had a part already."""
+    """Training sees the signal while it waits for that pass, with part of the refill already used."""
 
     def signalled() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -336,7 +340,7 @@ def test_a_signal_in_a_harvest_ahead_of_training(
 
     out = tmp_path / "run"
     in_pass(after, signalled)
-    arguments = ("--buffer.ahead", 8, "--checkpoint.every", 5)  # 5: so that what is saved is of a moment amid a refill
+    arguments = ("--buffer.ahead", 8, "--checkpoint.every", 5)  # 5: saved in the middle of a refill
     assert main(argv_of(out, *arguments)) == 143
     assert main(["--resume", str(out)]) == 0
     same(uninterrupted, out)
@@ -363,13 +367,13 @@ def test_a_signal_after_training_ends_it_at_once(
     method: str,
     tiny_neox: Path,
     text_file: Path,
+    finished: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Before the weights are written, and in the evaluation; a run that goes on makes up for what is missing."""
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    assert main(options(tiny_neox, text_file, whole)) == 0
+    """Before the weights are written, and in the evaluation; resuming writes what is missing."""
+    out = tmp_path / "run"
 
     def signalled(self: Any, *args: Any, **kwargs: Any) -> Any:
         sent.append(time.monotonic())
@@ -387,11 +391,11 @@ def test_a_signal_after_training_ends_it_at_once(
     assert "Traceback" not in message
     assert not (out / "eval.json").exists()
     assert main(["--resume", str(out)]) == 0
-    same(whole, out)
-    assert (out / "eval.json").read_bytes() == (whole / "eval.json").read_bytes()
+    same(finished, out)
+    assert (out / "eval.json").read_bytes() == (finished / "eval.json").read_bytes()
 
 
-# Processes of their own.
+# In subprocesses.
 
 
 def started(argv: list[str]) -> subprocess.Popen[str]:

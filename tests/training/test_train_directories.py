@@ -1,4 +1,4 @@
-"""Where runs go, and what becomes of a run that was there."""
+"""Where runs are written, and what happens to a run that is already there."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ from tsae.rundir import directory as directories
 from tsae.train import command, main
 from tsae.utils.config_json import to_dict
 
+pytestmark = pytest.mark.usefixtures("blank_report")
+
 
 def test_a_directory_with_a_run_is_not_touched(
-    uninterrupted: Path,
-    tiny_gemma2: Path,
-    text_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    uninterrupted: Path, tiny_gemma2: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*")}
     assert main(run_options(tiny_gemma2, text_file, uninterrupted)) == 2

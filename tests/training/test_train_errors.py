@@ -1,4 +1,4 @@
-"""What stops a run: bad input, numbers that are not finite; one sentence each, and nothing lost."""
+"""What stops a run: bad input, non-finite numbers. Each gives one sentence, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from tsae.errors import UserError
 from tsae.train import main
 from tsae.training import checkpoint
 from tsae.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("blank_report")
 
 
 @pytest.mark.parametrize("term", ["reconstruction", "temporal"])
@@ -48,7 +50,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_term_and_checkpoint(
 
 
 class BrokenGradient(torch.autograd.Function):
-    """The identity, with a gradient that is not a number."""
+    """The identity with a NaN gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -95,7 +97,7 @@ def test_a_checkpoint_of_numbers_that_are_not_finite_is_never_written(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As on a GPU, where a step without a log looks at nothing."""
+    """As on a GPU, where only logged steps check their values."""
     real = Trainer.train_step
 
     def spoiling(self: Trainer, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -120,7 +122,7 @@ def test_a_checkpoint_of_numbers_that_are_not_finite_is_never_written(
 
 @pytest.fixture
 def short_text(text_file: Path, tmp_path: Path) -> Path:
-    """Fills a row of 128 tokens, but not the harvest's first batch."""
+    """Enough for a row of 128 tokens, too short for the first harvest batch."""
     path = tmp_path / "short.txt"
     path.write_text("".join(text_file.read_text().splitlines(keepends=True)[:8]))
     return path
@@ -171,12 +173,7 @@ def test_bad_input_that_shows_late_leaves_the_old_run(
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(
-    more: list[str],
-    words: str,
-    tiny_gemma2: Path,
-    text_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    more: list[str], words: str, tiny_gemma2: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
     assert main(options(tiny_gemma2, text_file, out, *more)) == 2

@@ -1,4 +1,4 @@
-"""A disk that is full at any part of a run: one sentence, what was complete is kept, and the run goes on from there."""
+"""A full disk at any point of a run: one sentence, complete files are kept, and the run resumes from them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tsae.utils.cli import report_errors
 
 
 def before_call(owner: type, name: str, act: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have `act` called with the object before each call of its method."""
+    """Call `act` with the object before each call of its method."""
     real = getattr(owner, name)
 
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -38,6 +38,7 @@ def one_sentence(capsys: pytest.CaptureFixture[str]) -> str:
     return sentence
 
 
+@pytest.mark.usefixtures("blank_report")
 def test_in_a_checkpoint(
     uninterrupted: Path,
     tiny_gemma2: Path,
@@ -57,6 +58,7 @@ def test_in_a_checkpoint(
     same(uninterrupted, out)
 
 
+@pytest.mark.usefixtures("blank_report")
 def test_in_the_measurements(
     tiny_gemma2: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,24 +87,24 @@ def test_in_what_is_written_last(
     kept: list[str],
     tiny_neox: Path,
     text_file: Path,
+    finished: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    assert main(options(tiny_neox, text_file, whole)) == 0
+    out = tmp_path / "run"
     capsys.readouterr()
     with filling() as fill, monkeypatch.context() as patch:
         before_call(owner, method, lambda self: fill(700), patch)
         assert main(options(tiny_neox, text_file, out)) == 2
     assert f"{out / file} cannot be written" in one_sentence(capsys)
     for name in kept:
-        assert (out / name).read_bytes() == (whole / name).read_bytes() or name.endswith(".json")
+        assert (out / name).read_bytes() == (finished / name).read_bytes() or name.endswith(".json")
     assert not (out / file).exists()
     assert not list(out.rglob("*.tmp"))
     assert main(["--resume", str(out)]) == 0
-    same(whole, out)
-    assert (out / "eval.json").read_bytes() == (whole / "eval.json").read_bytes()
+    same(finished, out)
+    assert (out / "eval.json").read_bytes() == (finished / "eval.json").read_bytes()
 
 
 def test_what_no_part_expected_is_a_sentence_too(capsys: pytest.CaptureFixture[str]) -> None:

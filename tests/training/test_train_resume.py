@@ -1,4 +1,4 @@
-"""A run that was stopped or killed goes on, and ends bitwise as if it had not been."""
+"""A run that was stopped or killed resumes, and ends bitwise equal to an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,15 +20,14 @@ from tiny_runs import Killed, die, lines, options, run_options, same
 
 import tsae.training.run
 from tsae.train import main
+from tsae.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("blank_report")
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 6, 13, 23])
 def test_resume_is_bitwise_equal_wherever_it_stopped(
-    stop_at: int,
-    argv_of: Callable[..., list[str]],
-    at_step: Callable[..., None],
-    uninterrupted: Path,
-    tmp_path: Path,
+    stop_at: int, argv_of: Callable[..., list[str]], at_step: Callable[..., None], uninterrupted: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     at_step(stop_at, die)
@@ -133,32 +133,35 @@ def test_resume_says_what_is_wrong(tmp_path: Path, uninterrupted: Path, capsys: 
     assert main(["demo", "--resume", str(uninterrupted)]) == 0
 
 
-def stopped_at(step: int, arguments: list[str], at_step: Callable[..., None]) -> None:
-    """A run that ends after so many steps as if it were killed."""
-    at_step(step, die)
-    with pytest.raises(Killed):
-        main(arguments)
-    at_step()
-
-
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 16
     path.write_bytes(content)
 
 
+@pytest.fixture(scope="module")
+def stopped_at_13(tiny_gemma2: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed after step 13; tests work on a copy."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    real = Trainer.train_step
+
+    def train_step(self: Trainer, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if self.step == 13:
+            die()
+        return real(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", train_step)
+        with pytest.raises(Killed):
+            main(run_options(tiny_gemma2, text_file, out))
+    return out
+
+
 @pytest.mark.parametrize("file", ["step-00000012/state.pt", "step-00000012/manifest.json", "buffer-0003.safetensors"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
-    file: str,
-    uninterrupted: Path,
-    tiny_gemma2: Path,
-    text_file: Path,
-    tmp_path: Path,
-    at_step: Callable[..., None],
-    capsys: pytest.CaptureFixture[str],
+    file: str, uninterrupted: Path, stopped_at_13: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "run"
-    stopped_at(13, run_options(tiny_gemma2, text_file, out), at_step)
+    out = shutil.copytree(stopped_at_13, tmp_path / "run")
     flip(out / "checkpoint" / file)
     capsys.readouterr()
     assert main(["--resume", str(out)]) == 0
@@ -170,15 +173,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
 
 
 def test_a_configuration_that_changed_since_is_refused_with_the_difference(
-    uninterrupted: Path,
-    tiny_gemma2: Path,
-    text_file: Path,
-    tmp_path: Path,
-    at_step: Callable[..., None],
-    capsys: pytest.CaptureFixture[str],
+    uninterrupted: Path, stopped_at_13: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "run"
-    stopped_at(6, run_options(tiny_gemma2, text_file, out), at_step)
+    out = shutil.copytree(stopped_at_13, tmp_path / "run")
     good = json.loads((out / "config.json").read_text())
     changed = good | {"steps": 26, "sae": good["sae"] | {"k": 3}, "device": "auto"}
     (out / "config.json").write_text(json.dumps(changed))
@@ -190,12 +187,9 @@ def test_a_configuration_that_changed_since_is_refused_with_the_difference(
     same(uninterrupted, out)
 
 
-def test_measurements_that_lost_their_end_do_not_get_another(
-    uninterrupted: Path, tiny_gemma2: Path, text_file: Path, tmp_path: Path, at_step: Callable[..., None]
-) -> None:
-    """As after a crash of the machine: a file shorter than the checkpoint says must not be filled with NULs."""
-    out = tmp_path / "run"
-    stopped_at(13, run_options(tiny_gemma2, text_file, out), at_step)
+def test_measurements_that_lost_their_end_do_not_get_another(stopped_at_13: Path, tmp_path: Path) -> None:
+    """As after a system crash: a file shorter than the checkpoint says must not be padded with NULs."""
+    out = shutil.copytree(stopped_at_13, tmp_path / "run")
     content = (out / "metrics.jsonl").read_bytes()
     (out / "metrics.jsonl").write_bytes(content[: len(content) // 2])
     assert main(["--resume", str(out)]) == 0

@@ -24,7 +24,7 @@ NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 @dataclass
 class Case:
-    """A configuration, and what its schedules are at steps 0 to 3, worked out from the formulas in its docs."""
+    """A configuration and its schedules at steps 0 to 3, computed from the documented formulas."""
 
     sae: dict[str, Any]
     objective: dict[str, Any]

@@ -90,12 +90,12 @@ def stats(h, bands, segments=None):
                 continue
             total[b] += h[b, t]
             square[b] += h[b, t] ** 2
-            for u in range(t + 1, T):
-                if ids is not None and ids[u] != ids[t]:
-                    break
-                for s, (first, last) in enumerate(bands):
-                    if first <= u - t <= last:
-                        differences[b, s] += (h[b, u] - h[b, t]) ** 2
+            end = t + 1  # of t's segment
+            while end < T and (ids is None or ids[end] == ids[t]):
+                end += 1
+            for s, (first, last) in enumerate(bands):
+                partners = h[b, t + first : min(t + last + 1, end)]
+                differences[b, s] += ((partners - h[b, t]) ** 2).sum(0)
     return differences, total, square
 
 

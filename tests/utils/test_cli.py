@@ -1,4 +1,4 @@
-"""What the command lines share: how each ends on a signal."""
+"""How each command line exits on a signal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OTHERS = ("tsae.evaluate", "tsae.export", "tsae.hub.__main__", "tsae.probe.__mai
 
 
 def ended(module: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The status of a command that the signal reaches at its beginning."""
+    """Exit status of a command that gets the signal at its start."""
     found = importlib.import_module(module)
     monkeypatch.setattr(found, "parse", lambda *_: os.kill(os.getpid(), number))
     arguments: Any = ["tcsae"] if "reproduce" in module else []
