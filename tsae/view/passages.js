@@ -119,7 +119,7 @@ function memoryCard(f) {
       own.forEach((v, i) => v !== null && svg.append(shape("circle", {class: "dot blue", r: 3, cx: px(xs[i]), cy: py(v)})));
     },
   };
-  return card("Memory over lags", "Correlation of the activation with itself so many tokens later; all pairs together, " +
+  return card("Memory over lags", "Correlation of the activation with itself at each lag in tokens; all pairs together, " +
     data.bands.map(([low, high], i) => `${fixed(features.band_autocorrelation[i][f], 3)} at lags ${low} to ${high}`).join(", ") + ".",
     drawing((width) => axes(width, chart, 150)), [["this feature", "blue"], ["mean of all", "soft"]]);
 }
