@@ -193,7 +193,8 @@ def test_a_diverged_run_stops_alone_and_resuming_is_bitwise_equal(
     row = json.loads((out / "sweep.json").read_text())["runs"]["window"]
     assert (row["steps"], row["metrics"], row["error"]) == (6, None, message["message"])
     assert log(out / "window") == [line for line in log(swept / "window") if line["step"] < 7]
-    assert {path.name for path in (out / "window").iterdir()} == {"config.json", "metrics.jsonl", "diverged.json"}
+    written = {"config.json", "metrics.jsonl", "diverged.json", "report.png"}
+    assert {path.name for path in (out / "window").iterdir()} == written
     assert "window: Training stopped at step 7" in " ".join(capsys.readouterr().out.split())
 
 
