@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,7 @@ def train_all(out: Path, features: list[int]) -> None:
         torch.save({name: weights for name, (_, weights) in results.items()}, out.with_suffix(".pt"))
         out.write_text(json.dumps({name: measured for name, (measured, _) in results.items()}))
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":  # a rank of torchrun
+    train_all(Path(sys.argv[1]), [int(argument) for argument in sys.argv[2:]])
