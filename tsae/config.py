@@ -32,7 +32,7 @@ class SAEConfig:
     """Architecture of a sparse autoencoder."""
 
     d_in: NonNegativeInt = 0
-    """Width of the activations; 0 takes the language model's."""
+    """Width of the activations; 0: that of the language model."""
     d_sae: PositiveInt = 2560
     """Number of features."""
     activation: Activation = "schmitt"
@@ -119,7 +119,7 @@ class ObjectiveConfig:
     weight: NonNegativeFloat = 1.0
     """Factor on the complete temporal term."""
     group: NonNegativeInt = 0
-    """Apply the temporal term to the first `group` features only; 0 takes all."""
+    """Apply the temporal term to the first `group` features only; 0: all."""
     bands: tuple[tuple[int, int], ...] = MULTISCALE
     """multiscale: inclusive ranges of token offsets, one per scale (TSAE section 4.1)."""
     weights: tuple[float, ...] = (0.01, 0.005, 0.001)
@@ -137,7 +137,7 @@ class ObjectiveConfig:
     slow_weight: NonNegativeFloat = 1.0
     """slow: weight of the term."""
     offset: Annotated[int, between(1, LENGTH - 1)] = 1
-    """contrastive: largest distance of a pair in tokens, drawn uniformly from 1 on (1: adjacent tokens); slow: largest
+    """contrastive: maximum distance in tokens within a pair, drawn uniformly from 1 to this; slow: largest
     offset of the differences."""
     temperature: PositiveFloat = 0.1
     """contrastive: divisor of the cosine similarities."""
@@ -187,7 +187,7 @@ class ObjectiveConfig:
                 "+, each once."
             )
         if self.pairs == 1:
-            raise UserError("objective.pairs is 1; a contrast needs at least 2 pairs, and 0 takes all.")
+            raise UserError("objective.pairs is 1; a contrast needs at least 2 pairs, and 0: all.")
         if "multiscale" not in self.terms:
             return
         previous = 0
@@ -309,7 +309,7 @@ class CheckpointConfig:
 
 @dataclass
 class ParallelConfig:
-    """Several processes, started by torchrun. Results do not depend on their number."""
+    """Several processes, started by torchrun. Results are the same for any number, up to rounding."""
 
     features: PositiveInt = 1
     """Processes that share each dictionary, each with a slice of its features; the rest is data-parallel: N processes
@@ -337,14 +337,14 @@ class TrainConfig:
     batch: PositiveInt = 16
     """Sequences of 128 tokens per step."""
     chunk: NonNegativeInt = 0
-    """Sequences processed at once, with gradients accumulated over the batch, for dictionaries whose features do not
+    """Sequences per forward and backward pass, with gradients accumulated over the batch, for dictionaries whose features do not
     fit in memory for a full batch; 0: all. Anything computed over the batch is then computed per chunk: the thresholds
     of batchtopk and of exact steering, the negatives of contrastive, the variance of slow, the scale of AuxK. The
     temporal buffer is updated once per step."""
     seed: Annotated[int, seed_range] = 0
     """Random seed: text order, weights, batches, noise."""
     data_seed: Annotated[int | None, seed_range] = None
-    """Seed of text order, split and batch order; None takes `seed`. Runs with the same data seed see the same
+    """Seed of text order and batch order; None: the same as `seed`. Runs with the same data seed see the same
     batches, whatever their initial weights."""
     device: str = "auto"
     """Device: `auto`, `cpu`, `cuda`, `cuda:1`, ..."""

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 
 class Axis:
-    """The processes along one dimension of the mesh. With one process every method returns its input.
+    """The processes along one dimension of the mesh. With one process values are unchanged.
 
     Sums differ in their gradient: `sum_identity_grad`, `identity_sum_grad` (the reverse), `sum_no_grad`, and
     `sum_in_place` without autograd.

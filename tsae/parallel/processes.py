@@ -165,7 +165,7 @@ def _error_of_all_ranks(message: str) -> UserError:
 
 
 def check_on_all_ranks(check: Callable[[], None], ranks: Ranks, every: int = 1) -> Callable[[], None]:
-    """A ``check``, which raises `AtSafePoint` after a signal, that raises on all ranks or on none.
+    """Wrap ``check`` so that if it raises `AtSafePoint` on any rank, it raises on every rank.
 
     every: calls between two exchanges of signals; all ranks must call equally often
     """

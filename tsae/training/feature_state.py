@@ -36,9 +36,9 @@ class DeadFeatures:
         self.silent = torch.zeros(d_sae, dtype=torch.int64)
 
     def update(self, square: Tensor, tokens: int | Tensor, ranks: Ranks = SINGLE_PROCESS) -> None:
-        """A feature fired if its squares do not sum to 0 over the batch.
+        """Reset the count of features that fired (nonzero sum of squares) and add ``tokens`` to the others.
 
-        square: [B, d_sae], from `TemporalStats`; with several processes of this shard of the batch
+        square: [B, d_sae], from `TemporalStats`; with several processes those of this shard
         tokens: positions of the full batch
         """
         fired = ranks.data.any((square > 0).any(0))

@@ -108,7 +108,7 @@ class TrainingLoop:
         self.trainers: dict[str, Trainer] = {}
         """The runs that have not diverged."""
         self.active: dict[str, ActiveRun] = {}
-        """The same within `run`."""
+        """The runs in training, with their open logs; filled by `run`."""
         self.outcomes: dict[str, Outcome] = {}
         """The runs that have diverged."""
         self.log_bytes: dict[str, int] = dict.fromkeys(setup.job.runs, 0)

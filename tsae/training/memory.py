@@ -81,8 +81,8 @@ def step_bytes(cfg: TrainConfig, *, autocast: bool, dense: bool = False) -> int:
     The forward pass holds ``Kind.feature_tensors`` tensors [B, T, d_sae]: the pre-activation, the features, their
     gradients and more. It holds six tensors [B, T, d_in] (input, reconstruction, residual, normalization), and under
     autocast the weights in bfloat16. Before the first piece of a chunked batch (``cfg.chunk``) there are no gradients
-    of the weights yet. The backward pass ends with these, one more that has yet to be added or cast, and the features
-    with their gradient. AuxK, Matryoshka prefixes, and temporal terms beyond the statistics are not counted.
+    of the weights yet. At its end the backward pass holds these, one gradient not yet accumulated or cast, and the
+    features with their gradient. AuxK, Matryoshka prefixes, and temporal terms beyond the statistics are not counted.
 
     dense: matrix products are dense, as on a GPU (where this was not measured): all feature tensors and the bfloat16
         weights are then assumed to last until the end of the backward pass

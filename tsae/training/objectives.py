@@ -1,11 +1,12 @@
-"""The training objective: a pure function of (x, xhat, h, stats, step).
+"""The training objective: a function of `LossInputs`, the step and the configuration, without state.
 
 TSAE (equation 2) and TC-SAE (equation 4) share the form
 
     L = w(step) mean_t |x_t - xhat_t|^2 + l1 mean_t |h_t|_1 + ramp(step) weight L_temp + aux_weight L_aux
 
-and differ in the temporal term. Learned thresholds add an L0 penalty, l0 mean_t |h_t|_0; with Matryoshka groups the
-first term is the mean over the prefixes of the dictionary. Means run over non-excluded positions.
+and differ in the temporal term. L_aux is AuxK times the reconstruction loss, detached. Learned thresholds add an L0
+penalty, l0 mean_t |h_t|_0; with Matryoshka groups the first term is the mean over the prefixes of the dictionary. Means
+run over non-excluded positions.
 
 With several processes x, xhat, h and the statistics are shards of the batch and of the dictionary. Every term is that
 of the full batch and dictionary, the same on all processes; `tsae.parallel.axis` says what happens to gradients.

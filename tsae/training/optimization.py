@@ -35,7 +35,7 @@ def build_optimizer(sae: SparseAutoencoder, cfg: OptimizerConfig) -> torch.optim
 
 @torch.no_grad()
 def add_l0_lagrangian_gradient(sae: SparseAutoencoder, l0_gradients: Sequence[Tensor]) -> None:
-    """Add the L0 penalty's gradient to that of the learned thresholds, at the price that keeps their common factor.
+    """Add the L0 penalty's gradient to the learned thresholds, with the multiplier that keeps their common scale.
 
     While a controller holds the mean L0, the loss does not determine the common factor of the thresholds, and the
     weight of the L0 penalty is not free: it is the Lagrange multiplier ``lambda >= 0`` with

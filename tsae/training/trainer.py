@@ -209,7 +209,7 @@ class Trainer:
 
     @property
     def _priced(self) -> bool:
-        """Whether learned thresholds get the L0 penalty's gradient at the price that keeps the mean L0."""
+        """Whether the L0 penalty of learned thresholds has the Lagrange multiplier that keeps their common scale."""
         return self.sae.thresholds_learned and self._steered
 
     @torch.no_grad()
