@@ -337,8 +337,8 @@ class TrainConfig:
     batch: PositiveInt = 16
     """Sequences of 128 tokens per step."""
     chunk: NonNegativeInt = 0
-    """Sequences per forward and backward pass, with gradients accumulated over the batch, for dictionaries whose features do not
-    fit in memory for a full batch; 0: all. Anything computed over the batch is then computed per chunk: the thresholds
+    """Sequences per forward and backward pass, with gradients accumulated over the batch, if the features of a full
+    batch do not fit in memory; 0: all. Anything computed over the batch is then computed per chunk: the thresholds
     of batchtopk and of exact steering, the negatives of contrastive, the variance of slow, the scale of AuxK. The
     temporal buffer is updated once per step."""
     seed: Annotated[int, seed_range] = 0
