@@ -92,8 +92,8 @@ def test_bad_input_is_said_once_and_leaves_nothing(runs: Runs) -> None:
             "layer 99 does not exist",
             "several processes only read a cache",
             "it must divide sae.d_sae, which is 49",
-            "batch is 1, which 2 processes cannot share",
-            "--dry-run reckons for one process",
+            "batch is 1, too few for 2 processes",
+            "--dry-run estimates for one process",
             "already has a run",
         ),
         strict=True,
@@ -153,7 +153,7 @@ def test_a_process_that_dies_ends_the_job(mishap: str, tiny_gemma2: Path, text_f
         assert "process 1 of 2 failed:\nTraceback" in result.stderr
         assert "ArithmeticError: a mishap" in result.stderr
     else:
-        assert "process 0 of 2 stopped, as another one is gone" in result.stderr
+        assert "process 0 of 2 stopped because another process is gone" in result.stderr
 
 
 @pytest.mark.slow

@@ -276,7 +276,7 @@ def test_grid_names_and_nested_and_dotted_options(tmp_path: Path) -> None:
         ("base: {seed: 1}", "neither runs nor a grid"),
         ("grid: {seed: 1}", "it must be a list"),
         ("base: {preset: nosuch}\nruns: {a: }", "There is no preset 'nosuch'"),
-        ("run: {a: {}}", "a mapping of base, runs and grid"),
+        ("run: {a: {}}", "a mapping with base, and runs or grid or both"),
         ("runs: {a: [}", "cannot be read as YAML"),
         ("base: {model: /no/such/model}\nruns: {a: }", "/no/such/model"),
         ("base: {sae.d_in: 7, model: MODEL, data: DATA, layer: 1}\nruns: {a: }", "Run 'a': sae.d_in is 7"),

@@ -357,7 +357,7 @@ def test_a_signal_before_the_first_step_leaves_the_run_that_was_to_be_replaced(
     shutil.copytree(uninterrupted, out)
     in_pass(1, sending(signal.SIGINT))
     assert main(argv_of(out, "--overwrite", "--seed", 4)) == 130
-    assert "the run that is there was left as it was" in capsys.readouterr().err
+    assert "the run in the directory was left as it was" in capsys.readouterr().err
     same(uninterrupted, out)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tsae.parallel.axis import SINGLE_PROCESS, Ranks
-from tsae.sae.thresholds import threshold_for
+from tsae.sae.thresholds import included, threshold_for
 from tsae_kernels import activate_with_stats
 
 
@@ -93,5 +93,5 @@ def exact_threshold(
     """
     dtype = torch.promote_types(pre.dtype, torch.float32)
     z = pre.to(dtype) if bias is None else pre.to(dtype) + bias
-    levels = switch_on_levels(z, ratio, segments, two_sided=two_sided)
-    return threshold_for(levels, k, segments, ranks, 0.0).clamp(min=0.0)
+    levels = included(switch_on_levels(z, ratio, segments, two_sided=two_sided), segments)
+    return threshold_for(levels, k, ranks, 0.0).clamp(min=0.0)

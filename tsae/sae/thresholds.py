@@ -34,15 +34,20 @@ def batch_topk_threshold(
     out: scalar, no gradient
     """
     values = pre.detach() if bias is None else pre.detach() + bias.detach().to(pre.dtype)
-    return threshold_for(values, k, segments, ranks, torch.finfo(values.dtype).min)
+    values = included(values, segments)  # rebound, so that one tensor [B, T, d_sae] is held and not two
+    return threshold_for(values, k, ranks, torch.finfo(values.dtype).min)
 
 
-def threshold_for(values: Tensor, k: int, segments: Tensor | None, ranks: Ranks, lowest: float) -> Tensor:
-    """The threshold that k values per token exceed on average: the (k tokens + 1)-th largest value; a scalar.
+def included(values: Tensor, segments: Tensor | None) -> Tensor:
+    """The rows [n, d_sae] of ``values`` (B, T, d_sae) at non-excluded positions."""
+    return values.flatten(0, 1) if segments is None else values[segments >= 0]
 
-    values, segments, ranks: as ``pre`` and the others in `batch_topk_threshold`; lowest: the threshold if all may pass
+
+def threshold_for(values: Tensor, k: int, ranks: Ranks, lowest: float) -> Tensor:
+    """The threshold that k values per row exceed on average: the (k n + 1)-th largest value; a scalar.
+
+    values: (n, d_sae), from `included`; ranks: as in `batch_topk_threshold`; lowest: the threshold if all may pass
     """
-    values = values.flatten(0, 1) if segments is None else values[segments >= 0]
     tokens = int(ranks.data.sum_no_grad(torch.tensor(len(values))))
     if tokens == 0 or k >= values.shape[1] * ranks.features.size:
         return values.new_full((), lowest)
