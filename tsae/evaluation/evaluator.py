@@ -34,6 +34,7 @@ from tsae.lm.loading import LanguageModel
 from tsae.rundir import layout
 from tsae.sae.model import SparseAutoencoder
 from tsae.utils.atomic import atomic_write, write_json
+from tsae.utils.nested import flatten
 from tsae.utils.progress import bar
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class EvaluationResult:
 
     def not_finite(self) -> str | None:
         """A sentence naming the first metric that is not finite; None if all are."""
-        for name, value in _leaves(self.metrics):
+        for name, value in flatten(self.metrics).items():
             if not math.isfinite(value):
                 return f"The metric {name} is {value}: the activations or the autoencoder's weights are not finite."
         return None
@@ -287,14 +288,6 @@ def _replace_content(content: Callable[[Tensor], Tensor], segments: Tensor) -> C
 
 def _device(saes: dict[str, SparseAutoencoder]) -> torch.device:
     return next(next(iter(saes.values())).parameters()).device
-
-
-def _leaves(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for key, value in metrics.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def write_eval(result: EvaluationResult, run_dir: str | Path, source: dict[str, Any] | None = None) -> None:

@@ -9,6 +9,7 @@ from tsae.config import TrainConfig
 from tsae.errors import UserError
 from tsae.utils.atomic import checksum_of
 from tsae.utils.config_json import to_dict
+from tsae.utils.nested import flatten
 
 # Fields that may be edited after training: where things are, and settings that no result depends on.
 _EDITABLE = ("model", "revision", "data", "device", "cache", "log", "checkpoint", "parallel")
@@ -37,11 +38,4 @@ def check_unchanged(config: TrainConfig, trained: dict[str, Any], path: Path) ->
 
 def _fixed(values: dict[str, Any]) -> dict[str, Any]:
     """The fields that may not be edited, by dotted name."""
-    return _flat({name: value for name, value in values.items() if name not in _EDITABLE})
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+    return flatten({name: value for name, value in values.items() if name not in _EDITABLE})

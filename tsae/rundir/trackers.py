@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from tsae.errors import UserError
 from tsae.rundir import layout
 from tsae.utils.atomic import write_json
 from tsae.utils.config_json import load_json, to_dict
+from tsae.utils.nested import flatten
 
 
 class Tracker(Protocol):
@@ -82,7 +83,7 @@ class TensorBoard:
         self._writer.flush()  # a checkpoint must not be ahead of it
 
     def evaluation(self, metrics: dict[str, Any], step: int) -> None:
-        for name, value in _flat(metrics):
+        for name, value in flatten(metrics, "/").items():
             self._writer.add_scalar(f"evaluation/{name}", value, step)
 
     def close(self) -> None:
@@ -119,18 +120,10 @@ class Wandb:
         self._run.log(named, step=int(values["step"]))
 
     def evaluation(self, metrics: dict[str, Any], step: int) -> None:
-        self._run.summary.update({f"evaluation/{name}": value for name, value in _flat(metrics)})
+        self._run.summary.update({f"evaluation/{name}": value for name, value in flatten(metrics, "/").items()})
 
     def close(self) -> None:
         self._run.finish()
-
-
-def _flat(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in metrics.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _sentence(error: Exception) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from tsae.config import LENGTH, TrainConfig
 from tsae.errors import UserError
 from tsae.utils.config_json import to_dict
+from tsae.utils.nested import flatten
 
 # The options that decide the stream of activations, its evaluation and its checkpoints.
 SHARED = (
@@ -84,13 +85,7 @@ def check_agreement(runs: dict[str, TrainConfig]) -> None:
 def _shared_options(cfg: TrainConfig) -> dict[str, Any]:
     """The options of `SHARED` by dotted name."""
     values = to_dict(cfg) | {"data_seed": cfg.stream_seed}
-    flat = {}
-    for name in SHARED:
-        if isinstance(values[name], dict):
-            flat |= {f"{name}.{key}": value for key, value in values[name].items()}
-        else:
-            flat[name] = values[name]
-    return flat
+    return flatten({name: values[name] for name in SHARED})
 
 
 @contextmanager

@@ -44,6 +44,7 @@ from tsae.training.optimization import (
 from tsae.training.schedules import buffer_mixing, learning_rate, noise_std
 from tsae.training.step_metrics import Piece, correlation_metrics, loss_metrics
 from tsae.training.temporal_objectives import Pairs, WindowEdges, draw_pairs, find_window_edges
+from tsae.utils.nested import flatten
 from tsae_kernels import TemporalStats, count_positions, within_sequence_variance
 
 
@@ -365,13 +366,11 @@ class Trainer:
 
     def check_finite(self) -> None:
         """Raise `DivergedError`, naming the tensor, unless all of the state is finite. Synchronises with the device."""
-        names, bad = [], []
-        for name, tensor in _tensors(self._own_state()):
-            names.append(name)
-            bad.append(not torch.isfinite(tensor).all())
-        found = self.ranks.world.any(torch.tensor(bad)).nonzero()  # on any process
+        tensors = {name: value for name, value in flatten(self._own_state()).items() if isinstance(value, Tensor)}
+        bad = torch.tensor([not torch.isfinite(tensor).all() for tensor in tensors.values()])
+        found = self.ranks.world.any(bad).nonzero()  # on any process
         if len(found):
-            raise DivergedError(f"step {self.step}: {names[int(found[0])]} is not finite")
+            raise DivergedError(f"step {self.step}: {list(tensors)[int(found[0])]} is not finite")
 
     def _own_state(self) -> dict[str, Any]:
         """The tensors of this process that can become infinite."""
@@ -407,12 +406,3 @@ class Trainer:
 
 def _sum(values: Iterable[Tensor]) -> Tensor:
     return functools.reduce(torch.add, values)
-
-
-def _tensors(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a nested state, with dotted names."""
-    if isinstance(state, dict):
-        for key, value in state.items():
-            yield from _tensors(value, f"{name}.{key}".lstrip("."))
-    elif isinstance(state, Tensor):
-        yield name, state
