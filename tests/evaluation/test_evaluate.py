@@ -25,6 +25,7 @@ from tsae.reports.table import print_table
 from tsae.rundir.directory import remove_run
 from tsae.sae.model import SparseAutoencoder
 from tsae.utils.config_json import to_dict
+from tsae.utils.nested import flatten
 
 KEYS = {
     "explained_variance",
@@ -183,7 +184,7 @@ def test_batching_changes_nothing(lm, batch):
     for metrics in (whole, split):
         metrics.pop("explained_variance_legacy")  # about each batch's own mean, by definition
         metrics["temporal"].pop("persistence_excess_shuffled")  # random
-    for (key, a), (_, b) in zip(measure._leaves(whole), measure._leaves(split), strict=True):
+    for (key, a), (_, b) in zip(flatten(whole).items(), flatten(split).items(), strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6), key
 
 
