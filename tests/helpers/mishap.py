@@ -1,6 +1,6 @@
 """A run of the main job in which process 1 fails before step 4:
 
-python -m torch.distributed.run --nproc-per-node 2 tests/parallel/mishap.py MISHAP ARGUMENTS OF tsae.train
+python -m torch.distributed.run --nproc-per-node 2 tests/helpers/mishap.py MISHAP ARGUMENTS OF tsae.train
 """
 
 from __future__ import annotations
