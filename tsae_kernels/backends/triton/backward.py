@@ -158,33 +158,6 @@ def gradient(
     return grad
 
 
-@triton.jit
-def store_gradient(
-    at,
-    window_term,
-    saved,
-    grad_h,
-    left,
-    inside,
-    shift,
-    of_total,
-    of_square,
-    excluded,
-    COMPUTE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    GUARDED: tl.constexpr,
-    TRUNCATES: tl.constexpr,
-):
-    """Store one row of `gradient` at the pointers `at`, and return it; if GUARDED, only where `left` is positive."""
-    grad = gradient(window_term, saved, grad_h, shift, of_total, of_square, excluded, COMPUTE, ACTIVATION, TRUNCATES)
-    valid = inside
-    if GUARDED:
-        valid = mask_if(inside, left)
-        grad = tl.where(left > 0, grad, 0.0)
-    tl.store(at, narrow(grad, saved.dtype, TRUNCATES), mask=valid)
-    return grad
-
-
 @triton.jit(do_not_specialize=["T"])
 def backward_kernel(
     saved,
@@ -373,10 +346,15 @@ def backward_kernel(
                         of_h = grad_h
                         if grad_h is not None:
                             of_h = grads_now[i]
-                        grad = store_gradient(
-                            result + i * k, window_term, arrived[i], of_h, n - p - i, inside, shift, of_total,
-                            of_square, excluded, COMPUTE, ACTIVATION, GUARDED, TRUNCATES,
+                        grad = gradient(
+                            window_term, arrived[i], of_h, shift, of_total, of_square, excluded, COMPUTE, ACTIVATION,
+                            TRUNCATES,
                         )  # fmt: skip
+                        valid = inside  # the lines from here on are below, too: as a function they spill on sm_80
+                        if GUARDED:
+                            valid = mask_if(inside, n - p - i)
+                            grad = tl.where(p + i < n, grad, 0.0)
+                        tl.store(result + i * k, narrow(grad, STORED, TRUNCATES), mask=valid)
                         part_bias = part_bias + grad
                     before = current
                     current = after
@@ -401,10 +379,14 @@ def backward_kernel(
                     of_h = grad_h
                     if grad_h is not None:
                         of_h = grads_now[i]
-                    grad = store_gradient(
-                        result + i * k, zero, arrived[i], of_h, n - p - i, inside, shift, of_total, of_square, excluded,
-                        COMPUTE, ACTIVATION, GUARDED, TRUNCATES,
-                    )  # fmt: skip
+                    grad = gradient(
+                        zero, arrived[i], of_h, shift, of_total, of_square, excluded, COMPUTE, ACTIVATION, TRUNCATES
+                    )
+                    valid = inside
+                    if GUARDED:
+                        valid = mask_if(inside, n - p - i)
+                        grad = tl.where(p + i < n, grad, 0.0)
+                    tl.store(result + i * k, narrow(grad, STORED, TRUNCATES), mask=valid)
                     part_bias = part_bias + grad
             sum_bias = sum_bias + part_bias
         t = end
