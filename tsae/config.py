@@ -79,12 +79,12 @@ class SAEConfig:
 
     def check(self) -> None:
         """Raise `UserError` for the first invalid value."""
-        if self.activation not in KINDS:
-            raise UserError(f"sae.activation is {self.activation!r}; use {', '.join(KINDS)}.")
         check_ranges(self, "sae.")
         self._check_combinations()
 
     def _check_combinations(self) -> None:
+        if self.activation not in KINDS:
+            raise UserError(f"sae.activation is {self.activation!r}; use {', '.join(KINDS)}.")
         if self.kind.k_sparse and not 1 <= self.k <= self.d_sae:
             raise UserError(f"sae.k is {self.k}; it must be from 1 to sae.d_sae, which is {self.d_sae}.")
         if self.groups and (

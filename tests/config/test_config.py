@@ -8,9 +8,10 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tsae.config import SAEConfig, TrainConfig
+from tsae.config import OptimizerConfig, SAEConfig, TrainConfig
 from tsae.errors import UserError
 from tsae.presets import PRESETS, preset
 from tsae.train import command
@@ -265,3 +266,17 @@ def test_saeconfig_needs_a_width_only_for_a_model() -> None:
     SAEConfig().check()
     with pytest.raises(UserError, match=r"sae\.d_in is -1"):
         SAEConfig(d_in=-1).check()
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (TrainConfig(sae=SAEConfig(activation="foo")), "sae.activation is 'foo'; use relu"),  # type: ignore[arg-type]
+        (TrainConfig(steps=np.int64(0)), "steps is 0; it must be at least 1"),  # type: ignore[arg-type]
+        (TrainConfig(optimizer=OptimizerConfig(betas=[0.9, 2.0])), "optimizer.betas is"),  # type: ignore[arg-type]
+    ],
+)
+def test_values_that_only_python_can_give_are_checked_too(config: TrainConfig, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        config.check()
+    assert words in str(caught.value)

@@ -26,7 +26,7 @@ def library(tmp_path_factory):
 
 
 def run(library, *command, **variables):
-    path = os.pathsep.join(map(str, (ROOT, HERE, HERE / "cuda_emulation")))
+    path = os.pathsep.join(map(str, (ROOT, HERE, ROOT / "tests" / "helpers", HERE / "cuda_emulation")))
     environment = {**os.environ, "TSAE_EMULATED_LIBRARY": str(library), "PYTHONPATH": path, **variables}
     environment.pop("TSAE_BACKEND", None)
     result = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=ROOT)

@@ -61,3 +61,14 @@ def kth_largest_per_row(values: Tensor, k: int, axis: Axis) -> Tensor:
         return own[..., k - 1 :]
     every = axis.all_gather(functional.pad(own, (0, k - n), value=-torch.inf), dim=-1)  # [..., size * k]
     return every.topk(k, dim=-1, sorted=True).values[..., k - 1 :]
+
+
+def keep_k_largest_per_row(values: Tensor, k: int, axis: Axis) -> Tensor:
+    """``values`` (..., n) with all but the ``k`` largest entries of each row, as in `kth_largest_per_row`, set to 0.
+
+    On one process exactly k are kept. On several, entries that tie with the k-th largest are all kept.
+    """
+    if axis.size == 1:
+        kept, indices = values.topk(k, dim=-1)
+        return torch.zeros_like(values).scatter(-1, indices, kept)
+    return torch.where(values >= kth_largest_per_row(values, k, axis), values, 0.0)

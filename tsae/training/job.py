@@ -62,11 +62,10 @@ class Job:
         return self.shared.batch * LENGTH
 
     def check(self) -> None:
-        """Raise `UserError` if a value makes no sense, or the runs differ in an option of `SHARED`."""
+        """Raise `UserError` for the first invalid value, with the name of the run."""
         for name, cfg in self.runs.items():
             with prefix_errors(name):
                 cfg.check()
-        check_agreement(self.runs)
 
 
 def check_agreement(runs: dict[str, TrainConfig]) -> None:

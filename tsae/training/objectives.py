@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tsae.config import ObjectiveConfig
 from tsae.parallel.axis import SINGLE_PROCESS, Axis, Ranks
-from tsae.parallel.selection import kth_largest_per_row
+from tsae.parallel.selection import keep_k_largest_per_row
 from tsae.training.schedules import reconstruction_weight, temporal_ramp
 from tsae.training.temporal_objectives import (
     Pairs,
@@ -235,7 +235,7 @@ def auxk_loss(
     residual = residual.detach()
     dead = int(ranks.features.sum_no_grad(torch.tensor(dead_pre.shape[-1])))
     if k < dead:
-        dead_pre = torch.where(dead_pre >= kth_largest_per_row(dead_pre, k, ranks.features), dead_pre, 0.0)
+        dead_pre = keep_k_largest_per_row(dead_pre, k, ranks.features)
     features = dead_pre.relu()
     if through_zero:
         features = features.detach() + (dead_pre - dead_pre.detach())

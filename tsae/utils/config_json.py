@@ -31,7 +31,7 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
     for key, value in values.items():
         path = f"{where}.{key}" if where else key
         if key not in known:
-            raise UserError(f"The configuration has an unknown field '{path}'; {cls.__name__} has {sorted(known)}.")
+            raise UserError(f"The configuration has an unknown field {path!r}; {cls.__name__} has {sorted(known)}.")
         arguments[key] = _convert(hints[key], value, path)
     return cls(**arguments)
 

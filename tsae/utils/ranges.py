@@ -7,6 +7,7 @@ import math
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from tsae.errors import UserError
@@ -50,7 +51,7 @@ def check_ranges(config: Any, prefix: str = "") -> None:
             continue
         ranges = [part for part in getattr(hints[field.name], "__metadata__", ()) if isinstance(part, Range)]
         for number in _numbers(value):
-            if isinstance(number, float) and not math.isfinite(number):
+            if not math.isfinite(number):
                 raise UserError(f"{name} is {number}; it must be a finite number.")
             for allowed in ranges:
                 if not allowed.contains(number):
@@ -60,9 +61,9 @@ def check_ranges(config: Any, prefix: str = "") -> None:
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    """A number itself, or the numbers in nested tuples."""
-    if isinstance(value, tuple):
+    """A number itself, or the numbers in nested tuples and lists."""
+    if isinstance(value, (tuple, list)):
         for inner in value:
             yield from _numbers(inner)
-    elif isinstance(value, (int, float)):
+    elif isinstance(value, Real):  # of numpy too
         yield value
