@@ -272,6 +272,7 @@ def test_saeconfig_needs_a_width_only_for_a_model() -> None:
     ("config", "words"),
     [
         (TrainConfig(sae=SAEConfig(activation="foo")), "sae.activation is 'foo'; use relu"),  # type: ignore[arg-type]
+        (TrainConfig(seed=10**400), "it must be from 0 to"),
         (TrainConfig(steps=np.int64(0)), "steps is 0; it must be at least 1"),  # type: ignore[arg-type]
         (TrainConfig(optimizer=OptimizerConfig(betas=[0.9, 2.0])), "optimizer.betas is"),  # type: ignore[arg-type]
     ],

@@ -7,7 +7,7 @@ import math
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from tsae.errors import UserError
@@ -51,7 +51,7 @@ def check_ranges(config: Any, prefix: str = "") -> None:
             continue
         ranges = [part for part in getattr(hints[field.name], "__metadata__", ()) if isinstance(part, Range)]
         for number in _numbers(value):
-            if not math.isfinite(number):
+            if not isinstance(number, Integral) and not math.isfinite(number):
                 raise UserError(f"{name} is {number}; it must be a finite number.")
             for allowed in ranges:
                 if not allowed.contains(number):
