@@ -24,6 +24,11 @@ from tiny import make_tokenizer, save_model
 from tiny_runs import lines, options, run_options, write_text
 
 
+def pytest_runtest_setup() -> None:
+    """Random numbers do not depend on which tests ran before in the same worker."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     return make_tokenizer()

@@ -25,9 +25,10 @@ def test_products_equal_dense_ones(N: int, k: int, d: int, density: float) -> No
     left = torch.randn(N, d)
     rows = compress(x)
     assert len(rows.values) == int((x != 0).sum())
-    torch.testing.assert_close(matmul(rows, right), x @ right)
-    torch.testing.assert_close(matmul(transpose(rows, k), left), x.T @ left)
-    torch.testing.assert_close(sampled_matmul(rows, left, right), (left @ right.T) * (x != 0))
+    exact_x, exact_left, exact_right = x.double(), left.double(), right.double()
+    torch.testing.assert_close(matmul(rows, right), (exact_x @ exact_right).float())
+    torch.testing.assert_close(matmul(transpose(rows, k), left), (exact_x.T @ exact_left).float())
+    torch.testing.assert_close(sampled_matmul(rows, left, right), ((exact_left @ exact_right.T) * (x != 0)).float())
 
 
 @pytest.mark.parametrize(("N", "k", "d"), SHAPES)
