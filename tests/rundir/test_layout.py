@@ -14,7 +14,7 @@ from tsae.rundir.directory import start_run, start_sweep
 
 PACKAGE = Path(tsae.__file__).parent
 # These write outside run directories: models, other formats, caches, checkpoints, an autoencoder's folder.
-OWN_FILES = ("rundir/layout.py", "lm/", "formats/", "data/", "checkpoint.py", "sae/saving.py", "training/checkpoint.py")
+OWN_FILES = ("rundir/layout.py", "lm/", "formats/", "data/", "sae/saving.py", "training/checkpoint.py")
 ELSEWHERE = {"README.md", "cfg.json", "sparsity.safetensors"}  # in a folder for the hub, and in SAELens's format
 FILE = re.compile(r"[\w.*-]*\w\.(json|jsonl|html|png|md|pt|safetensors|csv|txt|yaml)")
 

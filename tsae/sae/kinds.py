@@ -1,7 +1,7 @@
 """What each activation of the encoder is, in one table.
 
 A new activation takes a name and a row here, and its threshold in `SparseAutoencoder._thresholds`. Everything else
-asks for the properties below. This module imports nothing, so that configurations can use it.
+asks for the properties below. This module imports nothing of tsae, so that `tsae.config` can use it.
 """
 
 from __future__ import annotations
