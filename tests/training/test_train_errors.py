@@ -169,6 +169,7 @@ def test_bad_input_that_shows_late_leaves_the_old_run(
         (["--sae.d-in", "7"], "sae.d_in is 7"),
         (["--device", "abacus"], "abacus"),
         (["--device", "meta"], "'meta' cannot be used"),
+        (["--lm-device", "abacus"], "abacus"),
         (["--objective.l1", "nan"], "objective.l1 is nan"),
     ],
 )

@@ -30,6 +30,7 @@ from tsae.parallel.processes import check_mesh, check_on_all_ranks, local_rank0_
 from tsae.training.job import Job, prefix_errors
 from tsae.utils.device import resolve_device
 from tsae.utils.progress import bar
+from tsae.utils.torchrun import world_size
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,9 @@ def prepare(job: Job) -> Setup:
     )
     next(iter(_text(common, "train")(0)))  # unusable text is reported before the model is loaded
     common = replace(common, text=replace(common.text, threshold=split_threshold(common.data, common.text)))
+    lm_device = resolve_lm_device(common, device)
     lm = local_rank0_first(
-        lambda: load_language_model(common.model, device=device, dtype=common.lm_dtype, revision=common.revision)
+        lambda: load_language_model(common.model, device=lm_device, dtype=common.lm_dtype, revision=common.revision)
     )
     check_layer(lm, common.layer)
     # Likewise text that is too short for a forward pass.
@@ -102,6 +104,22 @@ def prepare(job: Job) -> Setup:
             sae = replace(cfg.sae, d_in=matching_width(cfg, lm))
         runs[name] = replace(cfg, data=common.data, model=common.model, text=common.text, cache=common.cache, sae=sae)
     return Setup(replace(job, runs=runs), lm, device)
+
+
+def resolve_lm_device(cfg: TrainConfig, device: torch.device) -> torch.device:
+    """The device of the language model; ``device``: the autoencoder's.
+
+    Raises:
+        UserError: there is no such device, or several processes would share it.
+    """
+    if cfg.lm_device == "auto":
+        return device
+    if world_size() > 1:
+        raise UserError(
+            f"lm_device is {cfg.lm_device!r}, but there are {world_size()} processes, each with the language model on "
+            "its own device; leave lm_device out."
+        )
+    return resolve_device(cfg.lm_device)
 
 
 def matching_width(cfg: TrainConfig, lm: LanguageModel) -> int:
