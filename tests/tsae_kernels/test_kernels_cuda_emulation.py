@@ -26,8 +26,10 @@ def library(tmp_path_factory):
 
 
 def run(library, *command, **variables):
-    path = os.pathsep.join(map(str, (ROOT, HERE, ROOT / "tests" / "helpers", HERE / "cuda_emulation")))
-    environment = {**os.environ, "TSAE_EMULATED_LIBRARY": str(library), "PYTHONPATH": path, **variables}
+    inherited = [path for path in [os.environ.get("PYTHONPATH")] if path]
+    path = [ROOT, HERE, ROOT / "tests" / "helpers", HERE / "cuda_emulation", *inherited]
+    environment = {**os.environ, "TSAE_EMULATED_LIBRARY": str(library), **variables}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, path))
     environment.pop("TSAE_BACKEND", None)
     result = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert result.returncode == 0, result.stdout + result.stderr
