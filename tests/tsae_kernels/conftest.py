@@ -33,7 +33,7 @@ def _fast_triton_interpreter() -> Iterator[None]:
         return patched[function]
 
     def patch_tensor_and_index(tensor, scope):
-        """Loop bounds known at run time are arrays of one element; Triton 3.6 takes `int` of them, which numpy refuses."""
+        """Loop bounds known at run time are arrays of one element, of which Triton 3.6 takes `int`: numpy refuses."""
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 

@@ -75,6 +75,16 @@ def test_the_order_of_a_blocks_threads_does_not_matter(library):
     assert digests[0] == digests[1]
 
 
+@needs_compiler
+def test_it_loads_beside_the_cuda_library_and_keeps_the_callers_path(library, monkeypatch):
+    """Where the CUDA library is built it is loaded first, and one name for two libraries ends the process."""
+    monkeypatch.setenv("PYTHONPATH", "/a/folder")
+    code = "import sys, torch; built = torch.library.Library('tsae_kernels_cuda', 'DEF'); import emulated_backend"
+    out = run(library, "-c", code + "; print(sys.path, torch.ops.tsae_kernels_cuda_emulated.forward)")
+    assert "/a/folder" in out
+    assert "tsae_kernels_cuda_emulated.forward" in out
+
+
 _spec = importlib.util.spec_from_file_location("compile_cuda", ROOT / "tools" / "compile_cuda.py")
 compile_cuda = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(compile_cuda)
