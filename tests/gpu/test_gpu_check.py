@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tools.gpu import check, every_launch, probe, quick, rehearsal, runner, verdicts
 from tools.gpu.parts import PARTS, Step, filled, steps
@@ -254,6 +255,7 @@ def test_every_step_has_a_part_in_order_of_value() -> None:
     assert found[-1].name == "compiled loop"
     assert [step.name for step in steps()] == [step.name for step in found[:-1]]
     reached = list(dict.fromkeys(step.part for step in found))
+    assert found[0].essential  # nothing else is worth a second without a GPU
     assert reached.index("probe") < reached.index("quick") < reached.index("tests") < reached.index("sanitizer")
     for step in found:
         assert not any("{" in text for text in step.command)
@@ -342,7 +344,8 @@ def test_every_launch_covers_the_kernels() -> None:
 def test_the_probe_says_what_is_there() -> None:
     values = probe.found()
     assert values["backend eager"] == "ok"
-    assert values["import tsae.train"] == "ok"
+    assert values["device"] == (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")
+    assert probe.importable("tsae.train") == "ok"
     assert probe.version("no-such-package") == "none"
     assert probe.importable("no_such_module").startswith("ModuleNotFoundError")
 

@@ -50,7 +50,7 @@ SLOWEST = "not gradcheck_of_every_output and not gradcheck_at_many_lengths"
 """Of Triton's tests these two functions take most of the time: they compile kernels for hundreds of shapes."""
 
 ONE_THREAD = (("OMP_NUM_THREADS", "1"),)
-CUDA_OK = "import sys, tsae_kernels; sys.exit(tsae_kernels.available_backends()['cuda'] != 'ok')"
+BUILT = "import sys, tsae_kernels.backends.extension as e; sys.exit(not e.load_cuda_library().built_for)"
 
 
 def sanitizer(tool: str, *environment: tuple[str, str]) -> Step:
@@ -77,17 +77,18 @@ def steps(loop: bool = False) -> list[Step]:
     """Every step. loop: also compile PyTorch's loop over 127 offsets, which takes minutes."""
     tsae = ("module:tyro",)
     out = [
+        Step("probe", "device", module("tools.gpu.probe", "--lines", MEASUREMENTS), 60, essential=True),
         Step("probe", "nvidia-smi", ("nvidia-smi",), 20, needs=("program:nvidia-smi",)),
         Step(
             "probe",
             "build",
             (PYTHON, "setup.py", "build_ext", "--inplace"),
             200,
-            unless=(PYTHON, "-c", CUDA_OK),
+            unless=(PYTHON, "-c", BUILT),
             needs=("program:nvcc",),
             environment=(("TSAE_BUILD", "cuda"),),
         ),
-        Step("probe", "device", module("tools.gpu.probe", "--lines", MEASUREMENTS), 60, essential=True),
+        Step("probe", "imports", module("tools.gpu.probe", "--imports", "--lines", MEASUREMENTS), 45),
         Step("quick", "quick", module("tools.gpu.quick", "--lines", MEASUREMENTS), 100),
         Step("tests", "cuda", pytest(f"{KERNELS}/test_kernels_cuda.py"), 60),
         Step(

@@ -55,21 +55,24 @@ def found() -> dict[str, Any]:
         values |= {"GiB": properties.total_memory / 2**30, "l2_MiB": properties.L2_cache_size / 2**20}
     values |= {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
     values |= {package: version(package) for package in PACKAGES}
-    values |= {f"backend {name}": state for name, state in available_backends().items()}
-    return values | {f"import {module}": importable(module) for module in MODULES}
+    return values | {f"backend {name}": state for name, state in available_backends().items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.gpu.probe", description=__doc__)
+    parser.add_argument("--imports", action="store_true", help="only import the packages that some steps need")
     parser.add_argument("--lines", type=Path, help="append the findings to this file, as a line of JSON")
     chosen = parser.parse_args(arguments)
-    values = found()
+    if chosen.imports:
+        values: dict[str, Any] = {"part": "probe"} | {f"import {module}": importable(module) for module in MODULES}
+    else:
+        values = found()
     for name, value in values.items():
         print(f"{name}: {value}")
     if chosen.lines is not None:
         with chosen.lines.open("a") as file:
             file.write(json.dumps(values) + "\n")
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not chosen.imports:
         print(f"error: torch {torch.__version__} sees no GPU: use another Python (make VENV=...) or check nvidia-smi")
         return 1
     return 0
