@@ -44,6 +44,14 @@ class DeadFeatures:
         fired = ranks.data.any((square > 0).any(0))
         self.silent = torch.where(fired, 0, self.silent.to(fired.device) + tokens)
 
+    def longest_silent(self, after_tokens: int, count: int) -> tuple[Tensor, Tensor]:
+        """The ``count`` features silent for longest, (count) int64, and which of them are dead, (count) bool.
+
+        As `indices`, for a device that the host must not wait for: of more dead features, ``count`` are listed.
+        """
+        silent, features = self.silent.topk(count)
+        return features, silent > after_tokens
+
     def indices(self, after_tokens: int) -> Tensor:
         """Indices of the features silent for more than ``after_tokens`` tokens, (n) int64."""
         return (self.silent > after_tokens).nonzero().squeeze(1)
