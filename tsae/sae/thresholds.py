@@ -132,8 +132,9 @@ class ThresholdController:
     def update(self, l0: Tensor) -> Tensor:
         """One step of control; ``l0`` and the new threshold are scalars. Does not synchronize the device."""
         error = (l0.float() / self.target - 1.0).clamp(-1.0, 1.0)
-        self.theta = self.theta * torch.exp(self.gain * error)
-        self.log_mean = self.decay * self.log_mean + (1.0 - self.decay) * self.theta.log()
+        # In place, as all state that a step changes, so that a CUDA graph of the step finds it where it was.
+        self.theta.copy_(self.theta * torch.exp(self.gain * error))
+        self.log_mean.copy_(self.decay * self.log_mean + (1.0 - self.decay) * self.theta.log())
         return self.theta
 
     @property
@@ -147,4 +148,4 @@ class ThresholdController:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Resume from a `state_dict`."""
-        self.theta, self.log_mean = state["theta"], state["log_mean"]
+        self.theta, self.log_mean = state["theta"].clone(), state["log_mean"].clone()

@@ -21,9 +21,10 @@ class TemporalBuffer:
     def __init__(self, d_sae: int, std: float = 0.1, *, generator: torch.Generator | None = None) -> None:
         self.variance = (torch.randn(128, d_sae, generator=generator) * std).var(0, correction=0)
 
-    def update(self, batch_variance: Tensor, mixing: float) -> None:
+    def update(self, batch_variance: Tensor, mixing: float | Tensor) -> None:
         """Mix in ``batch_variance`` (d_sae) with weight ``mixing``."""
-        self.variance = torch.lerp(self.variance.to(batch_variance.device), batch_variance, mixing)
+        self.variance = self.variance.to(batch_variance.device)
+        self.variance.copy_(torch.lerp(self.variance, batch_variance, mixing))
 
 
 class DeadFeatures:
@@ -42,7 +43,8 @@ class DeadFeatures:
         tokens: positions of the full batch
         """
         fired = ranks.data.any((square > 0).any(0))
-        self.silent = torch.where(fired, 0, self.silent.to(fired.device) + tokens)
+        self.silent = self.silent.to(fired.device)
+        self.silent.copy_(torch.where(fired, 0, self.silent + tokens))
 
     def longest_silent(self, after_tokens: int, count: int) -> tuple[Tensor, Tensor]:
         """The ``count`` features silent for longest, (count) int64, and which of them are dead, (count) bool.
