@@ -43,6 +43,29 @@ def loss_weights(step: int, cfg: ObjectiveConfig) -> LossWeights:
     return LossWeights(reconstruction_weight(step, cfg), ramp * cfg.weight if cfg.terms and ramp > 0 else None)
 
 
+class StepPlan(NamedTuple):
+    """What the host knows of a step before it starts. Numbers, or scalar tensors on the device that it can set.
+
+    loss: the changing factors of the loss; mixing: of the temporal buffer; lr: learning rate
+    noise: standard deviation of the gradient noise
+    """
+
+    loss: LossWeights
+    mixing: float | Tensor
+    lr: float | Tensor
+    noise: float
+
+
+def step_plan(step: int, steps: int, objective: ObjectiveConfig, optimizer: OptimizerConfig) -> StepPlan:
+    """Of ``step`` of ``steps``."""
+    return StepPlan(
+        loss_weights(step, objective),
+        buffer_mixing(step, objective),
+        learning_rate(step, steps, optimizer),
+        noise_std(step, optimizer),
+    )
+
+
 def buffer_mixing(step: int, cfg: ObjectiveConfig) -> float:
     """Share of the batch's variance mixed into the temporal buffer: ``buffer_mixing`` during warm-up, then 1."""
     return cfg.buffer_mixing if step < cfg.hold_steps + cfg.ramp_steps else 1.0
