@@ -260,7 +260,7 @@ def find_window_edges(segments: Tensor, window: int) -> WindowEdges:
 def window_loss_of_lists(h: FeatureLists, segments: Tensor, window: int, *, group: int | None = None) -> Tensor:
     """`window_loss` for lists, from the products of neighbouring tokens; segments: (B, T); a scalar, float32."""
     dtype = torch.promote_types(h.dtype, torch.float32)
-    weights = window_weights(torch.empty(*h.shape[:2], 1, dtype=dtype, device="meta"), window, segments)  # [B, T]
+    weights = window_weights(h.values.new_empty(*h.shape[:2], 1, dtype=dtype), window, segments)  # [B, T]
     return (weights * h.squared_steps(h.shape[2] if group is None else group)).sum()
 
 

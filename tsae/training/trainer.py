@@ -47,7 +47,7 @@ from tsae.training.optimization import (
     sum_gradients,
     threshold_parameters,
 )
-from tsae.training.schedules import StepPlan, step_plan
+from tsae.training.schedules import StepPlan, learning_rate, step_plan
 from tsae.training.sparse_step import DeadRows, SparseStep, check_steps, uses_lists
 from tsae.training.step_metrics import Piece, correlation_metrics, loss_metrics
 from tsae.training.temporal_objectives import (
@@ -148,7 +148,9 @@ class Trainer:
             listed = 0 if self.lists is None else self.lists.capacity
             result = self.graphs(self._moved(batch), plan, self.optimizer, (listed, self._any_dead))
             if check:
-                self._check_result(result)
+                for piece in result.pieces:
+                    self._check_finite(piece.terms)
+                self._check_norm(result.norm)
         else:
             set_learning_rate(self.optimizer, plan.lr)
             result = self._make_step(self._moved(batch), plan, tokens, check=check)
@@ -168,8 +170,8 @@ class Trainer:
             sums = (_sum(each) for each in zip(*(piece.l0_gradients for piece in pieces), strict=True))
             add_l0_lagrangian_gradient(sae, [ranks.data.sum_no_grad(local(gradient)) for gradient in sums])
         norm = self._prepare_gradients(plan, lists)
-        if check and not torch.isfinite(norm):
-            raise DivergedError(f"step {self.step + 1}: the norm of the gradient is {norm.item()}")
+        if check:
+            self._check_norm(norm)
         if lists is not None:
             lists.update(self.optimizer, plan.lr, cfg.optimizer)
         else:
@@ -409,6 +411,10 @@ class Trainer:
             if not torch.isfinite(value):
                 raise DivergedError(f"step {self.step + 1}: the {name} term of the loss is {value.item()}")
 
+    def _check_norm(self, norm: Tensor) -> None:
+        if not torch.isfinite(norm):
+            raise DivergedError(f"step {self.step + 1}: the norm of the gradient is {norm.item()}")
+
     def _prepare_gradients(self, plan: StepPlan, lists: SparseStep | None) -> Tensor:
         """Noise, projection, clipping; returns the norm of the gradient before clipping."""
         cfg = self.cfg.optimizer
@@ -454,7 +460,7 @@ class Trainer:
             "l0": l0.item(),
             "dead": int(features.sum_no_grad(dead)),
             "gradient_norm": norm.item(),
-            "lr": float(self.optimizer.param_groups[0]["lr"]),
+            "lr": learning_rate(self.step - 1, self.cfg.steps, self.cfg.optimizer),
         }
         out |= self._check_lists()
         out |= correlation_metrics(self.correlation, last, self.ranks)
@@ -544,8 +550,8 @@ class Trainer:
             if self.cfg.cuda_graph:
                 keep_rates_on_device(self.optimizer)
         self.controller.load_state_dict({k: v.to(self.device) for k, v in state["controller"].items()})
-        self.temporal_buffer.variance = split(state["temporal_buffer"], 0, features).to(self.device)
-        self.dead.silent = split(state["silent"], 0, features).to(self.device)
+        self.temporal_buffer.variance = split(state["temporal_buffer"], 0, features).to(self.device, copy=True)
+        self.dead.silent = split(state["silent"], 0, features).to(self.device, copy=True)
         self.correlation = split(state["correlation"], 0, features).to(self.device)
         self.noise_generator.set_state(state["noise_generator"])
         normalizer = state["normalizer"]
