@@ -206,8 +206,7 @@ def weight_gradients(
     grad_pre: [E] and x [N, d], or None; values: [E] and grad_xhat [G, N, d], or None
     fill: rows of features without an entry must be 0 (else they may hold anything; here they are 0 too)
     """
-    nothing = torch.empty(0, dtype=torch.float32, device=tokens.device)
-    encoder = bias = decoder = nothing
+    encoder, decoder, bias = (torch.empty(0, dtype=torch.float32, device=tokens.device) for _ in range(3))
     arguments = features, tokens, len(offsets) - 1
     if grad_pre is not None and x is not None:
         encoder, bias = _sums_by_feature(*arguments, grad_pre, x[None], [len(offsets) - 1])

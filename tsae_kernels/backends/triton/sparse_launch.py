@@ -9,7 +9,6 @@ Nothing waits for the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,13 +23,6 @@ _MOST_CHUNKS = 32  # of a row of the active mask: each program reads the counts 
 _CACHED = 24 * 2**20  # bytes of gathered rows that stay in an H100's L2 cache (50 MB, in two halves)
 _ENTRIES = 256  # entries by feature for a program of `weight_gradients`
 _UNROLL = 8  # rows requested at a time
-
-
-def _triton_of(dtype: torch.dtype) -> Any:
-    import triton.language as tl
-
-    names = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-    return names.get(dtype) or _triton_dtype(dtype)
 
 
 def _power_of_2(n: int) -> int:
@@ -51,11 +43,12 @@ def _block_d(d: int, rows: int, element_size: int) -> int:
 
 
 def compress(active: Tensor, pre: Tensor, bias: Tensor | None, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Two launches. Bytes: N k / 4 + 32 N A + N C (4 + e) + 4 N, where an entry of pre costs a sector of 32.
+    """Three launches: the mask's counts, the indices, the values.
 
-    The mask (N k / 8) is read twice, the second time mostly from the L2 cache, if it fits.
+    Bytes: N k / 4 + 36 N A + N C (8 + e) + 8 N, where an entry of pre costs a sector of 32. The mask (N k / 8) is read
+    twice, the second time from the L2 cache if it fits.
     """
-    from tsae_kernels.backends.triton.sparse_lists import compress_kernel
+    from tsae_kernels.backends.triton.sparse_lists import list_kernel, values_kernel
 
     (B, T, k), W = pre.shape, active.shape[1]
     values = pre.new_empty(B * T, capacity)
@@ -65,14 +58,15 @@ def compress(active: Tensor, pre: Tensor, bias: Tensor | None, capacity: int) ->
         return values, indices, counts
     chunks = _power_of_2(min(-(-k // _COLUMNS), _MOST_CHUNKS))
     chunk_counts = pre.new_empty(B * W, chunks, 32, dtype=torch.int32)
-    outputs = chunk_counts, values, indices, counts
+    lists = active.contiguous(), chunk_counts, indices, counts, T, W, k, capacity
+    E, block = B * T * capacity, 512
     with _on_device_of(pre):
         for writes in (False, True):
-            compress_kernel[(B * W * chunks,)](
-                active.contiguous(), pre, bias, *outputs, T, W, k, capacity, *pre.stride(),
-                CHUNKS=chunks, WRITES=writes, TRUNCATES=_truncates(pre), BLOCK=8, FILL=min(_power_of_2(capacity), 32),
-                COMPUTE=_triton_dtype(dtype_of_stats(pre.dtype)), num_warps=1,
-            )  # fmt: skip
+            list_kernel[(B * W * chunks,)](*lists, CHUNKS=chunks, WRITES=writes, num_warps=1, enable_fp_fusion=True)
+        values_kernel[(-(-E // block),)](
+            pre, bias, counts, indices, values, T, k, capacity, E, *pre.stride(),
+            COMPUTE=_triton_dtype(dtype_of_stats(pre.dtype)), TRUNCATES=_truncates(pre), BLOCK=block, num_warps=4,
+        )  # fmt: skip
     return values, indices, counts
 
 
@@ -92,6 +86,7 @@ def decode(
             values, indices, counts, weight, out, N, C, d,
             ENDS=tuple(ends[:-1]), PLACES=_power_of_2(C), BLOCK_D=block, EVEN_D=d % block == 0, UNROLL=_UNROLL,
             COMPUTE=_triton_dtype(compute_dtype(values, weight)), TRUNCATES=_rounds(dtype), num_warps=1,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
@@ -120,7 +115,7 @@ def decode_backward(
                 grad, indices, counts, weight, out, N, C, d,
                 ENDS=tuple(ends[:-1]), BLOCKS=each, PLACES=_power_of_2(C), BLOCK_D=block,
                 EVEN_D=d % (block * each) == 0, UNROLL=_UNROLL, COMPUTE=_triton_dtype(compute),
-                TRUNCATES=_rounds(out.dtype), num_warps=1,
+                TRUNCATES=_rounds(out.dtype), num_warps=1, enable_fp_fusion=True,
             )  # fmt: skip
     return out[0] if parts == 1 else out.sum(0).to(dtype)
 
@@ -138,7 +133,15 @@ def sort_entries(indices: Tensor, values: Tensor, k: int) -> tuple[Tensor, Tenso
     if E > 0:
         with _on_device_of(indices):
             entries_kernel[(-(-E // block),)](
-                order, values, tokens, sorted_values, E, indices.shape[1], BLOCK=block, num_warps=4
+                order,
+                values,
+                tokens,
+                sorted_values,
+                E,
+                indices.shape[1],
+                BLOCK=block,
+                num_warps=4,
+                enable_fp_fusion=True,
             )
     return order, features, tokens, sorted_values, offsets
 
@@ -153,7 +156,14 @@ def _segment_bounds(segments: Tensor | None) -> tuple[Tensor | None, Tensor | No
     starts, ends = torch.empty(2, B * T, dtype=torch.int32, device=segments.device).unbind(0)
     with _on_device_of(segments):
         segment_bounds_kernel[(B,)](
-            segments, starts, ends, T, *segments.stride(), BLOCK=min(_power_of_2(T), 1024), num_warps=4
+            segments,
+            starts,
+            ends,
+            T,
+            *segments.stride(),
+            BLOCK=min(_power_of_2(T), 1024),
+            num_warps=4,
+            enable_fp_fusion=True,
         )
     return starts, ends
 
@@ -186,14 +196,14 @@ def stats_backward(
     C = 1 if grad_values is None else grad_values.shape[1]
     grads = grad_differences, grad_total, grad_square
     reached = [(first, min(last, T - 1)) for first, last in bands]
-    block = 128
+    block = 64  # of one warp: the search for partners needs no barrier
     with _on_device_of(values):
         stats_backward_kernel[(-(-E // block),)](
             values, order, features, tokens, None if grad_values is None else grad_values.contiguous(), *grads,
             *_segment_bounds(segments), grad_pre, E, C, T, k,
             *_strides(grad_differences, 3), *_strides(grad_total, 2), *_strides(grad_square, 2),
             FIRST=tuple(first for first, _ in reached), LAST=tuple(last for _, last in reached), BLOCK=block,
-            num_warps=4, enable_fp_fusion=True,
+            num_warps=1, enable_fp_fusion=True,
         )  # fmt: skip
     return grad_pre
 
@@ -234,6 +244,7 @@ def weight_gradients(
         rows = max(N, 1) * len(sources)
         block = _block_d(d, rows, max(source.element_size() for source in sources))
         constants = {"CHUNK": _ENTRIES, "BLOCK_D": block, "EVEN_D": d % block == 0, "num_warps": 1}
+        constants["enable_fp_fusion"] = True
         grid = (chunks, -(-d // block))
         with _on_device_of(tokens):
             weight_gradients_kernel[grid](
@@ -241,5 +252,5 @@ def weight_gradients(
                 *outputs, *partials, N, k, d, ENDS=tuple(ends[:-1]), UNROLL=_UNROLL // len(sources), **constants,
             )  # fmt: skip
             finish_weight_gradients_kernel[grid](features, offsets, *outputs, *partials, k, d, **constants)
-    nothing = torch.empty(0, dtype=torch.float32, device=tokens.device)
-    return tuple(nothing if each is None else each for each in (encoder, decoder, bias))
+    outputs = encoder, decoder, bias
+    return tuple(torch.empty(0, dtype=torch.float32, device=tokens.device) if o is None else o for o in outputs)

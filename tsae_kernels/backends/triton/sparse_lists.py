@@ -12,80 +12,84 @@ from tsae_kernels.backends.triton.forward import narrow
 
 
 @triton.jit(do_not_specialize=["T", "W", "k", "C"])
-def compress_kernel(
+def list_kernel(
     active,
-    pre,
-    bias,
     chunk_counts,
-    values,
     indices,
     counts,
     T,
     W,
     k,
     C,
-    pre_b,
-    pre_t,
-    pre_k,
     CHUNKS: tl.constexpr,
     WRITES: tl.constexpr,
-    TRUNCATES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FILL: tl.constexpr,
-    COMPUTE: tl.constexpr,
 ):
     """One of CHUNKS ranges of the columns in one row of the active mask [B, W, k], for the row's 32 tokens.
 
     Without WRITES: chunk_counts [B W, CHUNKS, 32], the active features of each token in the range. With WRITES: their
-    entries in the lists, from the place that the counts of the ranges before give. The last range also writes `counts`
-    and what is past them. Lanes are tokens: a token's features pass through one lane in order.
+    indices in the lists, from the place that the counts of the ranges before give; the last range also writes `counts`.
+    A lane reads a word, 32 at a time; a word that is not 0 is then read by all lanes, each for its token.
     """
     row = (tl.program_id(0) // CHUNKS).to(tl.int64)
     chunk = tl.program_id(0) % CHUNKS
-    width = tl.cdiv(tl.cdiv(k, CHUNKS), BLOCK) * BLOCK
+    width = tl.cdiv(tl.cdiv(k, CHUNKS), 32) * 32
     first = chunk * width
     last = tl.minimum(first + width, k)
     lanes = tl.arange(0, 32)
-    at_counts = chunk_counts + (row * CHUNKS) * 32 + lanes
     number = tl.zeros([32], tl.int32)  # of each token's active features in the columns before
     if WRITES:
-        before = tl.arange(0, CHUNKS)
-        of_chunks = tl.load(
-            chunk_counts + (row * CHUNKS + before[:, None]) * 32 + lanes[None, :], mask=before[:, None] < chunk, other=0
-        )
-        number = tl.sum(of_chunks, 0).to(tl.int32)
+        before = tl.arange(0, CHUNKS)[:, None]
+        at_counts = chunk_counts + (row * CHUNKS + before) * 32 + lanes[None, :]
+        number = tl.sum(tl.load(at_counts, mask=before < chunk, other=0), 0).to(tl.int32)
     t = (row % W) * 32 + lanes
     n = (row // W) * T + t
     words_in = active + row * k
-    columns = first + tl.arange(0, BLOCK)
-    upcoming = tl.load(words_in + columns, mask=columns < last, other=0)
-    for begin in range(first, last, BLOCK):
+    upcoming = tl.load(words_in + first + lanes, mask=first + lanes < last, other=0)
+    for begin in range(first, last, 32):
         words = upcoming
-        columns = begin + tl.arange(0, BLOCK)
-        upcoming = tl.load(words_in + columns + BLOCK, mask=columns + BLOCK < last, other=0)
-        if tl.max((words != 0).to(tl.int32), 0) > 0:
-            bits = (words[:, None] >> lanes[None, :]) & 1  # [BLOCK, 32]
+        after = begin + 32 + lanes
+        upcoming = tl.load(words_in + after, mask=after < last, other=0)
+        column = tl.min(tl.where(words != 0, lanes, 32), 0)
+        while column < 32:
+            bit = (tl.load(words_in + begin + column) >> lanes) & 1
             if WRITES:
-                place = number[None, :] + tl.cumsum(bits, 0) - bits
-                kept = (bits != 0) & (place < C)
-                at = pre + (row // W) * pre_b + t[None, :] * pre_t + columns[:, None].to(tl.int64) * pre_k
-                z = tl.load(at, mask=kept, other=0.0).to(COMPUTE)
-                if bias is not None:
-                    z = z + tl.load(bias + columns, mask=columns < last, other=0.0).to(COMPUTE)[:, None]
-                to = n[None, :] * C + place
-                tl.store(values + to, narrow(z, values.dtype.element_ty, TRUNCATES), mask=kept)
-                tl.store(indices + to, columns[:, None] + tl.zeros([1, 32], tl.int32), mask=kept)
-            number += tl.sum(bits, 0).to(tl.int32)
+                tl.store(indices + n * C + number, begin + column + lanes * 0, mask=(bit != 0) & (number < C))
+            number += bit
+            column = tl.min(tl.where((words != 0) & (lanes > column), lanes, 32), 0)
     if not WRITES:
-        tl.store(at_counts + chunk * 32, number)
+        tl.store(chunk_counts + (row * CHUNKS + chunk) * 32 + lanes, number)
     elif chunk == CHUNKS - 1:
         tl.store(counts + n, number, mask=t < T)
-        for place in range(0, C, FILL):
-            places = place + tl.arange(0, FILL)
-            unused = (t < T)[:, None] & (places[None, :] >= number[:, None]) & (places[None, :] < C)
-            to = n[:, None] * C + places[None, :]
-            tl.store(values + to, tl.zeros([32, FILL], values.dtype.element_ty), mask=unused)
-            tl.store(indices + to, tl.zeros([32, FILL], tl.int32) + k, mask=unused)
+
+
+@triton.jit(do_not_specialize=["T", "k", "C", "E"])
+def values_kernel(
+    pre,
+    bias,
+    counts,
+    indices,
+    values,
+    T,
+    k,
+    C,
+    E,
+    pre_b,
+    pre_t,
+    pre_k,
+    COMPUTE: tl.constexpr,
+    TRUNCATES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """values [E] of the listed features, pre + bias; past the counts the value 0 and the index k."""
+    entries = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    n = entries // C
+    used = (entries < E) & (entries - n * C < tl.load(counts + n, mask=entries < E, other=0))
+    j = tl.load(indices + entries, mask=used, other=0)
+    z = tl.load(pre + (n // T) * pre_b + (n % T) * pre_t + j.to(tl.int64) * pre_k, mask=used, other=0.0).to(COMPUTE)
+    if bias is not None:
+        z += tl.load(bias + j, mask=used, other=0.0).to(COMPUTE)
+    tl.store(values + entries, narrow(z, values.dtype.element_ty, TRUNCATES), mask=entries < E)
+    tl.store(indices + entries, j * 0 + k, mask=(entries < E) & (used == 0))
 
 
 @triton.jit(do_not_specialize=["E", "C"])

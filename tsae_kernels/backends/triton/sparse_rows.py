@@ -229,7 +229,7 @@ def weight_gradients_kernel(
         zero = tl.zeros([BLOCK_D], COMPUTE)
         of_encoder = zero
         of_decoder = zero
-        of_bias = tl.sum(zero, 0)
+        of_bias = tl.cast(0.0, COMPUTE)
         j = tl.load(features + begin)
         for i in range(begin, end, UNROLL):
             which, encoder_shares, encoder_rows, decoder_shares, decoder_rows = feature_gradients(
@@ -250,7 +250,7 @@ def weight_gradients_kernel(
                         )  # fmt: skip
                     of_encoder = zero
                     of_decoder = zero
-                    of_bias = tl.sum(zero, 0)
+                    of_bias = tl.cast(0.0, COMPUTE)
                     j = which[u]
                 if grad_pre is not None:
                     share = encoder_shares[u].to(COMPUTE)
