@@ -56,28 +56,47 @@ class WeightGradients(NamedTuple):
 
     encoder: [k, d], of W_enc.T
     decoder: [k, d], of W_dec
-    bias:    [k], of b_enc; 0 where a feature did not fire
+    bias:    [k], of b_enc
     fired:   [k] bool
+    encoder_square, decoder_square: [k], the squared norm of each row
+    along:   [k], the product of each row of `decoder` with W_dec's; its component along that row is ``along / w``
+        times the row, for w = `weight_square` [k], the squared norm of W_dec's row
 
-    All float32 (float64 where an operand is).
+    The vectors are 0 where a feature did not fire, the last two also if `weight_gradients` got no W_dec. All are
+    float32 (float64 where an operand is).
     """
 
     encoder: Tensor
     decoder: Tensor
     bias: Tensor
     fired: Tensor
+    encoder_square: Tensor
+    decoder_square: Tensor
+    along: Tensor
+    weight_square: Tensor
 
     @torch.no_grad()
-    def add_rows(self, features: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor) -> WeightGradients:
+    def add_rows(
+        self, features: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor, W_dec: Tensor | None = None
+    ) -> WeightGradients:
         """These gradients plus dense ones of a few features, such as AuxK's of dead features. Changes them in place.
 
         features: [n] int64, all different; encoder, decoder: [n, d]; bias: [n]
+        W_dec: as in `weight_gradients`
         out: gradients in which those features count as fired
         """
         fired = self.fired[features][:, None]
+        sums = []
         for rows, more in ((self.encoder, encoder), (self.decoder, decoder)):
-            rows.index_copy_(0, features, torch.where(fired, rows[features], 0) + more.to(rows.dtype))
+            sums.append(torch.where(fired, rows[features], 0) + more.to(rows.dtype))
+            rows.index_copy_(0, features, sums[-1])
         self.bias.index_add_(0, features, bias.to(self.bias.dtype))
+        self.encoder_square.index_copy_(0, features, sums[0].square().sum(1))
+        self.decoder_square.index_copy_(0, features, sums[1].square().sum(1))
+        if W_dec is not None:
+            weight = W_dec[features].to(sums[1].dtype)
+            self.along.index_copy_(0, features, (sums[1] * weight).sum(1))
+            self.weight_square.index_copy_(0, features, weight.square().sum(1))
         return self._replace(fired=self.fired.index_fill(0, features, True))
 
 
@@ -113,13 +132,15 @@ class DeferredGradients:
 
 
 @torch.no_grad()
-def weight_gradients(deferred: DeferredGradients) -> WeightGradients:
+def weight_gradients(deferred: DeferredGradients, W_dec: Tensor | None = None) -> WeightGradients:
     """The gradients of W_enc, b_enc and W_dec, in one pass over the entries by feature.
 
     Sums run in a fixed order. Rows of features that did not fire are not written. With ``x - b_dec`` as the encoder's
     input, the gradient of b_dec through the encoder is ``-(W_enc @ bias)``, for `bias` of the result.
 
     deferred: after ``backward`` of a loss on the decoder's output
+    W_dec: [k, d], for `along` and `weight_square`, with which an optimizer projects gradients and clips their norm
+        without another pass over the rows
     out: `WeightGradients`
 
     Raises `RuntimeError` if the backward pass did not reach the encoder and the decoder.
@@ -131,9 +152,9 @@ def weight_gradients(deferred: DeferredGradients) -> WeightGradients:
             f"this DeferredGradients; it recorded {len(grads)} of the decoder and {len(pieces)} of the encoder"
         )
     (features, tokens, values, offsets), grad_pre, x, grad = _joined(pieces, grads)
-    arguments = grad_pre, x, values, grad, deferred._ends, False, deferred._backend
-    encoder, decoder, bias = _ops.sparse_weight_gradients(features, tokens, offsets, *arguments)
-    return WeightGradients(encoder, decoder, bias, offsets[1:] > offsets[:-1])
+    arguments = grad_pre, x, values, grad, W_dec, deferred._ends, False, deferred._backend
+    encoder, decoder, bias, measures = _ops.sparse_weight_gradients(features, tokens, offsets, *arguments)
+    return WeightGradients(encoder, decoder, bias, offsets[1:] > offsets[:-1], *measures.unbind())
 
 
 def _joined(pieces: list[_Piece], grads: list[Tensor]) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]:
@@ -196,8 +217,8 @@ class _Encode(torch.autograd.Function):
             arguments = weight.T.contiguous(), [ctx.k], x.dtype, ctx.backend
             grad_x = _ops.sparse_decode(by_token, indices, counts, *arguments).view_as(x)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            arguments = grad_pre, tokens, None, None, [ctx.k], True, ctx.backend
-            grad_rows, _, sums = _ops.sparse_weight_gradients(
+            arguments = grad_pre, tokens, None, None, None, [ctx.k], True, ctx.backend
+            grad_rows, _, sums, _ = _ops.sparse_weight_gradients(
                 entries.features, entries.tokens, entries.offsets, *arguments
             )
             grad_weight = grad_rows.to(weight.dtype).T
@@ -293,8 +314,8 @@ class _Decode(torch.autograd.Function):
             grad_values = _ops.sparse_decode_backward(grad, indices, counts, weight, *arguments)
         if ctx.needs_input_grad[1] and ctx.deferred is None:
             entries = Entries(*_ops.sparse_sort_entries(indices, values, weight.shape[0], ctx.backend))
-            arguments = None, None, entries.values, grad, ctx.ends, True, ctx.backend
-            _, rows, _ = _ops.sparse_weight_gradients(entries.features, entries.tokens, entries.offsets, *arguments)
+            arguments = None, None, entries.values, grad, None, ctx.ends, True, ctx.backend
+            _, rows, _, _ = _ops.sparse_weight_gradients(entries.features, entries.tokens, entries.offsets, *arguments)
             grad_weight = rows.to(weight.dtype)
         return grad_values, grad_weight, *[None] * 6
 

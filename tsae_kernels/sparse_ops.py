@@ -7,7 +7,8 @@ N = B T tokens, C the capacity of a list, k features, G prefixes of the dictiona
     sparse_decode_backward(grad [G, N, d], ...)                   -> [N, C], of the values
     sparse_sort_entries(indices, values)                          -> `Entries`
     sparse_stats_backward(entries, grad_values [N, C]?, ...)      -> [E], of the pre-activations, by feature
-    sparse_weight_gradients(entries, grad_pre [E]?, ...)          -> of W_enc.T [k, d], of W_dec [k, d], of b_enc [k]
+    sparse_weight_gradients(entries, grad_pre [E]?, ...)          -> of W_enc.T [k, d], of W_dec [k, d], of b_enc [k],
+                                                                     and measures of the rows [4, k]
 
 Lists are those of `SparseFeatures`. `ends` [G] are the prefixes' ends, ascending; the last is k. Group g are the
 features of prefix g that no smaller prefix has; the gradients [G, N, d] are those of the sum over each group. `backend`
@@ -42,7 +43,8 @@ _SCHEMAS = {
     "Tensor? grad_values, Tensor? grad_differences, Tensor? grad_total, Tensor? grad_square, int[] bands, "
     "Tensor? segments, int T, str backend) -> Tensor",
     "sparse_weight_gradients": "(Tensor features, Tensor tokens, Tensor offsets, Tensor? grad_pre, Tensor? x, "
-    "Tensor? values, Tensor? grad_xhat, int[] ends, bool fill, str backend) -> (Tensor, Tensor, Tensor)",
+    "Tensor? values, Tensor? grad_xhat, Tensor? W_dec, int[] ends, bool fill, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"tsae_kernels::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -140,13 +142,13 @@ def _(values, order, features, tokens, k, grad_values, differences, total, squar
 
 
 @_implement("sparse_weight_gradients")
-def _(features, tokens, offsets, grad_pre, x, values, grad_xhat, ends, fill, backend):
-    arguments = grad_pre, x, values, grad_xhat, ends, fill
+def _(features, tokens, offsets, grad_pre, x, values, grad_xhat, W_dec, ends, fill, backend):
+    arguments = grad_pre, x, values, grad_xhat, W_dec, ends, fill
     return _module(backend).weight_gradients(features, tokens, offsets, *arguments)
 
 
 @_fake("sparse_weight_gradients")
-def _(features, tokens, offsets, grad_pre, x, values, grad_xhat, ends, fill, backend):
+def _(features, tokens, offsets, grad_pre, x, values, grad_xhat, W_dec, ends, fill, backend):
     k = offsets.shape[0] - 1
 
     def rows(coefficients, of_tokens):
@@ -156,4 +158,5 @@ def _(features, tokens, offsets, grad_pre, x, values, grad_xhat, ends, fill, bac
         return tokens.new_empty(k, of_tokens.shape[-1], dtype=dtype), tokens.new_empty(k, dtype=dtype)
 
     (encoder, bias), (decoder, _) = rows(grad_pre, x), rows(values, grad_xhat)
-    return encoder, decoder, bias
+    sources = [each for each in (grad_pre, x, values, grad_xhat) if each is not None]
+    return encoder, decoder, bias, tokens.new_empty(4, k, dtype=compute_dtype(*sources))

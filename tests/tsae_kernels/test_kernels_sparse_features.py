@@ -158,7 +158,8 @@ def test_deferred_gradients_are_those_of_autograd(backend, pieces):
             expected = expected + problem.dense(0.6, 0.2, ends=ends)[2]
             problem.segments = segments
         whole = [None, *torch.autograd.grad(expected, problem.leaves[1:])]
-    got = weight_gradients(deferred)
+    got = weight_gradients(deferred, problem.W_dec)
+    assert_measured(got, problem.W_dec)
     assert all(leaf.grad is None for leaf in problem.leaves[1:])
     fired = got.fired
     assert 0 < fired.sum() < 30
@@ -167,18 +168,27 @@ def test_deferred_gradients_are_those_of_autograd(backend, pieces):
     assert not whole[3][~fired].any()
 
 
+def assert_measured(grads, W_dec):
+    """The vectors beside the rows are what the rows say."""
+    fired = grads.fired[:, None]
+    encoder, decoder, weight = (torch.where(fired, rows, 0) for rows in (grads.encoder, grads.decoder, W_dec.detach()))
+    products = (encoder, encoder), (decoder, decoder), (decoder, weight), (weight, weight)
+    assert_close(grads[4:], [(a * b).sum(1) for a, b in products])
+
+
 def test_rows_of_dead_features_are_added():
     problem = Problem(1, 30, 5, 20, sparse=1.0)
     deferred = DeferredGradients()
     problem.sparse("eager", deferred=deferred)[2].backward()
-    grads = weight_gradients(deferred)
+    grads = weight_gradients(deferred, problem.W_dec)
     before = [torch.where(grads.fired[:, None], rows, 0) for rows in (grads.encoder, grads.decoder)]
     bias = grads.bias.clone()
     for rows in (grads.encoder, grads.decoder):
         rows[~grads.fired] = torch.nan  # they may hold anything
     features = torch.stack([(~grads.fired).nonzero()[0, 0], grads.fired.nonzero()[0, 0]])
     more = torch.randn(2, 2, 5, dtype=torch.float64)
-    after = grads.add_rows(features, more[0], more[1], torch.ones(2))
+    after = grads.add_rows(features, more[0], more[1], torch.ones(2), problem.W_dec)
+    assert_measured(after, problem.W_dec)
     assert torch.equal(
         after.fired.nonzero()[:, 0], torch.cat([grads.fired.nonzero()[:, 0], features[:1]]).sort().values
     )

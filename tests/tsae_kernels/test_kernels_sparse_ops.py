@@ -181,16 +181,24 @@ def test_weight_gradients(d, ends, chunk, dtype, monkeypatch):
     grad_pre[offsets[-1] :] = torch.nan  # past the counts: never read
     fired = offsets[1:] > offsets[:-1]
     assert not fired.all()
-    for first, second in (((grad_pre, x), (sorted_values, grad)), ((grad_pre, x), (None, None))):
+    weight = random(k, d, dtype=compute, seed=4)
+    for first, second in (((grad_pre, x), (sorted_values, grad, weight)), ((grad_pre, x), (None, None, None))):
         arguments = by_feature, tokens, offsets, *first, *second, ends
         got = triton.weight_gradients(*arguments, False)
         filled = triton.weight_gradients(*arguments, True)
         wanted = eager.weight_gradients(*(a.nan_to_num() if a is grad_pre else a for a in arguments), True)
         for a, b, c in zip(got, wanted, filled, strict=True):
             close(c, b, RTOL[torch.float64] if dtype == torch.float64 else 1e-5)
+            a, c = (each.T if each.dim() == 2 and len(each) == 4 else each for each in (a, c))  # measures: [k, 4]
             if b.numel():
                 assert torch.equal(a[fired], c[fired])
                 assert not c[~fired].any()
+        encoder, decoder, _, (of_encoder, of_decoder, along, of_weight) = wanted
+        torch.testing.assert_close(of_encoder, encoder.square().sum(1))
+        if second[0] is not None:
+            torch.testing.assert_close(of_decoder, decoder.square().sum(1))
+            torch.testing.assert_close(along, (decoder * weight).sum(1))
+            torch.testing.assert_close(of_weight[fired], weight.square().sum(1)[fired])
 
 
 @needs_triton
@@ -199,7 +207,8 @@ def test_rows_of_features_that_did_not_fire_are_not_written(monkeypatch):
     _, by_feature, tokens, sorted_values, offsets = eager.sort_entries(indices, values, 9)
     monkeypatch.setattr(torch, "empty", lambda *shape, **kw: torch.full(shape, 7.0, **kw))
     rows = random(1, 12, 4)
-    _, decoder, _ = triton.weight_gradients(by_feature, tokens, offsets, None, None, sorted_values, rows, (9,), False)
+    arguments = None, None, sorted_values, rows, None, (9,), False
+    _, decoder, _, _ = triton.weight_gradients(by_feature, tokens, offsets, *arguments)
     fired = offsets[1:] > offsets[:-1]
     assert (decoder[~fired] == 7.0).all()
     assert not (decoder[fired] == 7.0).any()
@@ -234,8 +243,10 @@ def test_opcheck(backend):
     by_feature = entries.values, entries.order, entries.features, entries.tokens
     opcheck(ops.sparse_stats_backward, (*by_feature, 5, None, random(1, 1, 5), None, None, [1, 2], None, 4, backend))
     rows = entries.features, entries.tokens, entries.offsets
-    opcheck(ops.sparse_weight_gradients, (*rows, random(12), grad[0], entries.values, grad, [2, 5], True, backend))
-    opcheck(ops.sparse_weight_gradients, (*rows, None, None, entries.values, grad, [2, 5], True, backend))
+    opcheck(
+        ops.sparse_weight_gradients, (*rows, random(12), grad[0], entries.values, grad, weight, [2, 5], True, backend)
+    )
+    opcheck(ops.sparse_weight_gradients, (*rows, None, None, entries.values, grad, None, [2, 5], True, backend))
 
 
 def step(x, W_enc, b_enc, W_dec, segments, backend, threshold=None):
@@ -299,8 +310,8 @@ def test_a_training_step_does_not_wait(backend):
         xhat = decode_sparse_features(found, W_dec, ends=(2, 4), deferred=deferred, backend=backend)
         loss = xhat.square().sum() + found.values.sum() + sum(s.sum() for s in stats)
         loss.backward()
-        grads = weight_gradients(deferred)
-        grads.add_rows(torch.arange(2, device=DEVICE), random(2, 2), random(2, 2), random(2))
+        grads = weight_gradients(deferred, W_dec)
+        grads.add_rows(torch.arange(2, device=DEVICE), random(2, 2), random(2, 2), random(2), W_dec)
         _ = found.overflow
 
 
@@ -343,10 +354,11 @@ def test_shapes_of_wide_dictionaries(k, module, monkeypatch):
     arguments = sorted_values, order, by_feature, tokens, k, None, differences, None, None, BANDS, segments, T
     grad_pre = module.stats_backward(*arguments)
     assert grad_pre.shape == (N * C,)
-    arguments = by_feature, tokens, offsets, grad_pre, meta(N, d), sorted_values, grad, (k,), False
-    encoder, decoder, bias = module.weight_gradients(*arguments)
+    arguments = by_feature, tokens, offsets, grad_pre, meta(N, d), sorted_values, grad, meta(k, d), (k,), False
+    encoder, decoder, bias, measures = module.weight_gradients(*arguments)
     assert encoder.shape == decoder.shape == (k, d)
     assert bias.shape == (k,)
+    assert measures.shape == (4, k)
     assert all(grid[0] < 2**31 and max((1, *grid[1:])) < 2**16 for grid in grids)
     assert len(grids) == (0 if module is eager else 10)
 

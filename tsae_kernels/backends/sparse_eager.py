@@ -198,21 +198,34 @@ def weight_gradients(
     x: Tensor | None,
     values: Tensor | None,
     grad_xhat: Tensor | None,
+    W_dec: Tensor | None,
     ends: Sequence[int],
     fill: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of W_enc.T [k, d], W_dec [k, d] and b_enc [k]; empty tensors for what is not asked for.
 
     grad_pre: [E] and x [N, d], or None; values: [E] and grad_xhat [G, N, d], or None
+    W_dec: [k, d] or None
     fill: rows of features without an entry must be 0 (else they may hold anything; here they are 0 too)
+    out: also measures [4, k]: of each feature |row|^2 of the encoder's and of the decoder's gradient, the product of
+        the latter with W_dec's row, and |W_dec's row|^2; 0 for features without an entry and what is not asked for
     """
+    k = len(offsets) - 1
     encoder, decoder, bias = (torch.empty(0, dtype=torch.float32, device=tokens.device) for _ in range(3))
-    arguments = features, tokens, len(offsets) - 1
+    sources = [each for each in (grad_pre, x, values, grad_xhat) if each is not None]
+    measures = torch.zeros(4, k, dtype=compute_dtype(*sources), device=tokens.device)
     if grad_pre is not None and x is not None:
-        encoder, bias = _sums_by_feature(*arguments, grad_pre, x[None], [len(offsets) - 1])
+        encoder, bias = _sums_by_feature(features, tokens, k, grad_pre, x[None], [k])
+        measures[0] = encoder.square().sum(1)
     if values is not None and grad_xhat is not None:
-        decoder, _ = _sums_by_feature(*arguments, values, grad_xhat, ends)
-    return encoder, decoder, bias
+        decoder, _ = _sums_by_feature(features, tokens, k, values, grad_xhat, ends)
+        measures[1] = decoder.square().sum(1)
+        if W_dec is not None:
+            W_dec = W_dec.to(decoder.dtype)
+            fired = offsets[1:] > offsets[:-1]
+            measures[2] = (decoder * W_dec).sum(1)
+            measures[3] = torch.where(fired, W_dec.square().sum(1), 0)
+    return encoder, decoder, bias, measures
 
 
 def _sums_by_feature(

@@ -114,7 +114,7 @@ def decode_backward(
             decode_backward_kernel[(N, parts)](
                 grad, indices, counts, weight, out, N, C, d,
                 ENDS=tuple(ends[:-1]), BLOCKS=each, PLACES=_power_of_2(C), BLOCK_D=block,
-                EVEN_D=d % (block * each) == 0, UNROLL=_UNROLL, COMPUTE=_triton_dtype(compute),
+                EVEN_D=d % (block * each) == 0, UNROLL=_UNROLL // 2, COMPUTE=_triton_dtype(compute),
                 TRUNCATES=_rounds(out.dtype), num_warps=1, enable_fp_fusion=True,
             )  # fmt: skip
     return out[0] if parts == 1 else out.sum(0).to(dtype)
@@ -216,41 +216,45 @@ def weight_gradients(
     x: Tensor | None,
     values: Tensor | None,
     grad_xhat: Tensor | None,
+    W_dec: Tensor | None,
     ends: Sequence[int],
     fill: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Two launches for both matrices; `fill` adds one per matrix.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two launches for both matrices, one to clear the vectors and one to add them; `fill` adds one per matrix.
 
-    Bytes, with F features that fired: N A d (x + g) gathered + 8 F d written + N A (12 + e) ceil(d / block). Each of
-    the at most 2 N A / 256 sums that cross a chunk of 256 entries adds 16 d.
+    Bytes, with F features that fired: N A d (x + g) gathered + 8 F d written + N A (12 + e) ceil(d / block), and 4 F d
+    for W_dec. Each of the at most 2 N A / 256 sums that cross a chunk of 256 entries adds 16 d.
     """
     from tsae_kernels.backends.triton.sparse_rows import finish_weight_gradients_kernel, weight_gradients_kernel
 
     k, E = len(offsets) - 1, features.numel()
     sources = [source for source in (x, grad_xhat) if source is not None]
     assert sources
-    d = sources[0].shape[-1]
-    N = sources[0].shape[-2]
+    N, d = sources[0].shape[-2:]
     compute = compute_dtype(*sources, *(each for each in (grad_pre, values) if each is not None))
     options = {"dtype": compute, "device": tokens.device}
     new = torch.zeros if fill else torch.empty
     encoder = None if grad_pre is None else new(k, d, **options)
     decoder = None if values is None else new(k, d, **options)
     bias = None if grad_pre is None else torch.zeros(k, **options)
+    block = _block_d(d, max(N, 1) * len(sources), max(source.element_size() for source in sources))
+    blocks = -(-d // block)
+    measures = torch.zeros(4, blocks, k, **options)
     if E > 0 and d > 0:
         chunks = -(-E // _ENTRIES)
         outputs = encoder, decoder, bias
         partials = tuple(None if o is None else torch.empty(chunks, 2, *o.shape[1:], **options) for o in outputs)
-        rows = max(N, 1) * len(sources)
-        block = _block_d(d, rows, max(source.element_size() for source in sources))
+        outputs += measures[0], measures[1], measures[2:]
+        W_dec = None if W_dec is None else W_dec.contiguous()
         constants = {"CHUNK": _ENTRIES, "BLOCK_D": block, "EVEN_D": d % block == 0, "num_warps": 1}
         constants["enable_fp_fusion"] = True
-        grid = (chunks, -(-d // block))
         with _on_device_of(tokens):
-            weight_gradients_kernel[grid](
-                features, tokens, offsets, grad_pre, None if x is None else x.contiguous(), values, grad_xhat,
+            weight_gradients_kernel[(chunks, blocks)](
+                features, tokens, offsets, grad_pre, None if x is None else x.contiguous(), values, grad_xhat, W_dec,
                 *outputs, *partials, N, k, d, ENDS=tuple(ends[:-1]), UNROLL=_UNROLL // len(sources), **constants,
             )  # fmt: skip
-            finish_weight_gradients_kernel[grid](features, offsets, *outputs, *partials, k, d, **constants)
-    outputs = encoder, decoder, bias
-    return tuple(torch.empty(0, dtype=torch.float32, device=tokens.device) if o is None else o for o in outputs)
+            finish_weight_gradients_kernel[(chunks, blocks)](
+                features, offsets, W_dec, *outputs, *partials, k, d, **constants
+            )
+    rows = (torch.empty(0, dtype=torch.float32, device=tokens.device) if o is None else o for o in (encoder, decoder))
+    return *rows, torch.zeros(0, dtype=torch.float32, device=tokens.device) if bias is None else bias, measures.sum(1)

@@ -139,9 +139,32 @@ def decode_backward_kernel(
 
 
 @triton.jit
+def store_row(
+    total, share, j, out, out_sum, squares, weight, products, k, d, columns, inside, block, complete,
+):  # fmt: skip
+    """Store a complete row of a gradient and, per block of columns, its square and its product with the weight's row.
+
+    out: [k, d]; squares: [blocks, k]; products: [2, blocks, k], of the row and the weight's, and of the weight's with
+    itself. Without `complete` nothing is stored.
+    """
+    mask = inside & (inside.to(tl.int32) * 0 + complete.to(tl.int32) > 0)
+    row = tl.cast(j, tl.int64) * d + columns
+    tl.store(out + row, total, mask=mask, cache_modifier=".cs")
+    to = tl.cast(block, tl.int64) * k + j
+    if squares is not None:
+        tl.store(squares + to, tl.sum(total * total, 0), mask=complete)
+    if weight is not None:
+        of_weight = tl.load(weight + row, mask=mask, other=0.0).to(total.dtype)
+        tl.store(products + to, tl.sum(total * of_weight, 0), mask=complete)
+        tl.store(products + tl.num_programs(1).to(tl.int64) * k + to, tl.sum(of_weight * of_weight, 0), mask=complete)
+    if out_sum is not None:
+        tl.store(out_sum + j, share, mask=complete & (block == 0))
+
+
+@triton.jit
 def store_sum(
-    total, share, j, chunk, out, partials, out_sum, partial_sums, offsets, d, columns, inside, first_block,
-    CHUNK: tl.constexpr,
+    total, share, j, chunk, out, partials, out_sum, partial_sums, squares, weight, products, offsets, k, d,
+    columns, inside, block, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Store a feature's sum over one chunk of entries: its row if the chunk has all of them, else a partial sum.
 
@@ -149,14 +172,15 @@ def store_sum(
     """
     begins = tl.load(offsets + j) // CHUNK
     ends = (tl.load(offsets + j + 1) - 1) // CHUNK
-    inner = inside & (inside.to(tl.int32) * 0 + (begins == ends).to(tl.int32) > 0)
-    crossing = inside & (inside.to(tl.int32) * 0 + (begins != ends).to(tl.int32) > 0)
+    store_row(
+        total, share, j, out, out_sum, squares, weight, products, k, d, columns, inside, block, begins == ends
+    )  # fmt: skip
+    crossing = begins != ends
     slot = chunk.to(tl.int64) * 2 + (begins == chunk).to(tl.int64)
-    tl.store(out + tl.cast(j, tl.int64) * d + columns, total, mask=inner)
-    tl.store(partials + slot * d + columns, total, mask=crossing)
+    mask = inside & (inside.to(tl.int32) * 0 + crossing.to(tl.int32) > 0)
+    tl.store(partials + slot * d + columns, total, mask=mask)
     if out_sum is not None:
-        tl.store(out_sum + j, share, mask=first_block & (begins == ends))
-        tl.store(partial_sums + slot, share, mask=first_block & (begins != ends))
+        tl.store(partial_sums + slot, share, mask=crossing & (block == 0))
 
 
 @triton.jit
@@ -196,9 +220,13 @@ def weight_gradients_kernel(
     x,
     values,
     grad_xhat,
+    W_dec,
     encoder,
     decoder,
     bias,
+    encoder_squares,
+    decoder_squares,
+    products,
     encoder_partials,
     decoder_partials,
     bias_partials,
@@ -215,12 +243,12 @@ def weight_gradients_kernel(
 
     encoder [k, d]: the sum of grad_pre * row of x over a feature's entries; decoder [k, d]: of values * row of
     grad_xhat [G, N, d], of the feature's group; bias [k]: of grad_pre. Rows of features without entries are not
-    written. Features whose entries lie in several chunks have partial sums, which
-    `finish_weight_gradients_kernel` adds in order.
+    written. Features whose entries lie in several chunks have partial sums, which `finish_weight_gradients_kernel` adds
+    in order. `store_row` explains squares and products.
     """
     chunk = tl.program_id(0)
-    columns, inside = columns_of(tl.program_id(1), d, BLOCK_D, EVEN_D)
-    first_block = tl.program_id(1) == 0
+    block = tl.program_id(1)
+    columns, inside = columns_of(block, d, BLOCK_D, EVEN_D)
     total = tl.load(offsets + k)
     begin = chunk * CHUNK
     end = tl.minimum(begin + CHUNK, total)
@@ -233,20 +261,19 @@ def weight_gradients_kernel(
         j = tl.load(features + begin)
         for i in range(begin, end, UNROLL):
             which, encoder_shares, encoder_rows, decoder_shares, decoder_rows = feature_gradients(
-                features, tokens, grad_pre, x, values, grad_xhat, i, end, N, d, columns, inside,
-                ENDS, EVEN_D, UNROLL,
-            )  # fmt: skip
+                features, tokens, grad_pre, x, values, grad_xhat, i, end, N, d, columns, inside, ENDS, EVEN_D, UNROLL
+            )
             for u in tl.static_range(UNROLL):
                 if (which[u] != j) & (which[u] >= 0):  # -1: past the end
                     if grad_pre is not None:
                         store_sum(
-                            of_encoder, of_bias, j, chunk, encoder, encoder_partials, bias, bias_partials, offsets,
-                            d, columns, inside, first_block, CHUNK,
+                            of_encoder, of_bias, j, chunk, encoder, encoder_partials, bias, bias_partials,
+                            encoder_squares, None, None, offsets, k, d, columns, inside, block, CHUNK,
                         )  # fmt: skip
                     if values is not None:
                         store_sum(
-                            of_decoder, of_bias, j, chunk, decoder, decoder_partials, None, None, offsets,
-                            d, columns, inside, first_block, CHUNK,
+                            of_decoder, of_bias, j, chunk, decoder, decoder_partials, None, None,
+                            decoder_squares, W_dec, products, offsets, k, d, columns, inside, block, CHUNK,
                         )  # fmt: skip
                     of_encoder = zero
                     of_decoder = zero
@@ -260,13 +287,13 @@ def weight_gradients_kernel(
                     of_decoder += decoder_shares[u].to(COMPUTE) * decoder_rows[u].to(COMPUTE)
         if grad_pre is not None:
             store_sum(
-                of_encoder, of_bias, j, chunk, encoder, encoder_partials, bias, bias_partials, offsets,
-                d, columns, inside, first_block, CHUNK,
+                of_encoder, of_bias, j, chunk, encoder, encoder_partials, bias, bias_partials,
+                encoder_squares, None, None, offsets, k, d, columns, inside, block, CHUNK,
             )  # fmt: skip
         if values is not None:
             store_sum(
-                of_decoder, of_bias, j, chunk, decoder, decoder_partials, None, None, offsets,
-                d, columns, inside, first_block, CHUNK,
+                of_decoder, of_bias, j, chunk, decoder, decoder_partials, None, None,
+                decoder_squares, W_dec, products, offsets, k, d, columns, inside, block, CHUNK,
             )  # fmt: skip
 
 
@@ -284,9 +311,13 @@ def add_partials(partials, chunk, last, d, columns, inside, COMPUTE: tl.constexp
 def finish_weight_gradients_kernel(
     features,
     offsets,
+    W_dec,
     encoder,
     decoder,
     bias,
+    encoder_squares,
+    decoder_squares,
+    products,
     encoder_partials,
     decoder_partials,
     bias_partials,
@@ -298,22 +329,26 @@ def finish_weight_gradients_kernel(
 ):
     """The row of the feature that begins in a chunk and goes on in the next, if there is one."""
     chunk = tl.program_id(0)
+    block = tl.program_id(1)
     past = (chunk + 1) * CHUNK
     if past < tl.load(offsets + k):
         j = tl.load(features + past)
         begins = tl.load(offsets + j)
         if (begins < past) & (begins >= past - CHUNK):
             last = (tl.load(offsets + j + 1) - 1) // CHUNK
-            columns, inside = columns_of(tl.program_id(1), d, BLOCK_D, EVEN_D)
-            row = tl.cast(j, tl.int64) * d + columns
+            columns, inside = columns_of(block, d, BLOCK_D, EVEN_D)
+            complete = last > chunk  # always
             if encoder is not None:
                 total = add_partials(encoder_partials, chunk, last, d, columns, inside, encoder.dtype.element_ty)
-                tl.store(encoder + row, total, mask=inside)
-                if tl.program_id(1) == 0:
-                    share = tl.load(bias_partials + chunk * 2 + 1)
-                    for c in range(chunk + 1, last + 1):
-                        share += tl.load(bias_partials + c * 2)
-                    tl.store(bias + j, share)
+                share = tl.load(bias_partials + chunk * 2 + 1)
+                for c in range(chunk + 1, last + 1):
+                    share += tl.load(bias_partials + c * 2)
+                store_row(
+                    total, share, j, encoder, bias, encoder_squares, None, None, k, d, columns, inside, block, complete
+                )
             if decoder is not None:
                 total = add_partials(decoder_partials, chunk, last, d, columns, inside, decoder.dtype.element_ty)
-                tl.store(decoder + row, total, mask=inside)
+                store_row(
+                    total, 0.0, j, decoder, None, decoder_squares, W_dec, products, k, d, columns, inside, block,
+                    complete,
+                )  # fmt: skip
