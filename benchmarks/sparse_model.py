@@ -55,12 +55,17 @@ class Kernel(NamedTuple):
         return slowest + self.launches * device.launch
 
 
+def _columns(rows: int, element: int, device: Device) -> int:
+    """In a block of columns of a gathered matrix [rows, d]: `_block_d` in sparse_launch.py."""
+    columns = 512 // element
+    while columns > 128 and rows * columns * element > 1.5 * device.cached:
+        columns //= 2
+    return columns
+
+
 def _gathered(step: Step, rows: int, element: int, device: Device) -> tuple[float, float]:
     """Bytes from memory and from the L2 cache for one row of d elements per entry, out of a matrix [rows, d]."""
-    columns = 512 // element
-    while columns > 128 and rows * columns * element > device.cached:
-        columns //= 2
-    missed = max(1 - device.cached / (rows * columns * element), 0.0)
+    missed = max(1 - device.cached / (rows * _columns(rows, element, device) * element), 0.0)
     total = step.tokens * step.active * step.d * element
     return max(rows * step.d * element, missed * total), float(total)
 
@@ -69,20 +74,23 @@ def kernels(step: Step, device: Device = H100) -> list[Kernel]:
     """Every kernel of the step in order. The optimizer: Adam on both matrices, a bfloat16 copy in the same pass."""
     N, d, k, A, C = step.tokens, step.d, step.features, step.active, step.capacity
     entries, listed = N * A, N * C
-    blocks = -(-d // 256)
+    blocks = -(-d // _columns(2 * N, 2, device))  # of x and the gradient of xhat
+    columns = _columns(k, 2, device)  # of W_dec
+    decoder_blocks = -(-d // columns)
+    parts = -(-decoder_blocks // max(int(device.cached // (k * columns * 2)), 1))
     sequences = N // step.length
     mask, stats = N * k / 8, 4 * sequences * (step.bands + 2) * k
     weight, weight_l2 = _gathered(step, k, 2, device)
     rows, rows_l2 = _gathered(step, 2 * N, 2, device)
     written = 8 * step.fired * k * d
     partials = 2 * entries / ENTRIES * 16 * d
-    lists = entries * 6 * blocks
+    lists = entries * 6 * decoder_blocks
     return [
         Kernel("x W_enc", 2 * (N * d + k * d + N * k), operations=2.0 * N * d * k),
         Kernel("activation, statistics, mask", 2 * N * k + mask + stats),
         Kernel("lists", 2 * mask + 36 * entries + 10 * listed + 8 * N, launches=3),
         Kernel("decoder", weight + 2 * N * d, weight_l2 + lists),
-        Kernel("gradient of values", weight + 2 * N * d + 24 * listed, weight_l2 + lists, launches=3),
+        Kernel("gradient of values", weight + 2 * N * d + 8 * parts * listed, weight_l2 + lists, launches=3),
         Kernel("order by feature", 4 * 24 * listed + 44 * listed + 8 * k, launches=10),
         Kernel("gradient of statistics", entries * (54 + 32 * step.bands) + 4 * listed, launches=2),
         Kernel(

@@ -261,3 +261,42 @@ def test_default_bands_are_those_of_the_dense_functions():
     _, stats = encode_sparse(problem.x, problem.W_enc.T, problem.b_enc, capacity=6)
     _, wanted = activate_with_stats(problem.x @ problem.W_enc.T, problem.b_enc, bands=MULTISCALE, backend="eager")
     assert_close(stats, wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_have_the_bits_of_the_dense_features(backend, dtype):
+    problem = Problem(1, 20, 4, 40, dtype=dtype, sparse=0.5)
+    with torch.no_grad():
+        pre = problem.x @ problem.W_enc.T
+        h, stats = oracle.activate_with_stats(pre, problem.b_enc, "relu", 0.3, 0.1, BANDS, backend=backend)
+        arguments = problem.x, problem.W_enc.T, problem.b_enc, 0.3, 0.1, BANDS
+        features, sparse_stats = encode_sparse(*arguments, capacity=40, pre=pre, backend=backend)
+    assert features.values.dtype == dtype
+    assert torch.equal(dense_of(features, 40), h.flatten(0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(stats, sparse_stats, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_feature_active_on_every_token(backend):
+    problem = Problem(1, 6, 3, 5)
+    with torch.no_grad():
+        problem.b_enc += 100
+    loss, wanted = (dense := problem.dense()[2]), torch.autograd.grad(dense, problem.leaves)
+    features, _, sparse_loss = problem.sparse(backend)
+    assert (features.counts == 5).all()
+    assert_close([sparse_loss, *torch.autograd.grad(sparse_loss, problem.leaves)], [loss, *wanted])
+
+
+def test_under_autocast_products_are_bfloat16_and_gradients_float32():
+    problem = Problem(2, 16, 24, 64, dtype=torch.float32, sparse=0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        features, stats, loss = problem.sparse("eager", 0.3, 0.1)
+        *_, dense_loss = problem.dense(0.3, 0.1)
+    assert features.values.dtype == torch.bfloat16
+    assert stats.square.dtype == torch.float32
+    grads = torch.autograd.grad(loss, problem.leaves)
+    wanted = torch.autograd.grad(dense_loss, problem.leaves)
+    for got, dense in zip(grads, wanted, strict=True):
+        assert got.dtype == torch.float32
+        assert (got - dense).norm() < 2e-2 * dense.norm()

@@ -35,9 +35,9 @@ def _rounds(dtype: torch.dtype) -> bool:
 
 
 def _block_d(d: int, rows: int, element_size: int) -> int:
-    """Columns of a program: one warp's 16-byte loads, or fewer so that the gathered rows fit in the cache."""
+    """Columns of a program: one warp's 16-byte loads, or fewer so that two thirds of the gathered rows are cached."""
     block = min(512 // element_size, max(_power_of_2(d), 32))
-    while block > 128 and rows * block * element_size > _CACHED:
+    while block > 128 and rows * block * element_size > 1.5 * _CACHED:
         block //= 2
     return block
 
