@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tsae_kernels import sparse_ops as _sparse_ops  # noqa: F401  (registers the operators)
 from tsae_kernels.arguments import check_activation, check_features, check_segments, check_tensor, check_weight
 from tsae_kernels.backends.registry import choose_backend
 from tsae_kernels.bands import MULTISCALE, Bands, check_bands, flatten_bands
 from tsae_kernels.functions import TemporalStats
-from tsae_kernels.sparse_ops import backend_for_lists, feature_order
+from tsae_kernels.sparse_ops import Entries, backend_for_lists
 
 _ops = torch.ops.tsae_kernels
 
@@ -57,40 +56,56 @@ class WeightGradients(NamedTuple):
 
     encoder: [k, d], of W_enc.T
     decoder: [k, d], of W_dec
-    bias:    [k], of b_enc; 0 where a feature did not fire
+    bias:    [k], of b_enc
     fired:   [k] bool
+    encoder_square, decoder_square: [k], the squared norm of each row
+    along:   [k], the product of each row of `decoder` with W_dec's; its component along that row is ``along / w``
+        times the row, for w = `weight_square` [k], the squared norm of W_dec's row
 
-    All float32 (float64 where an operand is).
+    The vectors are 0 where a feature did not fire, the last two also if `weight_gradients` got no W_dec. All are
+    float32 (float64 where an operand is).
     """
 
     encoder: Tensor
     decoder: Tensor
     bias: Tensor
     fired: Tensor
+    encoder_square: Tensor
+    decoder_square: Tensor
+    along: Tensor
+    weight_square: Tensor
 
     @torch.no_grad()
-    def add_rows(self, features: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor) -> WeightGradients:
+    def add_rows(
+        self, features: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor, W_dec: Tensor | None = None
+    ) -> WeightGradients:
         """These gradients plus dense ones of a few features, such as AuxK's of dead features. Changes them in place.
 
         features: [n] int64, all different; encoder, decoder: [n, d]; bias: [n]
+        W_dec: as in `weight_gradients`
         out: gradients in which those features count as fired
         """
         fired = self.fired[features][:, None]
+        sums = []
         for rows, more in ((self.encoder, encoder), (self.decoder, decoder)):
-            rows.index_copy_(0, features, torch.where(fired, rows[features], 0) + more.to(rows.dtype))
+            sums.append(torch.where(fired, rows[features], 0) + more.to(rows.dtype))
+            rows.index_copy_(0, features, sums[-1])
         self.bias.index_add_(0, features, bias.to(self.bias.dtype))
+        self.encoder_square.index_copy_(0, features, sums[0].square().sum(1))
+        self.decoder_square.index_copy_(0, features, sums[1].square().sum(1))
+        if W_dec is not None:
+            weight = W_dec[features].to(sums[1].dtype)
+            self.along.index_copy_(0, features, (sums[1] * weight).sum(1))
+            self.weight_square.index_copy_(0, features, weight.square().sum(1))
         return self._replace(fired=self.fired.index_fill(0, features, True))
 
 
 class _Piece(NamedTuple):
     """What the backward pass of one `encode_sparse` knows."""
 
-    indices: Tensor  # [N, C]
-    order: Tensor
-    offsets: Tensor
-    grad_pre: Tensor  # [N, C]
+    entries: Entries
+    grad_pre: Tensor  # [E]
     x: Tensor  # [N, d]
-    values: Tensor  # [N, C]
 
 
 class DeferredGradients:
@@ -104,17 +119,28 @@ class DeferredGradients:
     def __init__(self) -> None:
         self._pieces: list[_Piece] = []
         self._grads: list[Tensor] = []  # of xhat, [G, N, d]
-        self._ends: tuple[int, ...] = ()
+        self._ends: list[int] = []
+        self._backend = ""
+
+    def _record_encoder(self, piece: _Piece, backend: str) -> None:
+        self._pieces.append(piece)
+        self._backend = backend
+
+    def _record_decoder(self, grad: Tensor, ends: list[int]) -> None:
+        self._grads.append(grad)
+        self._ends = ends
 
 
 @torch.no_grad()
-def weight_gradients(deferred: DeferredGradients) -> WeightGradients:
+def weight_gradients(deferred: DeferredGradients, W_dec: Tensor | None = None) -> WeightGradients:
     """The gradients of W_enc, b_enc and W_dec, in one pass over the entries by feature.
 
     Sums run in a fixed order. Rows of features that did not fire are not written. With ``x - b_dec`` as the encoder's
     input, the gradient of b_dec through the encoder is ``-(W_enc @ bias)``, for `bias` of the result.
 
     deferred: after ``backward`` of a loss on the decoder's output
+    W_dec: [k, d], for `along` and `weight_square`, with which an optimizer projects gradients and clips their norm
+        without another pass over the rows
     out: `WeightGradients`
 
     Raises `RuntimeError` if the backward pass did not reach the encoder and the decoder.
@@ -125,20 +151,27 @@ def weight_gradients(deferred: DeferredGradients) -> WeightGradients:
             "weight_gradients needs a backward pass through decode_sparse_features and encode_sparse, both called with "
             f"this DeferredGradients; it recorded {len(grads)} of the decoder and {len(pieces)} of the encoder"
         )
-    piece, grad = pieces[0], grads[0]
-    if len(pieces) > 1:
-        grad = torch.cat(grads, dim=1)
-        columns = zip(*((p.indices, p.grad_pre, p.x, p.values) for p in pieces), strict=True)
-        indices, grad_pre, x, values = (torch.cat(column) for column in columns)
-        piece = _Piece(indices, *feature_order(indices, len(piece.offsets) - 1), grad_pre, x, values)
-    encoder, decoder, bias = _ops.sparse_weight_gradients(
-        piece.order, piece.offsets, piece.grad_pre, piece.x, piece.values, grad, deferred._ends, False, _chosen(grad)
-    )
-    return WeightGradients(encoder, decoder, bias, piece.offsets[1:] > piece.offsets[:-1])
+    (features, tokens, values, offsets), grad_pre, x, grad = _joined(pieces, grads)
+    arguments = grad_pre, x, values, grad, W_dec, deferred._ends, False, deferred._backend
+    encoder, decoder, bias, measures = _ops.sparse_weight_gradients(features, tokens, offsets, *arguments)
+    return WeightGradients(encoder, decoder, bias, offsets[1:] > offsets[:-1], *measures.unbind())
 
 
-def _chosen(x: Tensor, backend: str | None = None) -> str:
-    return backend_for_lists(choose_backend(backend, x.device))
+def _joined(pieces: list[_Piece], grads: list[Tensor]) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]:
+    """Entries by feature (features, tokens, values, offsets), grad_pre, x and the gradient of xhat of all pieces."""
+    if len(pieces) == 1:
+        _, *entries = pieces[0].entries
+        return tuple(entries), pieces[0].grad_pre, pieces[0].x, grads[0]
+    first, parts = 0, []
+    for piece in pieces:
+        parts.append(piece.entries.tokens + first)
+        first += len(piece.x)
+    features, order = torch.sort(torch.cat([piece.entries.features for piece in pieces]), stable=True)
+    columns = torch.cat(parts), torch.cat([p.entries.values for p in pieces]), torch.cat([p.grad_pre for p in pieces])
+    tokens, values, grad_pre = (column.index_select(0, order) for column in columns)
+    offsets = torch.stack([piece.entries.offsets for piece in pieces]).sum(0, dtype=torch.int32)
+    x, grad = torch.cat([piece.x for piece in pieces]), torch.cat(grads, dim=1)
+    return (features, tokens, values, offsets), grad_pre, x, grad
 
 
 class _Encode(torch.autograd.Function):
@@ -172,19 +205,21 @@ class _Encode(torch.autograd.Function):
         x, weight, segments, values, indices, counts = ctx.saved_tensors
         grads = rest[2:]  # after indices and counts
         tokens = x.reshape(-1, x.shape[2])  # [N, d]
-        order, offsets = feature_order(indices, ctx.k)
-        grad_pre = _ops.sparse_stats_backward(
-            values, order, offsets, grad_values, *grads, ctx.bands, segments, x.shape[1], ctx.backend
-        )
+        entries = Entries(*_ops.sparse_sort_entries(indices, values, ctx.k, ctx.backend))
+        options = ctx.bands, segments, x.shape[1], ctx.backend
+        by_feature = entries.values, entries.order, entries.features, entries.tokens
+        grad_pre = _ops.sparse_stats_backward(*by_feature, ctx.k, grad_values, *grads, *options)
         if ctx.deferred is not None:
-            ctx.deferred._pieces.append(_Piece(indices, order, offsets, grad_pre, tokens.detach(), values.detach()))
+            ctx.deferred._record_encoder(_Piece(entries, grad_pre, tokens.detach()), ctx.backend)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
+            by_token = torch.empty_like(grad_pre).index_copy_(0, entries.order, grad_pre).view(indices.shape)
             arguments = weight.T.contiguous(), [ctx.k], x.dtype, ctx.backend
-            grad_x = _ops.sparse_decode(grad_pre, indices, counts, *arguments).view_as(x)
+            grad_x = _ops.sparse_decode(by_token, indices, counts, *arguments).view_as(x)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            grad_rows, _, sums = _ops.sparse_weight_gradients(
-                order, offsets, grad_pre, tokens, None, None, [ctx.k], True, ctx.backend
+            arguments = grad_pre, tokens, None, None, None, [ctx.k], True, ctx.backend
+            grad_rows, _, sums, _ = _ops.sparse_weight_gradients(
+                entries.features, entries.tokens, entries.offsets, *arguments
             )
             grad_weight = grad_rows.to(weight.dtype).T
             grad_bias = None if ctx.bias_dtype is None else sums.to(ctx.bias_dtype)
@@ -268,17 +303,19 @@ class _Decode(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, weight, indices, counts = ctx.saved_tensors
+        if len(ctx.ends) > 1:  # a feature is in its group's prefix and in all larger ones
+            grad = grad.flip(0).cumsum(0).flip(0)
         grad = grad.contiguous()
         grad_values = grad_weight = None
         if ctx.deferred is not None:
-            ctx.deferred._grads.append(grad)
-            ctx.deferred._ends = tuple(ctx.ends)
+            ctx.deferred._record_decoder(grad, ctx.ends)
         if ctx.needs_input_grad[0]:
             arguments = ctx.ends, values.dtype, ctx.backend
             grad_values = _ops.sparse_decode_backward(grad, indices, counts, weight, *arguments)
         if ctx.needs_input_grad[1] and ctx.deferred is None:
-            order = feature_order(indices, weight.shape[0])
-            _, rows, _ = _ops.sparse_weight_gradients(*order, None, None, values, grad, ctx.ends, True, ctx.backend)
+            entries = Entries(*_ops.sparse_sort_entries(indices, values, weight.shape[0], ctx.backend))
+            arguments = None, None, entries.values, grad, None, ctx.ends, True, ctx.backend
+            _, rows, _, _ = _ops.sparse_weight_gradients(entries.features, entries.tokens, entries.offsets, *arguments)
             grad_weight = rows.to(weight.dtype)
         return grad_values, grad_weight, *[None] * 6
 
@@ -315,6 +352,6 @@ def decode_sparse_features(
     if deferred is not None:
         weight = weight.detach()
     values, indices, counts = features
-    chosen = _chosen(values, backend)
+    chosen = backend_for_lists(choose_backend(backend, values.device))
     out = _Decode.apply(values, weight.contiguous(), indices, counts, prefixes, dtype or weight.dtype, chosen, deferred)
     return out[0] if ends is None else out

@@ -14,7 +14,7 @@ from tsae_kernels.sparse_features import (
     weight_gradients,
 )
 
-BACKENDS = oracle.parameters(("eager",))
+BACKENDS = oracle.parameters(("eager", "triton"))
 BANDS = ((1, 2), (4, 9), (11, 11))
 
 
@@ -101,15 +101,16 @@ THRESHOLDS = {
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize("activation", THRESHOLDS)
 def test_loss_and_every_gradient_are_those_of_the_dense_step(backend, activation, segmented):
-    problem = Problem(2, 37, 5, 11, segmented=segmented)
+    interpreted = backend == "triton" and oracle.INTERPRETED
+    problem = Problem(*((1, 17, 3, 5) if interpreted else (2, 37, 5, 11)), segmented=segmented)
     levels = THRESHOLDS[activation](problem)
     h, stats, loss = problem.dense(*levels)
     wanted = torch.autograd.grad(loss, problem.leaves)
     features, sparse_stats, sparse_loss = problem.sparse(backend, *levels)
     got = torch.autograd.grad(sparse_loss, problem.leaves)
-    assert torch.equal(dense_of(features, 11), h.flatten(0, 1))
+    assert torch.equal(dense_of(features, h.shape[2]), h.flatten(0, 1))
     assert not features.overflow
-    assert all(torch.equal(a, b) for a, b in zip(stats, sparse_stats, strict=True))
+    assert_close(stats, sparse_stats)
     assert_close([sparse_loss, *got], [loss, *wanted])
 
 
@@ -157,7 +158,8 @@ def test_deferred_gradients_are_those_of_autograd(backend, pieces):
             expected = expected + problem.dense(0.6, 0.2, ends=ends)[2]
             problem.segments = segments
         whole = [None, *torch.autograd.grad(expected, problem.leaves[1:])]
-    got = weight_gradients(deferred)
+    got = weight_gradients(deferred, problem.W_dec)
+    assert_measured(got, problem.W_dec)
     assert all(leaf.grad is None for leaf in problem.leaves[1:])
     fired = got.fired
     assert 0 < fired.sum() < 30
@@ -166,18 +168,27 @@ def test_deferred_gradients_are_those_of_autograd(backend, pieces):
     assert not whole[3][~fired].any()
 
 
+def assert_measured(grads, W_dec):
+    """The vectors beside the rows are what the rows say."""
+    fired = grads.fired[:, None]
+    encoder, decoder, weight = (torch.where(fired, rows, 0) for rows in (grads.encoder, grads.decoder, W_dec.detach()))
+    products = (encoder, encoder), (decoder, decoder), (decoder, weight), (weight, weight)
+    assert_close(grads[4:], [(a * b).sum(1) for a, b in products])
+
+
 def test_rows_of_dead_features_are_added():
     problem = Problem(1, 30, 5, 20, sparse=1.0)
     deferred = DeferredGradients()
     problem.sparse("eager", deferred=deferred)[2].backward()
-    grads = weight_gradients(deferred)
+    grads = weight_gradients(deferred, problem.W_dec)
     before = [torch.where(grads.fired[:, None], rows, 0) for rows in (grads.encoder, grads.decoder)]
     bias = grads.bias.clone()
     for rows in (grads.encoder, grads.decoder):
         rows[~grads.fired] = torch.nan  # they may hold anything
     features = torch.stack([(~grads.fired).nonzero()[0, 0], grads.fired.nonzero()[0, 0]])
     more = torch.randn(2, 2, 5, dtype=torch.float64)
-    after = grads.add_rows(features, more[0], more[1], torch.ones(2))
+    after = grads.add_rows(features, more[0], more[1], torch.ones(2), problem.W_dec)
+    assert_measured(after, problem.W_dec)
     assert torch.equal(
         after.fired.nonzero()[:, 0], torch.cat([grads.fired.nonzero()[:, 0], features[:1]]).sort().values
     )
@@ -250,3 +261,42 @@ def test_default_bands_are_those_of_the_dense_functions():
     _, stats = encode_sparse(problem.x, problem.W_enc.T, problem.b_enc, capacity=6)
     _, wanted = activate_with_stats(problem.x @ problem.W_enc.T, problem.b_enc, bands=MULTISCALE, backend="eager")
     assert_close(stats, wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_have_the_bits_of_the_dense_features(backend, dtype):
+    problem = Problem(1, 20, 4, 40, dtype=dtype, sparse=0.5)
+    with torch.no_grad():
+        pre = problem.x @ problem.W_enc.T
+        h, stats = oracle.activate_with_stats(pre, problem.b_enc, "relu", 0.3, 0.1, BANDS, backend=backend)
+        arguments = problem.x, problem.W_enc.T, problem.b_enc, 0.3, 0.1, BANDS
+        features, sparse_stats = encode_sparse(*arguments, capacity=40, pre=pre, backend=backend)
+    assert features.values.dtype == dtype
+    assert torch.equal(dense_of(features, 40), h.flatten(0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(stats, sparse_stats, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_feature_active_on_every_token(backend):
+    problem = Problem(1, 6, 3, 5)
+    with torch.no_grad():
+        problem.b_enc += 100
+    loss, wanted = (dense := problem.dense()[2]), torch.autograd.grad(dense, problem.leaves)
+    features, _, sparse_loss = problem.sparse(backend)
+    assert (features.counts == 5).all()
+    assert_close([sparse_loss, *torch.autograd.grad(sparse_loss, problem.leaves)], [loss, *wanted])
+
+
+def test_under_autocast_products_are_bfloat16_and_gradients_float32():
+    problem = Problem(2, 16, 24, 64, dtype=torch.float32, sparse=0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        features, stats, loss = problem.sparse("eager", 0.3, 0.1)
+        *_, dense_loss = problem.dense(0.3, 0.1)
+    assert features.values.dtype == torch.bfloat16
+    assert stats.square.dtype == torch.float32
+    grads = torch.autograd.grad(loss, problem.leaves)
+    wanted = torch.autograd.grad(dense_loss, problem.leaves)
+    for got, dense in zip(grads, wanted, strict=True):
+        assert got.dtype == torch.float32
+        assert (got - dense).norm() < 2e-2 * dense.norm()

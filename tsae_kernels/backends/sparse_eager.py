@@ -7,6 +7,7 @@ Sums over the entries of a token and of a feature run in the order of the list, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -77,20 +78,35 @@ def decode(
     return out.to(dtype)
 
 
+def group_of(features: Tensor, ends: Sequence[int]) -> Tensor:
+    """The group of each feature: the index of the first of the prefixes `ends` that contains it, like `features`."""
+    groups = torch.zeros_like(features)
+    for end in ends[:-1]:
+        groups += features >= end
+    return groups
+
+
 def decode_backward(
     grad: Tensor, indices: Tensor, counts: Tensor, weight: Tensor, ends: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    """[N, C]: the gradient of every value, the sum over the prefixes it is in; 0 past the count. grad: [G, N, d]."""
+    """[N, C]: the gradient of every value, 0 past the count. grad: [G, N, d], for the features of each group."""
     N, C = indices.shape
     compute = compute_dtype(grad, weight)
-    out = torch.zeros(N, C, dtype=compute, device=grad.device)
+    tokens = torch.arange(N, device=grad.device)
+    columns = []
     for i in range(C):
         j, used = _used(indices, len(weight), i)
-        row = weight[j].to(compute)
-        for g, end in enumerate(ends):
-            part = (grad[g].to(compute) * row).sum(1)
-            out[:, i] += torch.where(used[:, 0] & (j < end), part, 0)
-    return out.to(dtype)
+        product = grad[group_of(j, ends), tokens].to(compute) * weight[j].to(compute)
+        columns.append(torch.where(used[:, 0], product.sum(1), 0))
+    return torch.stack(columns, 1).to(dtype)
+
+
+def sort_entries(indices: Tensor, values: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """order, features, tokens, values [E] and offsets [k + 1] of `sparse_ops.Entries`."""
+    features, order = torch.sort(indices.flatten(), stable=True)
+    tokens = (order // indices.shape[1]).int()
+    offsets = torch.searchsorted(features, torch.arange(k + 1, device=features.device), out_int32=True)
+    return order, features, tokens, values.flatten().index_select(0, order), offsets
 
 
 def _segment_bounds(segments: Tensor | None, N: int, T: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -106,7 +122,9 @@ def _segment_bounds(segments: Tensor | None, N: int, T: int, device: torch.devic
 def stats_backward(
     values: Tensor,
     order: Tensor,
-    offsets: Tensor,
+    features: Tensor,
+    tokens: Tensor,
+    k: int,
     grad_values: Tensor | None,
     grad_differences: Tensor | None,
     grad_total: Tensor | None,
@@ -115,97 +133,116 @@ def stats_backward(
     segments: Tensor | None,
     T: int,
 ) -> Tensor:
-    """[N, C]: the gradient of every value, through itself and the statistics.
+    """[E]: the gradient of every entry through itself and the statistics, in the order by feature.
 
-    In the order by feature, the entries of a feature within `reach` positions are at most `reach` places apart.
+    grad_values: [N, C]. In the order by feature the entries of a feature within a distance are at most as many places
+    apart.
     """
-    (N, C), k = values.shape, len(offsets) - 1
+    E = values.numel()
     dtype = dtype_of_stats(values.dtype)
-    grad = torch.zeros(N * C, dtype=dtype, device=values.device)
-    if N == 0:
-        return grad.view(N, C)
-    if grad_values is not None:
-        grad += grad_values.flatten()
-    place = torch.arange(N * C, device=values.device)
-    feature = torch.searchsorted(offsets, place.int(), right=True) - 1  # k past the last entry
-    used = feature < k
-    feature = feature.clamp_max(k - 1)
-    token = order // C
-    h = values.flatten()[order].to(dtype)
+    out = torch.zeros(E, dtype=dtype, device=values.device)
+    if E == 0:
+        return out
+    used = features < k
+    feature, token, h = features.clamp_max(k - 1).long(), tokens.long(), values.to(dtype)
+    N = T * (segments.shape[0] if segments is not None else -(-E // T))
     start, end = (bound[token] for bound in _segment_bounds(segments, N, T, values.device))
-    counted = used & (end > start)  # excluded positions do not enter the statistics
-    out = torch.zeros_like(h)
     if grad_differences is not None and bands:
-        of_entry = 2 * grad_differences[token // T, :, feature].to(dtype)  # [N C, S]
-        reach = min(max(last for _, last in bands), T - 1)
+        of_entry = 2 * grad_differences[token // T, :, feature].to(dtype)  # [E, S]
+        neighbours = _Neighbours(feature, token, h, used, start, end)
         for s, (first, last) in enumerate(bands):
-            degree = (
-                torch.minimum(token + last + 1, end)
-                - torch.minimum(token + first, end)
-                + torch.maximum(token - first + 1, start)
-                - torch.maximum(token - last, start)
-            )
-            partners, found = torch.zeros_like(h), torch.zeros_like(token)
-            for step in (*range(-reach, 0), *range(1, reach + 1)):
-                other = (place + step).clamp(0, N * C - 1)
-                distance = (token[other] - token).abs()
-                near = (place + step == other) & used[other] & (feature[other] == feature)
-                near &= (token[other] >= start) & (token[other] < end) & (distance >= first) & (distance <= last)
-                partners += torch.where(near, h - h[other], 0)
-                found += near
-            term = partners + (degree - found) * h  # partners that are off have h = 0
+            term = neighbours.window_term(first, min(last, T - 1))
             out += torch.where(of_entry[:, s] == 0, 0, of_entry[:, s] * term)
     if grad_total is not None:
         out += grad_total[token // T, feature]
     if grad_square is not None:
         out += 2 * grad_square[token // T, feature] * h
-    out = torch.where(counted, out, 0)
-    return (grad + torch.zeros_like(grad).index_copy_(0, order, out)).view(N, C)
+    out = torch.where(end > start, out, 0)  # excluded positions do not enter the statistics
+    if grad_values is not None:
+        out += grad_values.flatten()[order]
+    return torch.where(used, out, 0)
+
+
+class _Neighbours(NamedTuple):
+    """Entries in the order by feature: all [E]."""
+
+    feature: Tensor
+    token: Tensor
+    h: Tensor
+    used: Tensor
+    start: Tensor  # of the token's segment
+    end: Tensor
+
+    def window_term(self, first: int, last: int) -> Tensor:
+        """[E]: the sum of h_t - h_u over the positions u of the segment with first <= |u - t| <= last."""
+        feature, token, h, used, start, end = self
+        place = torch.arange(len(h), device=h.device)
+        partners, found = torch.zeros_like(h), torch.zeros_like(token)
+        for step in (*range(-last, 0), *range(1, last + 1)):
+            other = (place + step).clamp(0, len(h) - 1)
+            distance = (token[other] - token).abs()
+            near = (place + step == other) & used[other] & (feature[other] == feature)
+            near &= (token[other] >= start) & (token[other] < end) & (distance >= first) & (distance <= last)
+            partners += torch.where(near, h - h[other], 0)
+            found += near
+        degree = torch.minimum(token + last + 1, end) - torch.minimum(token + first, end)
+        degree += torch.maximum(token - first + 1, start) - torch.maximum(token - last, start)
+        return partners + (degree.clamp_min(0) - found) * h  # h_u = 0 where u is off
 
 
 def weight_gradients(
-    order: Tensor,
+    features: Tensor,
+    tokens: Tensor,
     offsets: Tensor,
     grad_pre: Tensor | None,
     x: Tensor | None,
     values: Tensor | None,
     grad_xhat: Tensor | None,
+    W_dec: Tensor | None,
     ends: Sequence[int],
     fill: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of W_enc.T [k, d], W_dec [k, d] and b_enc [k]; empty tensors for what is not asked for.
 
-    grad_pre: [N, C] and x [N, d], or None; values: [N, C] and grad_xhat [G, N, d], or None
+    grad_pre: [E] and x [N, d], or None; values: [E] and grad_xhat [G, N, d], or None
+    W_dec: [k, d] or None
     fill: rows of features without an entry must be 0 (else they may hold anything; here they are 0 too)
+    out: also measures [4, k]: of each feature |row|^2 of the encoder's and of the decoder's gradient, the product of
+        the latter with W_dec's row, and |W_dec's row|^2; 0 for features without an entry and what is not asked for
     """
-    nothing = torch.empty(0, dtype=torch.float32, device=order.device)
-    encoder = bias = decoder = nothing
+    k = len(offsets) - 1
+    encoder, decoder, bias = (torch.empty(0, dtype=torch.float32, device=tokens.device) for _ in range(3))
+    sources = [each for each in (grad_pre, x, values, grad_xhat) if each is not None]
+    measures = torch.zeros(4, k, dtype=compute_dtype(*sources), device=tokens.device)
     if grad_pre is not None and x is not None:
-        encoder, bias = _sums_by_feature(order, offsets, grad_pre, x[None], [len(offsets) - 1])
+        encoder, bias = _sums_by_feature(features, tokens, k, grad_pre, x[None], [k])
+        measures[0] = encoder.square().sum(1)
     if values is not None and grad_xhat is not None:
-        decoder, _ = _sums_by_feature(order, offsets, values, grad_xhat, ends)
-    return encoder, decoder, bias
+        decoder, _ = _sums_by_feature(features, tokens, k, values, grad_xhat, ends)
+        measures[1] = decoder.square().sum(1)
+        if W_dec is not None:
+            W_dec = W_dec.to(decoder.dtype)
+            fired = offsets[1:] > offsets[:-1]
+            measures[2] = (decoder * W_dec).sum(1)
+            measures[3] = torch.where(fired, W_dec.square().sum(1), 0)
+    return encoder, decoder, bias, measures
 
 
 def _sums_by_feature(
-    order: Tensor, offsets: Tensor, coefficients: Tensor, rows: Tensor, ends: Sequence[int]
+    features: Tensor, tokens: Tensor, k: int, coefficients: Tensor, rows: Tensor, ends: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """[k, d] and [k]: for each feature, the sum over its entries of coefficient * row of the token, and of coefficient.
 
-    coefficients: [N, C]; rows: [G, N, d]; an entry takes the sum of the rows of the prefixes that contain its feature.
+    features, tokens, coefficients: [E]; rows: [G, N, d], for the features of each group
     """
-    (_, C), (_, _, d), k = coefficients.shape, rows.shape, len(offsets) - 1
-    compute = compute_dtype(coefficients, rows)
+    d, compute = rows.shape[2], compute_dtype(coefficients, rows)
     out = torch.zeros(k + 1, d, dtype=compute, device=rows.device)  # the last row takes what is past the counts
     sums = torch.zeros(k + 1, dtype=compute, device=rows.device)
-    place = torch.arange(order.numel(), dtype=torch.int32, device=rows.device)
-    features = torch.searchsorted(offsets, place, right=True) - 1
-    indices = torch.zeros_like(order).index_copy_(0, order, features).view(coefficients.shape)
-    for i in range(C):
-        j, coefficient = indices[:, i], coefficients[:, i].to(compute)
-        for row, end in zip(rows, ends, strict=True):
-            out.index_add_(0, j, torch.where((j < end)[:, None], coefficient[:, None] * row.to(compute), 0))
-        sums.index_add_(0, j, coefficient)
+    step = max(2**22 // max(d, 1), 1)  # entries at a time, to bound the memory
+    for j, n, share in zip(features.split(step), tokens.split(step), coefficients.split(step), strict=True):
+        share = share.to(compute)
+        out.index_add_(0, j, share[:, None] * rows[group_of(j, ends), n].to(compute))
+        sums.index_add_(0, j, share)
     return out[:k], sums[:k]
 
 
