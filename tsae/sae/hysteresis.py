@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tsae.parallel.axis import SINGLE_PROCESS, Ranks
-from tsae.sae.thresholds import included, threshold_for
+from tsae.sae.thresholds import included, threshold_for, threshold_without_waiting
+from tsae.utils.device import runs_behind
 from tsae_kernels import activate_with_stats
 
 
@@ -93,5 +94,8 @@ def exact_threshold(
     """
     dtype = torch.promote_types(pre.dtype, torch.float32)
     z = pre.to(dtype) if bias is None else pre.to(dtype) + bias
-    levels = included(switch_on_levels(z, ratio, segments, two_sided=two_sided), segments)
+    levels = switch_on_levels(z, ratio, segments, two_sided=two_sided)
+    if runs_behind(levels.device):
+        return threshold_without_waiting(levels, segments, k, ranks, 0.0).clamp(min=0.0)
+    levels = included(levels, segments)
     return threshold_for(levels, k, ranks, 0.0).clamp(min=0.0)
