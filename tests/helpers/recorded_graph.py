@@ -76,7 +76,7 @@ class _Stream:
 
 
 @contextlib.contextmanager
-def _capture(graph: RecordedGraph, pool: Any = None) -> Iterator[None]:
+def _capture(graph: RecordedGraph, pool: Any = None, capture_error_mode: str = "global") -> Iterator[None]:
     with graph:
         yield
     graph.restore()

@@ -187,11 +187,12 @@ class SparseAutoencoder(nn.Module):
         return h, stats, l0
 
     def thresholds(
-        self, pre: Tensor, bias: Tensor | None, segments: Tensor | None
+        self, pre: Tensor, bias: Tensor | None, segments: Tensor | None, candidates: int | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Threshold and release of a forward pass, None where there is none; in training from batch or parameters.
 
         pre: (B, T, d_sae); bias: (d_sae) or None; segments: (B, T) or None
+        candidates: for thresholds of the batch on a GPU, see `tsae.sae.thresholds.threshold_without_waiting`
         """
         cfg, kind = self.cfg, self.cfg.kind
         if kind.threshold == "none":
@@ -199,12 +200,11 @@ class SparseAutoencoder(nn.Module):
         if kind.threshold == "token":
             return topk_threshold(pre, bias, cfg.k, self.ranks.features), None  # [B, T, 1]
         if self.training and kind.threshold == "batch":
-            threshold = batch_topk_threshold(pre, bias, cfg.k, segments, self.ranks)
+            threshold = batch_topk_threshold(pre, bias, cfg.k, segments, self.ranks, candidates)
         elif self.training and cfg.steering == "exact":
             two_sided = cfg.hysteresis == "two-sided"
-            threshold = exact_threshold(
-                pre, bias, cfg.k, cfg.release_ratio, segments, two_sided=two_sided, ranks=self.ranks
-            )
+            options = {"two_sided": two_sided, "ranks": self.ranks, "candidates": candidates}
+            threshold = exact_threshold(pre, bias, cfg.k, cfg.release_ratio, segments, **options)
         else:
             if self.training:
                 self.update_threshold_buffers()

@@ -26,18 +26,24 @@ def topk_threshold(pre: Tensor, bias: Tensor | None, k: int, features: Axis = SI
 
 
 def batch_topk_threshold(
-    pre: Tensor, bias: Tensor | None, k: int, segments: Tensor | None, ranks: Ranks = SINGLE_PROCESS
+    pre: Tensor,
+    bias: Tensor | None,
+    k: int,
+    segments: Tensor | None,
+    ranks: Ranks = SINGLE_PROCESS,
+    candidates: int | None = None,
 ) -> Tensor:
     """The threshold that k features per token exceed on average over the batch (Bussmann et al. 2024).
 
     pre: (B, T, d_sae); bias: (d_sae) or None; positions with negative segment ids do not count
     ranks: if there are several, ``pre`` is this rank's shard, and the threshold is for the global batch and dictionary
+    candidates: on a GPU, see `threshold_without_waiting`
     out: scalar, no gradient
     """
     values = pre.detach() if bias is None else pre.detach() + bias.detach().to(pre.dtype)
     lowest = torch.finfo(values.dtype).min
     if runs_behind(values.device):
-        return threshold_without_waiting(values, segments, k, ranks, lowest)
+        return threshold_without_waiting(values, segments, k, ranks, lowest, candidates)
     values = included(values, segments)  # rebound, so that one tensor [B, T, d_sae] is held and not two
     return threshold_for(values, k, ranks, lowest)
 
@@ -58,12 +64,25 @@ def threshold_for(values: Tensor, k: int, ranks: Ranks, lowest: float) -> Tensor
     return kth_largest(values, tokens * k + 1, ranks.world)
 
 
-def threshold_without_waiting(values: Tensor, segments: Tensor | None, k: int, ranks: Ranks, lowest: float) -> Tensor:
-    """`threshold_for` of ``values`` (B, T, d_sae), for a device that the host must not wait for."""
+def threshold_without_waiting(
+    values: Tensor,
+    segments: Tensor | None,
+    k: int,
+    ranks: Ranks,
+    lowest: float,
+    candidates: int | None = None,
+) -> Tensor:
+    """`threshold_for` of ``values`` (B, T, d_sae), for a device that the host must not wait for.
+
+    candidates: look at so many of a token's largest values only, which is less work. The result is the same if no token
+        has more above it; else it is lower, so that this can be seen from the number of features above it.
+    """
     if k >= values.shape[-1] * ranks.features.size:
         return values.new_full((), lowest)
     kept = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device) if segments is None else segments >= 0
     tokens = ranks.data.sum_no_grad(kept.sum())
+    if candidates is not None and k <= candidates < values.shape[-1]:
+        values = values.topk(candidates, dim=-1, sorted=False).values
     kth = kth_largest_without_waiting(values, kept, tokens * k + 1, ranks.world)
     return torch.where(tokens > 0, kth, lowest)
 

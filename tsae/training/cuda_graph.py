@@ -100,7 +100,8 @@ class GraphedSteps:
         if each.graph is None:
             optimizer.zero_grad(set_to_none=True)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
+            # The thread that prefetches activations may allocate in the meantime.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 each.result = each.step(self.make_step)
             self.pool, each.graph = graph.pool(), graph
         each.graph.replay()

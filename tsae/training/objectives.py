@@ -78,6 +78,8 @@ class LossInputs(FeatureBatch):
     """`auxk_loss`."""
     l0: Tensor | None = None
     """Mean number of active features, with its gradient to learned thresholds; used if ``cfg.l0`` is above 0."""
+    weights: LossWeights | None = None
+    """The factors that change with the step. None: `loss_weights`."""
 
 
 class LossTerms(NamedTuple):
@@ -274,9 +276,9 @@ def auxk_loss(
     return share if used is None else torch.where(used.any(), share, 0.0)
 
 
-def objective(inputs: LossInputs, step: int, cfg: ObjectiveConfig, weights: LossWeights | None = None) -> LossTerms:
-    """The loss of one step; ``step`` counts from 0, and gives the ``weights`` unless they are given."""
-    weights = weights or loss_weights(step, cfg)
+def objective(inputs: LossInputs, step: int, cfg: ObjectiveConfig) -> LossTerms:
+    """The loss of one step; ``step`` counts from 0."""
+    weights = inputs.weights or loss_weights(step, cfg)
     segments, ranks = inputs.segments, inputs.ranks
     reconstruction = reconstruction_loss(inputs.x, inputs.xhat, segments, ranks)
     nested = reconstruction

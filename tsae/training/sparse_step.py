@@ -5,13 +5,14 @@ The encoder's product is dense; everything after it reads and writes the active 
 is the step of the dense path to rounding. Nothing waits for the device.
 
 A token's list has a fixed capacity. If a token that counts has more active features, the gradient would lack some, so
-that step changes no weight: the flag `SparseStep.overflow` turns the optimizer's update off on the device. Thresholds
-and the statistics of features are exact in any case, and change. `check`, called wherever the host reads values anyway,
-reports the steps lost and enlarges the capacity.
+that step changes no weight: the flag `SparseStep.overflow` turns the optimizer's update off on the device. L0, a
+steered threshold and the statistics of features do not come from the lists, and change. `check`, called wherever the
+host reads values anyway, reports the steps lost and enlarges the capacity.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ from tsae_kernels.sparse_features import (
     weight_gradients,
 )
 
-_MARGIN = 4  # times the mean number of active features, where the number per token varies
+_MARGIN = 4.0  # times the mean number of active features, where the number per token varies
 _ROUND = 16  # capacities are multiples of this
 
 
@@ -118,8 +119,10 @@ class SparseStep:
 
     def __init__(self, cfg: TrainConfig, sae: SparseAutoencoder, ranks: Ranks, *, autocast: bool) -> None:
         self.cfg, self.sae, self.ranks, self.autocast = cfg, sae, ranks, autocast
-        margin = 1 if cfg.sae.kind.threshold == "token" else _MARGIN
-        self.capacity = self._rounded(margin * cfg.sae.k)
+        margin = _MARGIN
+        if cfg.sae.kind.threshold == "token":  # in bfloat16, features that tie with the (k + 1)-th can be on too
+            margin = 1.5 if autocast else 1.0
+        self.capacity = self._rounded(math.ceil(margin * cfg.sae.k))
         device = sae.W_dec.device
         self.overflow = torch.zeros((), dtype=torch.bool, device=device)  # of this step
         self.lost = torch.zeros((), dtype=torch.int64, device=device)  # steps since the last check
@@ -176,7 +179,7 @@ class SparseStep:
         x, pre: from `pre_activation`
         """
         sae, bias = self.sae, self.sae.b_enc.detach()
-        threshold, release = sae.thresholds(pre, bias, segments)
+        threshold, release = sae.thresholds(pre, bias, segments, self.capacity)
         W_enc = self._operand("W_enc").T
         features, stats = encode_sparse(
             x, W_enc, bias, threshold, release, bands, segments,

@@ -127,6 +127,7 @@ class Trainer:
         self.tokens = 0
         self.step_on_device = torch.zeros((), dtype=torch.int64, device=device)  # seeds the draws there
         self._any_dead = False  # at the last logged step
+        self._lost = 0  # steps since then that changed no weight
 
     def train_step(self, batch: ActivationBatch | BatchShard, *, log: bool = False) -> dict[str, float]:
         """One optimizer step on raw activations.
@@ -298,8 +299,9 @@ class Trainer:
             l0=l0,
             ranks=self.ranks,
             first=batch.first,
+            weights=plan.loss,
         )
-        terms = objective(inputs, self.step, cfg.objective, plan.loss)
+        terms = objective(inputs, self.step, cfg.objective)
         if check:
             self._check_finite(terms)
         l0_gradients = torch.autograd.grad(l0, threshold_parameters(sae), retain_graph=True) if self._priced else ()
@@ -441,13 +443,14 @@ class Trainer:
         if self.lists is None:
             return {}
         lost = self.lists.check()
+        self._lost += lost
         if lost:
             console.print(
                 f"Up to step {self.step}, {lost} steps changed no weight, because a token had more active features "
                 f"than its list has places; from now on it has {self.lists.capacity}.",
                 soft_wrap=True,
             )
-        return {"list_capacity": self.lists.capacity, "lost_steps": lost}
+        return {"list_capacity": self.lists.capacity, "lost_steps": self._lost}
 
     @torch.no_grad()
     def _measurements(self, result: StepResult) -> dict[str, float]:
@@ -466,6 +469,7 @@ class Trainer:
             "lr": learning_rate(self.step - 1, self.cfg.steps, self.cfg.optimizer),
         }
         out |= self._check_lists()
+        self._lost = 0
         out |= correlation_metrics(self.correlation, last, self.ranks)
         if self.cfg.sae.kind.shares_threshold:
             out["threshold"] = self.sae.threshold[0].item()
