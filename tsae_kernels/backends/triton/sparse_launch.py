@@ -196,7 +196,7 @@ def stats_backward(
     C = 1 if grad_values is None else grad_values.shape[1]
     grads = grad_differences, grad_total, grad_square
     reached = [(first, min(last, T - 1)) for first, last in bands]
-    block = 64  # of one warp: the search for partners needs no barrier
+    block = 32  # one warp: the search for partners needs no barrier
     with _on_device_of(values):
         stats_backward_kernel[(-(-E // block),)](
             values, order, features, tokens, None if grad_values is None else grad_values.contiguous(), *grads,
