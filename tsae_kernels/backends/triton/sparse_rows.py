@@ -85,7 +85,7 @@ def decode_kernel(
         tl.store(at, narrow(total, out.dtype.element_ty, TRUNCATES), mask=inside)
 
 
-@triton.jit(do_not_specialize=["N", "C"])
+@triton.jit(do_not_specialize=["N", "C", "blocks"])
 def decode_backward_kernel(
     grad,
     indices,
@@ -95,8 +95,8 @@ def decode_backward_kernel(
     N,
     C,
     d,
+    blocks,
     ENDS: tl.constexpr,
-    BLOCKS: tl.constexpr,
     PLACES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
@@ -104,7 +104,7 @@ def decode_backward_kernel(
     COMPUTE: tl.constexpr,
     TRUNCATES: tl.constexpr,
 ):
-    """out [splits, N, C]: the products of each entry's weight row and the token's gradient, over BLOCKS column blocks.
+    """out [splits, N, C]: the products of each entry's weight row and the token's gradient, over `blocks` of columns.
 
     grad: [G, N, d], of the features before ENDS[0], those up to ENDS[1] and so on. Past the count out is 0.
     """
@@ -120,7 +120,7 @@ def decode_backward_kernel(
             for u in tl.static_range(UNROLL):
                 features = features + (tl.load(indices + n * C + i + u, mask=i + u < end, other=0),)
                 sums = sums + (tl.zeros([BLOCK_D], COMPUTE),)
-            for block in range(split * BLOCKS, (split + 1) * BLOCKS):
+            for block in range(split * blocks, (split + 1) * blocks):
                 columns, inside = columns_of(block, d, BLOCK_D, False)
                 incoming = load_row(grad, g * N + n, d, columns, inside, 1, EVEN_D).to(COMPUTE)
                 rows = ()
