@@ -13,7 +13,13 @@ from tsae_kernels.backends import sparse_eager as eager
 from tsae_kernels.backends.sparse_eager import pack_active
 from tsae_kernels.backends.triton import sparse_launch as triton
 from tsae_kernels.segments import find_runs
-from tsae_kernels.sparse_features import DeferredGradients, decode_sparse_features, encode_sparse, weight_gradients
+from tsae_kernels.sparse_features import (
+    DeferredGradients,
+    decode_sparse_features,
+    encode_sparse,
+    squared_errors,
+    weight_gradients,
+)
 from tsae_kernels.sparse_ops import Entries, backend_for_lists
 
 ops = torch.ops.tsae_kernels
@@ -248,6 +254,34 @@ def test_opcheck(backend):
         ops.sparse_weight_gradients, (*rows, random(12), grad[0], entries.values, grad, weight, [2, 5], True, backend)
     )
     opcheck(ops.sparse_weight_gradients, (*rows, None, None, entries.values, grad, None, [2, 5], True, backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_squared_errors(backend, dtype):
+    x, xhat, grad = random(2, 3, 40), random(2, 3, 40, dtype=dtype, seed=2).requires_grad_(), random(2, 3, seed=3)
+    got = squared_errors(x, xhat, backend=backend)
+    wanted = (x.double() - xhat.double()).square().sum(-1)
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    (of_xhat,) = torch.autograd.grad(got, xhat, grad.to(got.dtype))
+    exact = 2 * grad.double()[..., None] * (xhat.detach().double() - x.double())
+    close(of_xhat, exact.to(dtype), max(RTOL[dtype], 1e-12) if dtype != torch.float64 else 1e-7)
+    with torch.no_grad():
+        xhat[0, 0, 0] = torch.inf
+    got = squared_errors(x, xhat, backend=backend)
+    (of_xhat,) = torch.autograd.grad(got, xhat, torch.zeros_like(got))
+    assert not of_xhat.any()
+    opcheck(ops.squared_errors, (x[0], xhat[0].detach(), backend))
+    opcheck(ops.squared_errors_backward, (x[0], xhat[0].detach(), grad[0], backend))
+
+
+def test_squared_errors_in_float64_by_finite_differences():
+    x, xhat = random(3, 4, dtype=torch.float64), random(3, 4, dtype=torch.float64, seed=2).requires_grad_()
+    torch.autograd.gradcheck(lambda xhat: squared_errors(x, xhat), xhat)
+    assert squared_errors(x[:0], xhat[:0]).shape == (0,)
+    with pytest.raises(ValueError, match=r"xhat must have shape \[3, 4\]"):
+        squared_errors(x, xhat[:2])
 
 
 def step(x, W_enc, b_enc, W_dec, segments, backend, threshold=None):

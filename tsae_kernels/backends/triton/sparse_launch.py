@@ -258,3 +258,35 @@ def weight_gradients(
             )
     rows = (torch.empty(0, dtype=torch.float32, device=tokens.device) if o is None else o for o in (encoder, decoder))
     return *rows, torch.zeros(0, dtype=torch.float32, device=tokens.device) if bias is None else bias, measures.sum(1)
+
+
+def squared_errors(x: Tensor, xhat: Tensor) -> Tensor:
+    """One launch. Bytes: N d (x + bytes of xhat)."""
+    from tsae_kernels.backends.triton.sparse_rows import squared_errors_kernel
+
+    N, d = xhat.shape
+    compute = compute_dtype(x, xhat)
+    out = xhat.new_empty(N, dtype=compute)
+    if N > 0:
+        with _on_device_of(xhat):
+            squared_errors_kernel[(N,)](
+                x, xhat, out, N, d, BLOCK_D=min(_power_of_2(d), 1024), COMPUTE=_triton_dtype(compute), num_warps=4,
+                enable_fp_fusion=True,
+            )  # fmt: skip
+    return out
+
+
+def squared_errors_backward(x: Tensor, xhat: Tensor, grad: Tensor) -> Tensor:
+    """One launch. Bytes: N d (x + 2 bytes of xhat)."""
+    from tsae_kernels.backends.triton.sparse_rows import squared_errors_backward_kernel
+
+    N, d = xhat.shape
+    out = torch.empty_like(xhat)
+    if N > 0:
+        with _on_device_of(xhat):
+            squared_errors_backward_kernel[(N,)](
+                x, xhat, grad, out, N, d, BLOCK_D=min(_power_of_2(d), 1024),
+                COMPUTE=_triton_dtype(compute_dtype(x, xhat)), TRUNCATES=_rounds(xhat.dtype), num_warps=4,
+                enable_fp_fusion=True,
+            )  # fmt: skip
+    return out

@@ -352,3 +352,31 @@ def finish_weight_gradients_kernel(
                     total, 0.0, j, decoder, None, decoder_squares, W_dec, products, k, d, columns, inside, block,
                     complete,
                 )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N"])
+def squared_errors_kernel(x, xhat, out, N, d, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr):
+    """out [N]: the sum over a token's columns of (x - xhat)^2."""
+    n = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK_D], COMPUTE)
+    for begin in range(0, d, BLOCK_D):
+        columns = begin + tl.arange(0, BLOCK_D)
+        error = tl.load(x + n * d + columns, mask=columns < d, other=0.0).to(COMPUTE)
+        error -= tl.load(xhat + n * d + columns, mask=columns < d, other=0.0).to(COMPUTE)
+        total += error * error
+    tl.store(out + n, tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=["N"])
+def squared_errors_backward_kernel(
+    x, xhat, grad, out, N, d, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr, TRUNCATES: tl.constexpr
+):
+    """out [N, d]: the gradient of xhat, 2 grad (xhat - x) for grad [N]; 0 where grad is 0, whatever the error."""
+    n = tl.program_id(0).to(tl.int64)
+    scale = tl.load(grad + n).to(COMPUTE) * 2
+    for begin in range(0, d, BLOCK_D):
+        columns = begin + tl.arange(0, BLOCK_D)
+        error = tl.load(xhat + n * d + columns, mask=columns < d, other=0.0).to(COMPUTE)
+        error -= tl.load(x + n * d + columns, mask=columns < d, other=0.0).to(COMPUTE)
+        result = tl.where(tl.zeros([BLOCK_D], COMPUTE) + scale == 0, 0.0, error * scale)
+        tl.store(out + n * d + columns, narrow(result, out.dtype.element_ty, TRUNCATES), mask=columns < d)
