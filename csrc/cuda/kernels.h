@@ -58,6 +58,7 @@ struct Backward {
   BackwardWindow windows[kMostWindows];
   const void* grad_total;   // [B, k] compute type or null
   const void* grad_square;  // [B, k] compute type or null
+  const void* total;        // [B, k] compute type: the sum of h over T, or null; not used with segments
   bool paired;
   void* grad_pre;           // [B, T, k]
   void* grad_bias;          // [B, k] compute type: summed over T, not yet over the batch
