@@ -48,9 +48,10 @@ struct Tile {
   // What is subtracted from a run's features: their mean, or that of the first `rows` rows, rounded to T.
   __device__ __forceinline__ Level<V> level_of(const Run& run, int rows) {
     Level<V> level;
+    const E share = fast_reciprocal(E(rows));
     if (sizeof(T) == 2 && f.total && !f.ends && rows == f.T) {
       const V total = load_numbers<E>(f.total, place.b * f.k + place.j, place.count);
-      level.value = widen<T>(narrow<T>({total.a / E(rows), total.b / E(rows)}));
+      level.value = widen<T>(narrow<T>(total * share));
       level.sum = fused(level.value, -E(rows), total);
       return level;
     }
@@ -81,7 +82,7 @@ struct Tile {
       for (const int end = smaller(t + kBlock, rows); t < end; ++t) part = part + (values(t) - origin);
       sum = sum + part;
     }
-    level.value = widen<T>(narrow<T>(origin + V{sum.a / E(rows), sum.b / E(rows)}));
+    level.value = widen<T>(narrow<T>(origin + sum * share));
     level.sum = fused(level.value - origin, -E(rows), sum);
     return level;
   }
