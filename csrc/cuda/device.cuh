@@ -23,13 +23,6 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, int bytes
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(at), "l"(from), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;\n" ::: "memory"); }
-// The copies that this thread started since the last call form a group. await_groups_but<N> waits until at most the
-// latest N groups are incomplete.
-__device__ __forceinline__ void close_group() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
-template <int kIncomplete>
-__device__ __forceinline__ void await_groups_but() {
-  asm volatile("cp.async.wait_group %0;\n" ::"n"(kIncomplete) : "memory");
-}
 
 __device__ __forceinline__ float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ __forceinline__ double fused(double a, double b, double c) { return __fma_rn(a, b, c); }

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "gradient.cuh"
-#include "row_ring.cuh"
+#include "row_feed.cuh"
 
 namespace tsae::cuda {
 
@@ -50,9 +50,9 @@ struct Rings {
   // the slots of rows before t - 16 are started. t is at most 8 more than the last time.
   __device__ __forceinline__ void step(int t, const Place& place) {
     const int needed = smaller(batch_of(t + kBatch + kFar) + 1, batches + kGradLag), later = groups - needed;
-    if (later >= 2) await_groups_but<2>();
-    else if (later == 1) await_groups_but<1>();
-    else await_groups_but<0>();
+    if (later >= 2) await_copies_but<2>();
+    else if (later == 1) await_copies_but<1>();
+    else await_copies_but<0>();
     __syncwarp();
     ready = larger(ready, smaller(needed, batches));
     if (groups < smaller(batch_of(t) + kAhead, batches + kGradLag)) copy_group(place);
@@ -64,7 +64,7 @@ struct Rings {
     __syncwarp();
 #pragma unroll 1
     while (copied_h < wanted) feed_h(copied_h++, place);
-    close_group();
+    commit_copies();
     await_copies();
     __syncwarp();
     ready = larger(ready, wanted);
@@ -75,7 +75,7 @@ struct Rings {
   __device__ __forceinline__ void copy_group(const Place& place) {
     if (copied_h == groups) feed_h(copied_h++, place);
     if (groups >= kGradLag) feed_grad_h(groups - kGradLag, place);
-    close_group();
+    commit_copies();
     ++groups;
   }
 };

@@ -69,7 +69,6 @@ struct Fiber {
   Context context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   std::vector<Copy> copies;  // started but not awaited
-  std::vector<size_t> groups;  // of closed groups of them: the number of copies up to each group's end
   bool finished = false;
 };
 
@@ -86,16 +85,6 @@ struct Block {
 };
 inline Block block;
 inline std::mutex mutex;
-
-// Carries out the first `count` copies and removes them.
-inline void complete(std::vector<Copy>& copies, size_t count) {
-  for (size_t i = 0; i < count; ++i) {
-    const Copy& copy = copies[i];
-    if (copy.bytes) std::memcpy(copy.to, copy.from, copy.bytes);
-    std::memset(copy.to + copy.bytes, 0, 16 - copy.bytes);
-  }
-  copies.erase(copies.begin(), copies.begin() + count);
-}
 
 inline void pass_control(Context& from, Context& to) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -162,7 +151,6 @@ inline void run_block(unsigned index, unsigned threads, bool reversed) {
 inline unsigned char* shared_memory() { return emulation::block.shared; }
 
 inline void __syncthreads() { emulation::pass_control(emulation::block.fiber().context, emulation::block.scheduler); }
-inline void __syncwarp() { __syncthreads(); }  // for kernels whose blocks are one warp
 inline int __syncthreads_or(int predicate) {
   emulation::block.gathered |= predicate != 0;
   __syncthreads();
@@ -178,22 +166,11 @@ inline void copy_async(void* to, const void* from, int bytes) {
 }
 inline void await_copies() {
   std::vector<emulation::Copy>& copies = emulation::block.fiber().copies;
-  emulation::complete(copies, copies.size());
-  emulation::block.fiber().groups.clear();
-}
-inline void close_group() {
-  emulation::Fiber& fiber = emulation::block.fiber();
-  fiber.groups.push_back(fiber.copies.size());
-}
-template <int kIncomplete>
-void await_groups_but() {
-  emulation::Fiber& fiber = emulation::block.fiber();
-  if (fiber.groups.size() <= kIncomplete) return;
-  const auto last = fiber.groups.end() - kIncomplete;
-  const size_t completed = *(last - 1);
-  emulation::complete(fiber.copies, completed);
-  fiber.groups.erase(fiber.groups.begin(), last);
-  for (size_t& end : fiber.groups) end -= completed;
+  for (const emulation::Copy& copy : copies) {
+    if (copy.bytes) std::memcpy(copy.to, copy.from, copy.bytes);
+    std::memset(copy.to + copy.bytes, 0, 16 - copy.bytes);
+  }
+  copies.clear();
 }
 
 inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
