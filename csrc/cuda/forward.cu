@@ -1,6 +1,7 @@
 // The forward pass: activation and temporal statistics from one read of pre. docs/mathematics.md, sections 2 to 4.
 //
-// A block is one warp with its tile. Memory traffic per column (b, j) of bfloat16 [B, 128, k] with three bands: 256
+// Here the kernels for the bands (1, 3), (4, 15) and one more; those for any bands are in forward_any.cu. A block is one
+// warp. Memory traffic per column (b, j) of bfloat16 [B, 128, k] with three bands: 256
 // bytes read, 256 written for h and 20 for the statistics; the statistics alone read 256 and write 20.
 #include "activation.cuh"
 #include "multiscale.cuh"
@@ -62,24 +63,12 @@ __device__ __forceinline__ void activate_rows(Activation& activate, int t, int c
   if constexpr (result == Result::kMask) mask.add(t, count, a, b);
 }
 
-// ---- the tuned case: bands (1, 3), (4, 15) and one more -----------------------------------------------------------
-
 // Warps of a multiprocessor; the kernels' register count is limited to allow as many.
 template <class T, bool sliding>
 constexpr int kWarps = sliding ? (sizeof(T) == 2 ? 9 : 4) : sizeof(T) == 2 ? 16 : 12;
 
 // Rows that the third band reaches back to, beyond those in registers. None if its window never leaves a row.
 TSAE_INLINE int rows_back(const Forward& f) { return f.S > 2 && f.bands[5] < f.T - 1 ? f.bands[5] + 1 : 0; }
-inline int forward_ring(const Forward& f) { return ring_rows(rows_back(f)); }
-
-// Writes the sums of a complete sequence.
-template <class E>
-__device__ __forceinline__ void write_moments(const Forward& f, const Place& place, const Pair<E>& total,
-                                              const Pair<E>& square) {
-  const int64_t at = place.b * f.k + place.j;
-  store_numbers(f.total, at, total, f.paired, place.count);
-  store_numbers(f.square, at, square, f.paired, place.count);
-}
 
 // The sum of this thread's features, if it is not finite although they may be: then at least one is infinite.
 template <class T, Mode mode>
@@ -179,113 +168,9 @@ __global__ void __launch_bounds__(kLanes, kWarps<T, sliding>) forward_multiscale
   write_totals<T, mode>(f, place, totals);
 }
 
-// ---- any bands, any T ---------------------------------------------------------------------------------------------
-
-// What a walk over a segment carries from block to block for each band, in shared memory.
-template <class E>
-struct BandState {
-  Pair<E> energy, past;  // see band_block in recurrence.h
-};
-
-template <class T, Mode mode, class Put>
-__device__ __forceinline__ void activate_column(Activate<T, mode>& activate, const Column<T>& pre, int begin, int end,
-                                                const Put& put) {
-#pragma unroll 8
-  for (int t = begin; t < end; ++t) put(t, activate(pre.stored(t), t));
-}
-
-// Block by block along T, for all bands at once. The features are in a tile if it is small enough, else in global memory:
-// pre, or h where it is written, whose column only this thread writes and reads. What a band reads again there is no
-// further back than the band reaches, so it comes from the caches unless the band is very wide.
-template <class T, Mode mode>
-__global__ void __launch_bounds__(kLanes, 8) forward_any(const __grid_constant__ Forward f) {
-  using E = compute_of<T>;
-  using V = Pair<E>;
-  const Place place = place_of(f.k, kTile);
-  const bool tiled = tile_bytes<T>(f.T) <= kMostTileBytes;
-  if (tiled) fill_tile<T>(f.pre, f.T, f.k, place);
-  await_copies();
-  __syncthreads();
-  if (place.count == 0) return;
-
-  Stored<T>* const column = tile<T>() + threadIdx.x;
-  BandState<E>* const bands =
-      reinterpret_cast<BandState<E>*>(shared_memory() + (tiled ? tile_bytes<T>(f.T) : 0)) + threadIdx.x;
-  for (int s = 0; s < f.S; ++s) bands[s * kLanes].energy = V{};
-  const Column<T> pre = tiled ? Column<T>(column) : Column<T>(f.pre, place);
-  const Output<T> h(f.h, f.T, f.k, f.paired, place);
-  Column<T> x = pre;
-  if (f.h && !tiled) {
-    x.at = h.at;
-    x.time = f.k;
-    x.feature = 1;
-    x.paired = h.paired;
-  }
-  const auto put = [&](int t, const Stored<T>& value) {
-    if (tiled) column[t * kLanes] = value;
-    h(t, value);
-  };
-  Activate<T, mode> activate(f, place);
-  const int* ends = f.ends ? f.ends + place.b * f.T : nullptr;
-  V total{}, square{};
-  for (int next = 0; next < f.T;) {
-    const Run run = run_at(ends, next, f.T);
-    next = run.end;
-    const int n = run.end - run.begin;
-    const Column<T> rows = x.from(run.begin);
-    activate.start(run);
-    V scaled_centre{};
-    Sums<V> sums;
-    for (int begin = 0; begin < n; begin += kBlock) {
-      const int end = smaller(begin + kBlock, n);
-      if (f.h) activate_column(activate, pre, run.begin + begin, run.begin + end, put);
-      if (run.excluded) continue;
-      if (begin == 0) {
-        scaled_centre = scaled_centre_of_first(rows, n);
-        for (int s = 0; s < f.S; ++s) bands[s * kLanes].past = V{};
-      }
-      const Centred<Column<T>, V> y{rows, scaled_centre * kInverseSumScale<E>};
-      add_block(y, begin, end, sums);
-      for (int s = 0; s < f.S && f.bands[2 * s] < n; ++s) {
-        BandState<E>& band = bands[s * kLanes];
-        V past = band.past;
-        band.energy = band.energy + band_block(y, begin, end, n, f.bands[2 * s], f.bands[2 * s + 1], past);
-        band.past = past;
-      }
-    }
-    if (!run.excluded) add_moments(rows, n, scaled_centre, sums, total, square);
-  }
-  for (int s = 0; s < f.S; ++s) {
-    const int64_t at = (place.b * f.S + s) * f.k + place.j;
-    store_numbers(f.differences, at, finished_energy(bands[s * kLanes].energy, square), f.paired, place.count);
-  }
-  write_moments<E>(f, place, total * kInverseSumScale<E>, square);
-}
-
-// A bit for each feature of h that is not 0.
-template <class T>
-__global__ void __launch_bounds__(kLanes) find_active(const __grid_constant__ Forward f) {
-  const Place place = place_of(f.k, kTile);
-  if (place.count == 0) return;
-  const Output<T> h(f.h, f.T, f.k, f.paired, place);
-  uint32_t* at = static_cast<uint32_t*>(f.active) + place.b * f.words * f.k + place.j;
-  for (int begin = 0; begin < f.T; begin += 32, at += f.k) {
-    uint32_t a = 0, b = 0;
-    for (int i = 0; i < smaller(32, f.T - begin); ++i) {
-      const T* from = h.at + (begin + i) * h.time;
-      const Mask active = nonzero<T>(stored_from(from[0], place.count > 1 ? from[1] : T{}));
-      a |= uint32_t(active.a) << i;
-      b |= uint32_t(active.b) << i;
-    }
-    at[0] = a;
-    if (place.count > 1) at[1] = b;
-  }
-}
-
-// ---- launches -----------------------------------------------------------------------------------------------------
-
 template <class T, Result result, bool sliding>
-const char* launch_multiscale(const Forward& f, int64_t blocks, void* stream) {
+const char* launch_multiscale(const Forward& f, void* stream) {
+  const int64_t blocks = f.B * ((f.k + kTile - 1) / kTile);
   const auto kernel = [&] {
     if constexpr (result == Result::kNothing) {
       return forward_multiscale<T, Mode::kIdentity, result, sliding>;
@@ -301,41 +186,29 @@ const char* launch_multiscale(const Forward& f, int64_t blocks, void* stream) {
   return launch(kernel, blocks, kLanes, ring_bytes<T>(f.ring), stream, f);
 }
 template <class T, Result result>
-const char* launch_multiscale(const Forward& f, int64_t blocks, void* stream) {
-  return rows_back(f) > 0 ? launch_multiscale<T, result, true>(f, blocks, stream)
-                          : launch_multiscale<T, result, false>(f, blocks, stream);
-}
-
-template <class T>
-const char* forward_of(Forward f, void* stream) {
-  const int64_t blocks = f.B * ((f.k + kTile - 1) / kTile);
-  if constexpr (sizeof(T) < 8) {
-    if (is_tuned_forward(f)) {
-      f.ring = forward_ring(f);
-      if (f.active) return launch_multiscale<T, Result::kMask>(f, blocks, stream);
-      if (f.h) return launch_multiscale<T, Result::kFeatures>(f, blocks, stream);
-      return launch_multiscale<T, Result::kNothing>(f, blocks, stream);
-    }
-  }
-  const int64_t tile = tile_bytes<T>(f.T), state = f.S * kLanes * int64_t(sizeof(BandState<compute_of<T>>));
-  const auto kernel = !f.h || f.activation == kIdentity ? forward_any<T, Mode::kIdentity>
-                      : f.activation == kGelu           ? forward_any<T, Mode::kGelu>
-                      : f.release                       ? forward_any<T, Mode::kSchmitt>
-                                                        : forward_any<T, Mode::kRelu>;
-  const char* error = launch(kernel, blocks, kLanes, (tile <= kMostTileBytes ? tile : 0) + state, stream, f);
-  if (error || !f.active) return error;
-  return launch(find_active<T>, blocks, kLanes, 0, stream, f);
+const char* launch_multiscale(const Forward& f, void* stream) {
+  return rows_back(f) > 0 ? launch_multiscale<T, result, true>(f, stream)
+                          : launch_multiscale<T, result, false>(f, stream);
 }
 
 }  // namespace
 
 bool is_tuned_forward(const Forward& f) {
   const int64_t size = f.dtype == kDouble ? 8 : f.dtype == kFloat ? 4 : 2;
-  return size < 8 && is_tuned(f.S, f.bands, f.k, forward_ring(f) * kTile * size);
+  return size < 8 && is_tuned(f.S, f.bands, f.k, ring_rows(rows_back(f)) * kTile * size);
 }
 
-const char* forward(const Forward& f, void* stream) {
-  return with_dtype(f.dtype, [&](auto element) { return forward_of<decltype(element)>(f, stream); });
+const char* forward(const Forward& given, void* stream) {
+  if (!is_tuned_forward(given)) return forward_any(given, stream);
+  Forward f = given;
+  f.ring = ring_rows(rows_back(f));
+  return with_dtype(f.dtype, [&](auto element) -> const char* {
+    using T = decltype(element);
+    if constexpr (sizeof(T) == 8) return "no tuned kernel for float64";
+    else if (f.active) return launch_multiscale<T, Result::kMask>(f, stream);
+    else if (f.h) return launch_multiscale<T, Result::kFeatures>(f, stream);
+    else return launch_multiscale<T, Result::kNothing>(f, stream);
+  });
 }
 
 }  // namespace tsae::cuda

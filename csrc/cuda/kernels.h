@@ -94,6 +94,7 @@ bool is_tuned_forward(const Forward& f);
 // Each launches its kernel on `stream` (a cudaStream_t) and returns null or an error message.
 const char* find_segment_ends(const int64_t* ids, int64_t B, int T, int* ends, void* stream);
 const char* forward(const Forward& f, void* stream);
+const char* forward_any(const Forward& f, void* stream);  // which `forward` calls if no tuned kernel applies
 const char* backward(const Backward& f, void* stream);
 const char* step_energy(const Steps& f, void* stream);
 const char* step_energy_backward(const Steps& f, void* stream);

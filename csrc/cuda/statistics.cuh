@@ -71,4 +71,13 @@ __device__ __forceinline__ V finished_energy(const V& energy, const V& square) {
   return not_a_number_to(select(equal(square, square), infinity, energy), positive);
 }
 
+// Writes the sums of a complete sequence.
+template <class E>
+__device__ __forceinline__ void write_moments(const Forward& f, const Place& place, const Pair<E>& total,
+                                              const Pair<E>& square) {
+  const int64_t at = place.b * f.k + place.j;
+  store_numbers(f.total, at, total, f.paired, place.count);
+  store_numbers(f.square, at, square, f.paired, place.count);
+}
+
 }  // namespace tsae::cuda
