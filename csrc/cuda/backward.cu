@@ -41,8 +41,7 @@ template <class T>
 const char* backward_of(const Backward& f, void* stream) {
   const int64_t blocks = f.B * ((f.k + kTile - 1) / kTile), bytes = tile_bytes<T>(f.T);
   if constexpr (sizeof(T) < 8) {
-    const bool short_rows = f.k < INT32_MAX / 64;  // eight rows are less than 2 GiB
-    if (is_tuned(f.S, f.bands, f.k, 0) && short_rows) return backward_multiscale<T>(f, blocks, stream);
+    if (is_multiscale(f)) return backward_multiscale<T>(f, blocks, stream);
   }
   const int64_t shared = bytes <= kMostTileBytes ? bytes : 0;
   const auto kernel = f.number_of_windows <= 4 ? backward_any<T, 4> : backward_any<T, kMostWindows>;

@@ -21,10 +21,22 @@ struct Tile {
   Rings<T> rings;
   V accumulated{};
   int activated = 0;  // for gelu: batches in the ring that hold h, not pre
-  bool any;           // of the warp's features has window terms
+  V minus_weights[3];  // of the windows, times kSumScale
+  bool any;            // of the warp's features has window terms
 
   __device__ __forceinline__ explicit Tile(const Backward& f) : f(f), place(place_of(f.k, kTile)), rings(f, place) {
-    any = __syncthreads_or(Gradient<T>(f, place).has_windows());
+    V gradients[3];
+#pragma unroll
+    for (int s = 0; s < 3; ++s) {
+      const int64_t at = place.b * f.differences_batch + s * f.k + place.j;
+      gradients[s] = f.grad_differences && s < f.S ? load_numbers<E>(f.grad_differences, at, place.count) : V{};
+    }
+    const Mask none = equal(gradients[0], V{}) & equal(gradients[1], V{}) & equal(gradients[2], V{});
+    any = of_warp(__syncthreads_or(!(none.a && none.b)));
+#pragma unroll
+    for (int s = 0; s < 3; ++s) {
+      minus_weights[s] = ((s < 2 ? gradients[s + 1] : V{}) - gradients[s]) * (2 * kSumScale<E>);
+    }
   }
 
   __device__ __forceinline__ void step(int t) {
@@ -75,10 +87,22 @@ struct Tile {
     }
 #pragma unroll 1
     for (; t < arrived; ++t) sum = sum + (widen<T>(*rings.h.row(run.begin + t)) - origin);
-    const Values<T> values = values_of<T, activation>(f, place, run.begin);
+    const Column<T> saved = Column<T>(f.saved, place).from(run.begin);
+    if (activation != kGelu && saved.paired) {
+#pragma unroll 1
+      for (; t + kBatch <= rows; t += kBatch) {
+        V part{};
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) part = part + (widen<T>(saved.pair(t + i)) - origin);
+        sum = sum + part;
+      }
+    }
+    const V bias = f.bias ? load_numbers<E>(f.bias, place.j, place.count) : V{};
+    const Values<T> values{saved, activation == kGelu, bias};
+#pragma unroll 1
     while (t < rows) {
       V part{};
-#pragma unroll 8
+#pragma unroll 1
       for (const int end = smaller(t + kBlock, rows); t < end; ++t) part = part + (values(t) - origin);
       sum = sum + part;
     }
@@ -91,27 +115,34 @@ struct Tile {
   template <bool kSlides>
   __device__ __forceinline__ V walk(const Run& run, bool plain, int rows_of_level) {
     using enum Part;
-    WindowWalk<T, activation, kSlides> walk(f, place, rings, run);
+    WindowWalk<T, activation, kSlides> walk(f, place, rings, run, minus_weights);
     const int n = run.end - run.begin;
     const bool short_run = n <= kShortRun, long_run = n >= 4 * kBatch;
     const int end = long_run ? n - 2 * kBatch : n;  // of the rows between the first and the last 16
+    const int last_interior = long_run && !plain ? end - kBatch : 0;
 #pragma unroll 1
     for (int t = 0; t < n;) {
       step(run.begin + t);
       int count = kBatch;
+      if (t >= 2 * kBatch && t <= last_interior) {
+        for (;; step(run.begin + t)) {
+          walk.template rows<kInterior, false, true>(t, kBatch);
+          t += kBatch;
+          if (t > last_interior) break;
+        }
+        continue;
+      }
       if (!kSlides && plain) {
         walk.plain_rows(t);
-      } else if (t == 0) {
+      } else if (t < kBatch) {
         walk.open(level_of(run, rows_of_level));
         if (short_run) walk.template rows<kFirst, true, false>(t, smaller(n, kBatch));
         else if (long_run) walk.template rows<kFirst, false, true>(t, kBatch);
         else walk.template rows<kFirst, true, true>(t, kBatch);
-      } else if (t == kBatch) {
+      } else if (t < 2 * kBatch) {
         if (short_run) walk.template rows<kSecond, true, false>(t, n - kBatch);
         else if (long_run) walk.template rows<kSecond, false, true>(t, kBatch);
         else walk.template rows<kSecond, true, true>(t, kBatch);
-      } else if (long_run && t + kBatch <= end) {
-        walk.template rows<kInterior, false, true>(t, kBatch);
       } else if (t < end) {
         count = smaller(kBatch, end - t);
         walk.template rows<kInterior, true, true>(t, count);
@@ -148,7 +179,8 @@ __global__ void __launch_bounds__(kLanes, kResidentRings<T>) backward_multiscale
   const int reach = f.S > 2 ? f.bands[5] : f.T;
 #pragma unroll 1
   for (int next = 0; next < f.T;) {
-    const Run run = run_at(ends, next, f.T);
+    Run run = run_at(ends, next, f.T);
+    run = {next, of_warp(run.end), bool(of_warp(run.excluded))};
     next = run.end;
     const int n = run.end - run.begin;
     const bool plain = !tile.any || run.excluded || n == 1;
@@ -170,8 +202,10 @@ __global__ void __launch_bounds__(kLanes, kResidentRings<T>) backward_multiscale
 
 template <class T, Activation activation>
 const char* launch_multiscale(const Backward& f, int64_t blocks, void* stream) {
-  const bool may_slide = f.S > 2 && f.bands[5] < f.T - 1;
-  const auto kernel = may_slide ? backward_multiscale_kernel<T, activation, true> : backward_multiscale_kernel<T, activation, false>;
+  auto kernel = backward_multiscale_kernel<T, activation, false>;
+  if constexpr (activation != kGelu) {
+    if (may_slide(f)) kernel = backward_multiscale_kernel<T, activation, true>;
+  }
   return launch(kernel, blocks, kLanes, Rings<T>::kBytes, stream, f);
 }
 

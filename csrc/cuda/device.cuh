@@ -35,6 +35,9 @@ __device__ __forceinline__ void await_copies_but() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(groups) : "memory");
 }
 
+// x, which is the same in all lanes of the warp: the compiler then knows it.
+__device__ __forceinline__ int of_warp(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
 __device__ __forceinline__ float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ __forceinline__ double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
 __device__ __forceinline__ float fast_exponential(float x) { return __expf(x); }

@@ -17,7 +17,6 @@ struct Gradient {
   Mask masked;  // features whose coefficients are all 0: no window term, as 0 times an infinite one would be NaN
   V accumulated{};
 
-  __device__ __forceinline__ explicit Gradient(const Backward& f) : f(f) {}
   __device__ __forceinline__ Gradient(const Backward& f, const Place& place) : f(f) {
     const int64_t at = place.b * f.k + place.j;
     bias = f.bias ? load_numbers<E>(f.bias, place.j, place.count) : V{};

@@ -40,6 +40,8 @@ struct Column {
     if (paired) return *reinterpret_cast<const Stored<T>*>(from);
     return stored_from(count > 0 ? from[0] : T{}, count > 1 ? from[feature] : T{});
   }
+  // If both features exist and are adjacent.
+  __device__ __forceinline__ Stored<T> pair(int t) const { return *reinterpret_cast<const Stored<T>*>(at + t * time); }
   __device__ __forceinline__ Pair<compute_of<T>> operator()(int t) const { return widen<T>(stored(t)); }
   __device__ __forceinline__ Column from(int t) const {
     Column later = *this;

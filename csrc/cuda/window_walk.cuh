@@ -7,7 +7,7 @@
 #pragma once
 
 #include "gradient.cuh"
-#include "row_feed.cuh"
+#include "mirrored_ring.cuh"
 
 namespace tsae::cuda {
 
@@ -22,26 +22,28 @@ constexpr int kRingRows = 64, kGradRingRows = 32;
 constexpr int kAhead = 6;     // batches from the one in process that are in the ring or on their way
 constexpr int kGradLag = 2;   // batches by which the gradient is copied later than h
 
-__device__ __forceinline__ int batch_of(int t) { return int(unsigned(t) / kBatch); }
-
 template <class T>
 struct Rings {
-  RowRing<T, kRingRows> h;
-  RowRing<T, kGradRingRows> grad_h;
+  MirroredRing<T, kRingRows> h;
+  MirroredRing<T, kGradRingRows> grad_h;
   RowFeed<T, kRingRows> feed_h;
   RowFeed<T, kGradRingRows> feed_grad_h;
   int batches;       // of the sequence
+  int first_grad_h;  // group in which the copies of grad_h begin
+  int whole;         // batches of h that need no checks
   int copied_h = 0;  // batches of h whose copies were started
   int groups = 0;    // group i: batch i of h, unless it was copied before, and batch i - kGradLag of grad_h
   int ready = 0;     // batches of h that have arrived
 
-  static constexpr int64_t kBytes = RowRing<T, kRingRows>::kBytes + RowRing<T, kGradRingRows>::kBytes;
+  static constexpr int kBytes = MirroredRing<T, kRingRows>::kBytes + MirroredRing<T, kGradRingRows>::kBytes;
 
   __device__ __forceinline__ Rings(const Backward& f, const Place& place)
-      : h(shared_memory()), grad_h(shared_memory() + RowRing<T, kRingRows>::kBytes), feed_h(f.saved, h, f.T, f.k, place),
-        feed_grad_h(f.grad_h, grad_h, f.T, f.k, place), batches((f.T + kBatch - 1) / kBatch) {
-    if (place.count == 0) h.clear();
-    if (place.count == 0 || !f.grad_h.x.data) grad_h.clear();
+      : h(shared_memory()), grad_h(shared_memory() + MirroredRing<T, kRingRows>::kBytes),
+        feed_h(f.saved, h, f.T, f.k, place), feed_grad_h(f.grad_h, grad_h, f.T, f.k, place),
+        batches(batch_of(f.T + kBatch - 1)) {
+    whole = f.saved.vectorized && (!f.grad_h.x.data || f.grad_h.vectorized) ? batch_of(f.T) : 0;
+    first_grad_h = f.grad_h.x.data ? kGradLag : INT32_MAX;
+    if (!f.grad_h.x.data) grad_h.clear();
 #pragma unroll 1
     while (groups < smaller(kAhead, batches + kGradLag)) copy_group(place);
   }
@@ -49,13 +51,13 @@ struct Rings {
   // Before rows t to t + 7 are processed: they, rows up to t + 22 of h and those of grad_h have arrived, and copies into
   // the slots of rows before t - 16 are started. t is at most 8 more than the last time.
   __device__ __forceinline__ void step(int t, const Place& place) {
-    const int needed = smaller(batch_of(t + kBatch + kFar) + 1, batches + kGradLag), later = groups - needed;
+    const int later = groups - batch_of(t + 2 * kBatch + kFar);  // groups that need not have arrived, if not negative
     if (later >= 2) await_copies_but<2>();
     else if (later == 1) await_copies_but<1>();
     else await_copies_but<0>();
     __syncwarp();
-    ready = larger(ready, smaller(needed, batches));
-    if (groups < smaller(batch_of(t) + kAhead, batches + kGradLag)) copy_group(place);
+    ready = larger(ready, smaller(batch_of(t + 2 * kBatch + kFar), batches));
+    if (groups - batch_of(t) < kAhead) copy_group(place);
   }
 
   // All rows of h from t on that the ring can hold arrive; returns the first row beyond them. Rows before t are lost.
@@ -63,8 +65,7 @@ struct Rings {
     const int wanted = smaller(batch_of(end + kBatch - 1), batch_of(t) + kRingRows / kBatch);
     __syncwarp();
 #pragma unroll 1
-    while (copied_h < wanted) feed_h(copied_h++, place);
-    commit_copies();
+    while (copied_h < wanted) feed_h.copy(copied_h++, place);
     await_copies();
     __syncwarp();
     ready = larger(ready, wanted);
@@ -73,8 +74,14 @@ struct Rings {
 
  private:
   __device__ __forceinline__ void copy_group(const Place& place) {
-    if (copied_h == groups) feed_h(copied_h++, place);
-    if (groups >= kGradLag) feed_grad_h(groups - kGradLag, place);
+    if (groups < whole && copied_h == groups) {
+      feed_h.copy_whole(groups);
+      ++copied_h;
+      if (groups >= first_grad_h) feed_grad_h.copy_whole(groups - kGradLag);
+    } else {
+      if (groups < batches && copied_h == groups) feed_h.copy(copied_h++, place);
+      if (groups >= first_grad_h && groups < batches + kGradLag) feed_grad_h.copy(groups - kGradLag, place);
+    }
     commit_copies();
     ++groups;
   }
@@ -91,14 +98,6 @@ struct Level {
   V value, sum;
 };
 
-// h from global memory, from position `begin` on.
-template <class T, Activation activation>
-__device__ __forceinline__ Values<T> values_of(const Backward& f, const Place& place, int begin) {
-  const bool gelu = activation == kGelu;
-  const auto bias = gelu && f.bias ? load_numbers<compute_of<T>>(f.bias, place.j, place.count) : Pair<compute_of<T>>{};
-  return {Column<T>(f.saved, place).from(begin), gelu, bias};
-}
-
 // The walk along one run. kSlides: the third window does not cover the run.
 template <class T, Activation activation, bool kSlides>
 class WindowWalk {
@@ -108,7 +107,7 @@ class WindowWalk {
   const Backward& f_;
   const Place& place_;
   const Rings<T>& rings_;
-  V minus_near_{}, minus_far_{}, minus_third_{};  // windows' weights, times -kSumScale
+  V minus_near_, minus_far_, minus_third_;  // windows' weights, times -kSumScale
   V own_;                           // of y_t, times kSumScale; without windows, of h
   V rest_;                          // -R_t, times kSumScale; without windows, the gradient of the total
   V level_{};
@@ -120,8 +119,10 @@ class WindowWalk {
   char* to_;                        // where grad_pre at the next row goes
 
  public:
-  __device__ __forceinline__ WindowWalk(const Backward& f, const Place& place, const Rings<T>& rings, const Run& run)
-      : f_(f), place_(place), rings_(rings), begin_(run.begin), n_(run.end - run.begin), excluded_(run.excluded) {
+  __device__ __forceinline__ WindowWalk(const Backward& f, const Place& place, const Rings<T>& rings, const Run& run,
+                                        const V (&minus_weights)[3])
+      : f_(f), place_(place), rings_(rings), minus_near_(minus_weights[0]), minus_far_(minus_weights[1]),
+        minus_third_(minus_weights[2]), begin_(run.begin), n_(run.end - run.begin), excluded_(run.excluded) {
     to_ = static_cast<char*>(f.grad_pre) + ((place.b * f.T + begin_) * f.k + place.j) * int64_t(sizeof(T));
     rest_ = f.grad_total && !excluded_ ? moment(f.grad_total) : V{};
     own_ = f.grad_square && !excluded_ ? moment(f.grad_square) * E(2) : V{};
@@ -129,18 +130,13 @@ class WindowWalk {
 
   // The windows before the run's first row. The run's first 18 rows have arrived.
   __device__ __forceinline__ void open(const Level<V>& level) {
-    const Gradient<T> gradient(f_);
-    const V near_gradient = gradient.coefficient(place_, 0), far_gradient = gradient.coefficient(place_, 1);
-    const V third_gradient = f_.S > 2 ? gradient.coefficient(place_, 2) : V{};
-    minus_near_ = (far_gradient - near_gradient) * kSumScale<E>;
-    minus_far_ = (third_gradient - far_gradient) * kSumScale<E>;
-    minus_third_ = third_gradient * -kSumScale<E>;
     level_ = level.value;
     stored_level_ = narrow<T>(level_);
     const V constant = kSlides ? V{} : minus_third_;
     own_ = own_ * kSumScale<E>;
     rest_ = fused(minus_third_, level.sum, fused(own_, level_, rest_ * kSumScale<E>));
     own_ = own_ - minus_near_ * E(2 * kNear + 1);
+    if (kSlides) own_ = own_ - minus_third_ * E(f_.bands[5]);  // rows in the window before the first row
     V far{};
     if (n_ <= kShortRun) {
       own_ = own_ - (constant + minus_far_) * E(n_);
@@ -190,6 +186,7 @@ class WindowWalk {
     const Stored<T>*const near_row = at(t + kNear), *const far_row = at(t + kFar), *const old_row = at(t - kFar - 1);
     const Stored<T>* const grad_row = rings_.grad_h.row(begin_ + t);
     const Pre pre(*this, t);
+    const Third third(*this, t);
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       if (kBounded && i >= count) break;
@@ -208,6 +205,7 @@ class WindowWalk {
         if (far_enters) in = far_row[i * kLanes];
         rest_ = fused(minus_far_, widen<T>(in) - (head ? level_ : widen<T>(old_row[i * kLanes])), rest_);
       }
+      if constexpr (kSlides) slide_third(third, i);
       // Counts.
       if (kBounded && !near_enters) own_ = own_ + minus_near_;
       if (kBounded && kHasFar && !far_enters) own_ = own_ + minus_far_;
@@ -218,7 +216,6 @@ class WindowWalk {
       V own = own_;
       if (near_missing) own = fused(minus_near_, E(near_missing), own);
       if (far_missing) own = fused(minus_far_, E(far_missing), own);
-      if constexpr (kSlides) slide_third(t + i, own);
 
       V grad = fused(own, h - level_, rest_);
       grad = fused(grad, kInverseSumScale<E>, widen<T>(grad_row[i * kLanes]));
@@ -270,14 +267,29 @@ class WindowWalk {
     if (place_.count) *reinterpret_cast<Stored<T>*>(to_ + int64_t(i) * row_bytes()) = narrow<T>(grad);
   }
 
-  __device__ __forceinline__ void slide_third(int t, V& own) {
-    const Values<T> rows = values_of<T, activation>(f_, place_, begin_);
-    const int reach = f_.bands[5];
-    V change{};
-    if (t + reach < n_) change = rows(t + reach) - level_;
-    if (t > reach) change = change - (rows(t - reach - 1) - level_);
-    rest_ = fused(minus_third_, change, rest_);
-    own = fused(minus_third_, -E(window_count(t, n_, reach)), own);
+  // Rows that enter and leave the third window, read from global memory before the stores of eight rows.
+  struct Third {
+    Stored<T> in[kSlides ? kBatch : 1], out[kSlides ? kBatch : 1];
+    int enters, leaves;
+    __device__ __forceinline__ Third(const WindowWalk& walk, int t) {
+      if constexpr (kSlides) {
+        enters = t + walk.f_.bands[5];
+        leaves = t - walk.f_.bands[5] - 1;
+        const Column<T> h = Column<T>(walk.f_.saved, walk.place_).from(walk.begin_);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          in[i] = out[i] = walk.stored_level_;
+          if (enters + i < walk.n_) in[i] = h.pair(enters + i);
+          if (leaves + i >= 0) out[i] = h.pair(leaves + i);
+        }
+      }
+    }
+  };
+  __device__ __forceinline__ void slide_third(const Third& third, int i) {
+    const bool enters = third.enters + i < n_, leaves = third.leaves + i >= 0;
+    rest_ = fused(minus_third_, widen<T>(third.in[i]) - widen<T>(third.out[i]), rest_);
+    if (enters && !leaves) own_ = own_ - minus_third_;
+    if (leaves && !enters) own_ = own_ + minus_third_;
   }
 };
 

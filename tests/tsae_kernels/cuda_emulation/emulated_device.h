@@ -166,6 +166,7 @@ inline int __syncthreads_or(int predicate) {
 }
 
 // Barriers of a warp: the kernels that use them have blocks of one.
+inline int of_warp(int x) { return x; }
 inline void __syncwarp() { __syncthreads(); }
 template <class X>
 inline X __ldg(const X* from) {
