@@ -23,8 +23,10 @@ struct Tile {
   int activated = 0;  // for gelu: batches in the ring that hold h, not pre
   V minus_weights[3];  // of the windows, times kSumScale
   bool any;            // of the warp's features has window terms
+  char* to;            // where grad_pre at the next row goes
 
   __device__ __forceinline__ explicit Tile(const Backward& f) : f(f), place(place_of(f.k, kTile)), rings(f, place) {
+    to = static_cast<char*>(f.grad_pre) + (place.b * f.T * f.k + place.j) * int64_t(sizeof(T));
     V gradients[3];
 #pragma unroll
     for (int s = 0; s < 3; ++s) {
@@ -65,6 +67,10 @@ struct Tile {
       const V total = load_numbers<E>(f.total, place.b * f.k + place.j, place.count);
       level.value = widen<T>(narrow<T>(total * share));
       level.sum = fused(level.value, -E(rows), total);
+      V far{};
+#pragma unroll
+      for (int t = 0; t < kFar; ++t) far = far + widen<T>(*rings.h.row(run.begin + t));
+      level.of_far = fused(level.value, -E(kFar), far);
       return level;
     }
     int arrived = run.begin + kBatch + kFar;
@@ -75,18 +81,21 @@ struct Tile {
     arrived = smaller(rows, arrived - run.begin);
     // Sums of 16-bit features of a common size are exact; those of float need differences.
     const V origin = sizeof(T) == 2 ? V{} : widen<T>(*rings.h.row(run.begin));
-    V sum{};
+    V sum{}, far{};
     int t = 0;
 #pragma unroll 1
-    for (; t + kBatch <= arrived; t += kBatch) {
+    for (; t < arrived; t += kBatch) {
       const Stored<T>* const h = rings.h.row(run.begin + t);
       V part{};
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) part = part + (widen<T>(h[i * kLanes]) - origin);
+      for (int i = 0; i < kBatch; ++i) {
+        if (i >= arrived - t) break;
+        if (i == kFar % kBatch && t == kFar - kFar % kBatch) far = sum + part;
+        part = part + (widen<T>(h[i * kLanes]) - origin);
+      }
       sum = sum + part;
     }
-#pragma unroll 1
-    for (; t < arrived; ++t) sum = sum + (widen<T>(*rings.h.row(run.begin + t)) - origin);
+    t = arrived;
     const Column<T> saved = Column<T>(f.saved, place).from(run.begin);
     if (activation != kGelu && saved.paired) {
 #pragma unroll 1
@@ -108,6 +117,8 @@ struct Tile {
     }
     level.value = widen<T>(narrow<T>(origin + sum * share));
     level.sum = fused(level.value - origin, -E(rows), sum);
+    const bool short_run = run.end - run.begin <= kShortRun;
+    level.of_far = short_run ? level.sum : fused(level.value - origin, -E(kFar), far);
     return level;
   }
 
@@ -115,7 +126,7 @@ struct Tile {
   template <bool kSlides>
   __device__ __forceinline__ V walk(const Run& run, bool plain, int rows_of_level) {
     using enum Part;
-    WindowWalk<T, activation, kSlides> walk(f, place, rings, run, minus_weights);
+    WindowWalk<T, activation, kSlides> walk(f, place, rings, run, minus_weights, to);
     const int n = run.end - run.begin;
     const bool short_run = n <= kShortRun, long_run = n >= 4 * kBatch;
     const int end = long_run ? n - 2 * kBatch : n;  // of the rows between the first and the last 16
@@ -154,6 +165,7 @@ struct Tile {
       }
       t += count;
     }
+    to = walk.next_row();
     return walk.accumulated();
   }
 
@@ -172,7 +184,8 @@ struct Tile {
 
 // kMaySlide: the third window may be shorter than a run.
 template <class T, Activation activation, bool kMaySlide>
-__global__ void __launch_bounds__(kLanes, kResidentRings<T>) backward_multiscale_kernel(const __grid_constant__ Backward f) {
+__global__ void __launch_bounds__(kLanes, kMaySlide ? kResidentRings<T> * 3 / 4 : kResidentRings<T>)
+    backward_multiscale_kernel(const __grid_constant__ Backward f) {
   using V = Pair<compute_of<T>>;
   Tile<T, activation> tile(f);
   const int* ends = f.ends ? f.ends + tile.place.b * f.T : nullptr;

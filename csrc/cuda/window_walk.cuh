@@ -91,11 +91,11 @@ struct Rings {
 template <class T>
 constexpr int kResidentRings = int((227 << 10) / (Rings<T>::kBytes + 1024));
 
-// What is subtracted from a run's features, and the sum of the differences over the rows that the third window has in
-// the first row: the run, or if the window slides the first `reach` rows.
+// What is subtracted from a run's features, and sums of the differences: over the run, or if the third window slides over
+// the first `reach` rows; and over the first 15 rows, or the run if that is short.
 template <class V>
 struct Level {
-  V value, sum;
+  V value, sum, of_far;
 };
 
 // The walk along one run. kSlides: the third window does not cover the run.
@@ -120,10 +120,9 @@ class WindowWalk {
 
  public:
   __device__ __forceinline__ WindowWalk(const Backward& f, const Place& place, const Rings<T>& rings, const Run& run,
-                                        const V (&minus_weights)[3])
+                                        const V (&minus_weights)[3], char* to)
       : f_(f), place_(place), rings_(rings), minus_near_(minus_weights[0]), minus_far_(minus_weights[1]),
-        minus_third_(minus_weights[2]), begin_(run.begin), n_(run.end - run.begin), excluded_(run.excluded) {
-    to_ = static_cast<char*>(f.grad_pre) + ((place.b * f.T + begin_) * f.k + place.j) * int64_t(sizeof(T));
+        minus_third_(minus_weights[2]), begin_(run.begin), n_(run.end - run.begin), excluded_(run.excluded), to_(to) {
     rest_ = f.grad_total && !excluded_ ? moment(f.grad_total) : V{};
     own_ = f.grad_square && !excluded_ ? moment(f.grad_square) * E(2) : V{};
   }
@@ -137,16 +136,8 @@ class WindowWalk {
     rest_ = fused(minus_third_, level.sum, fused(own_, level_, rest_ * kSumScale<E>));
     own_ = own_ - minus_near_ * E(2 * kNear + 1);
     if (kSlides) own_ = own_ - minus_third_ * E(f_.bands[5]);  // rows in the window before the first row
-    V far{};
-    if (n_ <= kShortRun) {
-      own_ = own_ - (constant + minus_far_) * E(n_);
-      far = level.sum;
-    } else {
-      own_ = own_ - constant * E(n_) - minus_far_ * E(2 * kFar + 1);
-#pragma unroll
-      for (int t = 0; t < kFar; ++t) far = far + (widen<T>(*at(t)) - level_);
-    }
-    rest_ = fused(minus_far_, far, rest_);
+    own_ = own_ - constant * E(n_) - minus_far_ * E(n_ <= kShortRun ? n_ : 2 * kFar + 1);
+    rest_ = fused(minus_far_, level.of_far, rest_);
     V near{};
 #pragma unroll
     for (int t = 0; t < kBatch; ++t) {
@@ -175,7 +166,7 @@ class WindowWalk {
       if (f_.grad_square && !excluded_) grad = fused(own_, h, grad);
       write(i, h, slope, grad);
     }
-    to_ += kBatch * int64_t(row_bytes());
+    to_ += int64_t(smaller(kBatch, n_ - t)) * row_bytes();
   }
 
   // Rows t to t + 7, of which the first n_ - t, or with `bounded` the first `count`.
@@ -235,6 +226,7 @@ class WindowWalk {
   }
 
   __device__ __forceinline__ const V& accumulated() const { return accumulated_; }
+  __device__ __forceinline__ char* next_row() const { return to_; }
 
  private:
   // For gelu: pre + bias at rows t to t + 7, which the ring does not keep.
@@ -271,23 +263,33 @@ class WindowWalk {
   struct Third {
     Stored<T> in[kSlides ? kBatch : 1], out[kSlides ? kBatch : 1];
     int enters, leaves;
+    bool both;
     __device__ __forceinline__ Third(const WindowWalk& walk, int t) {
       if constexpr (kSlides) {
         enters = t + walk.f_.bands[5];
         leaves = t - walk.f_.bands[5] - 1;
-        const Column<T> h = Column<T>(walk.f_.saved, walk.place_).from(walk.begin_);
+        both = leaves >= 0 && enters + kBatch <= walk.n_;
+        const Source& source = walk.f_.saved;
+        const int64_t row_bytes = source.x.time * int64_t(sizeof(T));
+        const T* const h = Column<T>(source, walk.place_).at;
+        const char* const entering = reinterpret_cast<const char*>(h) + (walk.begin_ + enters) * row_bytes;
+        const char* const leaving = reinterpret_cast<const char*>(h) + (walk.begin_ + leaves) * row_bytes;
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
           in[i] = out[i] = walk.stored_level_;
-          if (enters + i < walk.n_) in[i] = h.pair(enters + i);
-          if (leaves + i >= 0) out[i] = h.pair(leaves + i);
+          if (both || enters + i < walk.n_) in[i] = at(entering, i, row_bytes);
+          if (both || leaves + i >= 0) out[i] = at(leaving, i, row_bytes);
         }
       }
     }
+    static __device__ __forceinline__ Stored<T> at(const char* row, int i, int64_t row_bytes) {
+      return *reinterpret_cast<const Stored<T>*>(row + i * row_bytes);
+    }
   };
   __device__ __forceinline__ void slide_third(const Third& third, int i) {
-    const bool enters = third.enters + i < n_, leaves = third.leaves + i >= 0;
     rest_ = fused(minus_third_, widen<T>(third.in[i]) - widen<T>(third.out[i]), rest_);
+    if (third.both) return;
+    const bool enters = third.enters + i < n_, leaves = third.leaves + i >= 0;
     if (enters && !leaves) own_ = own_ - minus_third_;
     if (leaves && !enters) own_ = own_ + minus_third_;
   }
