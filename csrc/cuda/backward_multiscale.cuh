@@ -182,9 +182,13 @@ struct Tile {
   }
 };
 
+// Resident blocks that the registers must allow: as many as the rings, or fewer where the kernel needs more registers.
+template <class T, Activation activation, bool kMaySlide>
+constexpr int kResidentBackward = kMaySlide || activation == kGelu ? kResidentRings<T> * 3 / 4 : kResidentRings<T>;
+
 // kMaySlide: the third window may be shorter than a run.
 template <class T, Activation activation, bool kMaySlide>
-__global__ void __launch_bounds__(kLanes, kMaySlide ? kResidentRings<T> * 3 / 4 : kResidentRings<T>)
+__global__ void __launch_bounds__(kLanes, kResidentBackward<T, activation, kMaySlide>)
     backward_multiscale_kernel(const __grid_constant__ Backward f) {
   using V = Pair<compute_of<T>>;
   Tile<T, activation> tile(f);
