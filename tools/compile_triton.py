@@ -25,6 +25,7 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels are not compiled
 
+import sparse_launches
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -40,6 +41,7 @@ _TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 
 
@@ -93,7 +95,7 @@ def resources(cubin: bytes, name: str) -> dict[str, int]:
 def launches() -> dict[str, tuple[Any, tuple, dict]]:
     """Variant name -> kernel and arguments, for [2048, 128, 2304] features on the meta device."""
     recorders = {}
-    for module_name in ("forward", "backward", "steps"):
+    for module_name in ("forward", "backward", "steps", *sparse_launches.MODULES):
         module = importlib.import_module(f"tsae_kernels.backends.triton.{module_name}")
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
             recorders[name] = Recorder(getattr(module, name))
@@ -103,8 +105,9 @@ def launches() -> dict[str, tuple[Any, tuple, dict]]:
     def record(label: str, function: Callable[..., Any], *arguments: Any) -> None:
         function(*arguments)
         for recorder in recorders.values():
-            for args, kwargs in recorder.launches:
-                out[label] = recorder.kernel, args, kwargs
+            for number, (args, kwargs) in enumerate(recorder.launches):
+                name = f"{label}-{recorder.kernel.__name__}-{number}" if label.startswith("sparse") else label
+                out[name] = recorder.kernel, args, kwargs
             recorder.launches.clear()
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -134,6 +137,7 @@ def launches() -> dict[str, tuple[Any, tuple, dict]]:
                 record(label, launch.activate_with_stats_backward, x, *arguments, MULTISCALE, ids)
         record(f"steps-{short}", launch.step_energy, x, weights)
         record(f"steps-backward-{short}", launch.step_energy_backward, x, weights, one)
+    sparse_launches.record_sparse(record, empty)
     return out
 
 
@@ -147,7 +151,8 @@ def compiled(label: str, capability: int) -> dict[str, Any]:
     ptx = made.asm["ptx"]
     if folder:
         Path(folder, f"{name}.ptx").write_text(ptx)
-    single = len(re.findall(r"ld\.global\S*\.[bu]16", ptx))
+    # Lists are read entry by entry; rows must not be.
+    single = 0 if label.startswith("sparse") else len(re.findall(r"ld\.global\S*\.[bu]16", ptx))
     return {"kernel": label, "capability": capability, **resources(made.asm["cubin"], name), "single_loads": single}
 
 

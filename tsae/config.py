@@ -348,10 +348,19 @@ class TrainConfig:
     batches, whatever their initial weights."""
     device: str = "auto"
     """Device: `auto`, `cpu`, `cuda`, `cuda:1`, ..."""
+    lm_device: str = "auto"
+    """Device of the language model; `auto`: the same. On a GPU of its own, a thread prefetches activations there while
+    the autoencoder trains (`buffer.ahead`). In one process."""
     lm_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the language model; `auto` is bfloat16 on hardware where it is faster, otherwise float32."""
     autocast: Literal["auto", "none", "bfloat16"] = "auto"
     """Precision of the autoencoder's matrix products; its weights stay float32."""
+    sparse_step: Literal["auto", "on", "off"] = "auto"
+    """Steps on lists of the active features, with one dense product (the encoder's) and an optimizer that reads the
+    gradient of features that fired: `auto` on a GPU with Triton. For topk, batchtopk and schmitt (not two-sided),
+    without layer normalization, in one process; anything else has dense products on a GPU. On a CPU `off` is faster."""
+    cuda_graph: bool = False
+    """Capture the training step in a CUDA graph, which spares the host the launches (docs/scale.md)."""
     log_every: PositiveInt = 10
     """Steps between lines of metrics.jsonl."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()

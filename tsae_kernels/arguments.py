@@ -39,6 +39,16 @@ def check_tensor(name: str, value: Tensor, shape: tuple[int, ...], device: torch
         raise ValueError(f"{name} must be on {device} like the features, got {_describe(value)}")
 
 
+def check_weight(weight: Tensor, x: Tensor) -> None:
+    """Require an encoder's weight [d, k] for x [B, T, d], in x's dtype unless autocast is on."""
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[0] != x.shape[2]:
+        shape = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"weight must be a tensor of shape [d, k] with d = {x.shape[2]}, got {shape}")
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"weight must be {x.dtype} like x (or use autocast), got {weight.dtype}")
+    check_tensor("weight", weight, tuple(weight.shape), x.device)
+
+
 def check_segments(segments: Tensor | None, like: Tensor) -> None:
     """Require None or integer ids [B, T] on the features' device."""
     if segments is None:

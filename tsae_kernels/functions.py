@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tsae_kernels import ops as _ops  # noqa: F401  (registers the operators)
-from tsae_kernels.arguments import check_activation, check_features, check_segments, check_tensor
+from tsae_kernels.arguments import check_activation, check_features, check_segments, check_tensor, check_weight
 from tsae_kernels.backends.registry import choose_backend
 from tsae_kernels.bands import MULTISCALE, Bands, check_bands, flatten_bands
 
@@ -121,12 +121,7 @@ def encode_with_stats(
     Raises the errors of `activate_with_stats`.
     """
     check_features("x", x)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[0] != x.shape[2]:
-        shape = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-        raise ValueError(f"weight must be a tensor of shape [d, k] with d = {x.shape[2]}, got {shape}")
-    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"weight must be {x.dtype} like x (or use autocast), got {weight.dtype}")
-    check_tensor("weight", weight, tuple(weight.shape), x.device)
+    check_weight(weight, x)
     return activate_with_stats(
         torch.matmul(x, weight), bias, activation, threshold, release, bands, segments, backend=backend
     )

@@ -1,10 +1,14 @@
 """The operators: schema, fake implementation and autograd formula. In Python, so that they exist without a compiler.
 
     activate_with_stats(pre [B, T, k], bias [k]?, ...) -> h [B, T, k], and the statistics of h
+    activate_with_mask(pre [B, T, k], bias [k]?, ...)  -> active [B, W, k], and the statistics of h; relu
     temporal_stats(h [B, T, k], ...)                   -> differences [B, S, k], total [B, k], square [B, k]
     activate_with_stats_backward(saved [B, T, k], ...) -> grad_pre [B, T, k], grad_bias [k]
     step_energy(h [B, T, k], weights [B, T])           -> [], sum of weights[b, t] * (h[b, t+1, j] - h[b, t, j])^2
     step_energy_backward(h, weights, grad [])          -> grad_h [B, T, k]
+
+`activate_with_mask` is `activate_with_stats` with one bit per feature instead of h: `pack_active` says which. It has no
+autograd formula; `sparse_features.py` is the differentiable function around it.
 
 `bands` is the flat list [a_1, b_1, a_2, b_2, ...]; `backend` names the backend that computes the result. In the
 backward operator
@@ -25,12 +29,15 @@ from torch import Tensor
 
 from tsae_kernels.backends.interface import Activation, Gradients
 from tsae_kernels.backends.registry import get_backend
+from tsae_kernels.backends.sparse_eager import WORD, pack_active
 from tsae_kernels.bands import unflatten_bands
 from tsae_kernels.dtypes import dtype_of_stats
 
 _SCHEMAS = {
     "activate_with_stats": "(Tensor pre, Tensor? bias, str activation, Tensor? threshold, Tensor? release, "
     "int[] bands, Tensor? segments, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "activate_with_mask": "(Tensor pre, Tensor? bias, Tensor? threshold, Tensor? release, int[] bands, "
+    "Tensor? segments, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     "temporal_stats": "(Tensor h, int[] bands, Tensor? segments, str backend) -> (Tensor, Tensor, Tensor)",
     "activate_with_stats_backward": "(Tensor saved, Tensor? bias, Tensor? grad_h, Tensor? grad_differences, "
     "Tensor? grad_total, Tensor? grad_square, str activation, int[] bands, Tensor? segments, str backend, "
@@ -78,6 +85,22 @@ def _(pre, bias, activation, threshold, release, bands, segments, backend):
 @_fake("activate_with_stats")
 def _(pre, bias, activation, threshold, release, bands, segments, backend):
     return _like(pre), *_stats_like(pre, bands)
+
+
+@_implement("activate_with_mask")
+def _(pre, bias, threshold, release, bands, segments, backend):
+    arguments = Activation("relu", bias, threshold, release), unflatten_bands(bands), segments
+    chosen = get_backend(backend)
+    if hasattr(chosen, "activate_with_mask"):
+        return chosen.activate_with_mask(pre, *arguments)
+    h, *stats = chosen.activate_with_stats(pre, *arguments)
+    return pack_active(h), *stats
+
+
+@_fake("activate_with_mask")
+def _(pre, bias, threshold, release, bands, segments, backend):
+    B, T, k = pre.shape
+    return pre.new_empty(B, -(-T // WORD), k, dtype=torch.int32), *_stats_like(pre, bands)
 
 
 @_implement("temporal_stats")

@@ -13,6 +13,7 @@ from tiny_runs import leaves, lines, options
 
 from tsae.sae.model import SparseAutoencoder
 from tsae.train import command, main
+from tsae.training import assemble
 from tsae.training.trainer import Trainer
 
 
@@ -143,3 +144,24 @@ def test_excluded_positions_change_nothing(tiny_gemma2: Path, text_file: Path) -
             torch.testing.assert_close(tensor, results[1][0][name], rtol=1e-5, atol=1e-6)
         for a, b in zip(results[0][1], results[1][1], strict=True):
             assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.usefixtures("blank_report")
+def test_the_language_model_can_have_a_device_of_its_own(
+    tiny_gemma2: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = []
+    load = assemble.load_language_model
+    monkeypatch.setattr(
+        assemble, "load_language_model", lambda name, **more: asked.append(more["device"]) or load(name, **more)
+    )
+    for number, more in enumerate((["--lm-device", "cpu:0"], [])):
+        assert main(options(tiny_gemma2, text_file, tmp_path / str(number), "--device", "cpu", *more)) == 0
+    assert asked == [torch.device("cpu:0"), torch.device("cpu")]
+    assert "on cpu:0, autoencoder on cpu" in " ".join(capsys.readouterr().err.split())
+    written = [(tmp_path / f"{number}/sae/sae_weights.safetensors").read_bytes() for number in (0, 1)]
+    assert written[0] == written[1]

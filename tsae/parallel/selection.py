@@ -9,6 +9,7 @@ from torch.nn import functional
 from tsae.parallel.axis import Axis
 
 _BINS = 1 << 16
+_SLICE = 1 << 24  # values whose 64-bit bins are held at a time
 
 
 @torch.no_grad()
@@ -42,10 +43,43 @@ def kth_largest_by_histogram(values: Tensor, k: int, axis: Axis) -> Tensor:
 
 def _bin(digits: Tensor, k: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
     """The bin of the k-th largest digit, and the rank of that digit within the bin, counted from 1."""
-    counts = axis.sum_no_grad(torch.bincount(digits, minlength=_BINS)).flip(0)
+    return _place(axis.sum_no_grad(torch.bincount(digits, minlength=_BINS)), k)
+
+
+def _place(counts: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_bin`, from the number of digits in each bin. Bin 0 if there are fewer than k."""
+    counts = counts.flip(0)
     reached = counts.cumsum(0)
-    place = (reached < k).sum()
-    return _BINS - 1 - place, k - (reached[place] - counts[place])
+    place = (reached < k).sum().clamp(max=_BINS - 1)
+    return _BINS - 1 - place, k - (reached - counts).take(place)
+
+
+@torch.no_grad()
+def kth_largest_without_waiting(values: Tensor, kept: Tensor, k: Tensor, axis: Axis) -> Tensor:
+    """`kth_largest_by_histogram` of some of the values, with nothing that makes the host wait for the device.
+
+    values: (..., n); kept: bool (...), the rows that count; k: int64 scalar on the device
+    """
+    rows = values.detach().flatten(0, -2)
+    size = max(1, _SLICE // rows.shape[1])
+    parts = list(zip(rows.split(size), kept.flatten().split(size), strict=True))
+
+    def digits(part: Tensor) -> tuple[Tensor, Tensor]:
+        bits = part.float().contiguous().view(torch.int32)
+        keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        return (keys >> 16) + _BINS // 2, keys & (_BINS - 1)
+
+    counts = torch.zeros(2, _BINS, dtype=torch.int64, device=values.device)
+    for part, used in parts:
+        upper, _ = digits(part)
+        counts[0].scatter_add_(0, upper.flatten().long(), used[:, None].expand_as(part).flatten().long())
+    high, left = _place(axis.sum_no_grad(counts[0]), k)
+    for part, used in parts:
+        upper, lower = digits(part)
+        counts[1].scatter_add_(0, lower.flatten().long(), (used[:, None] & (upper == high)).flatten().long())
+    low, _ = _place(axis.sum_no_grad(counts[1]), left)
+    key = (((high - _BINS // 2) << 16) | low).to(torch.int32)
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).view(torch.float32).to(values.dtype)
 
 
 @torch.no_grad()

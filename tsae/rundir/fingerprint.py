@@ -12,7 +12,7 @@ from tsae.utils.config_json import to_dict
 from tsae.utils.nested import flatten
 
 # Fields that may be edited after training: where things are, and settings that no result depends on.
-_EDITABLE = ("model", "revision", "data", "device", "cache", "log", "checkpoint", "parallel")
+_EDITABLE = ("model", "revision", "data", "device", "lm_device", "cache", "log", "checkpoint", "parallel")
 
 
 def fingerprint(config: TrainConfig) -> str:

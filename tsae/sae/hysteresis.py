@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tsae.parallel.axis import SINGLE_PROCESS, Ranks
-from tsae.sae.thresholds import included, threshold_for
+from tsae.sae.thresholds import included, threshold_for, threshold_without_waiting
+from tsae.utils.device import runs_behind
 from tsae_kernels import activate_with_stats
 
 
@@ -80,6 +81,7 @@ def exact_threshold(
     *,
     two_sided: bool = False,
     ranks: Ranks = SINGLE_PROCESS,
+    candidates: int | None = None,
 ) -> Tensor:
     """The threshold at which the mean L0 of the batch is k, hysteresis included.
 
@@ -89,9 +91,13 @@ def exact_threshold(
 
     pre: (B, T, d_sae); bias: (d_sae) or None; positions with negative segment ids do not count
     ranks: if there are several, ``pre`` is this rank's shard, and the threshold is for the global batch and dictionary
+    candidates: on a GPU, see `threshold_without_waiting`
     out: scalar, float32 (float64 for float64), no gradient
     """
     dtype = torch.promote_types(pre.dtype, torch.float32)
     z = pre.to(dtype) if bias is None else pre.to(dtype) + bias
-    levels = included(switch_on_levels(z, ratio, segments, two_sided=two_sided), segments)
+    levels = switch_on_levels(z, ratio, segments, two_sided=two_sided)
+    if runs_behind(levels.device):
+        return threshold_without_waiting(levels, segments, k, ranks, 0.0, candidates).clamp(min=0.0)
+    levels = included(levels, segments)
     return threshold_for(levels, k, ranks, 0.0).clamp(min=0.0)

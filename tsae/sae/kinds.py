@@ -1,6 +1,6 @@
 """What each activation of the encoder is, in one table.
 
-A new activation takes a name and a row here, and its threshold in `SparseAutoencoder._thresholds`. Everything else
+A new activation takes a name and a row here, and its threshold in `SparseAutoencoder.thresholds`. Everything else
 asks for the properties below. This module imports nothing of tsae, so that `tsae.config` can use it.
 """
 

@@ -169,7 +169,7 @@ class SparseAutoencoder(nn.Module):
         bias: Tensor | None = self.b_enc
         if cfg.layer_norm == "pre":
             pre, bias = functional.layer_norm(pre + self.b_enc, (cfg.d_sae,)), None
-        threshold, release = self._thresholds(pre, bias, segments)
+        threshold, release = self.thresholds(pre, bias, segments)
         if cfg.hysteresis == "two-sided":
             assert threshold is not None
             assert release is not None
@@ -186,22 +186,25 @@ class SparseAutoencoder(nn.Module):
         h, l0 = straight_through(h, pre, bias, self.log_threshold, self.release_logit, cfg.bandwidth, segments)
         return h, stats, l0
 
-    def _thresholds(
-        self, pre: Tensor, bias: Tensor | None, segments: Tensor | None
+    def thresholds(
+        self, pre: Tensor, bias: Tensor | None, segments: Tensor | None, candidates: int | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Threshold and release of this forward pass; in training from the batch or the parameters."""
+        """Threshold and release of a forward pass, None where there is none; in training from batch or parameters.
+
+        pre: (B, T, d_sae); bias: (d_sae) or None; segments: (B, T) or None
+        candidates: for thresholds of the batch on a GPU, see `tsae.sae.thresholds.threshold_without_waiting`
+        """
         cfg, kind = self.cfg, self.cfg.kind
         if kind.threshold == "none":
             return None, None
         if kind.threshold == "token":
             return topk_threshold(pre, bias, cfg.k, self.ranks.features), None  # [B, T, 1]
         if self.training and kind.threshold == "batch":
-            threshold = batch_topk_threshold(pre, bias, cfg.k, segments, self.ranks)
+            threshold = batch_topk_threshold(pre, bias, cfg.k, segments, self.ranks, candidates)
         elif self.training and cfg.steering == "exact":
             two_sided = cfg.hysteresis == "two-sided"
-            threshold = exact_threshold(
-                pre, bias, cfg.k, cfg.release_ratio, segments, two_sided=two_sided, ranks=self.ranks
-            )
+            options = {"two_sided": two_sided, "ranks": self.ranks, "candidates": candidates}
+            threshold = exact_threshold(pre, bias, cfg.k, cfg.release_ratio, segments, **options)
         else:
             if self.training:
                 self.update_threshold_buffers()

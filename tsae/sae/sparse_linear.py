@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tsae.utils.device import runs_behind
 from tsae_kernels.sparse import CompressedRows, compress, matmul, sampled_matmul, sparse_products_available, transpose
 
 MAX_DENSITY = 0.08  # above this share of active features the dense product is faster (measured on an AVX2 CPU)
@@ -26,6 +27,7 @@ def use_sparse_products(x: Tensor) -> bool:
         return False
     return (
         x.device.type == "cpu"
+        and not runs_behind(x.device)
         and (x.dtype == torch.float32 or (autocast and x.dtype == torch.bfloat16))
         and sparse_products_available()
         and not torch.compiler.is_compiling()

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tsae.utils.device import runs_behind
+
 
 def learned_thresholds(log_threshold: Tensor, release_logit: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Threshold and release (None without a logit) from their parameters, all (d_sae), with 0 < release < threshold."""
@@ -79,7 +81,7 @@ class _StraightThrough(torch.autograd.Function):
         if segments is None:
             segments = torch.zeros(h.shape[:2], dtype=torch.int32, device=h.device)
         kept = segments >= 0
-        if h.is_cuda or not kept.all():  # on a GPU without the check, which would synchronize
+        if runs_behind(h.device) or not kept.all():
             near &= kept[..., None]
             on = on & kept[..., None]
         positions = kept.sum().clamp(min=1)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tsae.parallel.axis import SINGLE_PROCESS, Axis, Ranks
-from tsae.parallel.selection import kth_largest, kth_largest_per_row
+from tsae.parallel.selection import kth_largest, kth_largest_per_row, kth_largest_without_waiting
+from tsae.utils.device import runs_behind
 
 
 def topk_threshold(pre: Tensor, bias: Tensor | None, k: int, features: Axis = SINGLE_PROCESS.features) -> Tensor:
@@ -25,17 +26,26 @@ def topk_threshold(pre: Tensor, bias: Tensor | None, k: int, features: Axis = SI
 
 
 def batch_topk_threshold(
-    pre: Tensor, bias: Tensor | None, k: int, segments: Tensor | None, ranks: Ranks = SINGLE_PROCESS
+    pre: Tensor,
+    bias: Tensor | None,
+    k: int,
+    segments: Tensor | None,
+    ranks: Ranks = SINGLE_PROCESS,
+    candidates: int | None = None,
 ) -> Tensor:
     """The threshold that k features per token exceed on average over the batch (Bussmann et al. 2024).
 
     pre: (B, T, d_sae); bias: (d_sae) or None; positions with negative segment ids do not count
     ranks: if there are several, ``pre`` is this rank's shard, and the threshold is for the global batch and dictionary
+    candidates: on a GPU, see `threshold_without_waiting`
     out: scalar, no gradient
     """
     values = pre.detach() if bias is None else pre.detach() + bias.detach().to(pre.dtype)
+    lowest = torch.finfo(values.dtype).min
+    if runs_behind(values.device):
+        return threshold_without_waiting(values, segments, k, ranks, lowest, candidates)
     values = included(values, segments)  # rebound, so that one tensor [B, T, d_sae] is held and not two
-    return threshold_for(values, k, ranks, torch.finfo(values.dtype).min)
+    return threshold_for(values, k, ranks, lowest)
 
 
 def included(values: Tensor, segments: Tensor | None) -> Tensor:
@@ -52,6 +62,29 @@ def threshold_for(values: Tensor, k: int, ranks: Ranks, lowest: float) -> Tensor
     if tokens == 0 or k >= values.shape[1] * ranks.features.size:
         return values.new_full((), lowest)
     return kth_largest(values, tokens * k + 1, ranks.world)
+
+
+def threshold_without_waiting(
+    values: Tensor,
+    segments: Tensor | None,
+    k: int,
+    ranks: Ranks,
+    lowest: float,
+    candidates: int | None = None,
+) -> Tensor:
+    """`threshold_for` of ``values`` (B, T, d_sae), for a device that the host must not wait for.
+
+    candidates: look at so many of a token's largest values only, which is less work. The result is the same if no token
+        has more above it; else it is lower, so that this can be seen from the number of features above it.
+    """
+    if k >= values.shape[-1] * ranks.features.size:
+        return values.new_full((), lowest)
+    kept = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device) if segments is None else segments >= 0
+    tokens = ranks.data.sum_no_grad(kept.sum())
+    if candidates is not None and k <= candidates < values.shape[-1]:
+        values = values.topk(candidates, dim=-1, sorted=False).values
+    kth = kth_largest_without_waiting(values, kept, tokens * k + 1, ranks.world)
+    return torch.where(tokens > 0, kth, lowest)
 
 
 def mean_l0(h: Tensor, segments: Tensor | None = None, ranks: Ranks = SINGLE_PROCESS) -> Tensor:
@@ -118,8 +151,9 @@ class ThresholdController:
     def update(self, l0: Tensor) -> Tensor:
         """One step of control; ``l0`` and the new threshold are scalars. Does not synchronize the device."""
         error = (l0.float() / self.target - 1.0).clamp(-1.0, 1.0)
-        self.theta = self.theta * torch.exp(self.gain * error)
-        self.log_mean = self.decay * self.log_mean + (1.0 - self.decay) * self.theta.log()
+        # In place, as all state that a step changes, so that a CUDA graph of the step finds it where it was.
+        self.theta.copy_(self.theta * torch.exp(self.gain * error))
+        self.log_mean.copy_(self.decay * self.log_mean + (1.0 - self.decay) * self.theta.log())
         return self.theta
 
     @property
@@ -133,4 +167,4 @@ class ThresholdController:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Resume from a `state_dict`."""
-        self.theta, self.log_mean = state["theta"], state["log_mean"]
+        self.theta, self.log_mean = state["theta"].clone(), state["log_mean"].clone()

@@ -26,8 +26,10 @@ from torch import Tensor
 from tsae.config import ObjectiveConfig
 from tsae.parallel.axis import SINGLE_PROCESS, Axis, Ranks
 from tsae.parallel.selection import keep_k_largest_per_row
-from tsae.training.schedules import reconstruction_weight, temporal_ramp
+from tsae.training.feature_lists import FeatureLists
+from tsae.training.schedules import LossWeights, loss_weights
 from tsae.training.temporal_objectives import (
+    MaskedPairs,
     Pairs,
     WindowEdges,
     contrastive_loss,
@@ -35,15 +37,17 @@ from tsae.training.temporal_objectives import (
     find_window_edges,
     slow_loss,
     window_loss,
+    window_loss_of_lists,
 )
-from tsae_kernels import TemporalStats, count_positions, temporal_loss_from_stats
+from tsae.utils.device import runs_behind
+from tsae_kernels import TemporalStats, count_positions, temporal_loss_from_stats, window_consistency
 
 
 @dataclass(kw_only=True)
 class FeatureBatch:
     """The features of a batch, and what the temporal terms need beside them."""
 
-    h: Tensor
+    h: Tensor | FeatureLists
     """(B, T, d_sae)"""
     stats: TemporalStats
     """Of ``h`` over `bands_for` (cfg)."""
@@ -51,10 +55,10 @@ class FeatureBatch:
     """(B, T); positions with a negative id are excluded. None: each row is one segment."""
     variance: Tensor | None = None
     """(d_sae), the temporal buffer; for `multiscale`. None: the variance within this batch's sequences."""
-    pairs: Pairs | None = None
+    pairs: Pairs | MaskedPairs | None = None
     """For `contrastive`: `draw_pairs` of the full batch."""
     edges: WindowEdges | None = None
-    """For `window`: `find_window_edges` of these sequences. None: found here."""
+    """For `window`: `find_window_edges` of these sequences. None: found here, or on a GPU not needed."""
     ranks: Ranks = SINGLE_PROCESS
     first: int = 0
     """Index in the full batch of the first sequence of ``h``."""
@@ -74,6 +78,8 @@ class LossInputs(FeatureBatch):
     """`auxk_loss`."""
     l0: Tensor | None = None
     """Mean number of active features, with its gradient to learned thresholds; used if ``cfg.l0`` is above 0."""
+    weights: LossWeights | None = None
+    """The factors that change with the step. None: `loss_weights`."""
 
 
 class LossTerms(NamedTuple):
@@ -104,8 +110,10 @@ def reconstruction_loss(
     return _mean(error, segments, ranks, ranks.data)
 
 
-def l1_norm(h: Tensor, segments: Tensor | None = None, ranks: Ranks = SINGLE_PROCESS) -> Tensor:
+def l1_norm(h: Tensor | FeatureLists, segments: Tensor | None = None, ranks: Ranks = SINGLE_PROCESS) -> Tensor:
     """``mean_t |h_t|_1``; h: (B, T, d_sae), segments: (B, T)."""
+    if isinstance(h, FeatureLists):
+        return _mean(h.l1(), segments, ranks, ranks.world)
     norm = h.abs().sum(-1, dtype=h.dtype if h.dtype == torch.float64 else torch.float32)  # [B, T]
     return _mean(norm, segments, ranks, ranks.world)
 
@@ -154,9 +162,7 @@ def temporal_term(batch: FeatureBatch, cfg: ObjectiveConfig) -> Tensor:
     if segments is None:
         segments = torch.zeros(h.shape[:2], dtype=torch.int32, device=h.device)
     if "window" in cfg.terms:
-        edges = batch.edges or WindowEdges(*(part.to(h.device) for part in find_window_edges(segments, cfg.window)))
-        consistency = window_loss(h, batch.stats, edges, group=width)
-        terms.append(cfg.window_weight * ranks.world.sum_identity_grad(consistency))
+        terms.append(cfg.window_weight * ranks.world.sum_identity_grad(_window(batch, segments, cfg.window, width)))
     stats, variance = batch.stats, batch.variance
     if width < h.shape[-1]:
         stats = TemporalStats(*(each[..., :width] for each in stats))
@@ -169,7 +175,18 @@ def temporal_term(batch: FeatureBatch, cfg: ObjectiveConfig) -> Tensor:
         positions = ranks.data.sum_no_grad(count_positions(segments).sum())
         slow = slow_loss(stats, positions, ranks.data.sum_no_grad(count_pairs(segments, cfg.offset)), ranks)
         terms.append(cfg.slow_weight * slow)
-    return functools.reduce(torch.add, terms) if terms else h.new_zeros((), dtype=torch.float32)
+    return functools.reduce(torch.add, terms) if terms else torch.zeros((), device=h.device)
+
+
+def _window(batch: FeatureBatch, segments: Tensor, window: int, width: int) -> Tensor:
+    """The window term of this process's first ``width`` features. Only the CPU lists the pairs at segments' ends."""
+    h = batch.h
+    if isinstance(h, FeatureLists):
+        return window_loss_of_lists(h, segments, window, group=width)
+    if batch.edges is None and runs_behind(h.device):
+        return window_consistency(h[..., :width], window, segments)
+    edges = batch.edges or WindowEdges(*(part.to(h.device) for part in find_window_edges(segments, window)))
+    return window_loss(h, batch.stats, edges, group=width)
 
 
 def _group_width(group: int, here: int, ranks: Ranks) -> int:
@@ -221,6 +238,7 @@ def auxk_loss(
     *,
     through_zero: bool = False,
     ranks: Ranks = SINGLE_PROCESS,
+    used: Tensor | None = None,
 ) -> Tensor:
     """AuxK (Gao et al. 2024, appendix A.2): dead features reconstruct the residual of the live ones.
 
@@ -230,11 +248,20 @@ def auxk_loss(
     k: dead features used per token
     through_zero: the gradient passes straight through the relu of the selected features. Without a threshold a dead
         feature is below 0 at every token, where the relu passes no gradient that could revive it.
+    used: (n) bool, False for places that hold no dead feature; with none used the result is 0. On one process.
     out: ``sum |e - ehat|^2 / sum |e|^2`` over non-excluded positions, a scalar
     """
     residual = residual.detach()
-    dead = int(ranks.features.sum_no_grad(torch.tensor(dead_pre.shape[-1])))
-    if k < dead:
+    dead = dead_pre.shape[-1]
+    if ranks.features.size > 1:
+        dead = int(ranks.features.sum_no_grad(torch.tensor(dead)))
+    if used is not None:
+        # The lowest finite value, not -inf, whose gradient times 0 would be NaN.
+        lowest = torch.finfo(dead_pre.dtype).min
+        chosen = dead_pre.detach().masked_fill(~used, lowest).topk(min(k, dead), dim=-1).indices
+        kept = torch.zeros_like(dead_pre, dtype=torch.bool).scatter(-1, chosen, True) & used
+        dead_pre = torch.where(kept, dead_pre, 0.0)
+    elif k < dead:
         dead_pre = keep_k_largest_per_row(dead_pre, k, ranks.features)
     features = dead_pre.relu()
     if through_zero:
@@ -245,18 +272,20 @@ def auxk_loss(
         kept = (segments >= 0)[..., None]
         residual, error = residual * kept, error * kept
     data = ranks.data
-    return data.sum_identity_grad(error.square().sum()) / data.sum_no_grad(residual.square().sum()).clamp(min=1e-12)
+    share = data.sum_identity_grad(error.square().sum()) / data.sum_no_grad(residual.square().sum()).clamp(min=1e-12)
+    return share if used is None else torch.where(used.any(), share, 0.0)
 
 
 def objective(inputs: LossInputs, step: int, cfg: ObjectiveConfig) -> LossTerms:
     """The loss of one step; ``step`` counts from 0."""
+    weights = inputs.weights or loss_weights(step, cfg)
     segments, ranks = inputs.segments, inputs.ranks
     reconstruction = reconstruction_loss(inputs.x, inputs.xhat, segments, ranks)
     nested = reconstruction
     if inputs.prefixes:
         parts = [reconstruction_loss(inputs.x, prefix, segments, ranks) for prefix in inputs.prefixes]
         nested = (reconstruction + sum(parts)) / (1 + len(parts))
-    total = reconstruction_weight(step, cfg) * nested
+    total = weights.reconstruction * nested
     zero = torch.zeros((), device=inputs.x.device)
     sparsity, temporal = zero, zero
     if cfg.l1 > 0:
@@ -264,10 +293,9 @@ def objective(inputs: LossInputs, step: int, cfg: ObjectiveConfig) -> LossTerms:
         total = total + cfg.l1 * sparsity
     if cfg.l0 > 0 and inputs.l0 is not None:
         total = total + cfg.l0 * inputs.l0
-    ramp = temporal_ramp(step, cfg)
-    if cfg.terms and ramp > 0:
+    if weights.temporal is not None:
         temporal = temporal_term(inputs, cfg)
-        total = total + ramp * cfg.weight * temporal
+        total = total + weights.temporal * temporal
     auxiliary = zero if inputs.auxiliary is None else inputs.auxiliary
     if inputs.auxiliary is not None:
         # It is relative to the residual: put it back on the scale of the reconstruction.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tsae.config import OptimizerConfig
-from tsae.parallel.axis import Axis
 from tsae.parallel.sharding import FEATURE_DIM, local, split
 from tsae.sae.model import SparseAutoencoder
+from tsae_kernels.row_adam import AdamState
 
 
 def threshold_parameters(sae: SparseAutoencoder) -> list[torch.nn.Parameter]:
@@ -20,9 +20,10 @@ def threshold_parameters(sae: SparseAutoencoder) -> list[torch.nn.Parameter]:
     return [trained[name] for name in ("log_threshold", "release_logit") if name in trained]
 
 
-def build_optimizer(sae: SparseAutoencoder, cfg: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(sae: SparseAutoencoder, cfg: OptimizerConfig, *, capturable: bool = False) -> torch.optim.Optimizer:
     """Fused Adam or AdamW over the parameters of the autoencoder. Learned thresholds have no weight decay: they are
-    logarithms, for which 0 is not a neutral value."""
+    logarithms, for which 0 is not a neutral value. ``capturable``: for a CUDA graph, with learning rates on the device.
+    """
     kind = torch.optim.AdamW if cfg.name == "adamw" else torch.optim.Adam
     extra = {"weight_decay": cfg.weight_decay} if cfg.name == "adamw" else {}
     parameters: Any = list(sae.parameters())
@@ -30,7 +31,54 @@ def build_optimizer(sae: SparseAutoencoder, cfg: OptimizerConfig) -> torch.optim
     if learned and extra:
         others = [p for p in parameters if all(p is not q for q in learned)]
         parameters = [{"params": others}, {"params": learned, "weight_decay": 0.0}]
-    return kind(parameters, lr=cfg.lr, betas=cfg.betas, fused=True, **extra)
+    optimizer = kind(parameters, lr=cfg.lr, betas=cfg.betas, fused=True, capturable=capturable, **extra)
+    if capturable:
+        keep_rates_on_device(optimizer)
+    return optimizer
+
+
+def keep_rates_on_device(optimizer: torch.optim.Optimizer) -> None:
+    """Make every learning rate a scalar tensor beside its parameters, and the optimizer capturable."""
+    for group in optimizer.param_groups:
+        device = group["params"][0].device
+        group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32).to(device)
+        group["capturable"] = True
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of all parameters."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """``optimizer.state_dict()``, the same whether or not the step is captured in a CUDA graph."""
+    state = optimizer.state_dict()
+    plain = {"lr": lambda rate: float(rate), "capturable": lambda _: False}
+    groups = [
+        {key: plain[key](value) if key in plain else value for key, value in group.items()}
+        for group in state["param_groups"]
+    ]
+    return state | {"param_groups": groups}
+
+
+def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor, *, transposed: bool) -> AdamState:
+    """The state of a matrix, as PyTorch's Adam makes it and a checkpoint holds it.
+
+    transposed: of ``parameter.T``, which has contiguous rows
+    """
+    state = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    for name in ("exp_avg", "exp_avg_sq"):
+        if state[name].stride() != parameter.stride():  # a checkpoint may have another order of memory
+            state[name] = torch.empty_like(parameter).copy_(state[name]).detach()
+    moments = [state[name].T if transposed else state[name] for name in ("exp_avg", "exp_avg_sq")]
+    return AdamState(*moments, state["step"])
 
 
 @torch.no_grad()
@@ -71,20 +119,12 @@ def add_gradient_noise(sae: SparseAutoencoder, std: float, generator: torch.Gene
         if parameter.grad is None:
             continue
         grad = local(parameter.grad)
-        noise = torch.randn(parameter.grad.shape, generator=generator)
+        noise = torch.randn(parameter.grad.shape, generator=generator, device=generator.device)
         mean_square = grad.square().mean()
         if name in FEATURE_DIM:
             noise = split(noise, FEATURE_DIM[name], features)
             mean_square = features.sum_no_grad(mean_square) / features.size
         grad.add_(noise.to(grad) * mean_square.sqrt(), alpha=std)
-
-
-@torch.no_grad()
-def sum_gradients(sae: SparseAutoencoder, data: Axis) -> None:
-    """Sum every gradient over the shards of the batch."""
-    for parameter in sae.parameter_dict().values():
-        if parameter.grad is not None:
-            data.sum_in_place(local(parameter.grad))
 
 
 @torch.no_grad()

@@ -85,7 +85,7 @@ def _save(sae: SparseAutoencoder, job: Job, name: str) -> None:
 def _evaluate(saes: dict[str, SparseAutoencoder], setup: Setup, outcomes: dict[str, Outcome]) -> None:
     """Measure the autoencoders together; each writes its metrics, or its outcome gets the error."""
     job, shared = setup.job, setup.job.shared
-    saes = {name: sae.to(setup.device) for name, sae in saes.items()}
+    saes = {name: sae.to(setup.lm.device) for name, sae in saes.items()}
     batches = evaluation_batches(shared, setup.lm, shared.evaluation.sequences)
     with evaluation_progress() as progress:
         results = evaluate_all(saes, setup.lm, batches, **evaluation_options(shared), progress=progress)

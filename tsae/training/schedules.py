@@ -6,6 +6,9 @@ Pure functions of (step, configuration). Steps count from 0.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
+
+from torch import Tensor
 
 from tsae.config import ObjectiveConfig, OptimizerConfig
 
@@ -22,6 +25,45 @@ def temporal_ramp(step: int, cfg: ObjectiveConfig) -> float:
 def reconstruction_weight(step: int, cfg: ObjectiveConfig) -> float:
     """w(step): ``boost`` until ``hold_steps``, then linear to 1 over ``ramp_steps`` (TSAE equation 4)."""
     return cfg.boost + (1.0 - cfg.boost) * temporal_ramp(step, cfg)
+
+
+class LossWeights(NamedTuple):
+    """The factors of the loss that change with the step; numbers, or scalar tensors on the device.
+
+    reconstruction: w(step); temporal: the ramp times ``cfg.weight``, None before the temporal term starts
+    """
+
+    reconstruction: float | Tensor
+    temporal: float | Tensor | None
+
+
+def loss_weights(step: int, cfg: ObjectiveConfig) -> LossWeights:
+    """Of ``step``."""
+    ramp = temporal_ramp(step, cfg)
+    return LossWeights(reconstruction_weight(step, cfg), ramp * cfg.weight if cfg.terms and ramp > 0 else None)
+
+
+class StepPlan(NamedTuple):
+    """What the host knows of a step before it starts. Numbers, or scalar tensors on the device that it can set.
+
+    loss: the changing factors of the loss; mixing: of the temporal buffer; lr: learning rate
+    noise: standard deviation of the gradient noise
+    """
+
+    loss: LossWeights
+    mixing: float | Tensor
+    lr: float | Tensor
+    noise: float
+
+
+def step_plan(step: int, steps: int, objective: ObjectiveConfig, optimizer: OptimizerConfig) -> StepPlan:
+    """Of ``step`` of ``steps``."""
+    return StepPlan(
+        loss_weights(step, objective),
+        buffer_mixing(step, objective),
+        learning_rate(step, steps, optimizer),
+        noise_std(step, optimizer),
+    )
 
 
 def buffer_mixing(step: int, cfg: ObjectiveConfig) -> float:

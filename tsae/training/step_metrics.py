@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tsae.parallel.axis import Ranks
+from tsae.training.feature_lists import FeatureLists
 from tsae.training.objectives import LossTerms
 from tsae_kernels import TemporalStats
 
@@ -16,13 +17,13 @@ class Piece(NamedTuple):
     """What a step keeps of a piece of its batch, all without gradient.
 
     weight: the piece's share of the positions of the batch
-    h: (b, T, d_sae), kept for the last piece only
+    h: (b, T, d_sae), dense or lists, kept for the last piece only
     l0_gradients: of the mean L0 to the learned thresholds, times ``weight``
     """
 
-    weight: float
+    weight: float | Tensor
     x: Tensor
-    h: Tensor | None
+    h: Tensor | FeatureLists | None
     segments: Tensor
     stats: TemporalStats
     variance: Tensor
@@ -46,7 +47,10 @@ def loss_metrics(pieces: list[Piece], ranks: Ranks) -> dict[str, float]:
 def correlation_metrics(correlation: Tensor, last: Piece, ranks: Ranks) -> dict[str, float]:
     """Mean and quantiles over the features that fire in the piece ``last`` of its lag-1 ``correlation`` (d_sae)."""
     assert last.h is not None
-    fired = ranks.data.any((last.h[last.segments >= 0] > 0).any(0))
+    if isinstance(last.h, FeatureLists):
+        fired = ranks.data.any((last.stats.square > 0).any(0))
+    else:
+        fired = ranks.data.any((last.h[last.segments >= 0] > 0).any(0))
     alive = ranks.features.all_gather(correlation)[ranks.features.all_gather(fired.to(torch.uint8)).bool()]
     if not alive.numel():
         alive = correlation.new_zeros(1)

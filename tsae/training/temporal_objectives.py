@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from tsae.parallel.axis import SINGLE_PROCESS, Ranks
+from tsae.training.feature_lists import FeatureLists
+from tsae.utils.device import runs_behind
 from tsae_kernels import TemporalStats
 from tsae_kernels.losses import window_weights
 from tsae_kernels.segments import find_runs
@@ -22,6 +24,14 @@ class Pairs(NamedTuple):
 
     anchors: Tensor
     partners: Tensor
+
+
+class MaskedPairs(NamedTuple):
+    """`Pairs` in a list of fixed length; valid: (P) bool, False for places that hold no pair."""
+
+    anchors: Tensor
+    partners: Tensor
+    valid: Tensor
 
 
 def draw_pairs(segments: Tensor, offset: int, count: int, generator: torch.Generator) -> Pairs:
@@ -44,9 +54,44 @@ def draw_pairs(segments: Tensor, offset: int, count: int, generator: torch.Gener
     return Pairs(anchors, anchors + lag)
 
 
+def draw_pairs_by_hash(segments: Tensor, offset: int, count: int, seed: int, step: Tensor) -> MaskedPairs:
+    """As `draw_pairs`, on any device and without waiting for it.
+
+    Every position gets a number that depends on (seed, step, position) alone; the ``count`` lowest are the anchors.
+
+    segments: (B, T), of the full batch
+    step: int64 scalar on the same device
+    """
+    end = find_runs(segments).end
+    later = (end - 1 - torch.arange(segments.shape[1], device=segments.device)).flatten()
+    position = torch.arange(later.numel(), device=segments.device)
+    stream = _mix(_mix(step + (seed * 1_000_003) % 2**62) + 2 * position)
+    drawn = torch.where(later > 0, stream >> 1 & _POSITIVE, _POSITIVE)
+    anchors, valid = position, later > 0
+    if 0 < count < later.numel():
+        anchors = drawn.topk(count, largest=False).indices.sort().values
+        valid = valid.index_select(0, anchors)
+    lag = torch.ones_like(anchors)
+    if offset > 1:
+        choices = later.index_select(0, anchors).clamp(1, offset)
+        uniform = (_mix(stream.index_select(0, anchors) + 1) >> 11 & (1 << 53) - 1).double() * 2.0**-53
+        lag = 1 + (uniform * choices).long()
+    return MaskedPairs(anchors, torch.where(valid, anchors + lag, anchors), valid)
+
+
+_POSITIVE = (1 << 62) - 1
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of int64 that looks random: the finalizer of SplitMix64 (Steele, Lea and Flood 2014)."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * (factor - (1 << 64))
+    return x ^ (x >> 31 & (1 << 33) - 1)
+
+
 def contrastive_loss(
-    h: Tensor,
-    pairs: Pairs,
+    h: Tensor | FeatureLists,
+    pairs: Pairs | MaskedPairs,
     temperature: float = 0.1,
     *,
     group: int | None = None,
@@ -65,7 +110,7 @@ def contrastive_loss(
     these.
 
     h: (B, T, d_sae); only the rows of ``pairs`` are read
-    pairs: from `draw_pairs`
+    pairs: from `draw_pairs` or `draw_pairs_by_hash`, of the full batch (B, T)
     group: number of features used, the first ones; None: all
     ranks: with several processes ``h`` is a shard of the batch and the dictionary, and ``pairs`` those of the full
         batch, whose rows every process gathers
@@ -75,10 +120,10 @@ def contrastive_loss(
     """
     tokens, count = h.shape[1], len(pairs.anchors)
     if ranks.world.size > 1:  # every process needs the rows of all: another computation, of the same value
-        rows = _rows_of_all_shards(h, torch.cat(pairs) - first * tokens, group, ranks)
+        rows = _rows_of_all_shards(h, torch.cat(pairs[:2]) - first * tokens, group, ranks)
         return _cross_entropy(_cosines(rows, ranks) / temperature, pairs, tokens, other_sequences=other_sequences)
     # Rows before columns: the gradient is then scattered once, over few rows.
-    rows = h.flatten(0, 1).index_select(0, torch.cat(pairs))[:, :group]  # [2P, group]
+    rows = _rows(h, torch.cat(pairs[:2]), group)  # [2P, group]
     dtype = torch.promote_types(rows.dtype, torch.float32)
     rows = _unit(rows.to(dtype)).to(h.dtype)  # under autocast the product is in bfloat16, as all others
     z, y = rows[:count], rows[count:]
@@ -88,7 +133,7 @@ def contrastive_loss(
     return _cross_entropy(scores, pairs, tokens, other_sequences=other_sequences)
 
 
-def _cross_entropy(scores: Tensor, pairs: Pairs, tokens: int, *, other_sequences: bool) -> Tensor:
+def _cross_entropy(scores: Tensor, pairs: Pairs | MaskedPairs, tokens: int, *, other_sequences: bool) -> Tensor:
     if len(scores) == 0:
         return scores.sum()
     if other_sequences:
@@ -96,11 +141,30 @@ def _cross_entropy(scores: Tensor, pairs: Pairs, tokens: int, *, other_sequences
         same = sequence[:, None] == sequence
         scores = scores.masked_fill(same.fill_diagonal_(False), -torch.inf)
     target = torch.arange(len(scores), device=scores.device)
-    return 0.5 * (functional.cross_entropy(scores, target) + functional.cross_entropy(scores.T, target))
+    if isinstance(pairs, Pairs):
+        return 0.5 * (functional.cross_entropy(scores, target) + functional.cross_entropy(scores.T, target))
+    # The diagonal stays, so that every loss is finite.
+    absent = ~(pairs.valid[:, None] & pairs.valid)
+    scores = scores.masked_fill(absent.fill_diagonal_(False), -torch.inf)
+    losses = [functional.cross_entropy(each, target, reduction="none") for each in (scores, scores.T)]
+    return 0.5 * torch.where(pairs.valid, sum(losses), 0.0).sum() / pairs.valid.sum().clamp(min=1)
 
 
-def _rows_of_all_shards(h: Tensor, indices: Tensor, group: int | None, ranks: Ranks) -> Tensor:
+def _rows(h: Tensor | FeatureLists, tokens: Tensor, width: int | None) -> Tensor:
+    """(n, width): the first ``width`` features (None: all) of the ``tokens`` (n), indices into B * T."""
+    if isinstance(h, FeatureLists):
+        return h.rows(tokens, h.shape[2] if width is None else width)
+    return h.flatten(0, 1).index_select(0, tokens)[:, :width]
+
+
+def _rows_of_all_shards(h: Tensor | FeatureLists, indices: Tensor, group: int | None, ranks: Ranks) -> Tensor:
     """The rows ``indices`` of ``h`` flattened to (B * T, d_sae), from all shards of the batch; float32 or float64."""
+    if isinstance(h, FeatureLists) or runs_behind(h.device):
+        length = h.shape[0] * h.shape[1]
+        own = (indices >= 0) & (indices < length)
+        rows = _rows(h, indices.clamp(0, max(length - 1, 0)), group)
+        rows = torch.where(own[:, None], rows.to(torch.promote_types(rows.dtype, torch.float32)), 0.0)
+        return ranks.data.sum_identity_grad(rows)
     tokens = h.flatten(0, 1)
     own = (indices >= 0) & (indices < len(tokens))
     rows = tokens.index_select(0, indices[own])[:, :group]
@@ -191,6 +255,13 @@ def find_window_edges(segments: Tensor, window: int) -> WindowEdges:
     missing = torch.where(runs.valid & (t + 1 < runs.end), full - weights, 0.0).flatten()
     firsts = (missing > 1e-9 * full).nonzero().squeeze(1)  # `weights` has rounding of its own
     return WindowEdges(full, firsts, missing[firsts])
+
+
+def window_loss_of_lists(h: FeatureLists, segments: Tensor, window: int, *, group: int | None = None) -> Tensor:
+    """`window_loss` for lists, from the products of neighbouring tokens; segments: (B, T); a scalar, float32."""
+    dtype = torch.promote_types(h.dtype, torch.float32)
+    weights = window_weights(h.values.new_empty(*h.shape[:2], 1, dtype=dtype), window, segments)  # [B, T]
+    return (weights * h.squared_steps(h.shape[2] if group is None else group)).sum()
 
 
 def window_loss(h: Tensor, stats: TemporalStats, edges: WindowEdges, *, group: int | None = None) -> Tensor:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from tsae.data.harvest import ActivationBatch
 from tsae.errors import UserError
 from tsae.parallel.axis import SINGLE_PROCESS, Ranks
 from tsae.parallel.buffer import BatchShard
+from tsae.parallel.gradients import GradientSum
 from tsae.parallel.sharding import (
     ShardedAutoencoder,
     load_whole_optimizer_state,
@@ -29,6 +31,8 @@ from tsae.parallel.sharding import (
 from tsae.sae.model import SparseAutoencoder
 from tsae.sae.normalization import InputNormalizer
 from tsae.sae.thresholds import ThresholdController, initial_threshold
+from tsae.training.cuda_graph import GraphedSteps
+from tsae.training.feature_lists import FeatureLists
 from tsae.training.feature_state import DeadFeatures, TemporalBuffer, lag1_correlation
 from tsae.training.objectives import LossInputs, LossTerms, auxk_loss, bands_for, objective
 from tsae.training.optimization import (
@@ -36,20 +40,43 @@ from tsae.training.optimization import (
     add_l0_lagrangian_gradient,
     build_optimizer,
     clip_gradients,
+    keep_rates_on_device,
+    optimizer_state,
     project_decoder_gradient,
     renormalize_decoder,
-    sum_gradients,
+    set_learning_rate,
     threshold_parameters,
 )
-from tsae.training.schedules import buffer_mixing, learning_rate, noise_std
+from tsae.training.schedules import StepPlan, learning_rate, step_plan
+from tsae.training.sparse_step import DeadRows, SparseStep, check_steps, uses_lists
 from tsae.training.step_metrics import Piece, correlation_metrics, loss_metrics
-from tsae.training.temporal_objectives import Pairs, WindowEdges, draw_pairs, find_window_edges
+from tsae.training.temporal_objectives import (
+    MaskedPairs,
+    Pairs,
+    WindowEdges,
+    draw_pairs,
+    draw_pairs_by_hash,
+    find_window_edges,
+)
+from tsae.utils.device import runs_behind
 from tsae.utils.nested import flatten
+from tsae.utils.progress import console
 from tsae_kernels import TemporalStats, count_positions, within_sequence_variance
 
 
 class DivergedError(UserError):
     """A loss term, the gradient or the state is not finite."""
+
+
+class StepResult(NamedTuple):
+    """What a step leaves for its measurements; scalars on the device.
+
+    norm: of the gradient, before clipping
+    """
+
+    pieces: list[Piece]
+    l0: Tensor
+    norm: Tensor
 
 
 class Trainer:
@@ -82,7 +109,13 @@ class Trainer:
             self.sae = sae.to(device).train()
             self.sae.ranks = ranks
         self.normalizer = InputNormalizer(normalizer.mean.to(device), normalizer.scale)
-        self.optimizer = build_optimizer(self.sae, cfg.optimizer)
+        check_steps(cfg, device, ranks.world.size)
+        self.optimizer = build_optimizer(self.sae, cfg.optimizer, capturable=cfg.cuda_graph)
+        self.gradient_sum = GradientSum(self.sae.parameter_dict().values(), ranks.data)
+        self.lists: SparseStep | None = None
+        if uses_lists(cfg, device, ranks.world.size):
+            self.lists = SparseStep(cfg, self.sae, ranks, autocast=autocast)
+        self.graphs = GraphedSteps(self._make_step, device) if cfg.cuda_graph else None
         self.controller = ThresholdController(cfg.sae.k)
         self.temporal_buffer = TemporalBuffer(cfg.sae.d_sae, cfg.objective.buffer_std, generator=generator)
         self.temporal_buffer.variance = split(self.temporal_buffer.variance, 0, ranks.features).to(device)
@@ -92,6 +125,9 @@ class Trainer:
         self.correlation = torch.zeros_like(self.temporal_buffer.variance)  # of the last logged batch, lag 1
         self.step = 0
         self.tokens = 0
+        self.step_on_device = torch.zeros((), dtype=torch.int64, device=device)  # seeds the draws there
+        self._any_dead = False  # at the last logged step
+        self._lost = 0  # steps since then that changed no weight
 
     def train_step(self, batch: ActivationBatch | BatchShard, *, log: bool = False) -> dict[str, float]:
         """One optimizer step on raw activations.
@@ -100,49 +136,115 @@ class Trainer:
         log: whether to measure
         out: the values of a line of `metrics.jsonl`, or empty without ``log``
 
+        On a GPU nothing waits for the device without ``log`` (in one process; segments on the CPU).
+
         Raises:
             DivergedError: a loss term or the gradient is NaN or infinite; the weights are unchanged. On a GPU this is
-                checked only with ``log``, since it synchronises with the device.
+                checked only with ``log``, since it synchronises with the device; in a CUDA graph after the update.
         """
+        cfg = self.cfg
+        check = log or not runs_behind(self.device)
+        tokens = int(np.count_nonzero(batch.full_segments.cpu().numpy() >= 0))
+        plan = step_plan(self.step, cfg.steps, cfg.objective, cfg.optimizer)
+        if self.graphs is not None and plan.noise == 0:
+            listed = 0 if self.lists is None else self.lists.capacity
+            result = self.graphs(self._moved(batch), plan, self.optimizer, (listed, self._any_dead))
+            if check:
+                for piece in result.pieces:
+                    self._check_finite(piece.terms)
+                self._check_norm(result.norm)
+        else:
+            set_learning_rate(self.optimizer, plan.lr)
+            result = self._make_step(self._moved(batch), plan, tokens, check=check)
+        self.step, self.tokens = self.step + 1, self.tokens + tokens
+        return self._measurements(result) if log else {}
+
+    def _make_step(
+        self, batch: ActivationBatch | BatchShard, plan: StepPlan, tokens: int | Tensor, *, check: bool
+    ) -> StepResult:
+        """A step, with the learning rate set; ``tokens``: positions of the full batch."""
         cfg, sae, ranks = self.cfg, self.sae, self.ranks
-        check = log or self.device.type == "cpu"
+        lists = self.lists if plan.noise == 0 else None  # noise is on all rows
         self.optimizer.zero_grad(set_to_none=True)
-        pieces = self._accumulate_gradients(batch, check=check)
-        sum_gradients(sae, ranks.data)
+        pieces = self._accumulate_gradients(batch, plan, lists, check=check)
         if self._priced:
             sums = (_sum(each) for each in zip(*(piece.l0_gradients for piece in pieces), strict=True))
             add_l0_lagrangian_gradient(sae, [ranks.data.sum_no_grad(local(gradient)) for gradient in sums])
-        norm = self._prepare_gradients()
-        if check and not torch.isfinite(norm):
-            raise DivergedError(f"step {self.step + 1}: the norm of the gradient is {norm.item()}")
-        self.optimizer.step()
-        if cfg.sae.unit_norm_decoder:
-            renormalize_decoder(sae)
+        norm = self._prepare_gradients(plan, lists)
+        if check:
+            self._check_norm(norm)
+        if lists is not None:
+            lists.update(self.optimizer, plan.lr, cfg.optimizer)
+        else:
+            self.optimizer.step()
+            if cfg.sae.unit_norm_decoder:
+                renormalize_decoder(sae)
+            if self.lists is not None:
+                self.lists.forget_copies()
         l0 = _sum(piece.weight * piece.l0 for piece in pieces)
         if self._steered:
             self._steer(l0)
-        tokens = int((batch.full_segments >= 0).sum())
         self.dead.update(torch.cat([piece.stats.square for piece in pieces]), tokens, ranks)
-        self.step, self.tokens = self.step + 1, self.tokens + tokens
-        return self._measurements(pieces, l0, norm) if log else {}
+        self.step_on_device.add_(1)
+        return StepResult(pieces, l0, norm)
 
-    def _accumulate_gradients(self, batch: ActivationBatch | BatchShard, *, check: bool) -> list[Piece]:
+    def _moved(self, batch: ActivationBatch | BatchShard) -> ActivationBatch | BatchShard:
+        """The batch on the device; on the CPU, pieces are moved one by one."""
+        if not runs_behind(self.device):
+            return batch
+
+        def move(tensor: Tensor) -> Tensor:
+            if self.device.type == "cuda" and tensor.device.type == "cpu":
+                tensor = tensor.pin_memory()  # from any other memory, the copy would wait
+            return tensor.to(self.device, non_blocking=True)
+
+        if isinstance(batch, BatchShard):
+            return BatchShard(move(batch.x), move(batch.segments), move(batch.full_segments), batch.first)
+        return ActivationBatch(move(batch.x), move(batch.segments))
+
+    def _accumulate_gradients(
+        self, batch: ActivationBatch | BatchShard, plan: StepPlan, lists: SparseStep | None, *, check: bool
+    ) -> list[Piece]:
         """Forward and backward of each piece (``cfg.chunk`` sequences) of the batch."""
-        dead = None
-        if self.cfg.objective.aux_weight > 0:
-            dead = self.dead.indices(self.cfg.objective.dead_after_tokens)
+        sae, dead = self.sae, self._dead_features(lists)
+        if lists is not None:
+            lists.begin()
         pieces: list[Piece] = []
+        last = (len(batch.x) - 1) // self.cfg.chunk if self.cfg.chunk else 0
         for chunk, weight in self._chunks(batch):
             if pieces:
                 pieces[-1] = pieces[-1]._replace(h=None)  # the features of one piece at a time
-            pieces.append(self._backward(chunk, weight, dead, check=check))
+            with self.gradient_sum.last_backward(len(pieces) == last):
+                pieces.append(self._backward(chunk, weight, plan, lists, dead, check=check))
+        self.gradient_sum.wait()
+        if lists is not None:
+            lists.gather(dead if isinstance(dead, DeadRows) else None)
+        elif isinstance(dead, DeadRows):
+            dead.add_gradients(sae, self.ranks.data)
         if len(pieces) > 1:  # the temporal buffer is updated once all pieces are known
-            self._update_temporal_buffer(_sum(piece.weight * piece.variance for piece in pieces))
+            self._update_temporal_buffer(_sum(piece.weight * piece.variance for piece in pieces), plan.mixing)
         return pieces
+
+    def _dead_features(self, lists: SparseStep | None) -> Tensor | DeadRows | None:
+        """The dead features, None if AuxK is off or there is none.
+
+        On a GPU, where their number is not known, those silent for longest, at most twice as many as AuxK takes; and
+        only if some feature was dead at the last logged step.
+        """
+        cfg = self.cfg.objective
+        if cfg.aux_weight == 0:
+            return None
+        if not (lists or runs_behind(self.device)) or self.ranks.features.size > 1:
+            return self.dead.indices(cfg.dead_after_tokens)
+        if not self._any_dead:
+            return None
+        count = min(2 * self._aux_k, self.cfg.sae.d_sae)
+        features, used = self.dead.longest_silent(cfg.dead_after_tokens, count)
+        return DeadRows.of(self.sae, features, used)
 
     def _chunks(
         self, batch: ActivationBatch | BatchShard
-    ) -> Iterator[tuple[ActivationBatch | BatchShard, float | None]]:
+    ) -> Iterator[tuple[ActivationBatch | BatchShard, float | Tensor | None]]:
         """The pieces of the batch and each one's share of the positions; the batch itself and None if it is not cut."""
         size = self.cfg.chunk or len(batch.x)
         if size >= len(batch.x):
@@ -150,24 +252,39 @@ class Trainer:
             return
         positions = (batch.segments >= 0).sum().clamp(min=1)
         for x, segments in zip(batch.x.split(size), batch.segments.split(size), strict=True):
-            yield ActivationBatch(x, segments), float((segments >= 0).sum() / positions)
+            share = (segments >= 0).sum() / positions
+            yield ActivationBatch(x, segments), share if runs_behind(share.device) else float(share)
 
     def _backward(
-        self, batch: ActivationBatch | BatchShard, weight: float | None, dead: Tensor | None, *, check: bool
+        self,
+        batch: ActivationBatch | BatchShard,
+        weight: float | Tensor | None,
+        plan: StepPlan,
+        lists: SparseStep | None,
+        dead: Tensor | DeadRows | None,
+        *,
+        check: bool,
     ) -> Piece:
         """Add ``weight`` (None: 1) times the gradient of the loss on ``batch`` to the gradients of the parameters."""
         cfg, sae = self.cfg, self.sae
         segments = batch.segments.to(self.device, non_blocking=True)
         x = self.normalizer(batch.x.to(self.device, non_blocking=True))
+        h: Tensor | FeatureLists
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            pre = sae.pre_activation(x)
-            self._set_threshold(pre, segments)
-            h, stats, l0 = sae.activate_counted(pre, bands_for(cfg.objective), segments)
-            *prefixes, xhat = sae.decode_prefixes(h)
+            if lists is None:
+                pre = sae.pre_activation(x)
+                self._set_threshold(pre, segments)
+                h, stats, l0 = sae.activate_counted(pre, bands_for(cfg.objective), segments)
+                *prefixes, xhat = sae.decode_prefixes(h)
+            else:
+                centred, pre = lists.pre_activation(x)
+                self._set_threshold(pre, segments)
+                h, stats, l0 = lists.encode(centred, pre, bands_for(cfg.objective), segments)
+                *prefixes, xhat = lists.decode(h)
             auxiliary = self._auxiliary(x, x - xhat, dead, segments)
         variance = self._variance(stats, segments)
         if weight is None:  # the loss uses the temporal buffer as updated by this batch
-            self._update_temporal_buffer(variance)
+            self._update_temporal_buffer(variance, plan.mixing)
         inputs = LossInputs(
             x=x,
             xhat=xhat,
@@ -178,10 +295,11 @@ class Trainer:
             auxiliary=auxiliary,
             prefixes=prefixes,
             pairs=self._pairs(batch.full_segments),
-            edges=self._window_edges(batch),
+            edges=None if lists else self._window_edges(batch),
             l0=l0,
             ranks=self.ranks,
             first=batch.first,
+            weights=plan.loss,
         )
         terms = objective(inputs, self.step, cfg.objective)
         if check:
@@ -228,22 +346,25 @@ class Trainer:
     @torch.no_grad()
     def _steer(self, l0: Tensor) -> None:
         """One step of the controller. It moves the common factor of learned thresholds."""
-        before = self.controller.theta
+        before = self.controller.theta.clone()
         after = self.controller.update(l0)
         if self.sae.log_threshold is not None:
             self.sae.log_threshold.add_((after / before).log())
 
-    def _pairs(self, segments: Tensor) -> Pairs | None:
+    def _pairs(self, segments: Tensor) -> Pairs | MaskedPairs | None:
         """The pairs of the contrastive objective, a function of the seed and the step alone."""
         cfg = self.cfg.objective
         if "contrastive" not in cfg.terms:
             return None
+        if runs_behind(self.device):
+            on_device = segments.to(self.device, non_blocking=True)
+            return draw_pairs_by_hash(on_device, cfg.offset, cfg.pairs, self.cfg.seed, self.step_on_device)
         generator = torch.Generator().manual_seed((self.cfg.seed * 1_000_003 + self.step) % 2**63)
         pairs = draw_pairs(segments.cpu(), cfg.offset, cfg.pairs, generator)
         return Pairs(*(index.to(self.device, non_blocking=True) for index in pairs))
 
     def _window_edges(self, batch: ActivationBatch | BatchShard) -> WindowEdges | None:
-        if "window" not in self.cfg.objective.terms:
+        if "window" not in self.cfg.objective.terms or (runs_behind(self.device) and self.ranks.world.size == 1):
             return None
         edges = find_window_edges(batch.full_segments, self.cfg.objective.window)
         length, start = batch.segments.shape[1], batch.first * batch.segments.shape[1]
@@ -252,15 +373,26 @@ class Trainer:
             edges = WindowEdges(edges.full, edges.firsts[here] - start, edges.missing[here])
         return WindowEdges(*(part.to(self.device, non_blocking=True) for part in edges))
 
-    def _auxiliary(self, x: Tensor, residual: Tensor, dead: Tensor | None, segments: Tensor) -> Tensor | None:
+    @property
+    def _aux_k(self) -> int:
+        return self.cfg.objective.aux_k or max(1, self.cfg.sae.d_in // 2)
+
+    def _auxiliary(
+        self, x: Tensor, residual: Tensor, dead: Tensor | DeadRows | None, segments: Tensor
+    ) -> Tensor | None:
+        if isinstance(dead, DeadRows):
+            centred = x - self.sae.b_dec if self.cfg.sae.apply_b_dec_to_input else x
+            dead_pre = (centred / self.cfg.sae.input_scale) @ dead.W_enc.T + dead.b_enc
+            through_zero = self.cfg.sae.kind.dead_below_zero
+            arguments = residual, dead_pre, dead.W_dec, self._aux_k, segments
+            return auxk_loss(*arguments, through_zero=through_zero, ranks=self.ranks, used=dead.used)
         if dead is None or int(self.ranks.features.sum_no_grad(torch.tensor(dead.numel()))) == 0:
             return None
         # A separate product: dead features get a gradient at every token, and the gradient of the others stays sparse.
         dead_pre = self.sae.pre_activation(x, dead) + self.sae.b_enc[dead]
-        k = self.cfg.objective.aux_k or max(1, self.cfg.sae.d_in // 2)
         through_zero = self.cfg.sae.kind.dead_below_zero
         W_dec = self.sae.W_dec.index_select(0, dead)
-        return auxk_loss(residual, dead_pre, W_dec, k, segments, through_zero=through_zero, ranks=self.ranks)
+        return auxk_loss(residual, dead_pre, W_dec, self._aux_k, segments, through_zero=through_zero, ranks=self.ranks)
 
     @property
     def _adaptive(self) -> bool:
@@ -274,9 +406,9 @@ class Trainer:
         variance = within_sequence_variance(stats, positions)
         return self.ranks.data.weighted_mean_no_grad(variance, (positions > 0).sum())
 
-    def _update_temporal_buffer(self, variance: Tensor) -> None:
+    def _update_temporal_buffer(self, variance: Tensor, mixing: float | Tensor) -> None:
         if self._adaptive:
-            self.temporal_buffer.update(variance, buffer_mixing(self.step, self.cfg.objective))
+            self.temporal_buffer.update(variance, mixing)
 
     def _check_finite(self, terms: LossTerms) -> None:
         # The parts before their sum, so that the message names the one that is not finite.
@@ -284,33 +416,60 @@ class Trainer:
             if not torch.isfinite(value):
                 raise DivergedError(f"step {self.step + 1}: the {name} term of the loss is {value.item()}")
 
-    def _prepare_gradients(self) -> Tensor:
-        """Noise, projection, clipping, learning rate; returns the norm of the gradient before clipping."""
+    def _check_norm(self, norm: Tensor) -> None:
+        if not torch.isfinite(norm):
+            raise DivergedError(f"step {self.step + 1}: the norm of the gradient is {norm.item()}")
+
+    def _prepare_gradients(self, plan: StepPlan, lists: SparseStep | None) -> Tensor:
+        """Noise, projection, clipping; returns the norm of the gradient before clipping."""
         cfg = self.cfg.optimizer
-        std = noise_std(self.step, cfg)
-        if std > 0:
-            add_gradient_noise(self.sae, std, self.noise_generator)
+        limit = cfg.clip_norm if cfg.clip_norm > 0 else float("inf")
+        if lists is not None:
+            return lists.clip(limit)
+        if plan.noise > 0:
+            add_gradient_noise(self.sae, plan.noise, self._noise_generator())
         if self.cfg.sae.unit_norm_decoder:
             project_decoder_gradient(self.sae)
-        norm = clip_gradients(self.sae, cfg.clip_norm if cfg.clip_norm > 0 else float("inf"))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.cfg.steps, cfg)
-        return norm
+        return clip_gradients(self.sae, limit)
+
+    def _noise_generator(self) -> torch.Generator:
+        """On a GPU one of its own, a function of the seed and the step."""
+        if not runs_behind(self.device):
+            return self.noise_generator
+        return torch.Generator(self.device).manual_seed((self.cfg.seed * 1_000_003 + self.step + 1) % 2**63)
+
+    def _check_lists(self) -> dict[str, int]:
+        """Enlarge the lists if they were too short since the last call, and say so; what a log line has of it."""
+        if self.lists is None:
+            return {}
+        lost = self.lists.check()
+        self._lost += lost
+        if lost:
+            console.print(
+                f"Up to step {self.step}, {lost} steps changed no weight, because a token had more active features "
+                f"than its list has places; from now on it has {self.lists.capacity}.",
+                soft_wrap=True,
+            )
+        return {"list_capacity": self.lists.capacity, "lost_steps": self._lost}
 
     @torch.no_grad()
-    def _measurements(self, pieces: list[Piece], l0: Tensor, norm: Tensor) -> dict[str, float]:
+    def _measurements(self, result: StepResult) -> dict[str, float]:
+        pieces, l0, norm = result
         last = pieces[-1]
         assert last.h is not None
         self.correlation = lag1_correlation(last.h, last.segments, self.ranks)
         features = self.ranks.features
         dead = torch.tensor(self.dead.indices(self.cfg.objective.dead_after_tokens).numel())
+        self._any_dead = int(dead) > 0
         out = {"step": self.step, "tokens": self.tokens} | loss_metrics(pieces, self.ranks)
         out |= {
             "l0": l0.item(),
             "dead": int(features.sum_no_grad(dead)),
             "gradient_norm": norm.item(),
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": learning_rate(self.step - 1, self.cfg.steps, self.cfg.optimizer),
         }
+        out |= self._check_lists()
+        self._lost = 0
         out |= correlation_metrics(self.correlation, last, self.ranks)
         if self.cfg.sae.kind.shares_threshold:
             out["threshold"] = self.sae.threshold[0].item()
@@ -353,7 +512,7 @@ class Trainer:
         sharded = isinstance(sae, ShardedAutoencoder)
         return {
             "sae": sae.whole_state() if sharded else sae.state_dict(),
-            "optimizer": whole_optimizer_state(self.optimizer, sae) if sharded else self.optimizer.state_dict(),
+            "optimizer": whole_optimizer_state(self.optimizer, sae) if sharded else optimizer_state(self.optimizer),
             "controller": self.controller.state_dict(),
             "temporal_buffer": whole(self.temporal_buffer.variance, 0, features),
             "silent": whole(self.dead.silent, 0, features),
@@ -362,10 +521,11 @@ class Trainer:
             "normalizer": {"mean": self.normalizer.mean, "scale": self.normalizer.scale},
             "steps": self.step,
             "tokens": self.tokens,
-        }
+        } | ({} if self.lists is None else {"list_capacity": self.lists.capacity})
 
     def check_finite(self) -> None:
         """Raise `DivergedError`, naming the tensor, unless all of the state is finite. Synchronises with the device."""
+        self._check_lists()
         tensors = {name: value for name, value in flatten(self._own_state()).items() if isinstance(value, Tensor)}
         bad = torch.tensor([not torch.isfinite(tensor).all() for tensor in tensors.values()])
         found = self.ranks.world.any(bad).nonzero()  # on any process
@@ -394,14 +554,21 @@ class Trainer:
         else:
             self.sae.load_state_dict(state["sae"])
             self.optimizer.load_state_dict(state["optimizer"])
+            if self.cfg.cuda_graph:
+                keep_rates_on_device(self.optimizer)
         self.controller.load_state_dict({k: v.to(self.device) for k, v in state["controller"].items()})
-        self.temporal_buffer.variance = split(state["temporal_buffer"], 0, features).to(self.device)
-        self.dead.silent = split(state["silent"], 0, features).to(self.device)
+        self.temporal_buffer.variance = split(state["temporal_buffer"], 0, features).to(self.device, copy=True)
+        self.dead.silent = split(state["silent"], 0, features).to(self.device, copy=True)
         self.correlation = split(state["correlation"], 0, features).to(self.device)
         self.noise_generator.set_state(state["noise_generator"])
         normalizer = state["normalizer"]
         self.normalizer = InputNormalizer(normalizer["mean"].to(self.device), normalizer["scale"])
         self.step, self.tokens = state["steps"], state["tokens"]
+        self.step_on_device.fill_(self.step)
+        self._any_dead = len(self.dead.indices(self.cfg.objective.dead_after_tokens)) > 0
+        if self.lists is not None:
+            self.lists.forget_copies()
+            self.lists.capacity = max(self.lists.capacity, state.get("list_capacity", 0))
 
 
 def _sum(values: Iterable[Tensor]) -> Tensor:

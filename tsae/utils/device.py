@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from tsae.errors import UserError
 from tsae.utils.torchrun import local_rank, world_size
+
+_pretended = False
 
 
 def resolve_device(name: str) -> torch.device:
@@ -27,3 +32,22 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"Device {name!r} is not available: there are {torch.cuda.device_count()} GPUs.")
     return device
+
+
+def runs_behind(device: torch.device) -> bool:
+    """Whether ``device`` works through a queue that the host must not wait for: every device but the CPU.
+
+    A training step there asks for no value of a tensor, and no shape depends on one.
+    """
+    return _pretended or device.type != "cpu"
+
+
+@contextmanager
+def pretend_to_run_behind() -> Iterator[None]:
+    """`runs_behind` is true of the CPU too, for tests of what a step does on a GPU."""
+    global _pretended
+    before, _pretended = _pretended, True
+    try:
+        yield
+    finally:
+        _pretended = before

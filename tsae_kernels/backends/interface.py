@@ -39,7 +39,12 @@ class Gradients(NamedTuple):
 
 
 class Backend(Protocol):
-    """The operators of `ops.py`, without autograd. Statistics are in `dtype_of_stats`, h in the dtype of its input."""
+    """The operators of `ops.py`, without autograd. Statistics are in `dtype_of_stats`, h in the dtype of its input.
+
+    A backend may also have `activate_with_mask`, with the arguments of `activate_with_stats` (relu only). It returns
+    the active mask [B, W, k] of `sparse_eager.pack_active` instead of h, and statistics of the same bits. Without it
+    the operator packs h.
+    """
 
     def activate_with_stats(
         self, pre: Tensor, activation: Activation, bands: Bands, segments: Tensor | None

@@ -1,0 +1,49 @@
+"""The launches of the kernels on lists of active features, for `compile_triton.py`: a step at 16,384 features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tsae_kernels import MULTISCALE
+from tsae_kernels.backends.triton import sparse_launch
+
+MODULES = ("sparse_lists", "sparse_rows", "sparse_stats")
+
+
+def record_sparse(record: Callable[..., Any], empty: Callable[..., torch.Tensor]) -> None:
+    """Record every launch of the functions in `sparse_launch`, with and without Matryoshka prefixes.
+
+    record: of `compile_triton.launches`, called with a label, a function and its arguments
+    empty: makes a tensor on the meta device from its shape and dtype
+    """
+    B, T, d, k, C = 128, 128, 2304, 16_384, 64
+    N, E = B * T, B * T * C
+    integers, ids = {"dtype": torch.int32}, empty(B, T, dtype=torch.int64)
+    indices, counts = empty(N, C, **integers), empty(N, **integers)
+    features, tokens, offsets = empty(E, **integers), empty(E, **integers), empty(k + 1, **integers)
+    order, grad_pre, W_dec = empty(E, dtype=torch.int64), empty(E), empty(k, d)
+    shared, sums = empty(1, 3, k).expand(B, 3, k), empty(k).expand(B, k)
+    for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "f32")):
+        pre, values, weight, x = (empty(*shape, dtype=dtype) for shape in ((B, T, k), (N, C), (k, d), (N, d)))
+        entries = empty(E, dtype=dtype)
+        label = f"{{}}-{short}".format
+        record(label("sparse-compress"), sparse_launch.compress, empty(B, 4, k, **integers), pre, empty(k), C)
+        record(label("sparse-order"), sparse_launch.sort_entries, indices, values, k)
+        for segments, suffix in ((None, ""), (ids, "-segments")):
+            by_feature = entries, order, features, tokens, k
+            grads = values, shared, None if segments is None else sums, None if segments is None else sums
+            arguments = *by_feature, *grads, MULTISCALE, segments, T
+            record(label(f"sparse-statistics{suffix}"), sparse_launch.stats_backward, *arguments)
+        for ends, suffix in (((k,), ""), ((1024, 4096, k), "-prefixes")):
+            grad = empty(len(ends), N, d, dtype=dtype)
+            lists = indices, counts, weight, ends, dtype
+            record(label(f"sparse-decode{suffix}"), sparse_launch.decode, values, *lists)
+            record(label(f"sparse-values{suffix}"), sparse_launch.decode_backward, grad, *lists)
+            by_feature = features, tokens, offsets
+            arguments = *by_feature, grad_pre, x, entries, grad, W_dec, ends, False
+            record(label(f"sparse-weights{suffix}"), sparse_launch.weight_gradients, *arguments)
+        arguments = *by_feature, None, None, entries, grad, None, ends, True
+        record(label("sparse-decoder-weights"), sparse_launch.weight_gradients, *arguments)

@@ -1,0 +1,160 @@
+"""The Triton kernels of `tsae_kernels.row_adam`: one program for each row. Bound by memory."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tsae_kernels.backends.triton.forward import narrow
+from tsae_kernels.backends.triton.launch import _on_device_of, interpreting
+
+_BLOCK = 4096  # columns held in registers at a time
+
+
+@triton.jit
+def row_norm_kernel(rows, fired, weight, square, share, D: tl.constexpr, PROJECT: tl.constexpr, BLOCK: tl.constexpr):
+    """square [k]: of the gradient row, without its part along the weight row; share [k]: g w / |w|^2."""
+    row = tl.program_id(0).to(tl.int64)
+    width = tl.load(fired + row).to(tl.int32) * D  # columns of the gradient to read
+    s = 0.0
+    if PROJECT:
+        dot = tl.zeros([BLOCK], tl.float32)
+        length = tl.zeros([BLOCK], tl.float32)
+        for start in tl.static_range(0, D, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            read = column < width
+            g = tl.load(rows + row * D + column, mask=read, other=0.0)
+            w = tl.load(weight + row * D + column, mask=read, other=0.0)
+            dot += g * w
+            length += w * w
+        s = tl.sum(dot, 0) / tl.maximum(tl.sum(length, 0), 1e-24)
+        tl.store(share + row, s)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in tl.static_range(0, D, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        read = column < width
+        g = tl.load(rows + row * D + column, mask=read, other=0.0)
+        if PROJECT:
+            g -= s * tl.load(weight + row * D + column, mask=read, other=0.0)
+        total += g * g
+    tl.store(square + row, tl.sum(total, 0))
+
+
+@triton.jit
+def row_adam_kernel(
+    weight,
+    exp_avg,
+    exp_avg_sq,
+    rows,
+    fired,
+    share,
+    shadow,
+    scalars,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    eps,
+    D: tl.constexpr,
+    HAS_SHARE: tl.constexpr,
+    HAS_SHADOW: tl.constexpr,
+    UNIT_NORM: tl.constexpr,
+    TRUNCATES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A step of Adam on one row. `scalars`: lr / bias correction, root of the second one, weight kept, clip, go."""
+    row = tl.program_id(0).to(tl.int64)
+    width = tl.load(scalars + 4).to(tl.int32) * D  # columns to update, all or none
+    read = tl.load(fired + row).to(tl.int32) * width  # columns of the gradient to read
+    step_size = tl.load(scalars)
+    root = tl.load(scalars + 1)
+    keep = tl.load(scalars + 2)
+    clip = tl.load(scalars + 3)
+    s = 0.0
+    if HAS_SHARE:
+        s = tl.load(share + row)
+    length = tl.zeros([BLOCK], tl.float32)
+    for start in tl.static_range(0, D, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < width
+        at = row * D + column
+        w = tl.load(weight + at, mask=inside, other=0.0)
+        m = tl.load(exp_avg + at, mask=inside, other=0.0)
+        v = tl.load(exp_avg_sq + at, mask=inside, other=0.0)
+        g = tl.load(rows + at, mask=column < read, other=0.0)
+        if HAS_SHARE:
+            g -= s * w
+        g *= clip
+        m = beta1 * m + rest1 * g
+        v = beta2 * v + rest2 * (g * g)
+        w = w * keep - step_size * m / (tl.sqrt(v) / root + eps)
+        tl.store(exp_avg + at, m, mask=inside)
+        tl.store(exp_avg_sq + at, v, mask=inside)
+        length += tl.where(inside, w * w, 0.0)
+        if D > BLOCK or not UNIT_NORM:
+            tl.store(weight + at, w, mask=inside)
+        if HAS_SHADOW and not UNIT_NORM:
+            tl.store(shadow + at, narrow(w, tl.bfloat16, TRUNCATES), mask=inside)
+    if UNIT_NORM:
+        norm = tl.maximum(tl.sqrt(tl.sum(length, 0)), 1e-12)
+        if D > BLOCK:
+            tl.debug_barrier()  # the row is read again below
+        for start in tl.static_range(0, D, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            inside = column < width
+            at = row * D + column
+            if D > BLOCK:
+                w = tl.load(weight + at, mask=inside, other=0.0)
+            w /= norm
+            tl.store(weight + at, w, mask=inside)
+            if HAS_SHADOW:
+                tl.store(shadow + at, narrow(w, tl.bfloat16, TRUNCATES), mask=inside)
+
+
+def _block(D: int) -> int:
+    return min(triton.next_power_of_2(D), _BLOCK)
+
+
+def launch_row_norm(rows: Tensor, fired: Tensor, weight: Tensor, project: bool) -> tuple[Tensor, Tensor | None]:
+    """The sum of squares of each row, [k], and with ``project`` its share along the weight, [k]."""
+    k, D = weight.shape
+    square = weight.new_empty(k)
+    share = weight.new_empty(k) if project else None
+    with _on_device_of(weight):
+        row_norm_kernel[(k,)](
+            rows, fired, weight, square, share, D=D, PROJECT=project, BLOCK=_block(D), num_warps=_warps(D)
+        )
+    return square, share
+
+
+def launch_row_adam(
+    weight: Tensor,
+    moments: tuple[Tensor, ...],
+    rows: Tensor,
+    fired: Tensor,
+    share: Tensor | None,
+    shadow: Tensor | None,
+    scalars: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    unit_norm: bool,
+) -> None:
+    """Updates ``weight``, ``moments`` and ``shadow``. ``scalars``: [5] float32, see `row_adam_kernel`."""
+    k, D = weight.shape
+    first, second = betas
+    with _on_device_of(weight):
+        row_adam_kernel[(k,)](
+            weight, *moments, rows, fired, share, shadow, scalars, first, 1.0 - first, second, 1.0 - second, eps,
+            D=D,
+            HAS_SHARE=share is not None,
+            HAS_SHADOW=shadow is not None,
+            UNIT_NORM=unit_norm,
+            TRUNCATES=interpreting(),
+            BLOCK=_block(D),
+            num_warps=_warps(D),
+        )  # fmt: skip
+
+
+def _warps(D: int) -> int:
+    return 8 if _block(D) >= 2048 else 4

@@ -1,0 +1,392 @@
+"""The encoder and the decoder on lists of active features: a training step on a GPU with one dense product.
+
+Of the five products of a dense step only ``x @ W_enc`` is needed. The activation reads its output and keeps one bit per
+feature and the temporal statistics; the active features are then compressed into one list per token. Decoder and
+gradients read and write the lists' entries alone. No shape depends on a value, so a step waits for nothing and can be
+captured in one CUDA graph. Byte counts: docs/kernels.md, "Sparse training step".
+
+    features, stats = encode_sparse(x, W_enc, b_enc, threshold, capacity=64)
+    xhat = decode_sparse_features(features, W_dec)
+
+differentiates like the dense functions. For an optimizer that updates rows, `DeferredGradients` keeps the gradients of
+the weights out of autograd: `weight_gradients` then writes the rows of the features that fired, and no others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tsae_kernels.arguments import check_activation, check_features, check_segments, check_tensor, check_weight
+from tsae_kernels.backends.registry import choose_backend
+from tsae_kernels.bands import MULTISCALE, Bands, check_bands, flatten_bands
+from tsae_kernels.functions import TemporalStats
+from tsae_kernels.sparse_ops import Entries, backend_for_lists
+
+_ops = torch.ops.tsae_kernels
+
+
+class SparseFeatures(NamedTuple):
+    """The active features of N = B T tokens, at most C of each token, in ascending order.
+
+    values:  [N, C] in the pre-activations' dtype and unit, 0 past the count; differentiable
+    indices: [N, C] int32, k past the count
+    counts:  [N] int32, how many features are active, which may be more than C
+    """
+
+    values: Tensor
+    indices: Tensor
+    counts: Tensor
+
+    @property
+    def overflow(self) -> Tensor:
+        """[] bool: whether a token has more than C active features, so that its list lacks the last ones.
+
+        Then no gradient computed from the lists is right: enlarge the capacity and repeat the step.
+        """
+        return (self.counts > self.values.shape[1]).any()
+
+
+class WeightGradients(NamedTuple):
+    """Gradients of the weights by rows; only rows of features that `fired` are defined in the first two.
+
+    encoder: [k, d], of W_enc.T
+    decoder: [k, d], of W_dec
+    bias:    [k], of b_enc
+    fired:   [k] bool
+    encoder_square, decoder_square: [k], the squared norm of each row
+    along:   [k], the product of each row of `decoder` with W_dec's; its component along that row is ``along / w``
+        times the row, for w = `weight_square` [k], the squared norm of W_dec's row
+
+    The vectors are 0 where a feature did not fire, the last two also if `weight_gradients` got no W_dec. All are
+    float32 (float64 where an operand is).
+    """
+
+    encoder: Tensor
+    decoder: Tensor
+    bias: Tensor
+    fired: Tensor
+    encoder_square: Tensor
+    decoder_square: Tensor
+    along: Tensor
+    weight_square: Tensor
+
+    @torch.no_grad()
+    def add_rows(
+        self, features: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor, W_dec: Tensor | None = None
+    ) -> WeightGradients:
+        """These gradients plus dense ones of a few features, such as AuxK's of dead features. Changes them in place.
+
+        features: [n] int64, all different; encoder, decoder: [n, d]; bias: [n]
+        W_dec: as in `weight_gradients`
+        out: gradients in which those features count as fired
+        """
+        fired = self.fired[features][:, None]
+        sums = []
+        for rows, more in ((self.encoder, encoder), (self.decoder, decoder)):
+            sums.append(torch.where(fired, rows[features], 0) + more.to(rows.dtype))
+            rows.index_copy_(0, features, sums[-1])
+        self.bias.index_add_(0, features, bias.to(self.bias.dtype))
+        self.encoder_square.index_copy_(0, features, sums[0].square().sum(1))
+        self.decoder_square.index_copy_(0, features, sums[1].square().sum(1))
+        if W_dec is not None:
+            weight = W_dec[features].to(sums[1].dtype)
+            self.along.index_copy_(0, features, (sums[1] * weight).sum(1))
+            self.weight_square.index_copy_(0, features, weight.square().sum(1))
+        return self._replace(fired=self.fired.index_fill(0, features, True))
+
+
+class _Piece(NamedTuple):
+    """What the backward pass of one `encode_sparse` knows."""
+
+    entries: Entries
+    grad_pre: Tensor  # [E]
+    x: Tensor  # [N, d]
+
+
+class DeferredGradients:
+    """Takes what `weight_gradients` needs from the backward pass of a training step, in place of autograd.
+
+    Pass a new one to `encode_sparse` and `decode_sparse_features`, call ``backward``, then `weight_gradients`. The
+    weights and the bias get no gradient from autograd. Several pieces of a batch, each with its forward and backward
+    pass, may share one: their gradients are added.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: list[_Piece] = []
+        self._grads: list[Tensor] = []  # of xhat, [G, N, d]
+        self._ends: list[int] = []
+        self._backend = ""
+
+    def _record_encoder(self, piece: _Piece, backend: str) -> None:
+        self._pieces.append(piece)
+        self._backend = backend
+
+    def _record_decoder(self, grad: Tensor, ends: list[int]) -> None:
+        self._grads.append(grad)
+        self._ends = ends
+
+
+@torch.no_grad()
+def weight_gradients(deferred: DeferredGradients, W_dec: Tensor | None = None) -> WeightGradients:
+    """The gradients of W_enc, b_enc and W_dec, in one pass over the entries by feature.
+
+    Sums run in a fixed order. Rows of features that did not fire are not written. With ``x - b_dec`` as the encoder's
+    input, the gradient of b_dec through the encoder is ``-(W_enc @ bias)``, for `bias` of the result.
+
+    deferred: after ``backward`` of a loss on the decoder's output
+    W_dec: [k, d], for `along` and `weight_square`, with which an optimizer projects gradients and clips their norm
+        without another pass over the rows
+    out: `WeightGradients`
+
+    Raises `RuntimeError` if the backward pass did not reach the encoder and the decoder.
+    """
+    pieces, grads = deferred._pieces, deferred._grads
+    if not pieces or len(pieces) != len(grads):
+        raise RuntimeError(
+            "weight_gradients needs a backward pass through decode_sparse_features and encode_sparse, both called with "
+            f"this DeferredGradients; it recorded {len(grads)} of the decoder and {len(pieces)} of the encoder"
+        )
+    (features, tokens, values, offsets), grad_pre, x, grad = _joined(pieces, grads)
+    arguments = grad_pre, x, values, grad, W_dec, deferred._ends, False, deferred._backend
+    encoder, decoder, bias, measures = _ops.sparse_weight_gradients(features, tokens, offsets, *arguments)
+    return WeightGradients(encoder, decoder, bias, offsets[1:] > offsets[:-1], *measures.unbind())
+
+
+def _joined(pieces: list[_Piece], grads: list[Tensor]) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]:
+    """Entries by feature (features, tokens, values, offsets), grad_pre, x and the gradient of xhat of all pieces."""
+    if len(pieces) == 1:
+        _, *entries = pieces[0].entries
+        return tuple(entries), pieces[0].grad_pre, pieces[0].x, grads[0]
+    first, parts = 0, []
+    for piece in pieces:
+        parts.append(piece.entries.tokens + first)
+        first += len(piece.x)
+    features, order = torch.sort(torch.cat([piece.entries.features for piece in pieces]), stable=True)
+    columns = torch.cat(parts), torch.cat([p.entries.values for p in pieces]), torch.cat([p.grad_pre for p in pieces])
+    tokens, values, grad_pre = (column.index_select(0, order) for column in columns)
+    offsets = torch.stack([piece.entries.offsets for piece in pieces]).sum(0, dtype=torch.int32)
+    x, grad = torch.cat([piece.x for piece in pieces]), torch.cat(grads, dim=1)
+    return (features, tokens, values, offsets), grad_pre, x, grad
+
+
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        pre: Tensor,
+        levels: tuple[Tensor | None, Tensor | None],
+        bands: list[int],
+        segments: Tensor | None,
+        capacity: int,
+        backend: str,
+        deferred: DeferredGradients | None,
+        anchor: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        active, *stats = _ops.activate_with_mask(pre, bias, *levels, bands, segments, backend)
+        ctx.bands, ctx.backend, ctx.deferred, ctx.k = bands, backend_for_lists(backend), deferred, pre.shape[2]
+        values, indices, counts = _ops.sparse_compress(active, pre, bias, capacity, ctx.backend)
+        ctx.save_for_backward(x, weight, segments, values, indices, counts)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(indices, counts)
+        ctx.set_materialize_grads(False)
+        return values, indices, counts, *stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_values: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, segments, values, indices, counts = ctx.saved_tensors
+        grads = rest[2:]  # after indices and counts
+        tokens = x.reshape(-1, x.shape[2])  # [N, d]
+        entries = Entries(*_ops.sparse_sort_entries(indices, values, ctx.k, ctx.backend))
+        options = ctx.bands, segments, x.shape[1], ctx.backend
+        by_feature = entries.values, entries.order, entries.features, entries.tokens
+        grad_pre = _ops.sparse_stats_backward(*by_feature, ctx.k, grad_values, *grads, *options)
+        if ctx.deferred is not None:
+            ctx.deferred._record_encoder(_Piece(entries, grad_pre, tokens.detach()), ctx.backend)
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            by_token = torch.empty_like(grad_pre).index_copy_(0, entries.order, grad_pre).view(indices.shape)
+            arguments = weight.T.contiguous(), [ctx.k], x.dtype, ctx.backend
+            grad_x = _ops.sparse_decode(by_token, indices, counts, *arguments).view_as(x)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            arguments = grad_pre, tokens, None, None, None, [ctx.k], True, ctx.backend
+            grad_rows, _, sums, _ = _ops.sparse_weight_gradients(
+                entries.features, entries.tokens, entries.offsets, *arguments
+            )
+            grad_weight = grad_rows.to(weight.dtype).T
+            grad_bias = None if ctx.bias_dtype is None else sums.to(ctx.bias_dtype)
+        return grad_x, grad_weight, grad_bias, *[None] * 8
+
+
+def encode_sparse(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    threshold: float | Tensor | None = None,
+    release: float | Tensor | None = None,
+    bands: Bands = MULTISCALE,
+    segments: Tensor | None = None,
+    *,
+    capacity: int,
+    pre: Tensor | None = None,
+    deferred: DeferredGradients | None = None,
+    backend: str | None = None,
+) -> tuple[SparseFeatures, TemporalStats]:
+    """`encode_with_stats` with relu, as lists of active features: the one dense product of a sparse training step.
+
+    x: [B, T, d] language-model activations; B may be 0
+    weight: [d, k] in x's dtype, or in any dtype under autocast; stored by feature (``weight.T`` contiguous), or it is
+        copied in the backward pass for the gradient of x
+    bias, threshold, release, bands, segments: as in `activate_with_stats`
+    capacity: C, the places of a token's list; check `SparseFeatures.overflow`
+    pre: [B, T, k], ``x @ weight`` if the caller has it already, to choose a threshold; gradients pass by it
+    deferred: where to leave the gradients of weight and bias, which then get none from autograd
+    backend: as in `temporal_stats`; for the lists "triton", or "eager" where Triton is unavailable
+    out: `SparseFeatures` of the N = B T tokens, whose values have the bits of `activate_with_stats`'s h;
+        `TemporalStats` of h. Differentiable once in x, weight and bias. The statistics' gradient reaches active
+        features only, as relu has it, and comes from the pairs of a feature in a band: only ``pre`` is [B, T, k].
+
+    Raises the errors of `encode_with_stats`, and `ValueError` for a capacity below 1.
+    """
+    check_features("x", x)
+    check_weight(weight, x)
+    if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
+        raise ValueError(f"capacity must be an int of at least 1, got {capacity!r}")
+    k = weight.shape[1]
+    if pre is None:
+        pre = torch.matmul(x.detach(), weight.detach())
+    check_features("pre", pre)
+    if pre.shape != (*x.shape[:2], k):
+        raise ValueError(f"pre must be x @ weight of shape {[*x.shape[:2], k]}, got {list(pre.shape)}")
+    if bias is not None:
+        check_tensor("bias", bias, (k,), x.device)
+    levels = check_activation(pre, "relu", threshold, release)
+    flat_bands = flatten_bands(check_bands(bands))
+    check_segments(segments, x)
+    chosen = choose_backend(backend, x.device)
+    anchor = None
+    if deferred is not None:
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+        anchor = x.new_empty(0).requires_grad_()  # else autograd would not call the backward pass
+    options = flat_bands, segments, capacity, chosen, deferred, anchor
+    out = _Encode.apply(x, weight, bias, pre.detach(), levels, *options)
+    values, indices, counts, *stats = out
+    return SparseFeatures(values, indices, counts), TemporalStats(*stats)
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        weight: Tensor,
+        indices: Tensor,
+        counts: Tensor,
+        ends: list[int],
+        dtype: torch.dtype,
+        backend: str,
+        deferred: DeferredGradients | None,
+    ) -> Tensor:
+        ctx.save_for_backward(values, weight, indices, counts)
+        ctx.ends, ctx.backend, ctx.deferred = ends, backend, deferred
+        return _ops.sparse_decode(values, indices, counts, weight, ends, dtype, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, weight, indices, counts = ctx.saved_tensors
+        if len(ctx.ends) > 1:  # a feature is in its group's prefix and in all larger ones
+            grad = grad.flip(0).cumsum(0).flip(0)
+        grad = grad.contiguous()
+        grad_values = grad_weight = None
+        if ctx.deferred is not None:
+            ctx.deferred._record_decoder(grad, ctx.ends)
+        if ctx.needs_input_grad[0]:
+            arguments = ctx.ends, values.dtype, ctx.backend
+            grad_values = _ops.sparse_decode_backward(grad, indices, counts, weight, *arguments)
+        if ctx.needs_input_grad[1] and ctx.deferred is None:
+            entries = Entries(*_ops.sparse_sort_entries(indices, values, weight.shape[0], ctx.backend))
+            arguments = None, None, entries.values, grad, None, ctx.ends, True, ctx.backend
+            _, rows, _, _ = _ops.sparse_weight_gradients(entries.features, entries.tokens, entries.offsets, *arguments)
+            grad_weight = rows.to(weight.dtype)
+        return grad_values, grad_weight, *[None] * 6
+
+
+def decode_sparse_features(
+    features: SparseFeatures,
+    weight: Tensor,
+    *,
+    ends: Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+    deferred: DeferredGradients | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``h @ W_dec`` from lists of active features, accumulated in float32 (float64 where an operand is).
+
+    features: of N tokens, from `encode_sparse`
+    weight: W_dec [k, d], contiguous or copied, in any floating-point dtype
+    ends: prefixes of a Matryoshka dictionary: ascending ends, the last of them k. None: the dictionary alone
+    dtype: of the result; None: weight's
+    deferred: where to leave the gradient of weight, which then gets none from autograd
+    backend: as in `encode_sparse`
+    out: [N, d]; with ``ends`` [G, N, d], the reconstructions from the first ``ends[g]`` features. Differentiable once
+        in the values and weight.
+
+    Raises `TypeError` or `ValueError` for an invalid argument, `RuntimeError` for an unavailable backend.
+    """
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        got = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"weight must be a tensor of shape [k, d], got {got}")
+    check_tensor("weight", weight, tuple(weight.shape), features.values.device)
+    prefixes = [weight.shape[0]] if ends is None else [int(end) for end in ends]
+    if prefixes != sorted(prefixes) or prefixes[:1] < [0] or prefixes[-1:] != [weight.shape[0]]:
+        raise ValueError(f"ends must ascend to the number of features, {weight.shape[0]}, got {prefixes}")
+    if deferred is not None:
+        weight = weight.detach()
+    values, indices, counts = features
+    chosen = backend_for_lists(choose_backend(backend, values.device))
+    out = _Decode.apply(values, weight.contiguous(), indices, counts, prefixes, dtype or weight.dtype, chosen, deferred)
+    return out[0] if ends is None else out
+
+
+class _SquaredErrors(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, xhat: Tensor, backend: str) -> Tensor:
+        ctx.save_for_backward(x, xhat)
+        ctx.backend = backend
+        return _ops.squared_errors(x, xhat, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, xhat = ctx.saved_tensors
+        return None, _ops.squared_errors_backward(x, xhat, grad.contiguous(), ctx.backend), None
+
+
+def squared_errors(x: Tensor, xhat: Tensor, *, backend: str | None = None) -> Tensor:
+    """``(x - xhat).square().sum(-1)`` in float32, in one pass forward and one back: each token's reconstruction error.
+
+    In PyTorch's operators each pass reads and writes [..., d] several times, which counts beside one dense product.
+
+    x: [..., d] floating point, taken as a constant
+    xhat: like x, in any floating-point dtype
+    backend: as in `encode_sparse`
+    out: [...] float32 (float64 where an operand is). Differentiable once in xhat, whose gradient is 0 wherever that of
+        the result is 0, even if the error is not finite
+
+    Raises `TypeError` or `ValueError` for an invalid argument, `RuntimeError` for an unavailable backend.
+    """
+    check_tensor("x", x, tuple(x.shape), x.device)
+    check_tensor("xhat", xhat, tuple(x.shape), x.device)
+    chosen = backend_for_lists(choose_backend(backend, x.device))
+    d = x.shape[-1]
+    flat = x.detach().reshape(-1, d).contiguous(), xhat.reshape(-1, d).contiguous()
+    return _SquaredErrors.apply(*flat, chosen).view(x.shape[:-1])
