@@ -15,6 +15,7 @@ backward operator
 
 * `saved` is the output h for relu and identity (h > 0 shows which entries were kept) and the input pre for gelu;
 * each gradient is optional, and `grad_differences` may have stride 0 over the batch;
+* `total` is that statistic of h, if it is known: a backend may use it instead of another pass over h;
 * a feature whose `grad_differences` are all exactly 0, as a variance mask makes them, gets exactly act'(pre) * grad_h
   plus the terms of total and square: its window arithmetic is skipped.
 """
@@ -39,8 +40,8 @@ _SCHEMAS = {
     "Tensor? segments, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     "temporal_stats": "(Tensor h, int[] bands, Tensor? segments, str backend) -> (Tensor, Tensor, Tensor)",
     "activate_with_stats_backward": "(Tensor saved, Tensor? bias, Tensor? grad_h, Tensor? grad_differences, "
-    "Tensor? grad_total, Tensor? grad_square, str activation, int[] bands, Tensor? segments, str backend) "
-    "-> (Tensor, Tensor)",
+    "Tensor? grad_total, Tensor? grad_square, str activation, int[] bands, Tensor? segments, str backend, "
+    "Tensor? total=None) -> (Tensor, Tensor)",
     "step_energy": "(Tensor h, Tensor weights, str backend) -> Tensor",
     "step_energy_backward": "(Tensor h, Tensor weights, Tensor grad, str backend) -> Tensor",
 }
@@ -113,14 +114,14 @@ def _(h, bands, segments, backend):
 
 
 @_implement("activate_with_stats_backward")
-def _(saved, bias, grad_h, grad_differences, grad_total, grad_square, activation, bands, segments, backend):
+def _(saved, bias, grad_h, grad_differences, grad_total, grad_square, activation, bands, segments, backend, total=None):
     grads = Gradients(grad_h, grad_differences, grad_total, grad_square)
-    arguments = Activation(activation, bias), unflatten_bands(bands), segments
+    arguments = Activation(activation, bias), unflatten_bands(bands), segments, total
     return get_backend(backend).activate_with_stats_backward(saved, grads, *arguments)
 
 
 @_fake("activate_with_stats_backward")
-def _(saved, bias, grad_h, grad_differences, grad_total, grad_square, activation, bands, segments, backend):
+def _(saved, bias, grad_h, grad_differences, grad_total, grad_square, activation, bands, segments, backend, total=None):
     return _like(saved), saved.new_empty(saved.shape[2], dtype=dtype_of_stats(saved.dtype))
 
 
@@ -147,15 +148,15 @@ def _(h, weights, grad, backend):
 def _save_activation(ctx, inputs, output):
     pre, bias, ctx.activation, _, _, ctx.bands, segments, ctx.backend = inputs
     gelu = ctx.activation == "gelu"
-    ctx.save_for_backward(pre if gelu else output[0], bias if gelu else None, segments)
+    ctx.save_for_backward(pre if gelu else output[0], bias if gelu else None, segments, output[2])
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.set_materialize_grads(False)
 
 
 def _activation_backward(ctx, *grads):
-    saved, bias, segments = ctx.saved_tensors
+    saved, bias, segments, total = ctx.saved_tensors
     grad_pre, grad_bias = torch.ops.tsae_kernels.activate_with_stats_backward(
-        saved, bias, *grads, ctx.activation, ctx.bands, segments, ctx.backend
+        saved, bias, *grads, ctx.activation, ctx.bands, segments, ctx.backend, total
     )
     wants_bias = ctx.bias_dtype is not None and ctx.needs_input_grad[1]
     return grad_pre, grad_bias.to(ctx.bias_dtype) if wants_bias else None, *[None] * 6
@@ -163,14 +164,14 @@ def _activation_backward(ctx, *grads):
 
 def _save_stats(ctx, inputs, output):
     h, ctx.bands, segments, ctx.backend = inputs
-    ctx.save_for_backward(h, segments)
+    ctx.save_for_backward(h, segments, output[1])
     ctx.set_materialize_grads(False)
 
 
 def _stats_backward(ctx, *grads):
-    h, segments = ctx.saved_tensors
+    h, segments, total = ctx.saved_tensors
     grad, _ = torch.ops.tsae_kernels.activate_with_stats_backward(
-        h, None, None, *grads, "identity", ctx.bands, segments, ctx.backend
+        h, None, None, *grads, "identity", ctx.bands, segments, ctx.backend, total
     )
     return grad, None, None, None
 

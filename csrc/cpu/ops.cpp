@@ -109,11 +109,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor pre, std::optional<Ten
 }
 
 // `grad_differences` is [1 or B, S, k]. The second result is grad_bias before the sum over the batch, [B, k]; the
-// caller sums it in a fixed order.
+// caller sums it in a fixed order. The last argument, the sum of h over T, is for the CUDA library.
 std::tuple<Tensor, Tensor> backward(Tensor saved, std::optional<Tensor> bias, std::optional<Tensor> grad_h,
                                     std::optional<Tensor> grad_differences, std::optional<Tensor> grad_total,
                                     std::optional<Tensor> grad_square, int64_t activation, Sizes bands,
-                                    std::optional<Tensor> segments) {
+                                    std::optional<Tensor> segments, std::optional<Tensor>) {
   Tensor owner, grad_owner;
   Backward f{};
   f.saved = features("saved", saved, saved, owner);
@@ -187,7 +187,7 @@ Tensor step_energy_backward(Tensor h, Tensor weights, Tensor grad) {
 }  // namespace tsae
 
 // Raise this with every change of an operator's signature, so that a library built from older sources is not used.
-TSAE_EXPORT int tsae_interface() { return 3; }
+TSAE_EXPORT int tsae_interface() { return 4; }
 TSAE_EXPORT const char* tsae_built_for() { return "torch " TORCH_VERSION ", " TSAE_COMPILER; }
 TSAE_EXPORT const char* tsae_instruction_sets() {
 #if defined(__x86_64__)

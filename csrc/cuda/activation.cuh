@@ -43,36 +43,37 @@ struct Gelu {
 
 enum class Mode { kIdentity, kRelu, kSchmitt, kGelu };
 
-// The activation along one run, in order of t. put(t, x) stores h at t.
-template <class T, Mode mode, class Rows, class Put>
-__device__ __forceinline__ void activate(const Forward& f, const Place& place, const Run& run, const Rows& pre,
-                                         const Put& put) {
+// The activation at one position after another. `held`: the trigger's release at this run's positions.
+template <class T, Mode mode>
+struct Activate {
   using E = compute_of<T>;
   using V = Pair<E>;
-  const V bias = f.bias ? load_numbers<E>(f.bias, place.j, place.count) : splat(-E(0));  // adding -0 changes nothing
-  V threshold = f.threshold && !f.threshold_per_position ? load_numbers<E>(f.threshold, place.j, place.count) : V{};
-  V release{};
-  if constexpr (mode == Mode::kSchmitt) {
-    // At excluded positions no state carries over: nothing exceeds an infinite release.
-    release = run.excluded ? splat(E(INFINITY)) : load_numbers<E>(f.release, place.j, place.count);
-  }
-  const E* thresholds = f.threshold_per_position ? static_cast<const E*>(f.threshold) + place.b * f.T : nullptr;
+  V bias, threshold, release, held;
+  const E* thresholds;  // per position, or null
   Mask off{true, true};
-#pragma unroll 8
-  for (int t = run.begin; t < run.end; ++t) {
-    V z = pre(t) + bias;
-    if constexpr (mode == Mode::kGelu) {
-      put(t, Gelu<T>(z).value);
-      continue;
-    }
+
+  __device__ __forceinline__ Activate(const Forward& f, const Place& place)
+      : bias(f.bias ? load_numbers<E>(f.bias, place.j, place.count) : splat(-E(0))),  // adding -0 changes nothing
+        threshold(f.threshold && !f.threshold_per_position ? load_numbers<E>(f.threshold, place.j, place.count) : V{}),
+        release(mode == Mode::kSchmitt ? load_numbers<E>(f.release, place.j, place.count) : V{}),
+        thresholds(f.threshold_per_position ? static_cast<const E*>(f.threshold) + place.b * f.T : nullptr) {}
+
+  __device__ __forceinline__ void start(const Run& run) {
+    off = {true, true};
+    // At excluded positions no state carries over: nothing exceeds an infinite release.
+    held = run.excluded ? splat(E(INFINITY)) : release;
+  }
+  __device__ __forceinline__ Stored<T> operator()(const Stored<T>& pre, int t) {
+    V z = widen<T>(pre) + bias;
+    if constexpr (mode == Mode::kGelu) return Gelu<T>(z).value;
     if constexpr (mode == Mode::kRelu || mode == Mode::kSchmitt) {
-      if (thresholds) threshold = splat(thresholds[t]);
-      if constexpr (mode == Mode::kSchmitt) off = stays_off(z, threshold, release, off);
+      if (thresholds) threshold = splat(__ldg(thresholds + t));
+      if constexpr (mode == Mode::kSchmitt) off = stays_off(z, threshold, held, off);
       else off = less_equal(z, threshold);
       z = select(off, V{}, z);
     }
-    put(t, narrow<T>(z));
+    return narrow<T>(z);
   }
-}
+};
 
 }  // namespace tsae::cuda

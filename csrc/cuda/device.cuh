@@ -22,7 +22,21 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, int bytes
   const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(at), "l"(from), "r"(bytes) : "memory");
 }
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n" ::"r"(at), "l"(from) : "memory");
+}
 __device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;\n" ::: "memory"); }
+
+// Makes a group of this thread's copies since the last one. await_copies_but waits for all but the latest groups.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+template <int groups>
+__device__ __forceinline__ void await_copies_but() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(groups) : "memory");
+}
+
+// x, which is the same in all lanes of the warp: the compiler then knows it.
+__device__ __forceinline__ int of_warp(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 __device__ __forceinline__ float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ __forceinline__ double fused(double a, double b, double c) { return __fma_rn(a, b, c); }

@@ -46,6 +46,10 @@ TSAE_INLINE Mask equal(const Pair<E>& x, const Pair<E>& y) {
   return {x.a == y.a, x.b == y.b};
 }
 template <class E>
+TSAE_INLINE Mask not_equal(const Pair<E>& x, const Pair<E>& y) {
+  return {x.a != y.a, x.b != y.b};
+}
+template <class E>
 TSAE_INLINE Pair<E> select(const Mask& mask, const Pair<E>& x, const Pair<E>& y) {
   return {mask.a ? x.a : y.a, mask.b ? x.b : y.b};
 }
@@ -116,6 +120,13 @@ template <class T>
 __device__ __forceinline__ T second_of(const Stored<T>& x) {
   if constexpr (sizeof(T) > 2) return x.b;
   else return {uint16_t(x.word >> 16)};
+}
+
+// Whether each feature is not 0; NaN is not.
+template <class T>
+__device__ __forceinline__ Mask nonzero(const Stored<T>& x) {
+  if constexpr (sizeof(T) > 2) return {x.a != 0, x.b != 0};
+  else return {(x.word & 0x7fffu) != 0, (x.word & 0x7fff0000u) != 0};
 }
 
 }  // namespace tsae::cuda

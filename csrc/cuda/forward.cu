@@ -1,150 +1,214 @@
 // The forward pass: activation and temporal statistics from one read of pre. docs/mathematics.md, sections 2 to 4.
 //
-// A block is one warp with its tile. Memory traffic per column (b, j) of bfloat16 [B, 128, k] with three bands: 256
+// Here the kernels for the bands (1, 3), (4, 15) and one more; those for any bands are in forward_any.cu. A block is one
+// warp. Memory traffic per column (b, j) of bfloat16 [B, 128, k] with three bands: 256
 // bytes read, 256 written for h and 20 for the statistics; the statistics alone read 256 and write 20.
 #include "activation.cuh"
-#include "statistics.cuh"
+#include "multiscale.cuh"
 
 namespace tsae::cuda {
 namespace {
 
-// Writes the sums of a complete sequence.
-template <class T, class E = compute_of<T>>
-__device__ __forceinline__ void write_moments(const Forward& f, const Place& place, const Pair<E>& total,
-                                              const Pair<E>& square) {
-  const int64_t at = place.b * f.k + place.j;
-  store_numbers(f.total, at, total * kInverseSumScale<E>, f.paired, place.count);
-  store_numbers(f.square, at, square, f.paired, place.count);
+// What is written beside the statistics.
+enum class Result { kNothing, kFeatures, kMask };
+
+// The mask of active features, a bit for each position: [B, ceil(T / 32), k] of 32 bits.
+struct ActiveMask {
+  uint32_t* at;  // this thread's features, at the next word
+  int64_t time;
+  bool exists;
+  uint32_t a = 0, b = 0;  // the current word of each feature
+
+  __device__ __forceinline__ ActiveMask(const Forward& f, const Place& place)
+      : at(static_cast<uint32_t*>(f.active) + place.b * f.words * f.k + place.j), time(f.k),
+        exists(place.count > 0) {}
+  __device__ __forceinline__ void write() {
+    if (exists) *reinterpret_cast<Stored<uint32_t>*>(at) = {a, b};
+    at += time;
+  }
+  // Adds `count` <= 16 bits, of positions from t on.
+  __device__ __forceinline__ void add(int t, int count, uint32_t more_a, uint32_t more_b) {
+    const int shift = t % 32;
+    a |= more_a << shift;
+    b |= more_b << shift;
+    if (shift + count >= 32) {
+      write();
+      a = more_a >> (32 - shift);
+      b = more_b >> (32 - shift);
+    }
+  }
+  __device__ __forceinline__ void finish(int T_) {
+    if (T_ % 32 != 0) write();
+  }
+};
+
+// The activation of `count` rows from position t on, in place, and what is written of them.
+template <class T, Result result, bool full, class Activation>
+__device__ __forceinline__ void activate_rows(Activation& activate, int t, int count, Rows<T>& rows, T*& to, int64_t k,
+                                              bool exists, ActiveMask& mask) {
+  uint32_t a = 0, b = 0;
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    if (!full && i >= count) break;
+    rows[i] = activate(rows[i], t + i);
+    if constexpr (result == Result::kFeatures) {
+      if (exists) *reinterpret_cast<Stored<T>*>(to) = rows[i];
+      to += k;
+    } else {
+      const Mask active = nonzero<T>(rows[i]);
+      if (active.a) a |= 1u << i;
+      if (active.b) b |= 1u << i;
+    }
+  }
+  if constexpr (result == Result::kMask) mask.add(t, count, a, b);
+}
+
+// Warps of a multiprocessor; the kernels' register count is limited to allow as many.
+template <class T, bool sliding>
+constexpr int kWarps = sliding ? (sizeof(T) == 2 ? 9 : 4) : sizeof(T) == 2 ? 16 : 12;
+
+// Rows that the third band reaches back to, beyond those in registers. None if its window never leaves a row.
+TSAE_INLINE int rows_back(const Forward& f) { return f.S > 2 && f.bands[5] < f.T - 1 ? f.bands[5] + 1 : 0; }
+
+// The sum of this thread's features, if it is not finite although they may be: then at least one is infinite.
+template <class T, Mode mode>
+__device__ __forceinline__ Pair<float> infinite_total(const Forward& f, const Place& place) {
+  if (mode != Mode::kIdentity) return splat(INFINITY);  // no activation gives -inf
+  const Column<T> x(f.pre, place);
+  const int* ends = f.ends ? f.ends + place.b * f.T : nullptr;
+  Pair<float> total{};
+  for (int next = 0; next < f.T;) {
+    const Run run = run_at(ends, next, f.T);
+    next = run.end;
+    for (int t = run.begin; t < run.end && !run.excluded; ++t) total = fused(x(t), kSumScale<float>, total);
+  }
+  return total * kInverseSumScale<float>;
 }
 
 template <class T, Mode mode>
-__global__ void __launch_bounds__(kLanes, kResident<T>) forward_multiscale(const __grid_constant__ Forward f) {
-  using E = compute_of<T>;
-  using V = Pair<E>;
-  const Place place = place_of(f.k, kTile);
-  fill_tile<T>(f.pre, f.T, f.k, place);
-  await_copies();
-  __syncthreads();
-  if (place.count == 0) return;
-
-  const TileColumn<T> x{tile<T>() + threadIdx.x};
-  const int* ends = f.ends ? f.ends + place.b * f.T : nullptr;
-  V near{}, far{}, third{}, total{}, square{};
-  for (int begin = 0; begin < f.T;) {
-    const Run run = run_at(ends, begin, f.T);
-    begin = run.end;
-    if (f.h) {
-      T* to = static_cast<T*>(f.h) + (place.b * f.T + run.begin) * f.k + place.j;
-      activate<T, mode>(f, place, run, x, [&](int t, const Stored<T>& value) {
-        x.at[t * kLanes] = value;
-        *reinterpret_cast<Stored<T>*>(to) = value;
-        to += f.k;
-      });
-    }
-    if (run.excluded) continue;
-    const int n = run.end - run.begin;
-    const TileColumn<T> rows = x.from(run.begin);
-    const V scaled_centre = scaled_centre_of(rows, n);
-    const Centred<TileColumn<T>, V> y{rows, scaled_centre * kInverseSumScale<E>};
-    const Sums<V> sums = walk_multiscale<V>(y, n);
-    const V run_near = sums.near * E(-2), run_far = sums.far * E(-2);
-    near = near + run_near;
-    far = far + run_far;
-    if (f.S > 2 && n > kFarLast + 1) third = third + third_band(y, n, f.bands[5], run_near, run_far, sums);
-    add_moments(rows, n, scaled_centre, sums, total, square);
-  }
+__device__ __forceinline__ void write_totals(const Forward& f, const Place& place, const Totals<Pair<float>>& totals) {
+  using V = Pair<float>;
+  constexpr float scale = kInverseRowScale * kInverseRowScale;
+  const V square = totals.square * scale;
   const int64_t at = place.b * f.S * f.k + place.j;
-  store_numbers(f.differences, at, finished_energy(near, square), true, 2);
-  store_numbers(f.differences, at + f.k, finished_energy(far, square), true, 2);
-  if (f.S > 2) store_numbers(f.differences, at + 2 * f.k, finished_energy(third, square), true, 2);
-  write_moments<T>(f, place, total, square);
+  store_numbers(f.differences, at, finished_energy(totals.near * (-2 * scale), square), true, 2);
+  store_numbers(f.differences, at + f.k, finished_energy(totals.far * (-2 * scale), square), true, 2);
+  if (f.S > 2)
+    store_numbers(f.differences, at + 2 * f.k, finished_energy(totals.third * (-2 * scale), square), true, 2);
+  V total = totals.total * kInverseSumScale<float>;
+  const Mask known = equal(total, total) | not_equal(square, square);
+  if (!(known.a && known.b)) total = select(known, total, infinite_total<T, mode>(f, place));
+  write_moments<float>(f, place, total, square);
 }
 
-// Any bands and any T, with one pass per band. The features are in a tile if it is small enough, else in global memory:
-// pre, or h where it is written, whose column only this thread writes and reads.
-template <class T>
-__global__ void __launch_bounds__(kLanes, 8) forward_any(const __grid_constant__ Forward f) {
-  using E = compute_of<T>;
-  using V = Pair<E>;
+template <class T, Mode mode, Result result, bool sliding>
+__global__ void __launch_bounds__(kLanes, kWarps<T, sliding>) forward_multiscale(const __grid_constant__ Forward f) {
+  using V = Pair<float>;
   const Place place = place_of(f.k, kTile);
-  const bool tiled = tile_bytes<T>(f.T) <= kMostTileBytes;
-  if (tiled) fill_tile<T>(f.pre, f.T, f.k, place);
-  await_copies();
-  __syncthreads();
-  if (place.count == 0) return;
-
-  Stored<T>* const column = tile<T>() + threadIdx.x;
-  const Column<T> pre = tiled ? Column<T>(column) : Column<T>(f.pre, place);
-  const Output<T> h(f.h, f.T, f.k, f.paired, place);
-  Column<T> x = pre;
-  if (f.h && !tiled) {
-    x.at = h.at;
-    x.time = f.k;
-    x.feature = 1;
-    x.paired = h.paired;
-  }
-  const auto put = [&](int t, const Stored<T>& value) {
-    if (tiled) column[t * kLanes] = value;
-    h(t, value);
-  };
+  RowRing<T> ring(f.pre, place, f.T, f.k, f.ring);
+  ring.start();
+  Activate<T, mode> activate(f, place);
+  ActiveMask mask(f, place);
+  T* to = static_cast<T*>(f.h) + place.b * f.T * f.k + place.j;
   const int* ends = f.ends ? f.ends + place.b * f.T : nullptr;
-  V total{}, square{};
-  for (int begin = 0; f.h && begin < f.T;) {
-    const Run run = run_at(ends, begin, f.T);
-    begin = run.end;
-    if (f.activation == kIdentity) activate<T, Mode::kIdentity>(f, place, run, pre, put);
-    else if (f.activation == kGelu) activate<T, Mode::kGelu>(f, place, run, pre, put);
-    else if (f.release) activate<T, Mode::kSchmitt>(f, place, run, pre, put);
-    else activate<T, Mode::kRelu>(f, place, run, pre, put);
-  }
-  for (int begin = 0; begin < f.T;) {
-    const Run run = run_at(ends, begin, f.T);
-    begin = run.end;
-    if (run.excluded) continue;
+  const int back = sliding ? rows_back(f) : 0;
+  int slot = 0, following = ends ? __ldg(ends) : f.T;
+  Walk<V> walk;
+  Totals<V> totals;
+  for (int start = 0; start < f.T;) {
+    const Run run{start, following < 0 ? -following : following, following < 0};
     const int n = run.end - run.begin;
-    const Column<T> rows = x.from(run.begin);
-    const V scaled_centre = scaled_centre_of(rows, n);
-    const Centred<Column<T>, V> y{rows, scaled_centre * kInverseSumScale<E>};
-    add_moments(rows, n, scaled_centre, walk_moments<V>(y, n), total, square);
-  }
-  for (int s = 0; s < f.S; ++s) {
-    const int first = f.bands[2 * s], last = f.bands[2 * s + 1];
-    V energy{};
-    for (int begin = 0; begin < f.T;) {
-      const Run run = run_at(ends, begin, f.T);
-      begin = run.end;
-      const int n = run.end - run.begin;
-      if (run.excluded || n <= first) continue;
-      const Column<T> rows = x.from(run.begin);
-      const Centred<Column<T>, V> y{rows, scaled_centre_of(rows, n) * kInverseSumScale<E>};
-      energy = energy + band_energy<V>(y, n, first, last);
+    if (ends && run.end < f.T) following = __ldg(ends + run.end);  // of the next run
+    start = run.end;
+    activate.start(run);
+    const bool third = f.S > 2 && n > kRows, identity = third && n >= kAllPairs && f.bands[5] >= n - 1;
+    for (int begin = 0; begin < n; begin += kRows) {
+      const int at = run.begin + begin, count = smaller(n - begin, kRows);
+      ring.await(at - back, at + count);
+      Rows<T> rows, leaving;
+      ring.load(slot, count, rows);
+      if constexpr (result != Result::kNothing) {
+        const bool exists = place.count > 0;
+        if (count == kRows && mode != Mode::kGelu) {
+          activate_rows<T, result, true>(activate, at, count, rows, to, f.k, exists, mask);
+        } else {
+          activate_rows<T, result, false>(activate, at, count, rows, to, f.k, exists, mask);
+        }
+        if (sliding) ring.store(slot, count, rows);
+      }
+      if (!run.excluded) {
+        if (n <= kFewRows) {
+          add_few_rows<T>(rows, n, totals);
+        } else if (begin == 0) {
+          start_walk<T>(rows, n, walk);
+          const Third none(0, 0);
+          if (n >= 2 * kRows - 1) walk_block<T, Zone::kHead, false>(rows, leaving, 0, n, none, walk);
+          else walk_block<T, Zone::kShort, false>(rows, leaving, 0, n, none, walk);
+        } else {
+          const bool inside = begin + 2 * kRows - 1 <= n;
+          const Third window(f.bands[5], begin);
+          if (begin % kRecentre == 0 && begin + kFarLast <= n) recentre(begin, window.rows_before(), walk);
+          if (!third || identity) {
+            if (inside) walk_block<T, Zone::kInterior, false>(rows, leaving, begin, n, window, walk);
+            else walk_block<T, Zone::kEdge, false>(rows, leaving, begin, n, window, walk);
+          } else {
+            if (sliding && window.leaves < kRows) ring.load(ring.before(slot, back), count, leaving);
+            if (sliding && inside && window.leaves <= 0)
+              walk_block<T, Zone::kInterior, true>(rows, leaving, begin, n, window, walk);
+            else walk_block<T, Zone::kEdge, true, sliding>(rows, leaving, begin, n, window, walk);
+          }
+        }
+      }
+      slot = ring.after(slot, count);
     }
-    const int64_t at = (place.b * f.S + s) * f.k + place.j;
-    store_numbers(f.differences, at, finished_energy(energy, square), f.paired, place.count);
+    if (!run.excluded && n > kFewRows) add_walk(walk, n, identity, totals);
   }
-  write_moments<T>(f, place, total, square);
+  if (place.count == 0) return;
+  if constexpr (result == Result::kMask) mask.finish(f.T);
+  write_totals<T, mode>(f, place, totals);
 }
 
-template <class T>
-const char* forward_of(const Forward& f, void* stream) {
-  const int64_t blocks = f.B * ((f.k + kTile - 1) / kTile), bytes = tile_bytes<T>(f.T);
-  const bool tiled = bytes <= kMostTileBytes;
-  if constexpr (sizeof(T) < 8) {
-    if (is_tuned(f.S, f.bands, f.k, bytes)) {
-      const auto kernel = f.activation == kIdentity ? forward_multiscale<T, Mode::kIdentity>
-                          : f.activation == kGelu   ? forward_multiscale<T, Mode::kGelu>
-                          : f.release               ? forward_multiscale<T, Mode::kSchmitt>
-                                                    : forward_multiscale<T, Mode::kRelu>;
-      return launch(kernel, blocks, kLanes, bytes, stream, f);
+template <class T, Result result, bool sliding>
+const char* launch_multiscale(const Forward& f, void* stream) {
+  const int64_t blocks = f.B * ((f.k + kTile - 1) / kTile);
+  const auto kernel = [&] {
+    if constexpr (result == Result::kNothing) {
+      return forward_multiscale<T, Mode::kIdentity, result, sliding>;
+    } else {
+      if constexpr (result == Result::kFeatures) {
+        if (f.activation == kIdentity) return forward_multiscale<T, Mode::kIdentity, result, sliding>;
+        if (f.activation == kGelu) return forward_multiscale<T, Mode::kGelu, result, sliding>;
+      }
+      return f.release ? forward_multiscale<T, Mode::kSchmitt, result, sliding>
+                       : forward_multiscale<T, Mode::kRelu, result, sliding>;
     }
-  }
-  return launch(forward_any<T>, blocks, kLanes, tiled ? bytes : 0, stream, f);
+  }();
+  return launch(kernel, blocks, kLanes, ring_bytes<T>(f.ring), stream, f);
+}
+template <class T, Result result>
+const char* launch_multiscale(const Forward& f, void* stream) {
+  return rows_back(f) > 0 ? launch_multiscale<T, result, true>(f, stream)
+                          : launch_multiscale<T, result, false>(f, stream);
 }
 
 }  // namespace
 
-const char* forward(const Forward& f, void* stream) {
-  return with_dtype(f.dtype, [&](auto element) { return forward_of<decltype(element)>(f, stream); });
+bool is_tuned_forward(const Forward& f) {
+  const int64_t size = f.dtype == kDouble ? 8 : f.dtype == kFloat ? 4 : 2;
+  return size < 8 && is_tuned(f.S, f.bands, f.k, ring_rows(rows_back(f)) * kTile * size);
+}
+
+const char* forward(const Forward& given, void* stream) {
+  if (!is_tuned_forward(given)) return forward_any(given, stream);
+  Forward f = given;
+  f.ring = ring_rows(rows_back(f));
+  return with_dtype(f.dtype, [&](auto element) -> const char* {
+    using T = decltype(element);
+    if constexpr (sizeof(T) == 8) return "no tuned kernel for float64";
+    else if (f.active) return launch_multiscale<T, Result::kMask>(f, stream);
+    else if (f.h) return launch_multiscale<T, Result::kFeatures>(f, stream);
+    else return launch_multiscale<T, Result::kNothing>(f, stream);
+  });
 }
 
 }  // namespace tsae::cuda

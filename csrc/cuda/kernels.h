@@ -18,7 +18,7 @@ constexpr int64_t kMostTileBytes = 80 << 10;
 
 struct Source {  // features in global memory
   Features x;
-  bool vectorized;  // rows can be copied in pieces of 16 bytes
+  bool vectorized;  // rows, and the features of a row, can be copied in pieces of 16 bytes
   bool paired;      // a thread's two features can be read in one load
 };
 
@@ -37,6 +37,9 @@ struct Forward {
   int bands[2 * kMostBands];  // [S][2], offsets clamped to T
   bool paired;             // results: k is even, so a thread's two features can be written in one store
   void* h;                 // [B, T, k], or null: statistics only
+  void* active;            // [B, words, k] of 32 bits, a bit for each position, or null; for relu
+  int64_t words;           // ceil(T / 32)
+  int ring;                // rows of the tuned kernels' ring in shared memory
   void* differences;       // [B, S, k] compute type
   void* total;             // [B, k]
   void* square;            // [B, k]
@@ -58,6 +61,7 @@ struct Backward {
   BackwardWindow windows[kMostWindows];
   const void* grad_total;   // [B, k] compute type or null
   const void* grad_square;  // [B, k] compute type or null
+  const void* total;        // [B, k] compute type: the sum of h over T, or null; not used with segments
   bool paired;
   void* grad_pre;           // [B, T, k]
   void* grad_bias;          // [B, k] compute type: summed over T, not yet over the batch
@@ -85,9 +89,13 @@ inline bool is_tuned(int S, const int* bands, int64_t k, int64_t tile_bytes) {
   return inner && (S == 2 || (S == 3 && bands[4] == 16)) && k % 2 == 0 && tile_bytes <= kMostTileBytes;
 }
 
+// Whether the tuned kernels apply to f; otherwise h must be given with `active`.
+bool is_tuned_forward(const Forward& f);
+
 // Each launches its kernel on `stream` (a cudaStream_t) and returns null or an error message.
 const char* find_segment_ends(const int64_t* ids, int64_t B, int T, int* ends, void* stream);
 const char* forward(const Forward& f, void* stream);
+const char* forward_any(const Forward& f, void* stream);  // which `forward` calls if no tuned kernel applies
 const char* backward(const Backward& f, void* stream);
 const char* step_energy(const Steps& f, void* stream);
 const char* step_energy_backward(const Steps& f, void* stream);

@@ -33,7 +33,7 @@ Source source(const char* name, const Tensor& x, const Tensor& like, Tensor& own
   out.x = features(name, x, like, owner);
   const int64_t size = x.element_size(), batch = out.x.batch * size, time = out.x.time * size;
   const bool adjacent = out.x.feature == 1;
-  out.vectorized = adjacent && divides(16, out.x.data, {batch, time});
+  out.vectorized = adjacent && divides(16, out.x.data, {batch, time, like.size(2) * size});
   out.paired = adjacent && divides(2 * size, out.x.data, {batch, time});
   return out;
 }
@@ -92,11 +92,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_op(Tensor pre, OptionalTensor
 }
 
 // `grad_differences` is [1 or B, S, k]. The second result is grad_bias before the sum over the batch, [B, k]; the
-// caller sums it in a fixed order.
+// caller sums it in a fixed order. `total`: the statistic of the saved features' h, if it is known.
 std::tuple<Tensor, Tensor> backward_op(Tensor saved, OptionalTensor bias, OptionalTensor grad_h,
                                        OptionalTensor grad_differences, OptionalTensor grad_total,
                                        OptionalTensor grad_square, int64_t activation, Sizes bands,
-                                       OptionalTensor segments) {
+                                       OptionalTensor segments, OptionalTensor total) {
   const CurrentStream stream(saved);
   Tensor owner, grad_owner, runs;
   Backward f{};
@@ -113,6 +113,7 @@ std::tuple<Tensor, Tensor> backward_op(Tensor saved, OptionalTensor bias, Option
   f.differences_batch = shared ? 0 : f.S * f.k;
   f.grad_total = data_of("grad_total", grad_total, saved, dtype, {f.B, f.k});
   f.grad_square = data_of("grad_square", grad_square, saved, dtype, {f.B, f.k});
+  f.total = data_of("total", total, saved, dtype, {f.B, f.k});
   f.ends = ends_of(segments, saved, runs, stream.get());
   const std::vector<BackwardWindow> windows = backward_windows(limited_bands(bands, f.T));
   std::copy(windows.begin(), windows.end(), f.windows);
@@ -161,7 +162,7 @@ Tensor step_energy_backward_op(Tensor h, Tensor weights, Tensor grad) {
 }  // namespace tsae::cuda
 
 // Raise this with every change of an operator's signature, so that a library built from older sources is not used.
-TSAE_EXPORT int tsae_interface() { return 3; }
+TSAE_EXPORT int tsae_interface() { return 4; }
 TSAE_EXPORT const char* tsae_built_for() { return "torch " TORCH_VERSION ", " TSAE_COMPILER; }
 TSAE_EXPORT const char* tsae_cuda_version() { return tsae::cuda::built_for(); }
 TSAE_EXPORT const char* tsae_architectures() { return tsae::cuda::architectures(); }

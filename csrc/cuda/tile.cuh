@@ -40,6 +40,8 @@ struct Column {
     if (paired) return *reinterpret_cast<const Stored<T>*>(from);
     return stored_from(count > 0 ? from[0] : T{}, count > 1 ? from[feature] : T{});
   }
+  // If both features exist and are adjacent.
+  __device__ __forceinline__ Stored<T> pair(int t) const { return *reinterpret_cast<const Stored<T>*>(at + t * time); }
   __device__ __forceinline__ Pair<compute_of<T>> operator()(int t) const { return widen<T>(stored(t)); }
   __device__ __forceinline__ Column from(int t) const {
     Column later = *this;
@@ -157,6 +159,19 @@ __device__ __forceinline__ auto scaled_centre_of(const Rows& x, int n) {
 #pragma unroll 4
   for (int t = 0; t < n; t += step) sum = fused(x(t), kSumScale<E>, sum);
   return sum * (E(1) / E((n - 1) / step + 1));
+}
+
+// The mean of the first rows, at least one for every eight up to 128 positions, times kSumScale: as good a centre for a
+// walk that has not seen the rest (docs/mathematics.md, section 4).
+template <class Rows>
+__device__ __forceinline__ auto scaled_centre_of_first(const Rows& x, int n) {
+  using V = decltype(x(0));
+  using E = element_of<V>;
+  const int count = smaller(n, 16);
+  V sum{};
+#pragma unroll 4
+  for (int t = 0; t < count; ++t) sum = fused(x(t), kSumScale<E>, sum);
+  return sum * (E(1) / E(count));
 }
 
 // `Rows` of recurrence.h: x - centre, or the same times kSumScale.

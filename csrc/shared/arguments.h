@@ -102,7 +102,7 @@ void define_operators(Library& library) {
       "Tensor? segments, bool with_h) -> (Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "backward(Tensor saved, Tensor? bias, Tensor? grad_h, Tensor? grad_differences, Tensor? grad_total, "
-      "Tensor? grad_square, int activation, int[] bands, Tensor? segments) -> (Tensor, Tensor)");
+      "Tensor? grad_square, int activation, int[] bands, Tensor? segments, Tensor? total=None) -> (Tensor, Tensor)");
   library.def("step_energy(Tensor h, Tensor weights) -> Tensor");
   library.def("step_energy_backward(Tensor h, Tensor weights, Tensor grad) -> Tensor");
 }

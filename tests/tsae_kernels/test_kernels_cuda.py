@@ -86,6 +86,130 @@ def test_long_sequences_cuda(dtype):
     agrees(pre, bands=((1, 3), (7, 100)), segments=segments, **SCHMITT)
 
 
+RUNS = {
+    "every length": tuple(range(1, 72)),
+    "three": (37, 50, 41),
+    "twenty": (5, 9, 3, 7, 8) * 4,
+    "long": (3, 250, 32, 1, 31, 400, 16, 17),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("last", [16, 40, 5000])
+@pytest.mark.parametrize("runs", RUNS)
+def test_gradients_of_packed_runs_cuda(runs, last, dtype):
+    """The backward kernel treats a run's ends, short runs and a window that covers the run separately."""
+    ids = torch.arange(len(RUNS[runs])).repeat_interleave(torch.tensor(RUNS[runs]))[None]
+    ids = torch.where(ids % 7 == 5, -1, ids)
+    generator = torch.Generator().manual_seed(last)
+    pre = (torch.randn(1, ids.shape[1], 10, generator=generator) + 1).to(dtype)
+    options = {"segments": ids.to(DEVICE), "bands": ((1, 3), (4, 15), (16, last))}
+    for activation in ("relu", "gelu") if dtype != torch.float16 else ("identity",):
+        agrees(pre, activation=activation, rtol=max(RTOL[dtype], 2e-5), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("last", [127, 1023])
+def test_gradients_of_one_long_run_cuda(last, dtype):
+    """A third window that slides, and one that covers the run: its sum comes from the forward pass or is read again."""
+    generator = torch.Generator().manual_seed(last)
+    pre = (torch.randn(1, 1024, 66, generator=generator) + 2).to(dtype)
+    agrees(pre, activation="relu", bands=((1, 3), (4, 15), (16, last)))
+
+
+def gradient_of_differences(h, coefficients, backend, total=None):
+    """h: [1, T, k], coefficients: [3, k], total: [1, k]."""
+    T = h.shape[1]
+    bands = [1, 3, 4, 15, 16, T - 1]
+    operator = torch.ops.tsae_kernels.activate_with_stats_backward
+    grad, _ = operator(h, None, None, coefficients[None], None, None, "identity", bands, None, backend, total)
+    return grad
+
+
+@pytest.mark.parametrize("T", [100, 128, 2000])
+@pytest.mark.parametrize("kind", ["level", "ramp", "walk", "spike"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_awkward_features_with_and_without_their_sum_cuda(dtype, kind, T):
+    generator = torch.Generator().manual_seed(0)
+    noise, time = torch.randn(1, T, 20, generator=generator), torch.arange(float(T))[:, None]
+    h = {
+        "level": (noise + 1e3) if dtype == torch.float32 else (256 + 4 * noise),
+        "ramp": (0.37 * time).expand(1, T, 20),
+        "walk": noise.cumsum(1),
+        "spike": 0.01 * noise + 1e3 * (time == 67),
+    }[kind].to(dtype)
+    h = h.to(DEVICE)
+    coefficients = torch.rand(3, 20, generator=generator).to(DEVICE)
+    wanted = gradient_of_differences(h, coefficients, "reference")
+    for total in (None, h.float().sum(1)):
+        got = gradient_of_differences(h, coefficients, "cuda", total)
+        # A ramp's gradient is much smaller than the sums that it is a difference of.
+        rtol = {torch.float32: 5e-5 if kind in ("ramp", "walk") else 1e-5, torch.bfloat16: 8e-3}[dtype]
+        checks.assert_as_reference([got], [wanted], rtol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("T", [60, 128, 1000])
+def test_a_constant_has_no_gradient_cuda(dtype, T):
+    h = torch.tensor([3.3, -700.0, 1e-3, 0.0]).to(dtype).expand(1, T, 4).contiguous().to(DEVICE)
+    coefficients = torch.rand(3, 4).to(DEVICE)
+    for total in (None, h.float().sum(1)):
+        grad = gradient_of_differences(h, coefficients, "cuda", total)
+        if total is None or dtype != torch.float16:  # float32's sum of 1,000 of the last numbers is rounded
+            assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_sum_is_used_only_where_it_is_the_runs_cuda(given):
+    """A wrong sum shows where it is used: 16 bits, one run, the third band over all of it."""
+    pre, segments = torch.randn(1, 40, 4).to(DEVICE), torch.zeros(1, 40, dtype=torch.int64).to(DEVICE)
+    operator = torch.ops.tsae_kernels.activate_with_stats_backward
+
+    def grad(dtype, bands, ids):
+        total = torch.full((1, 4), 1e3, device=DEVICE) if given else None
+        weights = torch.ones(1, 3, 4, device=DEVICE)
+        return operator(pre.to(dtype), None, None, weights, None, None, "relu", bands, ids, "cuda", total)[0]
+
+    used = grad(torch.bfloat16, [1, 3, 4, 15, 16, 39], None)
+    rest = [grad(torch.bfloat16, [1, 3, 4, 15, 16, bound], ids) for bound, ids in ((39, segments), (20, None))]
+    rest.append(grad(torch.float32, [1, 3, 4, 15, 16, 39], None))
+    assert (used.abs().max() > 900) == given
+    assert all(x.abs().max() < 900 for x in rest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_not_finite_stays_in_its_run_and_feature_cuda(value, dtype):
+    pre = torch.randn(1, 120, 6).to(dtype)
+    broken = pre.clone()
+    broken[0, 50, 2] = value
+    segments = (torch.arange(120) // 40)[None].to(DEVICE)
+    coefficients = torch.rand(3, 6).to(DEVICE)
+    operator = torch.ops.tsae_kernels.activate_with_stats_backward
+    clean, found = (
+        operator(
+            h.to(DEVICE), None, h.to(DEVICE), coefficients[None], None, None, "identity", [1, 3, 4, 15, 16, 119],
+            segments, "cuda",
+        )[0]
+        for h in (pre, broken)
+    )  # fmt: skip
+    assert not found[0, 50:80, 2].isfinite().any()
+    found[0, 40:80, 2] = clean[0, 40:80, 2]
+    torch.testing.assert_close(found, clean)  # the other feature of the thread is computed in another way
+
+
+def test_gradients_up_to_the_end_of_the_range_cuda():
+    """Sums of features and gradients are beyond the range, the results are not."""
+    h = torch.where(torch.arange(128) % 2 == 0, 3e38, 2.9e38)[None, :, None].expand(1, 128, 4).bfloat16()
+    h = h.contiguous().to(DEVICE)
+    coefficients = torch.full((3, 4), 1e-3, device=DEVICE)
+    got, wanted = (gradient_of_differences(h, coefficients, name, None) for name in ("cuda", "reference"))
+    assert wanted.isfinite().all()
+    checks.assert_as_reference([got], [wanted], 8e-3)
+    again = gradient_of_differences(h, coefficients, "cuda", h.float().sum(1))
+    checks.assert_as_reference([again], [wanted], 8e-3)
+
+
 @pytest.mark.parametrize("T", [640, 2000])
 def test_windows_do_not_drift_over_a_long_walk_cuda(T):
     walk = torch.randn(1, T, 8, generator=torch.Generator().manual_seed(1)).cumsum(1)

@@ -54,8 +54,22 @@ def test_opcheck_the_rest(backend):
     opcheck(ops.step_energy_backward, (plain, weights, one, backend))
     grads = oracle.carried((torch.randn(2, 6, 3), torch.randn(1, 3), None, torch.randn(2, 3)), backend)
     grads = (grads[0], grads[1].expand(2, 1, 3), *grads[2:])
+    total = plain.sum(1)
     for activation in ("relu", "gelu", "identity"):
         opcheck(ops.activate_with_stats_backward, (plain, None, *grads, activation, [1, 2], segments, backend))
+        opcheck(ops.activate_with_stats_backward, (plain, None, *grads, activation, [1, 2], None, backend, total))
+
+
+@pytest.mark.parametrize("backend", oracle.BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sum_of_h_changes_only_the_rounding_of_its_gradient(backend, dtype):
+    h, weights = torch.randn(2, 40, 4).to(dtype), torch.rand(2, 3, 4)
+    arguments = (h, None, h, weights, None, None, "relu", [1, 3, 4, 15, 16, 39], None, backend)
+    arguments, total = oracle.carried((arguments, h.float().sum(1)), backend)
+    with_sum, without = (ops.activate_with_stats_backward(*arguments, *more) for more in ((total,), ()))
+    tolerance = 1e-5 if dtype == torch.float32 else 8e-3
+    for got, wanted in zip(with_sum, without, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item())
 
 
 @pytest.mark.parametrize("backend", oracle.BACKENDS)

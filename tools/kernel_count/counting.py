@@ -41,7 +41,9 @@ def operations(backend, T: int, ids: torch.Tensor | None) -> dict[str, Callable[
         "statistics": lambda: backend.temporal_stats(x, MULTISCALE, ids),
         "forward": lambda: backend.activate_with_stats(x, relu, MULTISCALE, ids),
         "trigger": lambda: backend.activate_with_stats(x, trigger, MULTISCALE, ids),
-        "backward": lambda: backend.activate_with_stats_backward(x, grads, Activation("relu"), MULTISCALE, ids),
+        "backward": lambda: backend.activate_with_stats_backward(
+            x, grads, Activation("relu"), MULTISCALE, ids, x.float().sum(1)
+        ),
     }
     if hasattr(backend, "activate_with_mask"):
         calls["mask"] = lambda: backend.activate_with_mask(x, trigger, MULTISCALE, ids)

@@ -253,6 +253,8 @@ class Thread:
             return self._constant(self._address(found[1]), bits // 8)
         if re.fullmatch(r"-?0x[0-9a-f]+", text):
             return int(text, 16) & mask
+        if re.fullmatch(r"c\[0x3\]\[.+\]", text):
+            return 0  # a table in the source: data, which no branch depends on
         if found := re.fullmatch(r"c\[0x([0-9a-f]+)\]\[.+\]", text):
             raise UnknownInstructionError(f"constant bank {found[1]}")
         return _bits(self._float(text)) if bits == 32 else int(text)
@@ -361,10 +363,12 @@ class Thread:
 
     def _ldc(self, i: Instruction) -> None:
         size = next((_BYTES[m] for m in i.modifiers if m in _BYTES), 4)
-        bank = re.search(r"c\[0x0\]\[(.+)\]", i.operands[1])
+        bank = re.search(r"c\[0x([03])\]\[(.+)\]", i.operands[1])
         if bank is None:
             raise UnknownInstructionError("constant bank")
-        self._set(i.operands[0], self._constant(self._address(bank[1]), size), max(32, 8 * size))
+        # Bank 3 has the tables in the source: data, which no branch depends on.
+        value = self._constant(self._address(bank[2]), size) if bank[1] == "0" else 0
+        self._set(i.operands[0], value, max(32, 8 * size))
 
     _uldc = _ldc
 

@@ -67,7 +67,13 @@ class CompiledBackend:
         return tuple(stats)
 
     def activate_with_stats_backward(
-        self, saved: Tensor, grads: Gradients, activation: Activation, bands: Bands, segments: Tensor | None
+        self,
+        saved: Tensor,
+        grads: Gradients,
+        activation: Activation,
+        bands: Bands,
+        segments: Tensor | None,
+        total: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `interface.Backend`."""
         differences = grads.differences
@@ -75,7 +81,7 @@ class CompiledBackend:
             differences = differences[:1]  # one gradient for the whole batch, as a sum over b gives
         stats = (_compute(grad, saved) for grad in (differences, grads.total, grads.square))
         grad_h = None if grads.h is None else grads.h.to(saved.dtype)
-        how = _CODES[activation.name], flatten_bands(bands), _ids(segments)
+        how = _CODES[activation.name], flatten_bands(bands), _ids(segments), _compute(total, saved)
         grad_pre, grad_bias = self._ops.backward(saved, _compute(activation.bias, saved), grad_h, *stats, *how)
         return grad_pre, grad_bias.sum(0)
 

@@ -196,7 +196,12 @@ def _window_gradient(
 
 
 def activate_with_stats_backward(
-    saved: Tensor, grads: Gradients, activation: Activation, bands: Bands, segments: Tensor | None
+    saved: Tensor,
+    grads: Gradients,
+    activation: Activation,
+    bands: Bands,
+    segments: Tensor | None,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `interface.Backend`."""
     dtype = dtype_of_stats(saved.dtype)

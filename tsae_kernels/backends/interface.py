@@ -55,9 +55,18 @@ class Backend(Protocol):
         """differences [B, S, k], total [B, k] and square [B, k] of h [B, T, k]."""
 
     def activate_with_stats_backward(
-        self, saved: Tensor, grads: Gradients, activation: Activation, bands: Bands, segments: Tensor | None
+        self,
+        saved: Tensor,
+        grads: Gradients,
+        activation: Activation,
+        bands: Bands,
+        segments: Tensor | None,
+        total: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """grad_pre [B, T, k] and grad_bias [k]. `saved` is h, except for gelu, where it is pre."""
+        """grad_pre [B, T, k] and grad_bias [k]. `saved` is h, except for gelu, where it is pre.
+
+        total: [B, k], the statistic of h if it is known. A backend may use it instead of another pass over h.
+        """
 
     def step_energy(self, h: Tensor, weights: Tensor) -> Tensor:
         """[]: the sum of weights[b, t] * (h[b, t+1, j] - h[b, t, j])^2. weights: [B, T]."""

@@ -76,7 +76,12 @@ def activate_with_stats(
 
 
 def activate_with_stats_backward(
-    saved: Tensor, grads: Gradients, activation: Activation, bands: Bands, segments: Tensor | None
+    saved: Tensor,
+    grads: Gradients,
+    activation: Activation,
+    bands: Bands,
+    segments: Tensor | None,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `interface.Backend`."""
     h = activate(saved, activation, segments) if activation.name == "gelu" else saved

@@ -3,8 +3,8 @@
 // A block's threads are fibers. Each runs until a barrier, then the next one does. The order is fixed;
 // TSAE_EMULATION_ORDER=reverse reverses it, to detect kernels whose result depends on it. Undefined behaviour on a GPU
 // becomes visible: shared memory is filled with NaN and exactly as large as the launch requested (so that
-// AddressSanitizer detects accesses beyond it), asynchronous copies complete only when awaited, and threads that
-// diverge at a barrier abort.
+// AddressSanitizer detects accesses beyond it), the target of an asynchronous copy is NaN until the copy is awaited, and
+// threads that diverge at a barrier abort.
 #pragma once
 
 #include <setjmp.h>
@@ -15,9 +15,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -29,6 +31,7 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __constant__ const
 
 namespace tsae::cuda {
 
@@ -68,7 +71,8 @@ struct Context {
 struct Fiber {
   Context context;
   std::unique_ptr<char[]> stack{new char[kStack]};
-  std::vector<Copy> copies;  // started but not awaited
+  std::vector<Copy> copies;               // started since the last commit
+  std::deque<std::vector<Copy>> groups;  // committed but not awaited
   bool finished = false;
 };
 
@@ -107,7 +111,11 @@ inline void entry() {
   for (;;) {
     block.body(block.argument);
     Fiber& fiber = block.fiber();
+    for (const std::vector<Copy>& group : fiber.groups) {
+      if (!group.empty()) fail("a thread ended with pending copies");
+    }
     if (!fiber.copies.empty()) fail("a thread ended with pending copies");
+    fiber.groups.clear();
     fiber.finished = true;
     pass_control(fiber.context, block.scheduler);
   }
@@ -157,20 +165,43 @@ inline int __syncthreads_or(int predicate) {
   return emulation::block.result;
 }
 
+// Barriers of a warp: the kernels that use them have blocks of one.
+inline int of_warp(int x) { return x; }
+inline void __syncwarp() { __syncthreads(); }
+template <class X>
+inline X __ldg(const X* from) {
+  return *from;
+}
+
 inline void copy_async(void* to, const void* from, int bytes) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
     emulation::fail("a copy's address is not a multiple of 16");
   if (bytes < 0 || bytes > 16) emulation::fail("a copy must have 0 to 16 bytes");
+  std::memset(to, 0xff, 16);
   emulation::block.fiber().copies.push_back(
       {static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes});
 }
-inline void await_copies() {
-  std::vector<emulation::Copy>& copies = emulation::block.fiber().copies;
+inline void copy_async(void* to, const void* from) { copy_async(to, from, 16); }
+inline void complete(std::vector<emulation::Copy>& copies) {
   for (const emulation::Copy& copy : copies) {
     if (copy.bytes) std::memcpy(copy.to, copy.from, copy.bytes);
     std::memset(copy.to + copy.bytes, 0, 16 - copy.bytes);
   }
   copies.clear();
+}
+inline void commit_copies() {
+  emulation::Fiber& fiber = emulation::block.fiber();
+  fiber.groups.push_back(std::move(fiber.copies));
+  fiber.copies.clear();
+}
+template <int but>
+inline void await_copies_but() {
+  std::deque<std::vector<emulation::Copy>>& groups = emulation::block.fiber().groups;
+  for (; groups.size() > but; groups.pop_front()) complete(groups.front());
+}
+inline void await_copies() {
+  await_copies_but<0>();
+  complete(emulation::block.fiber().copies);
 }
 
 inline float fused(float a, float b, float c) { return std::fma(a, b, c); }

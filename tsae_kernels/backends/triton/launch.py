@@ -201,7 +201,12 @@ def temporal_stats(h: Tensor, bands: Bands, segments: Tensor | None) -> tuple[Te
 
 
 def activate_with_stats_backward(
-    saved: Tensor, grads: Gradients, activation: Activation, bands: Bands, segments: Tensor | None
+    saved: Tensor,
+    grads: Gradients,
+    activation: Activation,
+    bands: Bands,
+    segments: Tensor | None,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `interface.Backend`."""
     from tsae_kernels.backends.triton.backward import backward_kernel
