@@ -62,14 +62,16 @@ def source_of(kernel: Any, args: tuple, kwargs: dict) -> tuple[ASTSource, dict]:
     signature, constants, attributes = {}, {}, {}
     for index, (name, parameter) in enumerate(zip(names, kernel.params, strict=True)):
         value = values[name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and name != "T"):
+        specialized = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialized and isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = _TYPES[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            if specialized and not parameter.do_not_specialize_on_alignment:
+                attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0 and name != "T":
+            if specialized and value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes), options
 

@@ -116,6 +116,61 @@ def test_windows_are_summed_afresh(monkeypatch):
         check_against_reference(pre, bands=((2, 7), (9, 40)), segments=ids)
 
 
+FAR_BANDS = ((1, 1), (2, 5), (6, 6), (10, 15), (16, 40), (43, 50), (60, 60))
+
+
+@pytest.mark.parametrize("segments", [None, [70, 13]])
+def test_rows_far_from_the_ends_of_their_segment(segments):
+    """Windows that reach beyond the rows in registers, whole and cut, in every order of their ends."""
+    T = 150
+    generator = torch.Generator().manual_seed(0)
+    pre = torch.randn(1, T, 2, dtype=torch.float64, generator=generator)
+    ids = None
+    if segments is not None:
+        first, excluded = segments
+        ids = torch.tensor([[0] * first + [-1] * excluded + [1] * (T - first - excluded)])
+    check_against_reference(pre, bands=FAR_BANDS, segments=ids, **SCHMITT)
+
+
+def active_words(h):
+    """The mask of `activate_with_mask` from h [B, T, k]."""
+    B, T, k = h.shape
+    bits = torch.zeros(B, -(-T // 32) * 32, k, dtype=torch.int64)
+    bits[:, :T] = h != 0
+    words = (bits.unflatten(1, (-1, 32)) << torch.arange(32)[:, None]).sum(2)
+    return torch.where(words < 2**31, words, words - 2**32).int()
+
+
+@pytest.mark.parametrize(
+    ("T", "bands", "segmented", "options", "per_position"),
+    [
+        (32, MULTISCALE, False, SCHMITT, False),
+        (129, MULTISCALE, False, SCHMITT, False),  # a window reads rows again, whose features are not in memory
+        (75, FAR_BANDS, True, SCHMITT, False),
+        (31, ((1, 2),), True, {}, True),
+        (40, (), False, {}, False),
+    ],
+)
+def test_the_mask_of_active_features(T, bands, segmented, options, per_position):
+    """The bits are those of h, and the statistics have the bits of `activate_with_stats`."""
+    generator = torch.Generator().manual_seed(T)
+    pre, bias = torch.randn(2, T, 5, generator=generator), torch.randn(5, generator=generator)
+    pre[0, T // 2, 0] = float("nan")
+    levels = {name: torch.tensor(x) for name, x in options.items() if name != "activation"}
+    if per_position:
+        levels["threshold"] = torch.rand(2, T, 1, generator=generator)
+    segments = oracle.random_segments(2, T, generator, longest=60) if segmented else None
+    pre, bias, levels, segments = oracle.carried((pre, bias, levels, segments), "triton")
+    for x in (pre, pre.bfloat16()) if T == 32 else (pre,):
+        activation = Activation("relu", bias, **levels)
+        h, *stats = launch.activate_with_stats(x, activation, bands, segments)
+        words, *again = launch.activate_with_mask(x, activation, bands, segments)
+        assert words.dtype == torch.int32
+        assert torch.equal(words.cpu(), active_words(h.cpu()))
+        for a, b in zip(stats, again, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
 def test_every_output_is_written():
     pre, bias = torch.randn(1, 13, 140), torch.randn(140)  # two programs
     segments = torch.tensor([[0] * 6 + [-1] * 4 + [0] * 3])
@@ -148,9 +203,10 @@ def test_no_tensor_is_copied_and_nothing_waits():
     assert forward[0] is x
     assert [backward[i] is y for i, y in ((0, x), (2, x), (3, shared))] == [True] * 3
     assert backward[7].is_contiguous()  # grad_pre
-    strides = [y for y in backward if isinstance(y, int)]
-    assert strides[2:5] == list(x.stride())
-    assert strides[9:12] == [0, 6, 1]
+    numbers = [y for y in backward if isinstance(y, int)]
+    assert numbers[:2] == [9, 6]
+    assert numbers[8:11] == list(x.stride())
+    assert numbers[15:18] == [0, 6, 1]
 
 
 def test_the_outer_band_is_all_pairs_less_the_others_only_where_that_is_safe():
