@@ -11,7 +11,7 @@ PEERS_STAMP := $(PEERS)/.installed
 WORKERS ?= logical
 PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: demo install peers test test-slow test-peers kills lint format docs bench bench-smoke asan cuda-compile triton-compile gpu-check clean
+.PHONY: demo install peers test test-slow test-peers kills lint format docs bench bench-smoke asan cuda-compile triton-compile kernel-count gpu-check clean
 
 demo: install
 	$(BIN)/python -m tsae.train
@@ -78,6 +78,10 @@ cuda-compile:
 # The Triton kernels likewise. Needs Triton.
 triton-compile: install
 	$(BIN)/python tools/compile_triton.py
+
+# Instructions per element of the GPU kernels, from their machine code; fails where one is over its budget. Needs nvcc.
+kernel-count: install
+	$(BIN)/python tools/kernel_count
 
 # Build, tests, compute-sanitizer and benchmarks on a machine with a GPU, in one go, with its own Python environment.
 gpu-check:
