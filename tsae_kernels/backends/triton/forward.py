@@ -219,7 +219,8 @@ def forward_chunk(
     source, h, k, words, threshold, threshold_t, on_threshold, off_threshold, shift, centre, columns, t, p, n,
     FIRST: tl.constexpr, LAST: tl.constexpr, TRAIL: tl.constexpr, OUTER: tl.constexpr, FAR: tl.constexpr,
     ACTIVATION: tl.constexpr, OUTPUT: tl.constexpr, THRESHOLD_PER_POSITION: tl.constexpr, NEAR: tl.constexpr,
-    SCALE: tl.constexpr, STORED: tl.constexpr, TRUNCATES: tl.constexpr, CHUNK: tl.constexpr, EDGE: tl.constexpr, VECTOR: tl.constexpr,
+    SCALE: tl.constexpr, STORED: tl.constexpr, TRUNCATES: tl.constexpr, CHUNK: tl.constexpr, EDGE: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
     """One chunk at position p of a segment of n that begins at t; see `forward_kernel`.
 
