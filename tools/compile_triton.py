@@ -54,8 +54,8 @@ class Recorder:
         return lambda *args, **kwargs: self.launches.append((args, kwargs))
 
 
-def source_of(kernel: Any, args: tuple, kwargs: dict) -> tuple[ASTSource, dict]:
-    """The specialization that Triton's launcher derives from the arguments: constants, types, divisibility by 16."""
+def specialization(kernel: Any, args: tuple, kwargs: dict) -> tuple[dict, dict, dict, dict]:
+    """What Triton's launcher compiles a kernel for: types, constants, divisibility by 16, and options."""
     names = kernel.arg_names
     values = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}
     options = {name: value for name, value in kwargs.items() if name not in names}
@@ -73,7 +73,13 @@ def source_of(kernel: Any, args: tuple, kwargs: dict) -> tuple[ASTSource, dict]:
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
             if specialized and value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constants, attributes), options
+    return signature, constants, attributes, options
+
+
+def source_of(kernel: Any, args: tuple, kwargs: dict) -> tuple[ASTSource, dict]:
+    """The kernel as Triton's launcher specializes it for the arguments, and the options."""
+    *kinds, options = specialization(kernel, args, kwargs)
+    return ASTSource(kernel, *kinds), options
 
 
 def resources(cubin: bytes, name: str) -> dict[str, int]:

@@ -29,6 +29,22 @@ def too_slow(backend, reason):
         pytest.skip("takes Triton's interpreter too long")
 
 
+GAPS = ((2, 7), (9, 40))
+
+
+def few(backend, bands, gaps=False):
+    """`bands`, but one of two sets for compiled Triton kernels, which are compiled anew for every set of bands."""
+    if backend != "triton" or INTERPRETED:
+        return bands
+    return GAPS if gaps else tsae_kernels.MULTISCALE
+
+
+def compiles_too_much(backend, needless):
+    """Skip a case that only adds a combination of what other cases test, where it costs Triton a compilation."""
+    if backend == "triton" and not INTERPRETED and needless:
+        pytest.skip("other cases test this with kernels that are compiled anyway")
+
+
 def carried(tree, backend):
     """`tree` with its tensors on the backend's device, or on the CPU if `backend` is None."""
     device = DEVICE.get(backend, "cpu")
@@ -124,6 +140,15 @@ def activation(pre, bias=None, name="relu", threshold=None, release=None, segmen
                     on = True
                 out[b, t, j] = value if on else 0
     return out
+
+
+def active_words(h: torch.Tensor) -> torch.Tensor:
+    """The mask of `activate_with_mask` [B, ceil(T / 32), k] int32 from h [B, T, k]."""
+    B, T, k = h.shape
+    bits = torch.zeros(B, -(-T // 32) * 32, k, dtype=torch.int64)
+    bits[:, :T] = h != 0
+    words = (bits.unflatten(1, (-1, 32)) << torch.arange(32)[:, None]).sum(2)
+    return torch.where(words < 2**31, words, words - 2**32).int()
 
 
 def window_loss(h, window, segments=None):

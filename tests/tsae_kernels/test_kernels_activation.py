@@ -33,10 +33,11 @@ def test_activations(backend, case, segmented):
     pre, bias = torch.randn(2, 13, 3, generator=generator), torch.randn(3, generator=generator)
     segments = torch.tensor([[0, 0, 0, 1, 1, 1, -1, -1, 1, 1, 1, 0, 0], [-1] + [3] * 12])
     segments = segments if segmented else None
-    h, stats = activate_with_stats(pre, bias, name, threshold, release, ((1, 4),), segments, backend=backend)
+    bands = oracle.few(backend, ((1, 4),))
+    h, stats = activate_with_stats(pre, bias, name, threshold, release, bands, segments, backend=backend)
     wanted = oracle.activation(pre, bias, name, threshold, release, segments)
     torch.testing.assert_close(h, wanted, rtol=1e-6, atol=1e-6)
-    for got, again in zip(stats, temporal_stats(h, ((1, 4),), segments, backend=backend), strict=True):
+    for got, again in zip(stats, temporal_stats(h, bands, segments, backend=backend), strict=True):
         assert torch.equal(got, again)
 
 

@@ -22,20 +22,21 @@ from tsae_kernels.backends.triton.forward import (
     normal_distribution,
     row_pointers,
     sequence_and_columns,
+    store_column_values,
     uncut,
     window_count,
 )
 
 
 @triton.jit
-def centred(saved, shift, centre, exists, GELU: tl.constexpr, SCALE: tl.constexpr, TRUNCATES: tl.constexpr):
+def centred(saved, shift, centre, exists, GELU: tl.constexpr, SCALE: tl.constexpr, ROUNDING: tl.constexpr):
     """(h - centre) * SCALE from the saved row, which is h itself or, for gelu, pre. Missing rows are 0.
 
     Missing rows hold the centre; for gelu `exists` tells which they are.
     """
     if GELU:
         z = saved.to(centre.dtype) + shift
-        x = narrow(z * normal_distribution(z), saved.dtype, TRUNCATES).to(centre.dtype)
+        x = narrow(z * normal_distribution(z), saved.dtype, ROUNDING).to(centre.dtype)
         y = tl.where(exists, (x - centre) * SCALE, 0.0)
     else:
         y = tl.fma(saved.to(centre.dtype), centre * 0 + SCALE, centre * -SCALE)
@@ -55,19 +56,19 @@ def load_guarded(at, stride, p, n, filler, NUMBER: tl.constexpr, VECTOR: tl.cons
 
 @triton.jit
 def centred_chunk(
-    rows, p, n, shift, centre, GELU: tl.constexpr, SCALE: tl.constexpr, TRUNCATES: tl.constexpr, CHUNK: tl.constexpr
+    rows, p, n, shift, centre, GELU: tl.constexpr, SCALE: tl.constexpr, ROUNDING: tl.constexpr, CHUNK: tl.constexpr
 ):
     out = ()
     for i in tl.static_range(CHUNK):
         exists = (each(centre, p + i) >= 0) & (each(centre, p + i) < n)
-        out = out + (centred(rows[i], shift, centre, exists, GELU, SCALE, TRUNCATES),)
+        out = out + (centred(rows[i], shift, centre, exists, GELU, SCALE, ROUNDING),)
     return out
 
 
 @triton.jit
 def centred_sum(
     x, begin, stride, first, last, n, shift, centre, filler,
-    GELU: tl.constexpr, SCALE: tl.constexpr, TRUNCATES: tl.constexpr, VECTOR: tl.constexpr, NUMBER: tl.constexpr,
+    GELU: tl.constexpr, SCALE: tl.constexpr, ROUNDING: tl.constexpr, VECTOR: tl.constexpr, NUMBER: tl.constexpr,
 ):  # fmt: skip
     """The sum of (h - centre) * SCALE over positions [first, last) within the segment [0, n) at row `begin`."""
     total = centre * 0
@@ -79,11 +80,11 @@ def centred_sum(
         rows = load_rows(at, stride, n, centre, NUMBER, False, VECTOR)
         part = centre * 0
         for i in tl.static_range(NUMBER):
-            part = part + centred(rows[i], shift, centre, each(centre, 1) > 0, GELU, SCALE, TRUNCATES)
+            part = part + centred(rows[i], shift, centre, each(centre, 1) > 0, GELU, SCALE, ROUNDING)
         total = total + part
     for u in range(whole, last):
         saved = tl.load(row_pointers(x, begin + u, stride, VECTOR))
-        total = total + centred(saved, shift, centre, each(centre, 1) > 0, GELU, SCALE, TRUNCATES)
+        total = total + centred(saved, shift, centre, each(centre, 1) > 0, GELU, SCALE, ROUNDING)
     return total
 
 
@@ -97,7 +98,7 @@ def row_at(chunks, INDEX: tl.constexpr, CHUNK: tl.constexpr):
 def gradient(
     window_term, saved, grad_h, shift, of_total, of_square,
     COMPUTE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_H: tl.constexpr, HAS_SUMS: tl.constexpr,
-    TRUNCATES: tl.constexpr,
+    ROUNDING: tl.constexpr,
 ):  # fmt: skip
     """The loss's gradient with respect to pre.
 
@@ -110,7 +111,7 @@ def gradient(
     if ACTIVATION == "gelu":
         z = x + shift
         share = normal_distribution(z)
-        x = narrow(z * share, saved.dtype, TRUNCATES).to(COMPUTE)
+        x = narrow(z * share, saved.dtype, ROUNDING).to(COMPUTE)
     if HAS_SUMS:
         grad = grad + of_total
         grad = grad + tl.where(of_square == 0, 0.0, of_square * x)  # excluded positions may hold anything
@@ -127,8 +128,8 @@ def backward_chunk(
     saved, grads, chunks, sums, weights, constant, own, masked, shift, centre, of_total, of_square, part_bias,
     x_in, stride, t, p, n, filler, grad_pre, k,
     REACH: tl.constexpr, SLIDING: tl.constexpr, NEAR: tl.constexpr, ACTIVATION: tl.constexpr,
-    HAS_H: tl.constexpr, HAS_SUMS: tl.constexpr, SCALE: tl.constexpr, TRUNCATES: tl.constexpr, CHUNK: tl.constexpr,
-    EDGE: tl.constexpr, VECTOR: tl.constexpr,
+    HAS_H: tl.constexpr, HAS_SUMS: tl.constexpr, SCALE: tl.constexpr, ROUNDING: tl.constexpr, CHUNK: tl.constexpr,
+    CUT: tl.constexpr, GUARDED: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one chunk at position p of its segment of n. out: the window sums and `part_bias`
 
@@ -137,14 +138,15 @@ def backward_chunk(
     sums: S_r(p - 1) of the windows that slide
     constant: weight * sum of a window that covers the segment
     own: the weight of the row itself where no window is cut
-    EDGE: rows may be missing and windows may be cut; else they are as described by `uncut`
+    CUT: windows may be cut; else they are as described by `uncut`
+    GUARDED: rows may be missing
     """
     COMPUTE: tl.constexpr = centre.dtype
     out = row_pointers(grad_pre, t + p, k, VECTOR)
     GELU: tl.constexpr = ACTIVATION == "gelu"
     window_terms = ()
     change = centre * 0
-    if not EDGE:
+    if not CUT:
         for r in tl.static_range(SLIDING):
             if REACH[r] > NEAR:
                 count = window_count(p, n, REACH[r])
@@ -152,7 +154,7 @@ def backward_chunk(
                 change = change + weights[r] * (window_count(p + 1, n, REACH[r]) - count).to(COMPUTE)
     for i in tl.static_range(CHUNK):
         share = own
-        if EDGE:
+        if CUT:
             for r in tl.static_range(SLIDING):
                 share = share + weights[r] * window_count(p + i, n, REACH[r]).to(COMPUTE)
         window_terms = window_terms + (share * chunks[2][i] - constant,)
@@ -164,12 +166,22 @@ def backward_chunk(
         trail = ()
         if REACH[r] > NEAR:
             at = row_pointers(x_in, t + p + REACH[r], stride, VECTOR)
-            lead = load_guarded(at, stride, p + REACH[r], n, filler, CHUNK, VECTOR)
+            lead = (filler,) * CHUNK
+            if p + REACH[r] < n:
+                if CUT:
+                    lead = load_guarded(at, stride, p + REACH[r], n, filler, CHUNK, VECTOR)
+                else:
+                    lead = load_rows(at, stride, n, filler, CHUNK, False, VECTOR)
             at = row_pointers(x_in, t + p - REACH[r] - 1, stride, VECTOR)
-            trail = load_guarded(at, stride, p - REACH[r] - 1, n, filler, CHUNK, VECTOR)
+            trail = (filler,) * CHUNK
+            if p + CHUNK > REACH[r] + 1:
+                if CUT:
+                    trail = load_guarded(at, stride, p - REACH[r] - 1, n, filler, CHUNK, VECTOR)
+                else:
+                    trail = load_rows(at, stride, n, filler, CHUNK, False, VECTOR)
             if GELU:
-                lead = centred_chunk(lead, p + REACH[r], n, shift, centre, GELU, SCALE, TRUNCATES, CHUNK)
-                trail = centred_chunk(trail, p - REACH[r] - 1, n, shift, centre, GELU, SCALE, TRUNCATES, CHUNK)
+                lead = centred_chunk(lead, p + REACH[r], n, shift, centre, GELU, SCALE, ROUNDING, CHUNK)
+                trail = centred_chunk(trail, p - REACH[r] - 1, n, shift, centre, GELU, SCALE, ROUNDING, CHUNK)
         new_terms = ()
         for i in tl.static_range(CHUNK):
             if REACH[r] <= NEAR:
@@ -189,13 +201,13 @@ def backward_chunk(
         if HAS_H:
             of_h = grads[i]
         grad = gradient(
-            window_term, saved[i], of_h, shift, of_total, of_square, COMPUTE, ACTIVATION, HAS_H, HAS_SUMS, TRUNCATES
+            window_term, saved[i], of_h, shift, of_total, of_square, COMPUTE, ACTIVATION, HAS_H, HAS_SUMS, ROUNDING
         )
-        if EDGE:
+        if GUARDED:
             grad = tl.where(p + i < n, grad, 0.0)
-            tl.store(out, narrow(grad, filler.dtype, TRUNCATES), mask=each(centre, p + i) < n)
+            tl.store(out, narrow(grad, filler.dtype, ROUNDING), mask=each(centre, p + i) < n)
         else:
-            tl.store(out, narrow(grad, filler.dtype, TRUNCATES))
+            tl.store(out, narrow(grad, filler.dtype, ROUNDING))
         part_bias = part_bias + grad
         out = next_row(out, k, VECTOR)
     return new_sums, part_bias
@@ -253,7 +265,7 @@ def backward_kernel(
     HAS_H: tl.constexpr,
     HAS_SUMS: tl.constexpr,
     SCALE: tl.constexpr,
-    TRUNCATES: tl.constexpr,
+    ROUNDING: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -336,18 +348,18 @@ def backward_kernel(
                 x = opening[i].to(COMPUTE)
                 if GELU:
                     z = x + shift
-                    x = narrow(z * normal_distribution(z), STORED, TRUNCATES).to(COMPUTE)
+                    x = narrow(z * normal_distribution(z), STORED, ROUNDING).to(COMPUTE)
                 if i == 0:
                     first = x
                 centre = centre + tl.where(i < n, x, first) * 0.125
-            filler = narrow(centre, STORED, TRUNCATES)
+            filler = narrow(centre, STORED, ROUNDING)
             centre = filler.to(COMPUTE)
 
             constant = zero
             own = zero
             if COVERS:
                 constant = weights[R - 1] * centred_sum(
-                    x_in, t, saved_t, 0, n, n, shift, centre, filler, GELU, SCALE, TRUNCATES, VECTOR, 16
+                    x_in, t, saved_t, 0, n, n, shift, centre, filler, GELU, SCALE, ROUNDING, VECTOR, 16
                 )
                 own = weights[R - 1] * n.to(COMPUTE)
             own_inside = own
@@ -362,23 +374,23 @@ def backward_kernel(
             upcoming = load_guarded(at, saved_t, 2 * CHUNK, n, filler, CHUNK, VECTOR)
             earlier = (zero,) * CHUNK
             before = (zero,) * CHUNK
-            current = centred_chunk(saved_now, 0, n, shift, centre, GELU, SCALE, TRUNCATES, CHUNK)
-            after = centred_chunk(saved_next, CHUNK, n, shift, centre, GELU, SCALE, TRUNCATES, CHUNK)
+            current = centred_chunk(saved_now, 0, n, shift, centre, GELU, SCALE, ROUNDING, CHUNK)
+            after = centred_chunk(saved_next, CHUNK, n, shift, centre, GELU, SCALE, ROUNDING, CHUNK)
             for q in range(0, n, refresh):
                 # S_r(q - 1), each from the previous one, which it contains
                 sums = ()
                 sum = centred_sum(
-                    x_in, t, saved_t, q - 1, q, n, shift, centre, filler, GELU, SCALE, TRUNCATES, VECTOR, 1
+                    x_in, t, saved_t, q - 1, q, n, shift, centre, filler, GELU, SCALE, ROUNDING, VECTOR, 1
                 )
                 for r in tl.static_range(SLIDING):
                     within = REACH[r - 1] if r > 0 else 0
                     sum += centred_sum(
                         x_in, t, saved_t, q + within, q + REACH[r], n, shift, centre, filler,
-                        GELU, SCALE, TRUNCATES, VECTOR, 4,
+                        GELU, SCALE, ROUNDING, VECTOR, 4,
                     )  # fmt: skip
                     sum += centred_sum(
                         x_in, t, saved_t, q - 1 - REACH[r], q - 1 - within, n, shift, centre, filler,
-                        GELU, SCALE, TRUNCATES, VECTOR, 4,
+                        GELU, SCALE, ROUNDING, VECTOR, 4,
                     )  # fmt: skip
                     sums = sums + (sum,)
 
@@ -387,7 +399,7 @@ def backward_kernel(
                 stop = tl.minimum(q + refresh, n)
                 while p < stop:
                     while (p < stop) & (uncut(p, n, 3 * CHUNK, REACH, REACH, NEAR, CHUNK) == 0):
-                        later = centred_chunk(upcoming, p + 2 * CHUNK, n, shift, centre, GELU, SCALE, TRUNCATES, CHUNK)
+                        later = centred_chunk(upcoming, p + 2 * CHUNK, n, shift, centre, GELU, SCALE, ROUNDING, CHUNK)
                         arrived = upcoming
                         at = row_pointers(x_in, t + p + 3 * CHUNK, saved_t, VECTOR)
                         upcoming = load_guarded(at, saved_t, p + 3 * CHUNK, n, filler, CHUNK, VECTOR)
@@ -395,12 +407,22 @@ def backward_kernel(
                         if HAS_H:
                             at = row_pointers(incoming, t + p + CHUNK, grad_h_t, VECTOR)
                             grads = load_rows(at, grad_h_t, n - p - CHUNK, columns, CHUNK, True, VECTOR)
-                        sums, part_bias = backward_chunk(
-                            saved_now, grads_now, (earlier, before, current, after, later), sums, weights, constant,
-                            own, masked, shift, centre, of_total, of_square, part_bias,
-                            x_in, saved_t, t, p, n, filler, out, k,
-                            REACH, SLIDING, NEAR, ACTIVATION, HAS_H, HAS_SUMS, SCALE, TRUNCATES, CHUNK, True, VECTOR,
-                        )  # fmt: skip
+                        if n - p >= CHUNK:
+                            sums, part_bias = backward_chunk(
+                                saved_now, grads_now, (earlier, before, current, after, later), sums, weights, constant,
+                                own, masked, shift, centre, of_total, of_square, part_bias,
+                                x_in, saved_t, t, p, n, filler, out, k,
+                                REACH, SLIDING, NEAR, ACTIVATION, HAS_H, HAS_SUMS, SCALE, ROUNDING, CHUNK, True, False,
+                                VECTOR,
+                            )  # fmt: skip
+                        else:
+                            sums, part_bias = backward_chunk(
+                                saved_now, grads_now, (earlier, before, current, after, later), sums, weights, constant,
+                                own, masked, shift, centre, of_total, of_square, part_bias,
+                                x_in, saved_t, t, p, n, filler, out, k,
+                                REACH, SLIDING, NEAR, ACTIVATION, HAS_H, HAS_SUMS, SCALE, ROUNDING, CHUNK, True, True,
+                                VECTOR,
+                            )  # fmt: skip
                         saved_now = saved_next
                         saved_next = arrived
                         earlier = before
@@ -410,7 +432,7 @@ def backward_kernel(
                         p += CHUNK
                     end_inside = end_of_uncut(p, stop, n, 3 * CHUNK, REACH, REACH, NEAR, CHUNK)
                     for inside in tl.range(p, end_inside, CHUNK, loop_unroll_factor=UNROLL):
-                        later = centred_chunk(upcoming, 0, CHUNK, shift, centre, GELU, SCALE, TRUNCATES, CHUNK)
+                        later = centred_chunk(upcoming, 0, CHUNK, shift, centre, GELU, SCALE, ROUNDING, CHUNK)
                         arrived = upcoming
                         at = row_pointers(x_in, t + inside + 3 * CHUNK, saved_t, VECTOR)
                         upcoming = load_rows(at, saved_t, n, columns, CHUNK, False, VECTOR)
@@ -422,7 +444,8 @@ def backward_kernel(
                             saved_now, grads_now, (earlier, before, current, after, later), sums, weights, constant,
                             own_inside, masked, shift, centre, of_total, of_square, part_bias,
                             x_in, saved_t, t, inside, n, filler, out, k,
-                            REACH, SLIDING, NEAR, ACTIVATION, HAS_H, HAS_SUMS, SCALE, TRUNCATES, CHUNK, False, VECTOR,
+                            REACH, SLIDING, NEAR, ACTIVATION, HAS_H, HAS_SUMS, SCALE, ROUNDING, CHUNK, False, False,
+                            VECTOR,
                         )  # fmt: skip
                         saved_now = saved_next
                         saved_next = arrived
@@ -451,12 +474,12 @@ def backward_kernel(
                         of_h = grads_now[i]
                     grad = gradient(
                         zero, arrived[i], of_h, shift, of_total, of_square, COMPUTE, ACTIVATION, HAS_H, HAS_SUMS,
-                        TRUNCATES,
+                        ROUNDING,
                     )  # fmt: skip
                     grad = tl.where(p + i < n, grad, 0.0)
-                    tl.store(to, narrow(grad, STORED, TRUNCATES), mask=each(columns, p + i) < n)
+                    tl.store(to, narrow(grad, STORED, ROUNDING), mask=each(columns, p + i) < n)
                     to = next_row(to, k, VECTOR)
                     part_bias = part_bias + grad
             sum_bias = sum_bias + part_bias
         t = end
-    tl.store(grad_bias + b * k + columns, sum_bias)
+    store_column_values(grad_bias, b, k, columns, sum_bias, VECTOR)

@@ -6,8 +6,8 @@ this file on first use, so that a machine without a GPU does not need Triton.
 One program walks one sequence along T with a block of adjacent features. Rows are loaded `CHUNK` at a time, and those
 of the next chunk are requested before the current chunk is processed. The current chunk and the two before it are in
 registers; rows further back are read again, from the caches. A chunk away from the ends of its segment needs no masks
-and has constant window counts; `EDGE` selects the code of the others. Forward kernels are compiled without contraction
-and use `tl.fma` explicitly, so the statistics of h have the same bits whether h was just computed or is read.
+and has constant window counts; `CUT` and `GUARDED` select the code of the others. Forward kernels are compiled without
+contraction and use `tl.fma` explicitly, so the statistics of h have the same bits whether h was just computed or read.
 
 Sizes, strides and the presence of optional arguments are run-time values, so that they compile nothing anew. With
 `VECTOR`, features are adjacent and rows are aligned to 16 bytes; without it, features have any strides. Row offsets are
@@ -81,13 +81,24 @@ def each(columns, number):
 
 
 @triton.jit
-def narrow(x, DTYPE: tl.constexpr, TRUNCATES: tl.constexpr):
-    """x in h's dtype, rounded to nearest. TRUNCATES: the cast truncates (to bfloat16, in Triton's interpreter)."""
-    if TRUNCATES:
-        bits = x.to(tl.uint32, bitcast=True)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).to(tl.float32, bitcast=True)
-        x = tl.where(x == x, rounded, x)
-    return x.to(DTYPE)
+def narrow(x, DTYPE: tl.constexpr, ROUNDING: tl.constexpr):
+    """x in h's dtype, rounded to nearest.
+
+    ROUNDING: "cast"; "pairs", for 16 bits, by an instruction that takes two numbers (the compiler uses one for each
+        number if the result is also widened again); "bits" in Triton's interpreter, whose cast to bfloat16 truncates
+    """
+    if ROUNDING == "pairs":
+        if DTYPE.is_bf16():
+            out = tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.bfloat16, True, 2)
+        else:
+            out = tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.float16, True, 2)
+    else:
+        if ROUNDING == "bits":
+            bits = x.to(tl.uint32, bitcast=True)
+            rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).to(tl.float32, bitcast=True)
+            x = tl.where(x == x, rounded, x)
+        out = x.to(DTYPE)
+    return out
 
 
 @triton.jit
@@ -110,6 +121,15 @@ def load_column_values(x, columns, stride_k, present, other, COMPUTE: tl.constex
 
 
 @triton.jit
+def store_column_values(x, row, k, columns, values, VECTOR: tl.constexpr):
+    """Row `row` of x [rows, k], contiguous."""
+    at = x + row * k + columns
+    if VECTOR:
+        at = tl.max_contiguous(tl.multiple_of(at, 16), 32)
+    tl.store(at, values)
+
+
+@triton.jit
 def normal_distribution(z):
     """Phi(z): gelu(z) = z Phi(z)."""
     return 0.5 * (1 + tl.erf(z * 0.70710678118654752440))
@@ -119,7 +139,7 @@ def normal_distribution(z):
 def activate(z, threshold, release, off, ACTIVATION: tl.constexpr):
     """The activation of z, and which features are off (Schmitt trigger: docs/mathematics.md, section 7).
 
-    release: infinite at excluded positions, where no state carries over. With <=, NaN stays on and visible.
+    With <=, NaN stays on and visible.
     """
     if ACTIVATION == "gelu":
         z = z * normal_distribution(z)
@@ -148,66 +168,82 @@ def threshold_at(threshold, row, stride, mask, zero):
 @triton.jit
 def past_rows(
     current, before, earlier, source, word, row, p, columns, centre, shift,
-    OFFSET: tl.constexpr, OUTPUT: tl.constexpr, TRUNCATES: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr,
+    OFFSET: tl.constexpr, OUTPUT: tl.constexpr, ROUNDING: tl.constexpr, CHUNK: tl.constexpr, CUT: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The features OFFSET rows before each row of the chunk at p; the centre for rows before the segment.
 
     source: the pointers, the row stride, and what else `read_again` needs
     row: p's position in the sequence
+    CUT: some rows may exist and others not, see `bend`
     """
-    out = ()
-    at = row_pointers(source[0], row - OFFSET, source[1], VECTOR)
-    for i in tl.static_range(CHUNK):
-        if i >= OFFSET:
-            out = out + (current[i - OFFSET],)
-        elif CHUNK + i >= OFFSET:
-            out = out + (before[CHUNK + i - OFFSET],)
-        elif 2 * CHUNK + i >= OFFSET:
-            out = out + (earlier[2 * CHUNK + i - OFFSET],)
-        else:
-            exists = each(columns, p + i - OFFSET) >= 0
-            out = out + (read_again(at, source, word, row, row + i - OFFSET, exists, centre, shift, OUTPUT, TRUNCATES),)
-        at = next_row(at, source[1], VECTOR)
+    if OFFSET <= 2 * CHUNK:
+        out = ()
+        for i in tl.static_range(CHUNK):
+            if i >= OFFSET:
+                out = out + (current[i - OFFSET],)
+            elif CHUNK + i >= OFFSET:
+                out = out + (before[CHUNK + i - OFFSET],)
+            else:
+                out = out + (earlier[2 * CHUNK + i - OFFSET],)
+    else:
+        out = (centre,) * CHUNK
+        if p + CHUNK > OFFSET:
+            out = ()
+            at = row_pointers(source[0], row - OFFSET, source[1], VECTOR)
+            for i in tl.static_range(CHUNK):
+                then = row + i - OFFSET
+                exists = each(columns, p + i) >= OFFSET
+                x = read_again(at, source, word, row, then, exists, centre, shift, OUTPUT, ROUNDING, CUT, VECTOR)
+                out = out + (x,)
+                at = next_row(at, source[1], VECTOR)
     return out
 
 
 @triton.jit
-def read_again(at, source, word, now, row, exists, centre, shift, OUTPUT: tl.constexpr, TRUNCATES: tl.constexpr):
-    """The feature of an earlier row, which `at` points to; the centre where it does not exist.
+def read_again(
+    at, source, word, now, row, exists, centre, shift,
+    OUTPUT: tl.constexpr, ROUNDING: tl.constexpr, GUARDED: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """The feature of an earlier row, which `at` points to; if GUARDED, the centre where it does not exist.
 
     For OUTPUT "mask" h is not in memory: it is pre where the row's bit of `active` is set. The bits of the word that
     position `now` is in are in the register `word`.
     """
-    x = tl.load(at, mask=exists, other=centre.to(at.dtype.element_ty)).to(centre.dtype)
+    if GUARDED:
+        x = tl.load(at, mask=exists, other=centre.to(at.dtype.element_ty)).to(centre.dtype)
+    else:
+        x = tl.load(at).to(centre.dtype)
     if OUTPUT == "mask":
         k = source[3]
         unfinished = (row >> 5) == (now >> 5)
-        words = source[2] + tl.cast(row >> 5, tl.int64) * k
+        words = row_pointers(source[2], row >> 5, k, VECTOR)
         bits = tl.load(words, mask=exists & (each(exists, row >> 5) < (now >> 5)), other=0)
         bits = tl.where(unfinished, word, bits)
-        x = narrow(x + shift, at.dtype.element_ty, TRUNCATES).to(centre.dtype)
+        x = narrow(x + shift, at.dtype.element_ty, ROUNDING).to(centre.dtype)
         x = tl.where(((bits >> (row & 31)) & 1) != 0, x, 0.0)
-        x = tl.where(exists, x, centre)
+        if GUARDED:
+            x = tl.where(exists, x, centre)
     return x
 
 
 @triton.jit
 def pair_energy(
     energy, current, before, earlier, source, word, row, p, n, columns, shift,
-    FIRST: tl.constexpr, LAST: tl.constexpr, OUTPUT: tl.constexpr, TRUNCATES: tl.constexpr, CHUNK: tl.constexpr,
-    EDGE: tl.constexpr, VECTOR: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, OUTPUT: tl.constexpr, ROUNDING: tl.constexpr, CHUNK: tl.constexpr,
+    CUT: tl.constexpr, GUARDED: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """`energy` plus the squared differences of the chunk's rows at each offset of the band."""
     for offset in tl.static_range(FIRST, LAST + 1):
         past = past_rows(
             current, before, earlier, source, word, row, p, columns, energy * 0, shift,
-            offset, OUTPUT, TRUNCATES, CHUNK, VECTOR,
+            offset, OUTPUT, ROUNDING, CHUNK, True, VECTOR,
         )  # fmt: skip
         for i in tl.static_range(CHUNK):
             step = current[i] - past[i]
-            if i < offset and (EDGE or offset > CHUNK):
+            if i < offset and (CUT or offset > CHUNK):
                 step = tl.where(p + i >= offset, step, 0.0)
-            if EDGE:
+            if GUARDED:
                 step = tl.where(p + i < n, step, 0.0)
             energy = tl.fma(step, step, energy)
     return energy
@@ -216,15 +252,16 @@ def pair_energy(
 @triton.jit
 def forward_chunk(
     arrived, before, earlier, off, word, windows, parts, sums,
-    source, h, k, words, threshold, threshold_t, on_threshold, off_threshold, shift, centre, columns, t, p, n,
+    source, h, k, words, threshold, threshold_t, on_threshold, release_level, shift, centre, columns, t, p, n,
     FIRST: tl.constexpr, LAST: tl.constexpr, TRAIL: tl.constexpr, OUTER: tl.constexpr, FAR: tl.constexpr,
     ACTIVATION: tl.constexpr, OUTPUT: tl.constexpr, THRESHOLD_PER_POSITION: tl.constexpr, NEAR: tl.constexpr,
-    SCALE: tl.constexpr, STORED: tl.constexpr, TRUNCATES: tl.constexpr, CHUNK: tl.constexpr, EDGE: tl.constexpr,
-    VECTOR: tl.constexpr,
+    SCALE: tl.constexpr, STORED: tl.constexpr, ROUNDING: tl.constexpr, CHUNK: tl.constexpr, CUT: tl.constexpr,
+    GUARDED: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """One chunk at position p of a segment of n that begins at t; see `forward_kernel`.
 
-    EDGE: rows may be missing and windows may be cut; else they are as described by `uncut`.
+    CUT: windows may be cut; else they are as described by `uncut`
+    GUARDED: rows may be missing
     """
     S: tl.constexpr = len(FIRST)
     row = t + p
@@ -242,17 +279,17 @@ def forward_chunk(
             z = z + shift
         if THRESHOLD_PER_POSITION:
             on_threshold = threshold_at(threshold, row + i, threshold_t, p + i < n, zero)
-        z, off = activate(z, on_threshold, off_threshold, off, ACTIVATION)
-        stored = narrow(z, STORED, TRUNCATES)
+        z, off = activate(z, on_threshold, release_level, off, ACTIVATION)
+        stored = arrived[i] if OUTPUT == "nothing" else narrow(z, STORED, ROUNDING)
         if OUTPUT == "h":
-            if EDGE:
+            if GUARDED:
                 tl.store(out, stored, mask=each(columns, p + i) < n)
             else:
                 tl.store(out, stored)
             out = next_row(out, k, VECTOR)
         x = stored.to(zero.dtype)
         counted = x
-        if EDGE:
+        if GUARDED:
             counted = tl.where(p + i < n, x, 0.0)
             x = tl.where(p + i < n, x, centre)
         if OUTPUT == "mask":
@@ -275,7 +312,7 @@ def forward_chunk(
         if s != OUTER and TRAIL[s] < 0:
             part = pair_energy(
                 part, current, before, earlier, source, word, row, p, n, columns, shift,
-                FIRST[s], LAST[s], OUTPUT, TRUNCATES, CHUNK, EDGE, VECTOR,
+                FIRST[s], LAST[s], OUTPUT, ROUNDING, CHUNK, CUT, GUARDED, VECTOR,
             )  # fmt: skip
         if s != OUTER and TRAIL[s] > 0:
             # -D/2 = sum of y (F - degree y / 2)
@@ -283,18 +320,18 @@ def forward_chunk(
             if s == 0 or TRAIL[s - 1] != FIRST[s]:
                 lead = past_rows(
                     current, before, earlier, source, word, row, p, columns, centre, shift,
-                    FIRST[s], OUTPUT, TRUNCATES, CHUNK, VECTOR,
+                    FIRST[s], OUTPUT, ROUNDING, CHUNK, True, VECTOR,
                 )  # fmt: skip
             trail = past_rows(
                 current, before, earlier, source, word, row, p, columns, centre, shift,
-                TRAIL[s], OUTPUT, TRUNCATES, CHUNK, VECTOR,
+                TRAIL[s], OUTPUT, ROUNDING, CHUNK, CUT, VECTOR,
             )  # fmt: skip
-            share = half_degree(p, n, FIRST[s], LAST[s], NEAR, EDGE).to(zero.dtype)
-            change = half_degree(p + 1, n, FIRST[s], LAST[s], NEAR, EDGE).to(zero.dtype) - share
+            share = half_degree(p, n, FIRST[s], LAST[s], NEAR, CUT).to(zero.dtype)
+            change = half_degree(p + 1, n, FIRST[s], LAST[s], NEAR, CUT).to(zero.dtype) - share
             for i in tl.static_range(CHUNK):
                 window = window + (lead[i] - trail[i])
-                if EDGE:
-                    share = half_degree(p + i, n, FIRST[s], LAST[s], NEAR, EDGE).to(zero.dtype)
+                if CUT:
+                    share = half_degree(p + i, n, FIRST[s], LAST[s], NEAR, CUT).to(zero.dtype)
                 y = current[i] - centre
                 pull = tl.fma(y, zero - share, window)
                 part = tl.fma(y, pull, part)
@@ -303,25 +340,60 @@ def forward_chunk(
         new_parts = new_parts + (part,)
         new_windows = new_windows + (window,)
     if OUTPUT == "mask":
-        shifted = row & 31
-        word = word | (bits << shifted)
-        if shifted + tl.minimum(CHUNK, n - p) >= 32:
-            tl.store(words + tl.cast(row >> 5, tl.int64) * k, word)
-            word = bits >> ((32 - shifted) & 31)
+        word = add_bits(word, bits, words, row, n - p, k, CHUNK, VECTOR)
     if OUTPUT != "nothing" and FAR:
         tl.debug_barrier()  # rows may be read by other threads than wrote them
     return current, off, word, new_windows, new_parts, sums
 
 
 @triton.jit
-def half_degree(p, n, FIRST: tl.constexpr, LAST: tl.constexpr, NEAR: tl.constexpr, EDGE: tl.constexpr):
+def add_bits(word, bits, words, row, left, k, CHUNK: tl.constexpr, VECTOR: tl.constexpr):
+    """The word of the mask that is being filled, after a chunk's bits; it is stored when it is full."""
+    shifted = row & 31
+    word = word | (bits << shifted)
+    if shifted + tl.minimum(CHUNK, left) >= 32:
+        tl.store(row_pointers(words, row >> 5, k, VECTOR), word)
+        word = bits >> ((32 - shifted) & 31)
+    return word
+
+
+@triton.jit
+def excluded_chunk(
+    at, stride, word, h, k, words, threshold, threshold_t, on_threshold, shift, columns, row, left,
+    ACTIVATION: tl.constexpr, OUTPUT: tl.constexpr, THRESHOLD_PER_POSITION: tl.constexpr, STORED: tl.constexpr,
+    ROUNDING: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """One chunk of excluded positions, `left` of which exist: activated without state, and in no statistic."""
+    rows = load_rows(at, stride, left, columns, CHUNK, True, VECTOR)
+    out = row_pointers(h, row, k, VECTOR)
+    bits = each(columns, 0)
+    off = each(columns, 1) > 0
+    for i in tl.static_range(CHUNK):
+        if THRESHOLD_PER_POSITION:
+            on_threshold = threshold_at(threshold, row + i, threshold_t, i < left, shift * 0)
+        z = rows[i].to(shift.dtype) + shift
+        z, off = activate(z, on_threshold, on_threshold, off, "relu" if ACTIVATION == "schmitt" else ACTIVATION)
+        stored = narrow(z, STORED, ROUNDING)
+        if OUTPUT == "h":
+            tl.store(out, stored, mask=each(columns, i) < left)
+            out = next_row(out, k, VECTOR)
+        else:
+            on = (stored.to(shift.dtype) != 0) & (each(columns, i) < left)
+            bits = bits | tl.where(on, 1 << i, 0)
+    if OUTPUT == "mask":
+        word = add_bits(word, bits, words, row, left, k, CHUNK, VECTOR)
+    return word
+
+
+@triton.jit
+def half_degree(p, n, FIRST: tl.constexpr, LAST: tl.constexpr, NEAR: tl.constexpr, CUT: tl.constexpr):
     """Half the number of positions u in a segment of length n with FIRST <= |u - p| <= LAST. float32
 
-    Unless EDGE, windows up to NEAR are not cut.
+    Unless CUT, windows up to NEAR are not cut.
     """
-    if EDGE or LAST > NEAR:
+    if CUT or LAST > NEAR:
         degree = window_count(p, n, LAST)
-        if EDGE or FIRST - 1 > NEAR:
+        if CUT or FIRST - 1 > NEAR:
             degree -= window_count(p, n, FIRST - 1)
         else:
             degree -= 2 * FIRST - 1
@@ -364,9 +436,11 @@ def end_of_uncut(
 
 @triton.jit
 def bend(at, n, CHUNK: tl.constexpr):
-    """The chunk within which a count changes its slope, at position `at`; n if that is between two chunks."""
-    within = (at & (CHUNK - 1)) != 0
-    return tl.where((at >= 0) & within & ((at & (CHUNK - 1)) != CHUNK - 1), at // CHUNK * CHUNK, n)
+    """The chunk in which a count changes its slope after position `at`; n if that is between two chunks.
+
+    In other chunks, of the rows that enter or leave a window there are all or none.
+    """
+    return tl.where((at >= 0) & ((at & (CHUNK - 1)) != CHUNK - 1), at // CHUNK * CHUNK, n)
 
 
 @triton.jit
@@ -417,7 +491,7 @@ def forward_kernel(
     OUTPUT: tl.constexpr,
     THRESHOLD_PER_POSITION: tl.constexpr,
     SCALE: tl.constexpr,
-    TRUNCATES: tl.constexpr,
+    ROUNDING: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -460,16 +534,13 @@ def forward_kernel(
     on_threshold = zero
     if (ACTIVATION == "relu" or ACTIVATION == "schmitt") and not THRESHOLD_PER_POSITION:
         on_threshold = not_negative(load_column_values(threshold, columns, threshold_k, has_threshold, 0.0, COMPUTE))
-    level = zero
+    release_level = zero
     if ACTIVATION == "schmitt":
-        level = not_negative(load_column_values(release, columns, release_k, 1, 0.0, COMPUTE))
+        release_level = not_negative(load_column_values(release, columns, release_k, 1, 0.0, COMPUTE))
     thresholds = threshold + b * threshold_b
 
-    sum_x = zero  # times SCALE, so that no partial sum overflows before the result
-    sum_xx = zero
-    energies = (zero,) * S
-    sum_y = zero
-    sum_yy = zero
+    sums = (zero, zero, zero, zero)  # of x * SCALE, so that no partial sum overflows before the result, xx, y, yy
+    parts = (zero,) * S
     word = each(columns, 0)
     t = 0
     while t < T:
@@ -477,95 +548,99 @@ def forward_kernel(
         excluded = end < 0
         end = tl.abs(end)
         n = end - t
-        off_threshold = level
-        if ACTIVATION == "schmitt":
-            off_threshold = tl.where(excluded, float("inf"), level)
-
-        # The centre: the mean of the segment's first 8 rows, rounded to h's dtype (docs/mathematics.md, section 4).
-        centre = zero
-        off = tl.full([BLOCK_K], True, tl.int1)
-        first = zero
-        upcoming = load_rows(row_pointers(x_in, t, pre_t, VECTOR), pre_t, n, columns, CHUNK, True, VECTOR)
-        for i in tl.static_range(8):
-            z = upcoming[i].to(COMPUTE)
+        if excluded:
             if OUTPUT != "nothing":
-                z = z + shift
-            if THRESHOLD_PER_POSITION:
-                on_threshold = threshold_at(thresholds, t + i, threshold_t, i < n, zero)
-            z, off = activate(z, on_threshold, off_threshold, off, ACTIVATION)
-            x = narrow(z, STORED, TRUNCATES).to(COMPUTE)
-            if i == 0:
-                first = x
-            centre = tl.fma(tl.where(i < n, x, first), zero + 0.125, centre)
-        centre = narrow(centre, STORED, TRUNCATES).to(COMPUTE)
-
-        off = tl.full([BLOCK_K], True, tl.int1)
-        before = (centre,) * CHUNK
-        earlier = (centre,) * CHUNK
-        for q in range(0, n, refresh):
-            sums = (zero, zero, zero, zero)
-            parts = (zero,) * S
-            windows = ()  # F, the sum of y over [p - last, p - first]
-            if OUTPUT != "nothing":
-                tl.debug_barrier()
-            for s in tl.static_range(S):
-                window = zero
-                if TRAIL[s] >= 0 and s != OUTER:
-                    for u in range(tl.maximum(q - 1 - LAST[s], 0), q - FIRST[s]):
-                        at = row_pointers(source[0], t + u, source[1], VECTOR)
-                        exists = each(columns, 1) > 0
-                        x = read_again(at, source, word, t + q, t + u, exists, centre, shift, OUTPUT, TRUNCATES)
-                        window = window + (x - centre)
-                windows = windows + (window,)
-
-            p = q
-            stop = tl.minimum(q + refresh, n)
-            while p < stop:
-                while (p < stop) & (uncut(p, n, NEAR, FIRST, LAST, NEAR, CHUNK) == 0):
-                    arrived = upcoming
-                    at = row_pointers(x_in, t + p + CHUNK, pre_t, VECTOR)
-                    upcoming = load_rows(at, pre_t, n - p - CHUNK, columns, CHUNK, True, VECTOR)
-                    current, off, word, windows, parts, sums = forward_chunk(
-                        arrived, before, earlier, off, word, windows, parts, sums,
-                        source, out, k, words, thresholds, threshold_t, on_threshold, off_threshold, shift, centre,
-                        columns, t, p, n, FIRST, LAST, TRAIL, OUTER, FAR, ACTIVATION, OUTPUT, THRESHOLD_PER_POSITION,
-                        NEAR, SCALE, STORED, TRUNCATES, CHUNK, True, VECTOR,
+                for p in range(0, n, CHUNK):
+                    at = row_pointers(x_in, t + p, pre_t, VECTOR)
+                    word = excluded_chunk(
+                        at, pre_t, word, out, k, words, thresholds, threshold_t, on_threshold, shift, columns,
+                        t + p, n - p, ACTIVATION, OUTPUT, THRESHOLD_PER_POSITION, STORED, ROUNDING, CHUNK, VECTOR,
                     )  # fmt: skip
-                    earlier = before
-                    before = current
-                    p += CHUNK
-                end_inside = end_of_uncut(p, stop, n, NEAR, FIRST, LAST, NEAR, CHUNK)
-                for inside in tl.range(p, end_inside, CHUNK, loop_unroll_factor=UNROLL):
-                    arrived = upcoming
-                    at = row_pointers(x_in, t + inside + CHUNK, pre_t, VECTOR)
-                    upcoming = load_rows(at, pre_t, n, columns, CHUNK, False, VECTOR)
-                    current, off, word, windows, parts, sums = forward_chunk(
-                        arrived, before, earlier, off, word, windows, parts, sums,
-                        source, out, k, words, thresholds, threshold_t, on_threshold, off_threshold, shift, centre,
-                        columns, t, inside, n, FIRST, LAST, TRAIL, OUTER, FAR, ACTIVATION, OUTPUT,
-                        THRESHOLD_PER_POSITION, NEAR, SCALE, STORED, TRUNCATES, CHUNK, False, VECTOR,
-                    )  # fmt: skip
-                    earlier = before
-                    before = current
-                p += tl.maximum(end_inside - p + CHUNK - 1, 0) // CHUNK * CHUNK
+        else:
+            # The centre: the mean of the segment's first 8 rows, rounded to h's dtype (docs/mathematics.md, section 4).
+            centre = zero
+            off = tl.full([BLOCK_K], True, tl.int1)
+            first = zero
+            upcoming = load_rows(row_pointers(x_in, t, pre_t, VECTOR), pre_t, n, columns, CHUNK, True, VECTOR)
+            for i in tl.static_range(8):
+                z = upcoming[i].to(COMPUTE)
+                if OUTPUT != "nothing":
+                    z = z + shift
+                if THRESHOLD_PER_POSITION:
+                    on_threshold = threshold_at(thresholds, t + i, threshold_t, i < n, zero)
+                z, off = activate(z, on_threshold, release_level, off, ACTIVATION)
+                x = narrow(z, STORED, ROUNDING).to(COMPUTE)
+                if i == 0:
+                    first = x
+                centre = tl.fma(tl.where(i < n, x, first), zero + 0.125, centre)
+            centre = narrow(centre, STORED, ROUNDING).to(COMPUTE)
 
-            new_energies = ()
-            for s in tl.static_range(S):
-                new_energies = new_energies + (energies[s] + tl.where(excluded, 0.0, parts[s]),)
-            energies = new_energies
-            sum_x = sum_x + tl.where(excluded, 0.0, sums[0])
-            sum_xx = sum_xx + tl.where(excluded, 0.0, sums[1])
-            sum_y = sum_y + sums[2]
-            sum_yy = sum_yy + sums[3]
+            off = tl.full([BLOCK_K], True, tl.int1)
+            before = (centre,) * CHUNK
+            earlier = (centre,) * CHUNK
+            for q in range(0, n, refresh):
+                windows = ()  # F, the sum of y over [p - last, p - first]
+                if OUTPUT != "nothing":
+                    tl.debug_barrier()
+                for s in tl.static_range(S):
+                    window = zero
+                    if TRAIL[s] >= 0 and s != OUTER:
+                        for u in range(tl.maximum(q - 1 - LAST[s], 0), q - FIRST[s]):
+                            at = row_pointers(source[0], t + u, source[1], VECTOR)
+                            exists = each(columns, 1) > 0
+                            x = read_again(
+                                at, source, word, t + q, t + u, exists, centre, shift, OUTPUT, ROUNDING, False, VECTOR
+                            )
+                            window = window + (x - centre)
+                    windows = windows + (window,)
+
+                p = q
+                stop = tl.minimum(q + refresh, n)
+                while p < stop:
+                    while (p < stop) & (uncut(p, n, NEAR, FIRST, LAST, NEAR, CHUNK) == 0):
+                        arrived = upcoming
+                        at = row_pointers(x_in, t + p + CHUNK, pre_t, VECTOR)
+                        upcoming = load_rows(at, pre_t, n - p - CHUNK, columns, CHUNK, True, VECTOR)
+                        if n - p >= CHUNK:
+                            current, off, word, windows, parts, sums = forward_chunk(
+                                arrived, before, earlier, off, word, windows, parts, sums,
+                                source, out, k, words, thresholds, threshold_t, on_threshold, release_level, shift,
+                                centre, columns, t, p, n, FIRST, LAST, TRAIL, OUTER, FAR, ACTIVATION, OUTPUT,
+                                THRESHOLD_PER_POSITION, NEAR, SCALE, STORED, ROUNDING, CHUNK, True, False, VECTOR,
+                            )  # fmt: skip
+                        else:
+                            current, off, word, windows, parts, sums = forward_chunk(
+                                arrived, before, earlier, off, word, windows, parts, sums,
+                                source, out, k, words, thresholds, threshold_t, on_threshold, release_level, shift,
+                                centre, columns, t, p, n, FIRST, LAST, TRAIL, OUTER, FAR, ACTIVATION, OUTPUT,
+                                THRESHOLD_PER_POSITION, NEAR, SCALE, STORED, ROUNDING, CHUNK, True, True, VECTOR,
+                            )  # fmt: skip
+                        earlier = before
+                        before = current
+                        p += CHUNK
+                    end_inside = end_of_uncut(p, stop, n, NEAR, FIRST, LAST, NEAR, CHUNK)
+                    for inside in tl.range(p, end_inside, CHUNK, loop_unroll_factor=UNROLL):
+                        arrived = upcoming
+                        at = row_pointers(x_in, t + inside + CHUNK, pre_t, VECTOR)
+                        upcoming = load_rows(at, pre_t, n, columns, CHUNK, False, VECTOR)
+                        current, off, word, windows, parts, sums = forward_chunk(
+                            arrived, before, earlier, off, word, windows, parts, sums,
+                            source, out, k, words, thresholds, threshold_t, on_threshold, release_level, shift, centre,
+                            columns, t, inside, n, FIRST, LAST, TRAIL, OUTER, FAR, ACTIVATION, OUTPUT,
+                            THRESHOLD_PER_POSITION, NEAR, SCALE, STORED, ROUNDING, CHUNK, False, False, VECTOR,
+                        )  # fmt: skip
+                        earlier = before
+                        before = current
+                    p += tl.maximum(end_inside - p + CHUNK - 1, 0) // CHUNK * CHUNK
         t = end
 
     if OUTPUT == "mask":
-        tl.store(words + tl.cast(T >> 5, tl.int64) * k, word, mask=each(columns, T & 31) != 0)
+        tl.store(row_pointers(words, T >> 5, k, VECTOR), word, mask=each(columns, T & 31) != 0)
     rest = zero
     if OUTER >= 0:
-        rest = tl.fma(sum_yy, zero + T.to(COMPUTE), -sum_y * sum_y)
+        rest = tl.fma(sums[3], zero + T.to(COMPUTE), -sums[2] * sums[2])
     for s in tl.static_range(S):
-        energy = energies[s]
+        energy = parts[s]
         if TRAIL[s] >= 0:
             energy = energy * -2
         if s == OUTER:
@@ -573,9 +648,9 @@ def forward_kernel(
         elif OUTER >= 0:
             rest = rest - energy
         # Rounding can make a sum of squares negative, and overflowing squares can give inf - inf = NaN. Unless a
-        # feature is NaN (then sum_xx is too), the true value is then infinite.
+        # feature is NaN (then so is the sum of squares), the true value is then infinite.
         energy = tl.where(energy <= 0, 0.0, energy)
-        energy = tl.where((energy != energy) & (sum_xx == sum_xx), float("inf"), energy)
-        tl.store(differences + (b * S + s) * k + columns, energy)
-    tl.store(total + b * k + columns, sum_x * (1 / SCALE))
-    tl.store(square + b * k + columns, sum_xx)
+        energy = tl.where((energy != energy) & (sums[1] == sums[1]), float("inf"), energy)
+        store_column_values(differences, b * S + s, k, columns, energy, VECTOR)
+    store_column_values(total, b, k, columns, sums[0] * (1 / SCALE), VECTOR)
+    store_column_values(square, b, k, columns, sums[1], VECTOR)

@@ -50,8 +50,11 @@ def _block_k(x: Tensor, row_bytes: int) -> int:
     """Features per program: `row_bytes` of a row, or half if there would be too few programs to fill the device."""
     B, _, k = x.shape
     block = max(row_bytes // x.element_size(), 64)
-    wanted = 8 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    return block if B * -(-k // block) >= wanted else block // 2
+    return block if B * -(-k // block) >= _programs_wanted(x) else block // 2
+
+
+def _programs_wanted(x: Tensor) -> int:
+    return 8 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
 
 
 def _grid(x: Tensor, block: int) -> tuple[int]:
@@ -71,9 +74,13 @@ def _vector(block: int, *tensors: Tensor | None) -> bool:
     return True
 
 
-def _truncates(x: Tensor) -> bool:
-    """Triton's interpreter truncates to bfloat16 where a GPU rounds to nearest."""
-    return x.dtype == torch.bfloat16 and interpreting()
+def _rounding(x: Tensor) -> str:
+    """The constant ROUNDING of the kernels, see `forward.narrow`."""
+    if x.element_size() > 2:
+        return "cast"
+    if interpreting():
+        return "bits" if x.dtype == torch.bfloat16 else "cast"
+    return "pairs"
 
 
 def _segment_ends(segments: Tensor | None) -> Tensor | None:
@@ -146,7 +153,7 @@ def backward_windows(bands: Bands) -> dict[str, tuple[int, ...]]:
 def _constants(x: Tensor, block: int, *tensors: Tensor | None) -> dict[str, Any]:
     """Constants of all kernels, and the launch option `num_warps`. tensors: the others that are walked along T"""
     return {
-        "TRUNCATES": _truncates(x),
+        "ROUNDING": _rounding(x),
         "BLOCK_K": block,
         "CHUNK": _CHUNK,
         "VECTOR": _vector(block, x, *tensors),
@@ -180,7 +187,8 @@ def _forward(
     threshold_strides = (0,) * 3 if threshold is None else threshold.expand(*pre.shape).stride()
     release_stride = 0 if release is None else release.expand(k).stride(0)
     outer = outer_band(bands, T) if segments is None else -1
-    block = _block_k(pre, 256)
+    far = any(last >= 2 * _CHUNK for s, (_, last) in enumerate(bands) if s != outer)
+    block = _block_k(pre, 128 if far else 256)  # with a wider row, sm_90 spills registers
     reach = max((min(last, T) for s, (_, last) in enumerate(bands) if s != outer), default=1)
     stand_in = total.view(torch.int32)
     with _on_device_of(pre):
@@ -191,7 +199,7 @@ def _forward(
             *pre.stride(), *_strides(bias, 1), *threshold_strides, release_stride,
             **forward_bands(bands, outer),
             OUTER=outer,
-            FAR=any(last >= 2 * _CHUNK for s, (_, last) in enumerate(bands) if s != outer),
+            FAR=far,
             ACTIVATION=name if release is None else "schmitt",
             OUTPUT=output,
             THRESHOLD_PER_POSITION=per_position,

@@ -33,7 +33,7 @@ def step_energy_kernel(
     weights_t,
     BLOCK_T: tl.constexpr,
     COMPUTE: tl.constexpr,
-    TRUNCATES: tl.constexpr,
+    ROUNDING: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -83,7 +83,7 @@ def step_energy_backward_kernel(
     weights_b,
     weights_t,
     COMPUTE: tl.constexpr,
-    TRUNCATES: tl.constexpr,
+    ROUNDING: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -106,7 +106,7 @@ def step_energy_backward_kernel(
             weight = tl.load(at, mask=t + i + 1 < T, other=0.0).to(COMPUTE)
             after = arrived[i].to(COMPUTE)
             from_after = tl.where(weight != 0, (after - now) * (scale * weight), 0.0)
-            gradient = narrow(from_before - from_after, grad_h.dtype.element_ty, TRUNCATES)
+            gradient = narrow(from_before - from_after, grad_h.dtype.element_ty, ROUNDING)
             tl.store(to, gradient, mask=each(columns, t + i) < T)
             to = next_row(to, k, VECTOR)
             from_before = from_after
