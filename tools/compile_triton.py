@@ -128,18 +128,22 @@ def launches() -> dict[str, tuple[Any, tuple, dict]]:
     }
     for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "f32")):
         x, weights = empty(B, T, k, dtype=dtype), empty(B, T)
-        backwards = {
-            "relu": (Gradients(x, shared, None, None), Activation("relu")),
-            "gelu": (Gradients(x, shared, None, None), Activation("gelu", bias)),
-            "stats": (Gradients(None, shared, sums, sums), Activation("identity")),
-        }
         for ids, suffix in ((None, ""), (empty(B, T, dtype=torch.int64), "-segments")):
             for name, activation in forwards.items():
                 record(f"{name}-{short}{suffix}", launch.activate_with_stats, x, activation, MULTISCALE, ids)
             record(f"stats-{short}{suffix}", launch.temporal_stats, x, MULTISCALE, ids)
+            record(f"mask-{short}{suffix}", launch.activate_with_mask, x, forwards["schmitt"], MULTISCALE, ids)
+        longer = empty(B // 4, 4 * T, k, dtype=dtype)  # segments compile no backward kernel, a longer sequence does
+        for rows, suffix in ((x, ""), (longer, "-long")):
+            of = shared[: rows.shape[0]]
+            backwards = {
+                "relu": (Gradients(rows, of, None, None), Activation("relu")),
+                "gelu": (Gradients(rows, of, None, None), Activation("gelu", bias)),
+                "stats": (Gradients(None, of, sums[: rows.shape[0]], sums[: rows.shape[0]]), Activation("identity")),
+            }
             for name, arguments in backwards.items():
                 label = f"{name}-backward-{short}{suffix}"
-                record(label, launch.activate_with_stats_backward, x, *arguments, MULTISCALE, ids)
+                record(label, launch.activate_with_stats_backward, rows, *arguments, MULTISCALE, None)
         record(f"steps-{short}", launch.step_energy, x, weights)
         record(f"steps-backward-{short}", launch.step_energy_backward, x, weights, one)
     return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ FAST = ("eager", "cpp", "cuda", "triton")  # the backends under test; `reference
 HERE = tuple(name for name in ("reference", *FAST) if _STATES[name] == "ok")
 
 INTERPRETED = _STATES["triton"] == "ok" and launch.interpreting()
+COUNTING = "triton_compilations" in sys.modules  # the results are not Triton's
 DEVICE = {name: _DEVICE_TYPES.get(name, "cpu") if _STATES[name] == "ok" else "cpu" for name in FAST}
 
 

@@ -3,8 +3,8 @@
     TRITON_INTERPRET=0 pytest -p triton_compilations tests/tsae_kernels -k triton
 
 Tests see the `triton` backend as available, on CPU tensors. Its launchers run as they would on an H100, with kernels
-that record what Triton would specialize them for; the results come from `eager`. Prints the number of distinct
-kernels, and with TSAE_COMPILATIONS=FILE writes each with the test that needs it first.
+that record what Triton would specialize them for; the results come from the CPU's default backend. Prints the number
+of distinct kernels, and with TSAE_COMPILATIONS=FILE writes each with the test that needs it first.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from compile_triton import specialization
 
 os.environ["TRITON_INTERPRET"] = "0"  # tests/conftest.py would set it to 1
 
-from tsae_kernels.backends import eager, registry
+from tsae_kernels.backends import registry
 from tsae_kernels.backends.triton import launch
 
+ON_CPU = registry.get_backend(registry.choose_backend(None, torch.device("cpu")))
 MULTIPROCESSORS = 132
 """Of an H100."""
 
@@ -51,13 +52,13 @@ class _Recorder:
 def _activate_with_mask(*arguments: Any) -> tuple[torch.Tensor, ...]:
     from kernels_oracle import active_words  # after the backend is made available
 
-    h, *statistics = eager.activate_with_stats(*arguments)
+    h, *statistics = ON_CPU.activate_with_stats(*arguments)
     return active_words(h), *statistics
 
 
 def _recorded(name: str) -> Callable[..., Any]:
     launcher = getattr(launch, name)
-    result = _activate_with_mask if name == "activate_with_mask" else getattr(eager, name)
+    result = _activate_with_mask if name == "activate_with_mask" else getattr(ON_CPU, name)
 
     def call(first: torch.Tensor, *rest: Any) -> Any:
         launched = launcher(first, *rest)

@@ -39,7 +39,7 @@ def features():
 def test_opcheck_activate(backend, activation, threshold, release, bands, segments, dtype):
     oracle.too_slow(backend, dtype in (torch.float16, torch.bfloat16))
     pre = features().detach().to(dtype)
-    if bands:
+    if backend == "triton":
         bands = [offset for band in oracle.few(backend, unflatten_bands(bands)) for offset in band]
     inputs = (pre, torch.randn(3), activation, threshold, release, bands, segments, backend)
     pre, bias, *rest = oracle.carried(inputs, backend)
@@ -150,10 +150,11 @@ def test_eager_does_work_linear_in_time(segmented):
 @pytest.mark.parametrize("segmented", [False, True])
 def test_linear_in_time(backend, segmented):
     oracle.too_slow(backend, True)
+    oracle.compiles_too_much(backend, True)  # and the time of the CPU is not the kernels'
 
     def seconds(T):
         h = torch.randn(1, T, 1024, requires_grad=True)  # so that the work outweighs the call overhead
-        bands, segments = oracle.few(backend, bands_over(T)), segments_over(T) if segmented else None
+        bands, segments = bands_over(T), segments_over(T) if segmented else None
         begin = time.process_time()
         activated, stats = activate_with_stats(
             h, None, "relu", 0.5, 0.2, bands=bands, segments=segments, backend=backend

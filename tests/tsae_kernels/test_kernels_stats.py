@@ -152,9 +152,8 @@ def test_half_precision_is_summed_in_float32(backend, dtype):
 @pytest.mark.parametrize("bands", [MULTISCALE, ((1, 2), (5, 200))])
 def test_values_up_to_the_end_of_the_range_make_no_nan(backend, segmented, dtype, bands):
     oracle.too_slow(backend, segmented or bands != MULTISCALE)
-    oracle.compiles_too_much(backend, bands != MULTISCALE and dtype == torch.bfloat16)
-    bands = oracle.few(backend, bands, gaps=bands != MULTISCALE)
-    T = 40 if backend == "triton" and oracle.INTERPRETED else 128
+    oracle.compiles_too_much(backend, bands != MULTISCALE)
+    T = 40 if backend == "triton" and (oracle.INTERPRETED or dtype == torch.float16) else 128
     largest = torch.finfo(dtype).max
     h = ((torch.rand(2, T, 6, generator=torch.Generator().manual_seed(0)) - 0.5) * 2 * largest).to(dtype)
     h[..., 1] = largest

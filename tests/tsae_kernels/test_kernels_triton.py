@@ -74,7 +74,7 @@ def test_every_precision(dtype, segmented):
 
 def test_a_mean_a_thousand_times_the_deviation():
     generator = torch.Generator().manual_seed(0)
-    h = torch.randn(1, 128, 40, generator=generator) + 1e3
+    h = torch.randn(1, 128, 33, generator=generator) + 1e3
     got, wanted = (temporal_stats(h, backend=name) for name in ("triton", "reference"))
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
@@ -101,11 +101,10 @@ def test_long_sequences_without_drift():
 
 @pytest.mark.skipif(oracle.INTERPRETED, reason="takes Triton's interpreter too long")
 def test_long_sequences_in_every_precision():
-    further = ((1, 3), (4, 2000)), ((1, 5000),)
+    T = 700 if oracle.COUNTING else 4096
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        pre = (torch.randn(1, 4096, 70, generator=torch.Generator().manual_seed(0)) + 3).to(dtype)
-        for bands in (MULTISCALE, *(further if dtype == torch.float32 else ())):
-            check_against_reference(pre, bands=bands, rtol=max(checks.RTOL[dtype], 1e-5))
+        pre = (torch.randn(1, T, 70, generator=torch.Generator().manual_seed(0)) + 3).to(dtype)
+        check_against_reference(pre, rtol=max(checks.RTOL[dtype], 1e-5))
 
 
 def test_windows_are_summed_afresh(monkeypatch):
@@ -141,19 +140,21 @@ def test_rows_far_from_the_ends_of_their_segment(segments):
         (129, MULTISCALE, False, SCHMITT, False),  # a window reads rows again, whose features are not in memory
         (75, FAR_BANDS, True, SCHMITT, False),
         (31, MULTISCALE, True, {}, True),
-        (40, MULTISCALE, False, {}, False),
     ],
 )
 def test_the_mask_of_active_features(T, bands, segmented, options, per_position):
     """The bits are those of h, and the statistics have the bits of `activate_with_stats`."""
     generator = torch.Generator().manual_seed(T)
-    pre, bias = torch.randn(2, T, 5, generator=generator), torch.randn(5, generator=generator)
+    k = 40 if bands == MULTISCALE and not per_position else 5
+    pre, bias = torch.randn(2, T, k, generator=generator), torch.randn(k, generator=generator)
     pre[0, T // 2, 0] = float("nan")
     levels = {name: torch.tensor(x) for name, x in options.items() if name != "activation"}
     if per_position:
         levels["threshold"] = torch.rand(2, T, 1, generator=generator)
     segments = oracle.random_segments(2, T, generator, longest=60) if segmented else None
     pre, bias, levels, segments = oracle.carried((pre, bias, levels, segments), "triton")
+    if bands == FAR_BANDS:  # with the kernel of the test above
+        pre, bias, levels = pre.double(), bias.double(), {name: x.double() for name, x in levels.items()}
     for x in (pre, pre.bfloat16()) if T == 32 else (pre,):
         activation = Activation("relu", bias, **levels)
         h, *stats = launch.activate_with_stats(x, activation, bands, segments)
@@ -165,7 +166,7 @@ def test_the_mask_of_active_features(T, bands, segmented, options, per_position)
 
 
 def test_every_output_is_written():
-    pre, bias = torch.randn(1, 13, 140), torch.randn(140)  # two programs
+    pre, bias = torch.randn(1, 13, 141), torch.randn(141)  # several programs
     segments = torch.tensor([[0] * 6 + [-1] * 4 + [0] * 3])
     checks.check_every_output_is_written(*oracle.carried((pre, bias, segments), "triton"), backend="triton", **SCHMITT)
 

@@ -97,7 +97,7 @@ def row_at(chunks, INDEX: tl.constexpr, CHUNK: tl.constexpr):
 @triton.jit
 def gradient(
     window_term, saved, grad_h, shift, of_total, of_square,
-    COMPUTE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_H: tl.constexpr, HAS_SUMS: tl.constexpr,
+    COMPUTE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_SUMS: tl.constexpr,
     ROUNDING: tl.constexpr,
 ):  # fmt: skip
     """The loss's gradient with respect to pre.
@@ -105,8 +105,7 @@ def gradient(
     window_term: the gradient through the differences; of_square: twice the gradient of `square`
     """
     grad = window_term
-    if HAS_H:
-        grad = grad + grad_h.to(COMPUTE)
+    grad = grad + grad_h.to(COMPUTE)
     x = saved.to(COMPUTE)
     if ACTIVATION == "gelu":
         z = x + shift
@@ -128,7 +127,7 @@ def backward_chunk(
     saved, grads, chunks, sums, weights, constant, own, masked, shift, centre, of_total, of_square, part_bias,
     x_in, stride, t, p, n, filler, grad_pre, k,
     REACH: tl.constexpr, SLIDING: tl.constexpr, NEAR: tl.constexpr, ACTIVATION: tl.constexpr,
-    HAS_H: tl.constexpr, HAS_SUMS: tl.constexpr, SCALE: tl.constexpr, ROUNDING: tl.constexpr, CHUNK: tl.constexpr,
+    HAS_SUMS: tl.constexpr, SCALE: tl.constexpr, ROUNDING: tl.constexpr, CHUNK: tl.constexpr,
     CUT: tl.constexpr, GUARDED: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one chunk at position p of its segment of n. out: the window sums and `part_bias`
@@ -197,11 +196,8 @@ def backward_chunk(
         new_sums = new_sums + (sum,)
     for i in tl.static_range(CHUNK):
         window_term = tl.where(masked, 0.0, window_terms[i])
-        of_h = saved[i]
-        if HAS_H:
-            of_h = grads[i]
         grad = gradient(
-            window_term, saved[i], of_h, shift, of_total, of_square, COMPUTE, ACTIVATION, HAS_H, HAS_SUMS, ROUNDING
+            window_term, saved[i], grads[i], shift, of_total, of_square, COMPUTE, ACTIVATION, HAS_SUMS, ROUNDING
         )
         if GUARDED:
             grad = tl.where(p + i < n, grad, 0.0)
@@ -262,7 +258,6 @@ def backward_kernel(
     MINUS: tl.constexpr,
     COVERS: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    HAS_H: tl.constexpr,
     HAS_SUMS: tl.constexpr,
     SCALE: tl.constexpr,
     ROUNDING: tl.constexpr,
@@ -278,7 +273,7 @@ def backward_kernel(
     REACH: of each window |u - t| <= reach, ascending
     PLUS, MINUS: a window's weight is the gradient of band PLUS minus that of band MINUS; -1 for none
     COVERS: the last window covers every segment
-    HAS_H, HAS_SUMS: whether there are gradients of h, and of the total or the square
+    HAS_SUMS: whether there may be a gradient of the total or the square
     The other constants are as in `forward_kernel`.
     """
     S: tl.constexpr = len(FIRST)
@@ -292,9 +287,7 @@ def backward_kernel(
     zero = tl.zeros([BLOCK_K], COMPUTE)
     x_in = column_pointers(saved, b, saved_b, columns, saved_k, VECTOR)
     out = grad_pre + b * T * k + columns
-    incoming = x_in
-    if HAS_H:
-        incoming = column_pointers(grad_h, b, grad_h_b, columns, grad_h_k, VECTOR)
+    incoming = column_pointers(grad_h, b, grad_h_b, columns, grad_h_k, VECTOR)
 
     shift = zero
     if GELU:
@@ -335,10 +328,8 @@ def backward_kernel(
         of_total = tl.where(excluded, 0.0, total_column)
         of_square = tl.where(excluded, 0.0, square_column)
         begin = row_pointers(x_in, t, saved_t, VECTOR)
-        grads = ()
-        if HAS_H:
-            at = row_pointers(incoming, t, grad_h_t, VECTOR)
-            grads = load_rows(at, grad_h_t, n, columns, CHUNK, True, VECTOR)
+        at = row_pointers(incoming, t, grad_h_t, VECTOR)
+        grads = load_rows(at, grad_h_t, n, columns, CHUNK, True, VECTOR)
         if any_active & (end > 0) & (excluded == 0):
             # The centre: the mean of the segment's first 8 rows, rounded to h's dtype.
             centre = zero
@@ -404,15 +395,14 @@ def backward_kernel(
                         at = row_pointers(x_in, t + p + 3 * CHUNK, saved_t, VECTOR)
                         upcoming = load_guarded(at, saved_t, p + 3 * CHUNK, n, filler, CHUNK, VECTOR)
                         grads_now = grads
-                        if HAS_H:
-                            at = row_pointers(incoming, t + p + CHUNK, grad_h_t, VECTOR)
-                            grads = load_rows(at, grad_h_t, n - p - CHUNK, columns, CHUNK, True, VECTOR)
+                        at = row_pointers(incoming, t + p + CHUNK, grad_h_t, VECTOR)
+                        grads = load_rows(at, grad_h_t, n - p - CHUNK, columns, CHUNK, True, VECTOR)
                         if n - p >= CHUNK:
                             sums, part_bias = backward_chunk(
                                 saved_now, grads_now, (earlier, before, current, after, later), sums, weights, constant,
                                 own, masked, shift, centre, of_total, of_square, part_bias,
                                 x_in, saved_t, t, p, n, filler, out, k,
-                                REACH, SLIDING, NEAR, ACTIVATION, HAS_H, HAS_SUMS, SCALE, ROUNDING, CHUNK, True, False,
+                                REACH, SLIDING, NEAR, ACTIVATION, HAS_SUMS, SCALE, ROUNDING, CHUNK, True, False,
                                 VECTOR,
                             )  # fmt: skip
                         else:
@@ -420,7 +410,7 @@ def backward_kernel(
                                 saved_now, grads_now, (earlier, before, current, after, later), sums, weights, constant,
                                 own, masked, shift, centre, of_total, of_square, part_bias,
                                 x_in, saved_t, t, p, n, filler, out, k,
-                                REACH, SLIDING, NEAR, ACTIVATION, HAS_H, HAS_SUMS, SCALE, ROUNDING, CHUNK, True, True,
+                                REACH, SLIDING, NEAR, ACTIVATION, HAS_SUMS, SCALE, ROUNDING, CHUNK, True, True,
                                 VECTOR,
                             )  # fmt: skip
                         saved_now = saved_next
@@ -437,14 +427,13 @@ def backward_kernel(
                         at = row_pointers(x_in, t + inside + 3 * CHUNK, saved_t, VECTOR)
                         upcoming = load_rows(at, saved_t, n, columns, CHUNK, False, VECTOR)
                         grads_now = grads
-                        if HAS_H:
-                            at = row_pointers(incoming, t + inside + CHUNK, grad_h_t, VECTOR)
-                            grads = load_rows(at, grad_h_t, n, columns, CHUNK, False, VECTOR)
+                        at = row_pointers(incoming, t + inside + CHUNK, grad_h_t, VECTOR)
+                        grads = load_rows(at, grad_h_t, n, columns, CHUNK, False, VECTOR)
                         sums, part_bias = backward_chunk(
                             saved_now, grads_now, (earlier, before, current, after, later), sums, weights, constant,
                             own_inside, masked, shift, centre, of_total, of_square, part_bias,
                             x_in, saved_t, t, inside, n, filler, out, k,
-                            REACH, SLIDING, NEAR, ACTIVATION, HAS_H, HAS_SUMS, SCALE, ROUNDING, CHUNK, False, False,
+                            REACH, SLIDING, NEAR, ACTIVATION, HAS_SUMS, SCALE, ROUNDING, CHUNK, False, False,
                             VECTOR,
                         )  # fmt: skip
                         saved_now = saved_next
@@ -464,16 +453,12 @@ def backward_kernel(
                 left = n - p - CHUNK
                 at = row_pointers(x_in, t + p + CHUNK, saved_t, VECTOR)
                 upcoming = load_rows(at, saved_t, left, columns, CHUNK, True, VECTOR)
-                if HAS_H:
-                    at = row_pointers(incoming, t + p + CHUNK, grad_h_t, VECTOR)
-                    grads = load_rows(at, grad_h_t, left, columns, CHUNK, True, VECTOR)
+                at = row_pointers(incoming, t + p + CHUNK, grad_h_t, VECTOR)
+                grads = load_rows(at, grad_h_t, left, columns, CHUNK, True, VECTOR)
                 to = row_pointers(out, t + p, k, VECTOR)
                 for i in tl.static_range(CHUNK):
-                    of_h = arrived[i]
-                    if HAS_H:
-                        of_h = grads_now[i]
                     grad = gradient(
-                        zero, arrived[i], of_h, shift, of_total, of_square, COMPUTE, ACTIVATION, HAS_H, HAS_SUMS,
+                        zero, arrived[i], grads_now[i], shift, of_total, of_square, COMPUTE, ACTIVATION, HAS_SUMS,
                         ROUNDING,
                     )  # fmt: skip
                     grad = tl.where(p + i < n, grad, 0.0)

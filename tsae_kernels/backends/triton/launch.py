@@ -130,7 +130,7 @@ def outer_band(bands: Bands, T: int) -> int:
         if first != covered + 1:
             break
         if last >= T - 1:
-            return s if max(8 * covered, 1) < T else -1
+            return s if max(8 * covered, 2 * _CHUNK) < T else -1  # in fewer rows it saves nothing
         covered = last
     return -1
 
@@ -250,6 +250,10 @@ def activate_with_stats_backward(
     sliding = [min(reach, T) for reach in windows["REACH"][: -1 if covers else None]]
     block = _block_k(saved, 128)
     present = _present(bias, grads.differences, grads.total, grads.square, segments)
+    # Each combination of absent gradients would compile a kernel. There are two: for a training step, and for any.
+    training = activation.name == "relu" and [x is not None for x in grads] == [True, True, False, False]
+    if grads.h is None:
+        grads = grads._replace(h=saved.new_zeros(k).expand(saved.shape))
     strides = *saved.stride(), *_strides(bias, 1), *_strides(grads.h, 3), *_strides(grads.differences, 3)
     strides += *_strides(grads.total, 2), *_strides(grads.square, 2)
     stand_ins = grad_pre, grad_bias, grad_bias, grad_bias
@@ -261,8 +265,7 @@ def activate_with_stats_backward(
             **windows,
             COVERS=covers,
             ACTIVATION=activation.name,
-            HAS_H=grads.h is not None,
-            HAS_SUMS=grads.total is not None or grads.square is not None,
+            HAS_SUMS=not training,
             SCALE=sum_scale(saved.dtype),
             UNROLL=_UNROLL,
             **_constants(saved, block, grads.h),
