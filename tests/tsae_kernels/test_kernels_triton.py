@@ -103,7 +103,7 @@ def test_long_sequences_without_drift():
 def test_long_sequences_in_every_precision():
     T = 700 if oracle.COUNTING else 4096
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        pre = (torch.randn(1, T, 70, generator=torch.Generator().manual_seed(0)) + 3).to(dtype)
+        pre = (torch.randn(1, T, 71, generator=torch.Generator().manual_seed(0)) + 3).to(dtype)
         check_against_reference(pre, rtol=max(checks.RTOL[dtype], 1e-5))
 
 

@@ -182,7 +182,8 @@ def _forward(
     total, square = pre.new_empty(B, k, dtype=dtype), pre.new_empty(B, k, dtype=dtype)
     if B == 0:
         return differences, total, square
-    name, bias, threshold, release = activation
+    # Small tensors in one dtype, because another one would compile another kernel.
+    name, (bias, threshold, release) = activation.name, (x if x is None else x.to(dtype) for x in activation[1:])
     per_position = threshold is not None and threshold.dim() == 3
     threshold_strides = (0,) * 3 if threshold is None else threshold.expand(*pre.shape).stride()
     release_stride = 0 if release is None else release.expand(k).stride(0)
@@ -204,7 +205,7 @@ def _forward(
             OUTPUT=output,
             THRESHOLD_PER_POSITION=per_position,
             SCALE=sum_scale(pre.dtype),
-            UNROLL=_UNROLL,
+            UNROLL=1 if far else _UNROLL,
             **_constants(pre, block),
             enable_fp_fusion=False,
         )  # fmt: skip
