@@ -158,6 +158,7 @@ def _constants(x: Tensor, block: int, *tensors: Tensor | None) -> dict[str, Any]
         "CHUNK": _CHUNK,
         "VECTOR": _vector(block, x, *tensors),
         "num_warps": 1,
+        "maxnreg": 255,  # all there are: by itself ptxas spills some for another warp
     }
 
 
