@@ -532,9 +532,23 @@ class Thread:
         result = min(x, y) if self._predicate(predicate) else max(x, y)
         self._set(to, max(result, 0) if "RELU" in i.modifiers else result)
 
-    def _p2r(self, i: Instruction) -> None:
-        value = sum(self._predicate(f"P{n}") << n for n in range(7))
-        self._set(i.operands[0], value & self._value(i.operands[-1]))
+    def _p2r(self, i: Instruction, prefix: str = "P") -> None:  # other bits than the mask's come from a register
+        to, _, others, mask = i.operands
+        chosen = self._value(mask)
+        value = sum(self._predicate(f"{prefix}{n}") << n for n in range(7))
+        self._set(to, value & chosen | self._value(others) & ~chosen)
+
+    def _r2p(self, i: Instruction, prefix: str = "P") -> None:
+        _, source, mask = i.operands
+        for n in range(7):
+            if self._value(mask) >> n & 1:
+                self._set_predicate(f"{prefix}{n}", self._value(source) >> n & 1)
+
+    def _up2ur(self, i: Instruction) -> None:
+        self._p2r(i, "UP")
+
+    def _ur2up(self, i: Instruction) -> None:
+        self._r2p(i, "UP")
 
     def _popc(self, i: Instruction) -> None:
         self._set(i.operands[0], self._value(i.operands[1]).bit_count())
