@@ -122,28 +122,5 @@ def train_all(out: Path, features: list[int]) -> None:
     dist.destroy_process_group()
 
 
-def order_of_sums(out: Path) -> None:
-    """In each process: what a step does in turn, to ``out``: gradients that autograd computed, and sums begun."""
-    dist.init_process_group("gloo")
-    ranks = make_ranks(1, "cpu")
-    cfg, batch = config("topk, matryoshka, AuxK, contrastive"), batches(1)[0]
-    trainer = Trainer(cfg, InputNormalizer.estimate(*batch), torch.device("cpu"), autocast=False, ranks=ranks)
-    events: list[str] = []
-    for name, parameter in trainer.sae.parameter_dict().items():
-        parameter.register_hook(lambda _, name=name: events.append(f"gradient of {name}"))
-    start = ranks.data.start_sum_in_place
-
-    def record(gradient: Tensor) -> Any:
-        name = next(name for name, p in trainer.sae.parameter_dict().items() if p.grad is gradient)
-        events.append(f"sum of {name}")
-        return start(gradient)
-
-    ranks.data.start_sum_in_place = record  # type: ignore[method-assign]
-    trainer.train_step(share(batch, ranks))
-    if dist.get_rank() == 0:
-        out.write_text(json.dumps(events))
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":  # a rank of torchrun
     train_all(Path(sys.argv[1]), [int(argument) for argument in sys.argv[2:]])

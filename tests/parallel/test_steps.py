@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from launch import fork, torchrun
-from steps import RUNS, order_of_sums, train_all, trained
+from steps import RUNS, train_all, trained
 
 Measured = dict[str, list[dict[str, float]]]
 CLOSE = 1e-5  # relative, of every loss of 50 steps
@@ -71,15 +71,6 @@ def check_same(found: tuple, key: str, wanted: list[dict[str, float]], weights: 
             assert several[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4), (step, name)
     for name, tensor in weights.items():
         torch.testing.assert_close(found_weights[key][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
-
-
-def test_a_gradient_is_summed_as_soon_as_it_is_there(tmp_path: Path) -> None:
-    fork(2, order_of_sums, tmp_path / "events.json", folder=tmp_path)
-    events = json.loads((tmp_path / "events.json").read_text())
-    assert sorted(event for event in events if "sum" in event) == [
-        f"sum of {name}" for name in ("W_dec", "W_enc", "b_dec", "b_enc")
-    ]
-    assert events.index("sum of W_dec") < events.index("gradient of W_enc")
 
 
 def test_the_runs_pass_through_what_they_are_to_test(alone: Callable) -> None:

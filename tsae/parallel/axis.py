@@ -7,7 +7,6 @@ of weights are then sums over the shards of the batch, never means.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +20,7 @@ class Axis:
     """The processes along one dimension of the mesh. With one process values are unchanged.
 
     Sums differ in their gradient: `sum_identity_grad`, `identity_sum_grad` (the reverse), `sum_no_grad`, and
-    `start_sum_in_place` without autograd.
+    `sum_in_place` without autograd.
 
     Args:
         group: torch's process group; None is this process alone.
@@ -77,20 +76,15 @@ class Axis:
         dist.all_gather(parts, source, group=self.group)
         return torch.cat(parts, dim)
 
-    def start_sum_in_place(self, tensor: Tensor) -> Callable[[], None]:
-        """Begin to replace the content of ``tensor`` by the sum over the processes; the result waits for the end."""
+    def sum_in_place(self, tensor: Tensor) -> None:
+        """Replace the content of ``tensor`` by the sum over the processes."""
         if self.size == 1:
-            return _nothing
+            return
         flat = tensor.T if tensor.dim() == 2 and not tensor.is_contiguous() else tensor
-        whole = flat if flat.is_contiguous() else flat.contiguous()
-        work = dist.all_reduce(whole, group=self.group, async_op=True)
-
-        def wait() -> None:
-            work.wait()
-            if whole is not flat:
-                flat.copy_(whole)
-
-        return wait
+        if flat.is_contiguous():
+            dist.all_reduce(flat, group=self.group)
+        else:
+            tensor.copy_(_reduced(tensor, self.group))
 
     def shard_bounds(self, n: int) -> tuple[int, int]:
         """The range [first, last) of ``n`` items that this process has."""
@@ -122,10 +116,6 @@ class Ranks:
 
 
 SINGLE_PROCESS = Ranks()
-
-
-def _nothing() -> None:
-    pass
 
 
 def _reduced(tensor: Tensor, group: Any, how: Any = dist.ReduceOp.SUM) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -128,34 +128,12 @@ def add_gradient_noise(sae: SparseAutoencoder, std: float, generator: torch.Gene
         grad.add_(noise.to(grad) * mean_square.sqrt(), alpha=std)
 
 
-class GradientSum:
-    """Sums the gradients over the shards of the batch while the backward pass runs.
-
-    The sum of a parameter's gradient starts as soon as autograd has completed it: the decoder's overlaps with the
-    backward pass of the encoder. There must be one backward pass a step. No parameter is split or joined with others
-    for it, since there are two large ones and a few small ones.
-
-    Args:
-        sae: the autoencoder.
-        data: the processes that have the other shards.
-    """
-
-    def __init__(self, sae: SparseAutoencoder, data: Axis) -> None:
-        self.data = data
-        self.running: list[Callable[[], None]] = []
-        if data.size > 1:
-            for parameter in sae.parameters():
-                parameter.register_post_accumulate_grad_hook(self._start)
-
-    def _start(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        self.running.append(self.data.start_sum_in_place(local(parameter.grad)))
-
-    def wait(self) -> None:
-        """Wait until all gradients of the step are sums."""
-        for wait in self.running:
-            wait()
-        self.running = []
+@torch.no_grad()
+def sum_gradients(sae: SparseAutoencoder, data: Axis) -> None:
+    """Sum every gradient over the shards of the batch."""
+    for parameter in sae.parameter_dict().values():
+        if parameter.grad is not None:
+            data.sum_in_place(local(parameter.grad))
 
 
 @torch.no_grad()

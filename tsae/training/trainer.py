@@ -35,7 +35,6 @@ from tsae.training.feature_lists import FeatureLists
 from tsae.training.feature_state import DeadFeatures, TemporalBuffer, lag1_correlation
 from tsae.training.objectives import LossInputs, LossTerms, auxk_loss, bands_for, objective
 from tsae.training.optimization import (
-    GradientSum,
     add_gradient_noise,
     add_l0_lagrangian_gradient,
     build_optimizer,
@@ -45,6 +44,7 @@ from tsae.training.optimization import (
     project_decoder_gradient,
     renormalize_decoder,
     set_learning_rate,
+    sum_gradients,
     threshold_parameters,
 )
 from tsae.training.schedules import StepPlan, learning_rate, step_plan
@@ -114,7 +114,6 @@ class Trainer:
         self.lists: SparseStep | None = None
         if uses_lists(cfg, device, ranks.world.size):
             self.lists = SparseStep(cfg, self.sae, ranks, autocast=autocast)
-        self.gradient_sum = GradientSum(self.sae, ranks.data)
         self.graphs = GraphedSteps(self._make_step, device) if cfg.cuda_graph else None
         self.controller = ThresholdController(cfg.sae.k)
         self.temporal_buffer = TemporalBuffer(cfg.sae.d_sae, cfg.objective.buffer_std, generator=generator)
@@ -167,7 +166,7 @@ class Trainer:
         lists = self.lists if plan.noise == 0 else None  # noise is on all rows
         self.optimizer.zero_grad(set_to_none=True)
         pieces = self._accumulate_gradients(batch, plan, lists, check=check)
-        self.gradient_sum.wait()
+        sum_gradients(sae, ranks.data)
         if self._priced:
             sums = (_sum(each) for each in zip(*(piece.l0_gradients for piece in pieces), strict=True))
             add_l0_lagrangian_gradient(sae, [ranks.data.sum_no_grad(local(gradient)) for gradient in sums])
@@ -232,7 +231,7 @@ class Trainer:
         cfg = self.cfg.objective
         if cfg.aux_weight == 0:
             return None
-        if not (lists or runs_behind(self.device)) or self.ranks.world.size > 1:
+        if not (lists or runs_behind(self.device)) or self.ranks.features.size > 1:
             return self.dead.indices(cfg.dead_after_tokens)
         if not self._any_dead:
             return None
