@@ -11,7 +11,8 @@ PEERS_STAMP := $(PEERS)/.installed
 WORKERS ?= logical
 PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: demo install peers test test-slow test-peers kills lint format docs bench bench-smoke asan cuda-compile triton-compile gpu-check clean
+.PHONY: demo install peers test test-slow test-peers kills lint format docs bench bench-smoke asan
+.PHONY: cuda-compile triton-compile kernel-count gpu-check gpu-pack gpu-rehearsal clean
 
 demo: install
 	$(BIN)/python -m tsae.train
@@ -79,9 +80,23 @@ cuda-compile:
 triton-compile: install
 	$(BIN)/python tools/compile_triton.py
 
-# Build, tests, compute-sanitizer and benchmarks on a machine with a GPU, in one go, with its own Python environment.
+# Instructions per element of the GPU kernels, from their machine code; fails where one is over its budget. Needs nvcc.
+kernel-count: install
+	$(BIN)/python tools/kernel_count
+
+# Tests, compute-sanitizer and benchmarks on a machine with a GPU and its own Python, within DEADLINE seconds. See
+# tools/gpu/check.py for its variables: DEADLINE, PARTS, OUT, MODEL, LOOP.
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu-check:
-	bash tools/gpu_check.sh
+	$(GPU_PYTHON) -m tools.gpu.check
+
+# What to copy to such a machine if it has no network, in gpu-pack/, and its size.
+gpu-pack: install
+	$(BIN)/python -m tools.gpu.pack
+
+# gpu-check without a GPU: its commands are checked, and its steps run with stand-ins.
+gpu-rehearsal: install
+	$(BIN)/python -m tools.gpu.rehearsal
 
 clean:
 	rm -rf $(VENV) $(PEERS) build dist site *.egg-info runs

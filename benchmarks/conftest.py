@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Callable
@@ -16,6 +17,9 @@ from benchmarks.results import Measurement, table
 
 SMOKE = bool(os.environ.get("TSAE_BENCH_SMOKE"))
 """Small sizes and few rounds: checks that the suite runs; the times mean nothing."""
+
+LINES = os.environ.get("TSAE_BENCH_LINES")
+"""A file that gets every measurement as a line of JSON as soon as it is taken."""
 
 MEASURED = pytest.StashKey[dict[str, Measurement]]()
 
@@ -54,6 +58,17 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.line(line)
     terminalreporter.line("")
     terminalreporter.line("x copy: relative to h.clone(); x own: to the bold variant; peak: memory beyond the inputs")
+    for measurement in measured:
+        for line in remarks(measurement):
+            terminalreporter.line(line)
+
+
+def remarks(m: Measurement) -> list[str]:
+    """What the table does not show: results that the gate refuses, and a batch smaller than intended."""
+    out = [f"refused in {m.case!r}, timed all the same: {row.refused}" for row in m.rows if row.refused]
+    if "sequences intended" in m.notes:
+        out.append(f"{m.case!r}: {m.shape[0]} sequences, not {m.notes['sequences intended']}: too little free memory")
+    return out
 
 
 @pytest.fixture(scope="session")
@@ -73,6 +88,9 @@ def record(benchmark: Any, pytestconfig: pytest.Config) -> Callable[[Measurement
     def keep(measurement: Measurement) -> None:
         pytestconfig.stash[MEASURED][measurement.case] = measurement
         benchmark.extra_info["measurement"] = measurement.to_dict()
+        if LINES:
+            with Path(LINES).open("a") as file:
+                file.write(json.dumps({"part": "benchmarks", "smoke": SMOKE, **measurement.to_dict()}) + "\n")
 
     return keep
 

@@ -1,4 +1,8 @@
-"""Correctness check before timing: every variant is compared with the definition in float64."""
+"""Correctness check before timing: every variant is compared with the definition in float64.
+
+A large batch is checked on sequences spread over it, because the definition in float64 of all of them takes longer than
+what is timed and more memory than a GPU has.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,9 @@ from tsae_kernels import MULTISCALE, Bands, activate_with_stats
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 """The largest relative error allowed, by the dtype of the input."""
+
+SEQUENCES = 64
+"""How many sequences of a batch are compared with the definition."""
 
 
 class WrongResultError(AssertionError):
@@ -23,10 +30,12 @@ def reference(
     grad_h: Tensor | None,
     grad_differences: Tensor | None,
     bands: Bands = MULTISCALE,
+    segments: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The definition in float64, in blocks of rows and features to limit memory.
 
-    x: [B, T, k]; threshold, release: [k] or None; grad_h: [B, T, k] or None; grad_differences: [S, k] or None
+    x: [B, T, k]; threshold, release: [k] or None; grad_h: [B, T, k] or None; grad_differences: [S, k] or None;
+    segments: [B, T] or None
     out: `h`, `differences`, `total`, `square`, and `grad` if there is a gradient
     """
     B, T, k = x.shape
@@ -40,7 +49,8 @@ def reference(
             chosen, features = (slice(b, b + rows), slice(None), slice(j, j + columns)), (..., slice(j, j + columns))
             block = x[chosen].detach().double().requires_grad_(True)
             levels = [None if level is None else level[features] for level in (threshold, release)]
-            h, stats = activate_with_stats(block, None, activation, *levels, bands, backend="reference")
+            ids = None if segments is None else segments[b : b + rows]
+            h, stats = activate_with_stats(block, None, activation, *levels, bands, ids, backend="reference")
             found = {"h": h.detach()} | {name: value.detach() for name, value in stats._asdict().items()}
             used = []
             if grad_h is not None:
@@ -53,6 +63,12 @@ def reference(
             blocks[-1].append(found)
     names = blocks[0][0]
     return {name: torch.cat([torch.cat([f[name] for f in line], -1) for line in blocks]) for name in names}
+
+
+def checked_sequences(batch: int, device: torch.device | str = "cpu") -> Tensor:
+    """Indices of the sequences to check: all of a small batch, else `SEQUENCES` from the first to the last."""
+    count = min(batch, SEQUENCES)
+    return torch.linspace(0, batch - 1, count, device=device, dtype=torch.float64).round().long()
 
 
 def check(variant: str, found: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:

@@ -20,6 +20,12 @@ SLOW_BUDGET = 6.0
 
 FEWEST = 3
 
+SCRATCH_BYTES = 2**30
+"""Larger than any GPU's caches."""
+
+READS = 4
+"""Of the scratch memory before a timed call: more than a millisecond at 3 TB/s, longer than launching takes."""
+
 Call = Callable[[int], object]
 """One execution on the inputs of that index (modulo the number of inputs)."""
 
@@ -29,12 +35,14 @@ class Variant(NamedTuple):
 
     kind: "copy", "backend", "alternative" or "step"
     bytes: the minimum memory traffic, with every tensor read or written once; 0 if unspecified
+    refused: why the result is less accurate than the gate allows; "" if it is accurate
     """
 
     name: str
     kind: str
     call: Call
     bytes: int = 0
+    refused: str = ""
 
 
 class Timing(NamedTuple):
@@ -69,7 +77,7 @@ def seconds_of(call: Call, turn: int, device: torch.device) -> float:
         del result
         return elapsed
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    _gpu_scratch(device).zero_()
+    occupy(device)
     start.record()
     call(turn)
     end.record()
@@ -77,9 +85,18 @@ def seconds_of(call: Call, turn: int, device: torch.device) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+def occupy(device: torch.device) -> None:
+    """Work that keeps the GPU busy while a timed call is launched, and evicts its inputs from the caches.
+
+    It only reads: written lines would be left in the cache, and the timed call would pay for writing them to memory.
+    """
+    for _ in range(READS):
+        _scratch(device).sum()
+
+
 @functools.cache
-def _gpu_scratch(device: torch.device) -> torch.Tensor:
-    return torch.empty(2**30, dtype=torch.uint8, device=device)  # also evicts the caches
+def _scratch(device: torch.device) -> torch.Tensor:
+    return torch.zeros(SCRATCH_BYTES // 4, device=device)
 
 
 def peak_memory(call: Call, device: torch.device) -> int | None:

@@ -15,7 +15,12 @@ HEADER = ("case", "variant", "ms", "x copy", "x own", "peak MiB", "x h", "of cop
 
 @dataclass
 class Row:
-    """One variant. seconds: the median; bytes: the minimum memory traffic, or 0 if unspecified."""
+    """One variant.
+
+    seconds: the median
+    bytes: the minimum memory traffic, or 0 if unspecified
+    refused: why the result is less accurate than the gate allows; "" if it is accurate
+    """
 
     variant: str
     kind: str
@@ -23,6 +28,7 @@ class Row:
     rounds: int
     peak_bytes: int | None = None
     bytes: int = 0
+    refused: str = ""
 
 
 @dataclass
@@ -46,7 +52,8 @@ class Measurement:
     def add(self, variants: list[Variant], timings: dict[str, Timing]) -> None:
         for v in variants:
             timing = timings[v.name]
-            self.rows.append(Row(v.name, v.kind, timing.median, len(timing.seconds), timing.peak_bytes, v.bytes))
+            rounds = len(timing.seconds)
+            self.rows.append(Row(v.name, v.kind, timing.median, rounds, timing.peak_bytes, v.bytes, v.refused))
 
     def row(self, variant: str) -> Row:
         return next(row for row in self.rows if row.variant == variant)
@@ -98,7 +105,8 @@ def write_json(path: Path, measurements: list[Measurement], machine: dict[str, A
 def table(measurements: list[Measurement]) -> str:
     """A Markdown table of every variant of every case, with padded columns.
 
-    `own` is in bold, and `x own` is a variant's time relative to it.
+    `own` is in bold, and `x own` is a variant's time relative to it. (refused) marks results less accurate than the
+    gate allows.
     """
     lines = [HEADER, *(_cells(m, row) for m in measurements for row in m.rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -114,7 +122,7 @@ def _cells(m: Measurement, row: Row) -> list[str]:
     peak = row.peak_bytes
     return [
         m.case,
-        f"**{row.variant}**" if row.variant == m.own else row.variant,
+        (f"**{row.variant}**" if row.variant == m.own else row.variant) + " (refused)" * bool(row.refused),
         f"{1e3 * row.seconds:.2f}",
         _number(m.copies(row), "{:.2f}"),
         f"{row.seconds / m.seconds(m.own):.2f}",

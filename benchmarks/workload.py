@@ -14,6 +14,7 @@ from tsae_kernels import MULTISCALE, Bands, activate_with_stats, available_backe
 
 Function = Callable[[Tensor], Output]
 
+BOTH = "forward + backward"
 THRESHOLD, RELEASE = 1.0, 0.3
 FAR = 100.0
 """Mean of every eighth feature, in standard deviations: a variant that does not centre is inaccurate there."""
@@ -28,11 +29,19 @@ def backends(device: torch.device) -> list[str]:
     return [name for name, devices in DEVICES.items() if device.type in devices and states.get(name) == "ok"]
 
 
+def packed_segments(batch: int, length: int, device: torch.device) -> Tensor:
+    """Documents packed into sequences, [B, T] int32: runs of 1 to T positions, 3 to 4 per sequence, at any position."""
+    starts = torch.rand(batch, length, generator=torch.Generator().manual_seed(0)) < 2.5 / length
+    return starts.cumsum(1).to(device, torch.int32)
+
+
 class Workload:
     """Rotating inputs [B, T, k] and gradients, and variants that run on them.
 
     The gradient of h is dense, like the decoder's; that of the differences, [S, k], is shared by all rows, like that of
     a temporal loss over the batch; `total` and `square` get none.
+
+    packed: with `packed_segments`; only backends support it, not the alternatives
     """
 
     def __init__(
@@ -42,6 +51,7 @@ class Workload:
         device: torch.device,
         rotation: int,
         bands: Bands = MULTISCALE,
+        packed: bool = False,
     ) -> None:
         self.shape, self.dtype, self.device, self.rotation, self.bands = shape, dtype, device, rotation, bands
         generator = torch.Generator(device).manual_seed(0)
@@ -56,12 +66,19 @@ class Workload:
         self.grad_differences = 0.01 * torch.rand(len(bands), k, generator=generator, device=device)
         self.threshold = torch.full((k,), THRESHOLD, device=device)
         self.release = torch.full((k,), RELEASE, device=device)
+        self.segments = packed_segments(*shape[:2], device) if packed else None
+        self._checked = gate.checked_sequences(shape[0], device)
         self._expected: dict[tuple[str, ...], dict[str, Tensor]] = {}
 
     @property
     def bytes(self) -> int:
         """Size of h in bytes."""
         return self.pre[0].nbytes
+
+    @property
+    def statistics_bytes(self) -> int:
+        """Size of the statistics, float32, in bytes."""
+        return self.shape[0] * (len(self.bands) + 2) * self.shape[2] * 4
 
     def copy(self) -> Variant:
         return Variant("h.clone()", "copy", lambda i: self.pre[i % self.rotation].detach().clone(), 2 * self.bytes)
@@ -73,16 +90,18 @@ class Workload:
 
     def backend(self, name: str, kind: str) -> Function:
         if kind == "statistics":
-            return lambda h: Output(h, *temporal_stats(h, self.bands, backend=name))
+            return lambda h: Output(h, *temporal_stats(h, self.bands, self.segments, backend=name))
         threshold, release = self.levels(kind)
 
         def function(pre: Tensor) -> Output:
-            h, stats = activate_with_stats(pre, None, "relu", threshold, release, self.bands, backend=name)
+            levels = (threshold, release, self.bands, self.segments)
+            h, stats = activate_with_stats(pre, None, "relu", *levels, backend=name)
             return Output(h, *stats)
 
         return function
 
     def alternative(self, differences: str, kind: str, states: str | None = None) -> Function:
+        assert self.segments is None, "the alternatives have no segments"
         make = DIFFERENCES[differences](self.shape[1], self.device, self.dtype, self.bands)
         find = None if states is None else STATES[states]
         threshold, release = self.levels(kind)
@@ -95,17 +114,27 @@ class Workload:
         return function
 
     def variant(self, name: str, family: str, function: Function, kind: str, passes: str) -> Variant:
-        """A variant for `passes`: "forward", "backward" or "forward + backward". Raises `WrongResultError`.
+        """A variant for `passes`: "forward", "backward" or "forward + backward".
 
-        Its bytes: the forward pass reads the input and, with an activation, writes h; the backward pass reads h and (if
-        there is one) the gradient of h, and writes the input's gradient.
+        Its bytes: the forward pass reads the input and writes the statistics and, with an activation, h; the backward
+        pass reads h and (if there is one) the gradient of h, and writes the input's gradient. Both read the segments.
+
+        Raises `WrongResultError` for a backend; an alternative is then marked as refused and timed all the same.
         """
         tensors = {"forward": 1 if kind == "statistics" else 2, "backward": 2 if kind == "statistics" else 3}
-        count = sum(n for pass_, n in tensors.items() if pass_ in passes)
+        count = sum(n * self.bytes for pass_, n in tensors.items() if pass_ in passes)
+        count += self.statistics_bytes if "forward" in passes else 0
+        count += 0 if self.segments is None else self.segments.nbytes * (1 + (passes == BOTH))
         call = {"forward": self._forward, "backward": self._backward, "forward + backward": self._both}[passes]
         run = self._in_memory(call(function, kind), function, kind, passes)
-        self._gate(name, run(0), kind, passes)
-        return Variant(name, family, run, count * self.bytes)
+        refused = ""
+        try:
+            self._gate(name, run(0), kind, passes)
+        except gate.WrongResultError as error:
+            if family != "alternative":
+                raise
+            refused = str(error)
+        return Variant(name, family, run, count, refused)
 
     def _outputs(self, out: Output, kind: str) -> list[Tensor]:
         return [out.differences] if kind == "statistics" else [out.h, out.differences]
@@ -163,11 +192,17 @@ class Workload:
 
     def _gate(self, name: str, found: object, kind: str, passes: str) -> None:
         assert isinstance(found, dict)
+        rows = self._checked
         key = (kind, "forward" if passes == "forward" else "backward")
         if key not in self._expected:
             gradients: tuple[Tensor | None, Tensor | None] = (None, None)
             if passes != "forward":
-                gradients = (None if kind == "statistics" else self.grad_h[0], self.grad_differences)
+                gradients = (None if kind == "statistics" else self.grad_h[0][rows], self.grad_differences)
             activation = "identity" if kind == "statistics" else "relu"
-            self._expected[key] = gate.reference(self.pre[0], activation, *self.levels(kind), *gradients, self.bands)
-        gate.check(name, found, self._expected[key], self.dtype)
+            segments = None if self.segments is None else self.segments[rows]
+            inputs = (self.pre[0][rows], activation, *self.levels(kind), *gradients)
+            self._expected[key] = gate.reference(*inputs, self.bands, segments)
+        for quantity, value in found.items():
+            if value.shape[0] != self.shape[0]:
+                raise gate.WrongResultError(f"{name}: {quantity} has {value.shape[0]} sequences, not {self.shape[0]}")
+        gate.check(name, {quantity: value[rows] for quantity, value in found.items()}, self._expected[key], self.dtype)

@@ -122,5 +122,36 @@ def train_all(out: Path, features: list[int]) -> None:
     dist.destroy_process_group()
 
 
+def record_reductions(out: Path, chunk: int) -> None:
+    """In each process, one step: per asynchronous reduction, its piece and the parameters without a gradient so far."""
+    dist.init_process_group("gloo")
+    ranks = make_ranks(1, "cpu")
+    cfg = replace(config("schmitt, multiscale+contrastive+window"), chunk=chunk)
+    batch = batches(1)[0]
+    batch = ActivationBatch(batch.x[:6], batch.segments[:6])  # shares of 3 sequences
+    trainer = Trainer(cfg, InputNormalizer.estimate(*batch), torch.device("cpu"), autocast=False, ranks=ranks)
+    parameters = trainer.sae.parameter_dict()
+    backward_passes, found, reduce = 0, [], dist.all_reduce
+
+    def note(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        if options.get("async_op"):
+            missing = [name for name, parameter in parameters.items() if parameter.grad is None]
+            found.append([backward_passes, missing])
+        return reduce(tensor, *arguments, **options)
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal backward_passes
+        backward_passes += 1
+        return backward(*arguments, **options)
+
+    backward, dist.all_reduce = trainer._backward, note
+    trainer._backward = counted  # type: ignore[method-assign]
+    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.train_step(share(batch, ranks))
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
 if __name__ == "__main__":  # a rank of torchrun
     train_all(Path(sys.argv[1]), [int(argument) for argument in sys.argv[2:]])

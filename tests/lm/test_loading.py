@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 
 from tsae.errors import UserError
 from tsae.lm import loading
@@ -33,6 +36,30 @@ def test_loads_frozen_with_sizes(name: str, request: pytest.FixtureRequest) -> N
     assert lm.model.config._attn_implementation == ("eager" if name == "tiny_gemma2" else "sdpa")
     assert {parameter.dtype for parameter in lm.model.parameters()} == {lm.dtype} == {torch.float32}
     assert lm.device == torch.device("cpu")
+
+
+def test_capped_attention_scores_are_capped_whatever_transformers_prefers(
+    tiny_gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers 5.17 runs Gemma 2 with sdpa, whose code has no soft cap."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_gemma2, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attn_logit_softcapping": 0.5}))
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    tokens = torch.arange(3, 60)[None]  # [N, T]
+
+    def logits(model: PreTrainedModel) -> torch.Tensor:
+        with torch.no_grad():
+            return model(tokens).logits
+
+    def expected(**changes: float | None) -> torch.Tensor:
+        options = {"dtype": "float32", "attn_implementation": "eager", **changes}
+        return logits(AutoModelForCausalLM.from_pretrained(folder, **options).eval())
+
+    capped = expected()
+    assert (capped - expected(attn_logit_softcapping=None)).abs().max() > 0.01
+    assert torch.equal(logits(load_language_model(str(folder), dtype="float32").model), capped)
 
 
 def test_dtype_can_be_chosen(tiny_llama: Path) -> None:

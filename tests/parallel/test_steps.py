@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from launch import fork, torchrun
-from steps import RUNS, train_all, trained
+from steps import RUNS, record_reductions, train_all, trained
 
 Measured = dict[str, list[dict[str, float]]]
 CLOSE = 1e-5  # relative, of every loss of 50 steps
@@ -57,6 +57,17 @@ def test_two_processes_make_the_steps_of_one(name: str, features: int, two: tupl
 @pytest.mark.parametrize("name", RUNS)
 def test_four_processes_make_the_steps_of_one(name: str, features: int, four: tuple, alone: Callable) -> None:
     check_same(four, f"{features}: {name}", *alone(name))
+
+
+def test_gradients_are_summed_while_the_last_backward_pass_runs(tmp_path: Path) -> None:
+    fork(2, record_reductions, tmp_path / "one.json", 0, folder=tmp_path)
+    missing = [names for _, names in json.loads((tmp_path / "one.json").read_text())]
+    assert len(missing) == 4
+    assert any("W_enc" in names and "W_dec" not in names for names in missing)  # before the encoder's gradient is there
+
+    fork(2, record_reductions, tmp_path / "two.json", 2, folder=tmp_path)
+    found = json.loads((tmp_path / "two.json").read_text())
+    assert [piece for piece, _ in found] == [2] * 4  # none during the first piece's backward pass
 
 
 def check_same(found: tuple, key: str, wanted: list[dict[str, float]], weights: dict[str, torch.Tensor]) -> None:

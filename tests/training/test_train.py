@@ -11,8 +11,11 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import leaves, lines, options
 
+from tsae.config import TrainConfig
+from tsae.errors import UserError
 from tsae.sae.model import SparseAutoencoder
 from tsae.train import command, main
+from tsae.training import assemble
 from tsae.training.trainer import Trainer
 
 
@@ -143,3 +146,33 @@ def test_excluded_positions_change_nothing(tiny_gemma2: Path, text_file: Path) -
             torch.testing.assert_close(tensor, results[1][0][name], rtol=1e-5, atol=1e-6)
         for a, b in zip(results[0][1], results[1][1], strict=True):
             assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.usefixtures("blank_report")
+def test_the_language_model_can_have_a_device_of_its_own(
+    tiny_gemma2: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = []
+    load = assemble.load_language_model
+    monkeypatch.setattr(
+        assemble, "load_language_model", lambda name, **more: asked.append(more["device"]) or load(name, **more)
+    )
+    for number, more in enumerate((["--lm-device", "cpu:0"], [])):
+        assert main(options(tiny_gemma2, text_file, tmp_path / str(number), "--device", "cpu", *more)) == 0
+    assert asked == [torch.device("cpu:0"), torch.device("cpu")]
+    assert "on cpu:0, autoencoder on cpu" in " ".join(capsys.readouterr().err.split())
+    written = [(tmp_path / f"{number}/sae/sae_weights.safetensors").read_bytes() for number in (0, 1)]
+    assert written[0] == written[1]
+
+
+def test_each_of_several_processes_has_the_language_model_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert assemble.resolve_lm_device(TrainConfig(), cpu) == cpu
+    monkeypatch.setattr(assemble, "world_size", lambda: 2)
+    assert assemble.resolve_lm_device(TrainConfig(), cpu) == cpu
+    with pytest.raises(UserError, match="lm_device is 'cuda:1', but there are 2 processes"):
+        assemble.resolve_lm_device(TrainConfig(lm_device="cuda:1"), cpu)

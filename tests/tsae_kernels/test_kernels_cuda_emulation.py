@@ -26,8 +26,10 @@ def library(tmp_path_factory):
 
 
 def run(library, *command, **variables):
-    path = os.pathsep.join(map(str, (ROOT, HERE, ROOT / "tests" / "helpers", HERE / "cuda_emulation")))
-    environment = {**os.environ, "TSAE_EMULATED_LIBRARY": str(library), "PYTHONPATH": path, **variables}
+    inherited = [path for path in [os.environ.get("PYTHONPATH")] if path]
+    path = [ROOT, HERE, ROOT / "tests" / "helpers", HERE / "cuda_emulation", *inherited]
+    environment = {**os.environ, "TSAE_EMULATED_LIBRARY": str(library), **variables}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, path))
     environment.pop("TSAE_BACKEND", None)
     result = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -71,6 +73,16 @@ print(digest.hexdigest())
 def test_the_order_of_a_blocks_threads_does_not_matter(library):
     digests = [run(library, "-c", _DIGEST, TSAE_EMULATION_ORDER=order) for order in ("", "reverse")]
     assert digests[0] == digests[1]
+
+
+@needs_compiler
+def test_it_loads_beside_the_cuda_library_and_keeps_the_callers_path(library, monkeypatch):
+    """Where the CUDA library is built it is loaded first, and one name for two libraries ends the process."""
+    monkeypatch.setenv("PYTHONPATH", "/a/folder")
+    code = "import sys, torch; built = torch.library.Library('tsae_kernels_cuda', 'DEF'); import emulated_backend"
+    out = run(library, "-c", code + "; print(sys.path, torch.ops.tsae_kernels_cuda_emulated.forward)")
+    assert "/a/folder" in out
+    assert "tsae_kernels_cuda_emulated.forward" in out
 
 
 _spec = importlib.util.spec_from_file_location("compile_cuda", ROOT / "tools" / "compile_cuda.py")

@@ -50,7 +50,9 @@ class Subject:
             UserError: the model or the device cannot be used, the model has no such layer, or a width differs.
         """
         config = self.config
-        where = resolve_device(config.device if device is None else device)
+        if device is None:
+            device = config.device if config.lm_device == "auto" else config.lm_device
+        where = resolve_device(device)
         lm = load_language_model(config.model, device=where, dtype=config.lm_dtype, revision=config.revision)
         check_layer(lm, config.layer)
         for name, sae in self.saes.items():

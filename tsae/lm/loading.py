@@ -19,7 +19,7 @@ from tsae.lm.tokenizer import prefix_token
 from tsae.utils.hub import hub_is_reachable
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Where transformers classes keep their decoder blocks; the second is the text part of a multimodal model.
 _BLOCK_PATHS = (
@@ -152,13 +152,16 @@ def absolute_name(name: str) -> str:
 def _load(
     source: str, dtype: torch.dtype, revision: str | None, *, hub: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     local_only = not hub or not hub_is_reachable()
-    options = {"local_files_only": local_only, "revision": revision or "main"}
+    options: dict[str, Any] = {"local_files_only": local_only, "revision": revision or "main"}
     try:
         with _quiet(bar=hub):
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            config = AutoConfig.from_pretrained(source, **options)
+            if _caps_attention_scores(config):
+                options["attn_implementation"] = "eager"
             model, found = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
@@ -171,6 +174,14 @@ def _load(
         raise UserError(f"cannot load the model {source!r}: {reason(error)}") from error
     _check_weights(found, source)
     return model, tokenizer
+
+
+def _caps_attention_scores(config: PreTrainedConfig) -> bool:
+    """Whether the model soft-caps its attention scores (Gemma 2), which transformers' sdpa code leaves out.
+
+    Some versions of transformers (5.17) select sdpa for such a model all the same.
+    """
+    return getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None
 
 
 def _check_weights(found: dict[str, Any], source: str) -> None:

@@ -17,12 +17,13 @@ def announce(setup: Setup, buffer: ActivationBuffer) -> None:
     """
     job, cfg, lm, world = setup.job, setup.job.shared, setup.lm, setup.ranks.world
     autocast = setup.uses_autocast(cfg)
-    parts = memory_parts(job.runs, lm, buffer, setup.storage_dtype, autocast=autocast)
+    parts = memory_parts(job.runs, lm, buffer, setup.storage_dtype, setup.device, autocast=autocast)
     what = f"{len(job.runs)} autoencoders"
     if len(job.runs) == 1:
         what = f"{cfg.sae.d_sae} {cfg.sae.activation} features" + (" (bfloat16 autocast)" if autocast else "")
+    where = f"on {setup.device}" if cfg.lm_device == "auto" else f"on {lm.device}, autoencoder on {setup.device}"
     console.print(
-        f"{cfg.preset}: {lm.name} layer {cfg.layer} ({str(lm.dtype).removeprefix('torch.')}) on {setup.device}, "
+        f"{cfg.preset}: {lm.name} layer {cfg.layer} ({str(lm.dtype).removeprefix('torch.')}) {where}, "
         f"{what}, {cfg.steps} steps of {cfg.batch} x {LENGTH} tokens."
     )
     console.print(
@@ -33,7 +34,7 @@ def announce(setup: Setup, buffer: ActivationBuffer) -> None:
     where = "" if world.size == 1 else " for a single process"
     console.print(f"Memory, estimated{where}, in MiB: {sizes}; in all {sum(parts.values()) / 2**20:,.0f}.")
     if world.size == 1:
-        check_memory(parts, setup.device)
+        check_memory(parts, setup.device, lm.device)
     else:
         data, features = setup.ranks.data.size, setup.ranks.features.size
         console.print(f"{world.size} processes: the batch in {data} shards, the dictionary in {features}.")

@@ -76,7 +76,8 @@ def dry_run(job: Job) -> Estimate:
             reading = _reading(cache)
             measured["reading the cache"] = (reading, "per sequence")
             seconds["reading the cache"] = cached * reading
-    memory = memory_parts(job.runs, setup.lm, buffer, setup.storage_dtype, autocast=setup.uses_autocast(cfg))
+    options = {"autocast": setup.uses_autocast(cfg)}
+    memory = memory_parts(job.runs, setup.lm, buffer, setup.storage_dtype, setup.device, **options)
     return Estimate(memory, disk, free, seconds, measured)
 
 

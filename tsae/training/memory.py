@@ -28,15 +28,18 @@ def memory_parts(
     lm: LanguageModel,
     buffer: ActivationBuffer,
     storage: torch.dtype,
+    device: torch.device,
     *,
     autocast: bool,
 ) -> dict[str, int]:
     """Bytes by part: exact for the language model and the buffers, estimates for the autoencoders and their steps.
 
     Libraries and a forward pass of the language model are not counted.
+
+    device: of the autoencoders
     """
     cfg = next(iter(cfgs.values()))
-    dense = lm.device.type != "cpu" or not sparse_products_available()
+    dense = device.type != "cpu" or not sparse_products_available()
     parts = {
         MODEL: sum(tensor.nbytes for tensor in (*lm.model.parameters(), *lm.model.buffers())),
         BUFFER: buffer.memory(LENGTH, lm.d_model, storage),
@@ -50,12 +53,14 @@ def memory_parts(
     return parts
 
 
-def check_memory(parts: dict[str, int], device: torch.device) -> None:
+def check_memory(parts: dict[str, int], device: torch.device, lm_device: torch.device) -> None:
     """Raise `UserError` if `memory_parts` does not fit in the machine's memory.
 
-    device: of the autoencoder; on a GPU only the buffer and the cache count
+    device, lm_device: of the autoencoder and of the language model; what is on a GPU does not count
     """
-    counted = parts if device.type == "cpu" else {name: parts.get(name, 0) for name in (BUFFER, CACHE)}
+    elsewhere = {MODEL} if lm_device.type != "cpu" else set()
+    elsewhere |= {SAE, STEP} if device.type != "cpu" else set()
+    counted = {name: size for name, size in parts.items() if name not in elsewhere}
     needed, available = sum(counted.values()), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > available:
         largest = max(counted, key=lambda name: counted[name])

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from tsae.config import OptimizerConfig
-from tsae.parallel.axis import Axis
 from tsae.parallel.sharding import FEATURE_DIM, local, split
 from tsae.sae.model import SparseAutoencoder
 from tsae_kernels.row_adam import AdamState
@@ -126,14 +125,6 @@ def add_gradient_noise(sae: SparseAutoencoder, std: float, generator: torch.Gene
             noise = split(noise, FEATURE_DIM[name], features)
             mean_square = features.sum_no_grad(mean_square) / features.size
         grad.add_(noise.to(grad) * mean_square.sqrt(), alpha=std)
-
-
-@torch.no_grad()
-def sum_gradients(sae: SparseAutoencoder, data: Axis) -> None:
-    """Sum every gradient over the shards of the batch."""
-    for parameter in sae.parameter_dict().values():
-        if parameter.grad is not None:
-            data.sum_in_place(local(parameter.grad))
 
 
 @torch.no_grad()

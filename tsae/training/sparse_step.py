@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tsae.config import OptimizerConfig, TrainConfig
 from tsae.errors import UserError
-from tsae.parallel.axis import Ranks
+from tsae.parallel.axis import Axis, Ranks
 from tsae.sae.model import SparseAutoencoder
 from tsae.training.feature_lists import FeatureLists
 from tsae.training.optimization import adam_state
@@ -94,11 +94,12 @@ class DeadRows(NamedTuple):
         parts = (each.detach().index_select(0, features) for each in (sae.W_enc.T, sae.b_enc, sae.W_dec))
         return cls(features, used, *(part.requires_grad_() for part in parts))
 
-    def add_gradients(self, sae: SparseAutoencoder) -> None:
-        """Add the gradients of these rows to those of all features."""
+    def add_gradients(self, sae: SparseAutoencoder, data: Axis) -> None:
+        """Add the gradients of these rows, summed over the shards of the batch, to those of all features."""
         for parameter, part in ((sae.W_enc, self.W_enc), (sae.b_enc, self.b_enc), (sae.W_dec, self.W_dec)):
             if part.grad is None or parameter.grad is None:
                 continue
+            data.sum_in_place(part.grad)
             grad = parameter.grad.T if parameter is sae.W_enc else parameter.grad
             grad.index_add_(0, self.features, part.grad)
 

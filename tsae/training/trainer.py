@@ -19,6 +19,7 @@ from tsae.data.harvest import ActivationBatch
 from tsae.errors import UserError
 from tsae.parallel.axis import SINGLE_PROCESS, Ranks
 from tsae.parallel.buffer import BatchShard
+from tsae.parallel.gradients import GradientSum
 from tsae.parallel.sharding import (
     ShardedAutoencoder,
     load_whole_optimizer_state,
@@ -44,7 +45,6 @@ from tsae.training.optimization import (
     project_decoder_gradient,
     renormalize_decoder,
     set_learning_rate,
-    sum_gradients,
     threshold_parameters,
 )
 from tsae.training.schedules import StepPlan, learning_rate, step_plan
@@ -111,6 +111,7 @@ class Trainer:
         self.normalizer = InputNormalizer(normalizer.mean.to(device), normalizer.scale)
         check_steps(cfg, device, ranks.world.size)
         self.optimizer = build_optimizer(self.sae, cfg.optimizer, capturable=cfg.cuda_graph)
+        self.gradient_sum = GradientSum(self.sae.parameter_dict().values(), ranks.data)
         self.lists: SparseStep | None = None
         if uses_lists(cfg, device, ranks.world.size):
             self.lists = SparseStep(cfg, self.sae, ranks, autocast=autocast)
@@ -166,7 +167,6 @@ class Trainer:
         lists = self.lists if plan.noise == 0 else None  # noise is on all rows
         self.optimizer.zero_grad(set_to_none=True)
         pieces = self._accumulate_gradients(batch, plan, lists, check=check)
-        sum_gradients(sae, ranks.data)
         if self._priced:
             sums = (_sum(each) for each in zip(*(piece.l0_gradients for piece in pieces), strict=True))
             add_l0_lagrangian_gradient(sae, [ranks.data.sum_no_grad(local(gradient)) for gradient in sums])
@@ -210,14 +210,17 @@ class Trainer:
         if lists is not None:
             lists.begin()
         pieces: list[Piece] = []
+        last = (len(batch.x) - 1) // self.cfg.chunk if self.cfg.chunk else 0
         for chunk, weight in self._chunks(batch):
             if pieces:
                 pieces[-1] = pieces[-1]._replace(h=None)  # the features of one piece at a time
-            pieces.append(self._backward(chunk, weight, plan, lists, dead, check=check))
+            with self.gradient_sum.last_backward(len(pieces) == last):
+                pieces.append(self._backward(chunk, weight, plan, lists, dead, check=check))
+        self.gradient_sum.wait()
         if lists is not None:
             lists.gather(dead if isinstance(dead, DeadRows) else None)
         elif isinstance(dead, DeadRows):
-            dead.add_gradients(sae)
+            dead.add_gradients(sae, self.ranks.data)
         if len(pieces) > 1:  # the temporal buffer is updated once all pieces are known
             self._update_temporal_buffer(_sum(piece.weight * piece.variance for piece in pieces), plan.mixing)
         return pieces

@@ -21,7 +21,7 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
-def build(library: Path, sanitize: bool = False) -> None:
+def build(library: Path, sanitize: bool = False, device_header: Path = HERE / "emulated_device.h") -> None:
     """Compile and link `library`. Raises `subprocess.CalledProcessError` with the compiler's output."""
     import torch
 
@@ -30,7 +30,7 @@ def build(library: Path, sanitize: bool = False) -> None:
     # The kernels' unroll pragmas are for nvcc, and g++ warns of unused branches.
     flags += ["-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-maybe-uninitialized"]
     flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    flags += ['-DTSAE_DEVICE_HEADER="emulated_device.h"', '-DTSAE_STREAM_HEADER="emulated_stream.h"', f"-I{HERE}"]
+    flags += [f'-DTSAE_DEVICE_HEADER="{device_header}"', '-DTSAE_STREAM_HEADER="emulated_stream.h"', f"-I{HERE}"]
     flags += ["-isystem", str(folder / "include")]
     link = [f"-L{folder / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{folder / 'lib'}"]
     checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
