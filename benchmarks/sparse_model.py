@@ -90,15 +90,17 @@ def kernels(step: Step, device: Device = H100) -> list[Kernel]:
         Kernel("activation, statistics, mask", 2 * N * k + mask + stats),
         Kernel("lists", 2 * mask + 36 * entries + 10 * listed + 8 * N, launches=3),
         Kernel("decoder", weight + 2 * N * d, weight_l2 + lists),
+        Kernel("reconstruction error", 16 * N * d, launches=4),  # both passes, b_dec added and its gradient
         Kernel("gradient of values", weight + 2 * N * d + 8 * parts * listed, weight_l2 + lists, launches=3),
         Kernel("order by feature", 4 * 24 * listed + 44 * listed + 8 * k, launches=10),
         Kernel("gradient of statistics", entries * (54 + 32 * step.bands) + 4 * listed, launches=2),
         Kernel(
             "gradients of weights",
-            rows + rows + written + partials,
-            2 * rows_l2 + written + partials + 14 * entries * blocks,
+            rows + rows + 1.5 * written + partials,  # W_dec is read, for the components along its rows
+            2 * rows_l2 + 1.5 * written + partials + 14 * entries * blocks,
             launches=3,
         ),
+        Kernel("gradient of b_dec through the encoder", 2 * k * d),
         Kernel("Adam", 2 * k * d * (24 + 2) + written, launches=2),
     ]
 
@@ -113,6 +115,7 @@ def dense_kernels(step: Step) -> list[Kernel]:
         Kernel("x W_enc", inner, **product),
         Kernel("activation, statistics", 4 * N * k + stats),
         Kernel("decoder", inner, **product),
+        Kernel("reconstruction error", 16 * N * d, launches=4),
         Kernel("gradient of h", inner, **product),
         Kernel("gradient of W_dec", outer, **product),
         Kernel("gradient of statistics and activation", 6 * N * k + stats),

@@ -26,6 +26,7 @@ from tsae_kernels.sparse_features import (
     SparseFeatures,
     decode_sparse_features,
     encode_sparse,
+    squared_errors,
     weight_gradients,
 )
 from tsae_kernels.sparse_ops import Entries, backend_for_lists
@@ -72,8 +73,7 @@ class Problem:
         return torch.tensor(high, device=self.device), torch.tensor(0.3 * high, device=self.device)
 
     def loss(self, xhat: Tensor, differences: Tensor) -> Tensor:
-        error = (self.x.flatten(0, 1) - xhat).float().square().sum(1).mean()
-        return error + (differences * self.weights).sum() / self.step.tokens
+        return squared_errors(self.x.flatten(0, 1), xhat).mean() + (differences * self.weights).sum() / self.step.tokens
 
     def encode(self, deferred: DeferredGradients | None = None) -> tuple[SparseFeatures, Any]:
         arguments = self.threshold, self.release, MULTISCALE, self.segments
@@ -107,6 +107,19 @@ class Problem:
             assert error < (2e-2 if self.dtype == torch.bfloat16 else 1e-4), f"the gradients differ by {error:.1e}"
         return features.counts.float().mean().item()
 
+    def errors(self, xhat: Tensor) -> Callable[[], object]:
+        """The reconstruction error and its gradient, with b_dec."""
+        b_dec = torch.zeros(self.step.d, device=self.device, dtype=self.dtype)
+        x, ones = self.x.flatten(0, 1), torch.ones(self.step.tokens, device=self.device)
+        chosen = backend_for_lists(choose_backend(None, self.device))
+
+        def call() -> tuple[Tensor, Tensor]:
+            shifted = xhat + b_dec
+            error = _ops.squared_errors(x, shifted, chosen)
+            return error, _ops.squared_errors_backward(x, shifted, ones, chosen).sum(0)
+
+        return call
+
     def product(self) -> Tensor:
         with torch.no_grad():
             return self.x @ self.W_enc.T
@@ -133,6 +146,7 @@ class Problem:
             "activation, statistics, mask": part(_ops.activate_with_mask, pre, *arguments),
             "lists": part(_ops.sparse_compress, active, pre, self.b_enc.detach(), step.capacity, lists),
             "decoder": part(_ops.sparse_decode, values, indices, counts, weight, [k], self.dtype, lists),
+            "reconstruction error": self.errors(grad[0]),
             "gradient of values": part(
                 _ops.sparse_decode_backward, grad, indices, counts, weight, [k], self.dtype, lists
             ),

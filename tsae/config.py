@@ -349,8 +349,8 @@ class TrainConfig:
     device: str = "auto"
     """Device: `auto`, `cpu`, `cuda`, `cuda:1`, ..."""
     lm_device: str = "auto"
-    """Device of the language model; `auto` is the autoencoder's. On a GPU of its own it harvests while the autoencoder
-    trains; in one process only."""
+    """Device of the language model; `auto`: the same. On a GPU of its own, a thread prefetches activations there while
+    the autoencoder trains (`buffer.ahead`). In one process."""
     lm_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the language model; `auto` is bfloat16 on hardware where it is faster, otherwise float32."""
     autocast: Literal["auto", "none", "bfloat16"] = "auto"

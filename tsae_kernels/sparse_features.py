@@ -355,3 +355,38 @@ def decode_sparse_features(
     chosen = backend_for_lists(choose_backend(backend, values.device))
     out = _Decode.apply(values, weight.contiguous(), indices, counts, prefixes, dtype or weight.dtype, chosen, deferred)
     return out[0] if ends is None else out
+
+
+class _SquaredErrors(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, xhat: Tensor, backend: str) -> Tensor:
+        ctx.save_for_backward(x, xhat)
+        ctx.backend = backend
+        return _ops.squared_errors(x, xhat, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, xhat = ctx.saved_tensors
+        return None, _ops.squared_errors_backward(x, xhat, grad.contiguous(), ctx.backend), None
+
+
+def squared_errors(x: Tensor, xhat: Tensor, *, backend: str | None = None) -> Tensor:
+    """``(x - xhat).square().sum(-1)`` in float32, in one pass forward and one back: each token's reconstruction error.
+
+    In PyTorch's operators each pass reads and writes [..., d] several times, which counts beside one dense product.
+
+    x: [..., d] floating point, taken as a constant
+    xhat: like x, in any floating-point dtype
+    backend: as in `encode_sparse`
+    out: [...] float32 (float64 where an operand is). Differentiable once in xhat, whose gradient is 0 wherever that of
+        the result is 0, even if the error is not finite
+
+    Raises `TypeError` or `ValueError` for an invalid argument, `RuntimeError` for an unavailable backend.
+    """
+    check_tensor("x", x, tuple(x.shape), x.device)
+    check_tensor("xhat", xhat, tuple(x.shape), x.device)
+    chosen = backend_for_lists(choose_backend(backend, x.device))
+    d = x.shape[-1]
+    flat = x.detach().reshape(-1, d).contiguous(), xhat.reshape(-1, d).contiguous()
+    return _SquaredErrors.apply(*flat, chosen).view(x.shape[:-1])

@@ -9,6 +9,8 @@ N = B T tokens, C the capacity of a list, k features, G prefixes of the dictiona
     sparse_stats_backward(entries, grad_values [N, C]?, ...)      -> [E], of the pre-activations, by feature
     sparse_weight_gradients(entries, grad_pre [E]?, ...)          -> of W_enc.T [k, d], of W_dec [k, d], of b_enc [k],
                                                                      and measures of the rows [4, k]
+    squared_errors(x [N, d], xhat [N, d])                         -> [N]
+    squared_errors_backward(x, xhat, grad [N])                    -> [N, d], of xhat
 
 Lists are those of `SparseFeatures`. `ends` [G] are the prefixes' ends, ascending; the last is k. Group g are the
 features of prefix g that no smaller prefix has; the gradients [G, N, d] are those of the sum over each group. `backend`
@@ -45,6 +47,8 @@ _SCHEMAS = {
     "sparse_weight_gradients": "(Tensor features, Tensor tokens, Tensor offsets, Tensor? grad_pre, Tensor? x, "
     "Tensor? values, Tensor? grad_xhat, Tensor? W_dec, int[] ends, bool fill, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
+    "squared_errors": "(Tensor x, Tensor xhat, str backend) -> Tensor",
+    "squared_errors_backward": "(Tensor x, Tensor xhat, Tensor grad, str backend) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"tsae_kernels::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -160,3 +164,23 @@ def _(features, tokens, offsets, grad_pre, x, values, grad_xhat, W_dec, ends, fi
     (encoder, bias), (decoder, _) = rows(grad_pre, x), rows(values, grad_xhat)
     sources = [each for each in (grad_pre, x, values, grad_xhat) if each is not None]
     return encoder, decoder, bias, tokens.new_empty(4, k, dtype=compute_dtype(*sources))
+
+
+@_implement("squared_errors")
+def _(x, xhat, backend):
+    return _module(backend).squared_errors(x, xhat)
+
+
+@_fake("squared_errors")
+def _(x, xhat, backend):
+    return xhat.new_empty(xhat.shape[0], dtype=compute_dtype(x, xhat))
+
+
+@_implement("squared_errors_backward")
+def _(x, xhat, grad, backend):
+    return _module(backend).squared_errors_backward(x, xhat, grad)
+
+
+@_fake("squared_errors_backward")
+def _(x, xhat, grad, backend):
+    return torch.empty_like(xhat)

@@ -20,9 +20,9 @@ def test_every_kernel_of_the_benchmark_has_bytes() -> None:
     tiny = sparse_model.Step(tokens=16, d=4, features=8, active=2, capacity=8, length=8)
     problem = Problem(tiny, torch.device("cpu"), torch.float32)
     assert problem.check() == pytest.approx(2, abs=0.5)
-    *names, optimizer = named(tiny)
+    *names, b_dec, optimizer = named(tiny)
     assert list(problem.kernels()) == names
-    assert optimizer == "Adam"
+    assert (b_dec, optimizer) == ("gradient of b_dec through the encoder", "Adam")
     assert all(floor_bytes(named(tiny)[name]) > 0 for name in names)
 
 

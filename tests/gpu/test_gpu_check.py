@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +65,13 @@ def test_pytest_keeps_its_table_and_its_json_when_its_time_is_up(tmp_path: Path)
     assert "on purpose" in (tmp_path / "log.txt").read_text()
 
 
-def test_workers_of_pytest_end_at_the_limit_too(tmp_path: Path) -> None:
+def test_workers_of_pytest_end_at_the_limit_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("xdist")
     (tmp_path / "test_sleeping.py").write_text(SLEEPING_TESTS)
     command = (*PYTEST, "-n", "2", "test_sleeping.py")
     log = Log(tmp_path)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    monkeypatch.setattr(runner, "GRACE", 40.0)  # however busy the machine that runs the tests is
     child = runner.Child(Step("tests", "sleeping", command, 60), log, environment, tmp_path)
     while not (tmp_path / "begun").exists() and time.monotonic() < child.begin + 60:
         time.sleep(0.05)
@@ -129,6 +132,34 @@ def test_steps_of_one_group_run_side_by_side(tmp_path: Path) -> None:
     )
     pair = [Step("sanitizer", n, (sys.executable, "-c", code, *n), 60, together="both") for n in ("ab", "ba")]
     assert [outcome.status for outcome in run(tmp_path, *pair)] == ["pass", "pass"]
+
+
+def test_steps_of_one_group_are_interrupted_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "GRACE", 3.0)
+    deaf = [python(rehearsal.DEAF, limit=1, name=name, together="all") for name in "abc"]
+    outcomes = run(tmp_path, *deaf)
+    assert {outcome.status for outcome in outcomes} == {"limit"}
+    assert max(outcome.seconds for outcome in outcomes) < 8
+
+
+def test_packed_wheels_are_installed_once_and_can_be_imported(tmp_path: Path) -> None:
+    folder = tmp_path / check.PACK / "wheels"
+    folder.mkdir(parents=True)
+    about = "tiny_wheel-1.0.dist-info"
+    with zipfile.ZipFile(folder / "tiny_wheel-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("tiny_wheel.py", "value = 7")
+        wheel.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: tiny-wheel\nVersion: 1.0\n")
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{about}/RECORD", "")
+    assert check.install_wheels(tmp_path, sys.executable) == ""
+    environment = check.environment_of_steps(os.environ, tmp_path)
+    assert missing("module:tiny_wheel", environment, tmp_path) == ""
+    code = "import tiny_wheel; assert tiny_wheel.value == 7"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    (folder / "broken-1.0-py3-none-any.whl").write_text("not a wheel")
+    assert check.install_wheels(tmp_path, sys.executable) == ""  # they are there already
+    shutil.rmtree(tmp_path / check.PACK / "site")
+    assert "broken" in check.install_wheels(tmp_path, sys.executable)
 
 
 def test_what_is_missing_or_not_necessary_is_skipped_with_the_reason(tmp_path: Path) -> None:
@@ -295,6 +326,7 @@ refused("build", "build_ext", "build_extension")
 """
 
 
+@pytest.mark.slow
 def test_a_typing_error_in_a_command_is_found() -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment |= {"TRITON_INTERPRET": "1"}

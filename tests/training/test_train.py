@@ -11,8 +11,6 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import leaves, lines, options
 
-from tsae.config import TrainConfig
-from tsae.errors import UserError
 from tsae.sae.model import SparseAutoencoder
 from tsae.train import command, main
 from tsae.training import assemble
@@ -167,12 +165,3 @@ def test_the_language_model_can_have_a_device_of_its_own(
     assert "on cpu:0, autoencoder on cpu" in " ".join(capsys.readouterr().err.split())
     written = [(tmp_path / f"{number}/sae/sae_weights.safetensors").read_bytes() for number in (0, 1)]
     assert written[0] == written[1]
-
-
-def test_each_of_several_processes_has_the_language_model_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    assert assemble.resolve_lm_device(TrainConfig(), cpu) == cpu
-    monkeypatch.setattr(assemble, "world_size", lambda: 2)
-    assert assemble.resolve_lm_device(TrainConfig(), cpu) == cpu
-    with pytest.raises(UserError, match="lm_device is 'cuda:1', but there are 2 processes"):
-        assemble.resolve_lm_device(TrainConfig(lm_device="cuda:1"), cpu)

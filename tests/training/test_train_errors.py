@@ -170,7 +170,11 @@ def test_bad_input_that_shows_late_leaves_the_old_run(
         (["--device", "abacus"], "abacus"),
         (["--device", "meta"], "'meta' cannot be used"),
         (["--lm-device", "abacus"], "abacus"),
-        (["--sparse-step", "on", "--sae.activation", "gelu"], "sparse_step is 'on', but sae.activation"),
+        (["--lm-device", "cuda:99"], "cuda:99"),
+        (
+            ["--sparse-step", "on", "--sae.activation", "gelu"],
+            "sparse_step is 'on', but sae.activation",
+        ),
         (["--cuda-graph", "--device", "cpu"], "cuda_graph is on"),
         (["--objective.l1", "nan"], "objective.l1 is nan"),
     ],

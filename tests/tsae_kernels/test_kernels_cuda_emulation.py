@@ -77,10 +77,15 @@ def test_the_order_of_a_blocks_threads_does_not_matter(library):
 
 @needs_compiler
 def test_it_loads_beside_the_cuda_library_and_keeps_the_callers_path(library, monkeypatch):
-    """Where the CUDA library is built it is loaded first, and one name for two libraries ends the process."""
+    """Where the CUDA library is built it is loaded too, and one name for two libraries ends the process."""
     monkeypatch.setenv("PYTHONPATH", "/a/folder")
-    code = "import sys, torch; built = torch.library.Library('tsae_kernels_cuda', 'DEF'); import emulated_backend"
-    out = run(library, "-c", code + "; print(sys.path, torch.ops.tsae_kernels_cuda_emulated.forward)")
+    code = (
+        "import sys, torch, emulated_backend\n"
+        "from tsae_kernels.backends import extension\n"
+        "built = extension.load_cuda_library().built_for or torch.library.Library('tsae_kernels_cuda', 'DEF')\n"
+        "print(sys.path, torch.ops.tsae_kernels_cuda_emulated.forward)"
+    )
+    out = run(library, "-c", code)
     assert "/a/folder" in out
     assert "tsae_kernels_cuda_emulated.forward" in out
 

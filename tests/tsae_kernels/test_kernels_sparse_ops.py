@@ -8,11 +8,18 @@ import torch
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tsae_kernels import activate_with_stats
 from tsae_kernels.backends import sparse_eager as eager
 from tsae_kernels.backends.sparse_eager import pack_active
 from tsae_kernels.backends.triton import sparse_launch as triton
 from tsae_kernels.segments import find_runs
-from tsae_kernels.sparse_features import DeferredGradients, decode_sparse_features, encode_sparse, weight_gradients
+from tsae_kernels.sparse_features import (
+    DeferredGradients,
+    decode_sparse_features,
+    encode_sparse,
+    squared_errors,
+    weight_gradients,
+)
 from tsae_kernels.sparse_ops import Entries, backend_for_lists
 
 ops = torch.ops.tsae_kernels
@@ -54,7 +61,7 @@ def random(*shape, dtype=torch.float32, seed=1):
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("B", "T", "k", "C"), [(2, 33, 70, 64), (1, 5, 1, 1), (3, 32, 33, 4)])
 def test_compress(B, T, k, C, dtype, monkeypatch):
-    monkeypatch.setattr(triton, "_COLUMNS", 32)  # several ranges of columns
+    monkeypatch.setattr(triton, "_WIDE", 50)  # of 70 features 32 ranges, most of them empty
     pre, bias = features(B, T, k, dtype=dtype), random(k).abs()
     pre[0, 0, 0] = torch.nan
     active = pack_active((pre > 0).to(dtype) + pre.isnan())
@@ -249,6 +256,34 @@ def test_opcheck(backend):
     opcheck(ops.sparse_weight_gradients, (*rows, None, None, entries.values, grad, None, [2, 5], True, backend))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_squared_errors(backend, dtype):
+    x, xhat, grad = random(2, 3, 40), random(2, 3, 40, dtype=dtype, seed=2).requires_grad_(), random(2, 3, seed=3)
+    got = squared_errors(x, xhat, backend=backend)
+    wanted = (x.double() - xhat.double()).square().sum(-1)
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    (of_xhat,) = torch.autograd.grad(got, xhat, grad.to(got.dtype))
+    exact = 2 * grad.double()[..., None] * (xhat.detach().double() - x.double())
+    close(of_xhat, exact.to(dtype), max(RTOL[dtype], 1e-12) if dtype != torch.float64 else 1e-7)
+    with torch.no_grad():
+        xhat[0, 0, 0] = torch.inf
+    got = squared_errors(x, xhat, backend=backend)
+    (of_xhat,) = torch.autograd.grad(got, xhat, torch.zeros_like(got))
+    assert not of_xhat.any()
+    opcheck(ops.squared_errors, (x[0], xhat[0].detach(), backend))
+    opcheck(ops.squared_errors_backward, (x[0], xhat[0].detach(), grad[0], backend))
+
+
+def test_squared_errors_in_float64_by_finite_differences():
+    x, xhat = random(3, 4, dtype=torch.float64), random(3, 4, dtype=torch.float64, seed=2).requires_grad_()
+    torch.autograd.gradcheck(lambda xhat: squared_errors(x, xhat), xhat)
+    assert squared_errors(x[:0], xhat[:0]).shape == (0,)
+    with pytest.raises(ValueError, match=r"xhat must have shape \[3, 4\]"):
+        squared_errors(x, xhat[:2])
+
+
 def step(x, W_enc, b_enc, W_dec, segments, backend, threshold=None):
     options = {"capacity": 4, "backend": backend}
     found, stats = encode_sparse(x, W_enc.T, b_enc, threshold, None, BANDS, segments, **options)
@@ -395,3 +430,73 @@ def test_the_lists_use_triton_with_either_gpu_backend(monkeypatch):
     assert [backend_for_lists(name) for name in names] == ["triton", "triton", "eager", "eager", "eager"]
     states["triton"] = "not installed"
     assert backend_for_lists("cuda") == "eager"
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def training_step(x, W_enc, b_enc, W_dec, segments):
+    """Loss, gradients of the rows that fired (0 elsewhere), and of b_enc."""
+    deferred = DeferredGradients()
+    options = {"capacity": 128, "deferred": deferred}
+    found, stats = encode_sparse(x, W_enc.T, b_enc, 0.9, 0.3, BANDS, segments, **options)
+    xhat = decode_sparse_features(found, W_dec, deferred=deferred)
+    loss = (x.flatten(0, 1) - xhat).square().sum() + 0.01 * stats.differences.sum()
+    loss.backward()
+    grads = weight_gradients(deferred, W_dec)
+    rows = (torch.where(grads.fired[:, None], each, 0) for each in (grads.encoder, grads.decoder))
+    return loss.detach(), *rows, grads.bias, found.overflow
+
+
+def gpu_problem(dtype=torch.float32, B=8, T=128, d=200, k=4096):
+    x, W_enc, W_dec = random(B, T, d), random(k, d, seed=2), random(k, d, seed=3)
+    W_enc, W_dec = (each / each.norm(dim=1, keepdim=True) for each in (W_enc, W_dec))
+    x = x / x.norm(dim=2, keepdim=True) * d**0.5 / 3
+    segments = oracle.random_segments(B, T, torch.Generator().manual_seed(0)).cuda()
+    return (
+        x.to("cuda", dtype),
+        W_enc.to("cuda", dtype),
+        torch.zeros(k, device="cuda"),
+        W_dec.to("cuda", dtype),
+        segments,
+    )
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_large_step_on_a_gpu(dtype):
+    """Against the dense step in float64; a feature that is on at every token fills many chunks of entries."""
+    x, W_enc, b_enc, W_dec, segments = gpu_problem(dtype)
+    b_enc[7] = 10.0
+    _, *grads, overflow = training_step(x, W_enc, b_enc, W_dec, segments)
+    assert not overflow
+    leaves = [each.double().requires_grad_() for each in (W_enc, W_dec, b_enc)]
+    pre = (x @ W_enc.T).double() if dtype == torch.bfloat16 else x.double() @ leaves[0].T
+    if dtype == torch.bfloat16:  # the pre-activations as rounded, with the gradient of the exact ones
+        pre = pre + (x.double() @ leaves[0].T) - (x.double() @ leaves[0].T).detach()
+    h, stats = activate_with_stats(pre, leaves[2], "relu", 0.9, 0.3, BANDS, segments)
+    dense = (x.flatten(0, 1).double() - h.flatten(0, 1) @ leaves[1]).square().sum() + 0.01 * stats.differences.sum()
+    wanted = torch.autograd.grad(dense, leaves)
+    bound = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype]
+    for got, exact in zip(grads, (*wanted,), strict=True):
+        assert (got.double() - exact).norm() < bound * exact.norm()
+
+
+@on_gpu
+def test_a_step_is_one_cuda_graph():
+    """Replayed on other inputs, it gives the bits of a step that was launched kernel by kernel."""
+    x, W_enc, b_enc, W_dec, segments = gpu_problem(torch.bfloat16)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles and warms up
+        for _ in range(2):
+            training_step(x, W_enc, b_enc, W_dec, segments)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = training_step(x, W_enc, b_enc, W_dec, segments)
+    x.copy_(x.flip(0))
+    graph.replay()
+    assert all(
+        torch.equal(a, b) for a, b in zip(captured, training_step(x, W_enc, b_enc, W_dec, segments), strict=True)
+    )

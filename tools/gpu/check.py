@@ -59,8 +59,11 @@ def install_wheels(root: Path, python: str) -> str:
         return ""
     options = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--disable-pip-version-check"]
     command = [python, "-m", "pip", "install", *options, "--target", str(root / PACK / "site"), *wheels]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    return "" if result.returncode == 0 else result.stderr.strip().splitlines()[-1]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        return "it takes longer than 60 s"
+    return "" if result.returncode == 0 else (result.stderr.strip() or "pip failed").splitlines()[-1]
 
 
 def main() -> int:

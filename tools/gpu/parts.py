@@ -5,6 +5,7 @@ To check another kernel, add a case to `quick.py` and `every_launch.py`, or a `S
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +42,8 @@ def module(name: str, *arguments: str) -> tuple[str, ...]:
 
 def pytest(*arguments: str, workers: int = 0) -> tuple[str, ...]:
     """pytest that reports failures and the slowest tests, on `workers` processes if it has the plugin."""
-    more = ("-n", str(workers), "--maxprocesses", str(workers)) if workers else ()
+    parallel = workers and importlib.util.find_spec("xdist") is not None
+    more = ("-n", str(workers), "--maxprocesses", str(workers)) if parallel else ()
     return module("pytest", *arguments, "-p", "no:cacheprovider", "-rfE", "--durations=5", *more)
 
 
@@ -70,6 +72,7 @@ def benchmarks(name: str, path: str, limit: int, *, compiled: str = "none", need
     environment = (("TSAE_BENCH_LINES", MEASUREMENTS), ("TSAE_BENCH_COMPILED", compiled))
     part = "step" if "training_step" in path else "bench"
     selection = ("-k", "test_case or test_schmitt or test_bar") if compiled != "none" else ()
+    needs = ("module:pytest_benchmark", *needs)
     return Step(part, name, pytest(path, *selection, json), limit, needs=needs, environment=environment)
 
 

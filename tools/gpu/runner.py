@@ -19,8 +19,11 @@ from typing import IO, Any, NamedTuple
 
 from tools.gpu.parts import Step
 
-GRACE = 10.0
-"""Seconds between SIGINT and SIGKILL: for pytest to print its table and write its JSON."""
+GRACE = 12.0
+"""Seconds between SIGINT and SIGKILL: for pytest to print its table and write its JSON.
+
+After a quarter of them what the step has started is killed, because pytest waits that long for each of its workers.
+"""
 
 LEAST = 5.0
 """A step is not started with fewer seconds left."""
@@ -102,6 +105,14 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
+    def _kill_started(self) -> None:
+        """SIGKILL for every process of the step's group but the first."""
+        for file in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError, ValueError):
+                group = int(file.read_text().rpartition(")")[2].split()[2])
+                if group == self.process.pid != int(file.parent.name):
+                    os.kill(int(file.parent.name), signal.SIGKILL)
+
     def wait(self, until: float) -> None:
         """Wait for its end; at the time `until` interrupt it, and kill it if it does not end."""
         try:
@@ -110,7 +121,10 @@ class Child:
             self.interrupted = True
             self._send(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(GRACE)
+                self.process.wait(GRACE / 4)
+            self._kill_started()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(3 * GRACE / 4)
         self._send(signal.SIGKILL)  # what it started and left running, too
         self.process.wait()
         self._copier.join(GRACE)
@@ -183,8 +197,13 @@ class Runner:
                 children.append(Child(step, self._log, self._environment, self._folder))
             except OSError as error:
                 self._keep(Outcome(step.part, step.name, "fail", 0.0, str(error)))
+        until = [child.begin + min(child.step.limit, max(self.left(), 0)) for child in children]
+        waiting = [threading.Thread(target=child.wait, args=(end,)) for child, end in zip(children, until, strict=True)]
+        for thread in waiting:  # so that all are interrupted at once
+            thread.start()
+        for thread in waiting:
+            thread.join()
         for child in children:
-            child.wait(child.begin + min(child.step.limit, max(self.left(), 0)))
             self._keep(child.outcome())
             if child.step.essential and self.outcomes[-1].status != "pass":
                 self._stop = f"{child.step.name} failed"

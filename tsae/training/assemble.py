@@ -80,7 +80,7 @@ def prepare(job: Job) -> Setup:
     """
     job.check()
     check_mesh(job.runs.values())
-    device = resolve_device(job.shared.device)
+    device, lm_device = resolve_device(job.shared.device), resolve_lm_device(job.shared)
     for name, cfg in job.runs.items():
         with prefix_errors(name):
             check_steps(cfg, device, world_size())
@@ -93,7 +93,6 @@ def prepare(job: Job) -> Setup:
     )
     next(iter(_text(common, "train")(0)))  # unusable text is reported before the model is loaded
     common = replace(common, text=replace(common.text, threshold=split_threshold(common.data, common.text)))
-    lm_device = resolve_lm_device(common, device)
     lm = local_rank0_first(
         lambda: load_language_model(common.model, device=lm_device, dtype=common.lm_dtype, revision=common.revision)
     )
@@ -110,14 +109,14 @@ def prepare(job: Job) -> Setup:
     return Setup(replace(job, runs=runs), lm, device)
 
 
-def resolve_lm_device(cfg: TrainConfig, device: torch.device) -> torch.device:
-    """The device of the language model; ``device``: the autoencoder's.
+def resolve_lm_device(cfg: TrainConfig) -> torch.device:
+    """Where the language model runs.
 
     Raises:
         UserError: there is no such device, or several processes would share it.
     """
     if cfg.lm_device == "auto":
-        return device
+        return resolve_device(cfg.device)
     if world_size() > 1:
         raise UserError(
             f"lm_device is {cfg.lm_device!r}, but there are {world_size()} processes, each with the language model on "

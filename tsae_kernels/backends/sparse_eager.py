@@ -246,6 +246,19 @@ def _sums_by_feature(
     return out[:k], sums[:k]
 
 
+def squared_errors(x: Tensor, xhat: Tensor) -> Tensor:
+    """[N]: the sum over d of (x - xhat)^2; x, xhat: [N, d]."""
+    compute = compute_dtype(x, xhat)
+    return (x.to(compute) - xhat.to(compute)).square().sum(1)
+
+
+def squared_errors_backward(x: Tensor, xhat: Tensor, grad: Tensor) -> Tensor:
+    """[N, d]: the gradient of xhat; 0 where grad [N] is 0, whatever the error."""
+    compute = compute_dtype(x, xhat)
+    scale = 2 * grad.to(compute)[:, None]
+    return torch.where(scale == 0, 0, scale * (xhat.to(compute) - x.to(compute))).to(xhat.dtype)
+
+
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any of the tensors is, else float32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32

@@ -18,8 +18,8 @@ from tsae_kernels.backends.triton.launch import _on_device_of, _strides, _triton
 from tsae_kernels.bands import Bands
 from tsae_kernels.dtypes import dtype_of_stats
 
-_COLUMNS = 512  # at least so many columns of the active mask for a program
-_MOST_CHUNKS = 32  # of a row of the active mask: each program reads the counts of the chunks before its own
+_WIDE = 8192  # features; a row of a wider active mask is cut into more ranges
+_RANGES = (4, 32)  # of narrow and wide rows. Two numbers, since each compiles; a program reads all ranges' counts
 _CACHED = 24 * 2**20  # bytes of gathered rows that stay in an H100's L2 cache (50 MB, in two halves)
 _ENTRIES = 256  # entries by feature for a program of `weight_gradients`
 _UNROLL = 8  # rows requested at a time
@@ -56,7 +56,7 @@ def compress(active: Tensor, pre: Tensor, bias: Tensor | None, capacity: int) ->
     counts = pre.new_empty(B * T, dtype=torch.int32)
     if B == 0:
         return values, indices, counts
-    chunks = _power_of_2(min(-(-k // _COLUMNS), _MOST_CHUNKS))
+    chunks = _RANGES[k > _WIDE]
     chunk_counts = pre.new_empty(B * W, chunks, 32, dtype=torch.int32)
     lists = active.contiguous(), chunk_counts, indices, counts, T, W, k, capacity
     E, block = B * T * capacity, 512
@@ -112,8 +112,8 @@ def decode_backward(
     if N > 0 and d > 0:
         with _on_device_of(weight):
             decode_backward_kernel[(N, parts)](
-                grad, indices, counts, weight, out, N, C, d,
-                ENDS=tuple(ends[:-1]), BLOCKS=each, PLACES=_power_of_2(C), BLOCK_D=block,
+                grad, indices, counts, weight, out, N, C, d, each,
+                ENDS=tuple(ends[:-1]), PLACES=_power_of_2(C), BLOCK_D=block,
                 EVEN_D=d % (block * each) == 0, UNROLL=_UNROLL // 2, COMPUTE=_triton_dtype(compute),
                 TRUNCATES=_rounds(out.dtype), num_warps=1, enable_fp_fusion=True,
             )  # fmt: skip
@@ -196,7 +196,7 @@ def stats_backward(
     C = 1 if grad_values is None else grad_values.shape[1]
     grads = grad_differences, grad_total, grad_square
     reached = [(first, min(last, T - 1)) for first, last in bands]
-    block = 64  # of one warp: the search for partners needs no barrier
+    block = 32  # one warp: the search for partners needs no barrier
     with _on_device_of(values):
         stats_backward_kernel[(-(-E // block),)](
             values, order, features, tokens, None if grad_values is None else grad_values.contiguous(), *grads,
@@ -258,3 +258,35 @@ def weight_gradients(
             )
     rows = (torch.empty(0, dtype=torch.float32, device=tokens.device) if o is None else o for o in (encoder, decoder))
     return *rows, torch.zeros(0, dtype=torch.float32, device=tokens.device) if bias is None else bias, measures.sum(1)
+
+
+def squared_errors(x: Tensor, xhat: Tensor) -> Tensor:
+    """One launch. Bytes: N d (x + bytes of xhat)."""
+    from tsae_kernels.backends.triton.sparse_rows import squared_errors_kernel
+
+    N, d = xhat.shape
+    compute = compute_dtype(x, xhat)
+    out = xhat.new_empty(N, dtype=compute)
+    if N > 0:
+        with _on_device_of(xhat):
+            squared_errors_kernel[(N,)](
+                x, xhat, out, N, d, BLOCK_D=min(_power_of_2(d), 1024), COMPUTE=_triton_dtype(compute), num_warps=4,
+                enable_fp_fusion=True,
+            )  # fmt: skip
+    return out
+
+
+def squared_errors_backward(x: Tensor, xhat: Tensor, grad: Tensor) -> Tensor:
+    """One launch. Bytes: N d (x + 2 bytes of xhat)."""
+    from tsae_kernels.backends.triton.sparse_rows import squared_errors_backward_kernel
+
+    N, d = xhat.shape
+    out = torch.empty_like(xhat)
+    if N > 0:
+        with _on_device_of(xhat):
+            squared_errors_backward_kernel[(N,)](
+                x, xhat, grad, out, N, d, BLOCK_D=min(_power_of_2(d), 1024),
+                COMPUTE=_triton_dtype(compute_dtype(x, xhat)), TRUNCATES=_rounds(xhat.dtype), num_warps=4,
+                enable_fp_fusion=True,
+            )  # fmt: skip
+    return out

@@ -85,7 +85,7 @@ def decode_kernel(
         tl.store(at, narrow(total, out.dtype.element_ty, TRUNCATES), mask=inside)
 
 
-@triton.jit(do_not_specialize=["N", "C"])
+@triton.jit(do_not_specialize=["N", "C", "blocks"])
 def decode_backward_kernel(
     grad,
     indices,
@@ -95,8 +95,8 @@ def decode_backward_kernel(
     N,
     C,
     d,
+    blocks,
     ENDS: tl.constexpr,
-    BLOCKS: tl.constexpr,
     PLACES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
@@ -104,7 +104,7 @@ def decode_backward_kernel(
     COMPUTE: tl.constexpr,
     TRUNCATES: tl.constexpr,
 ):
-    """out [splits, N, C]: the products of each entry's weight row and the token's gradient, over BLOCKS column blocks.
+    """out [splits, N, C]: the products of each entry's weight row and the token's gradient, over `blocks` of columns.
 
     grad: [G, N, d], of the features before ENDS[0], those up to ENDS[1] and so on. Past the count out is 0.
     """
@@ -120,7 +120,7 @@ def decode_backward_kernel(
             for u in tl.static_range(UNROLL):
                 features = features + (tl.load(indices + n * C + i + u, mask=i + u < end, other=0),)
                 sums = sums + (tl.zeros([BLOCK_D], COMPUTE),)
-            for block in range(split * BLOCKS, (split + 1) * BLOCKS):
+            for block in range(split * blocks, (split + 1) * blocks):
                 columns, inside = columns_of(block, d, BLOCK_D, False)
                 incoming = load_row(grad, g * N + n, d, columns, inside, 1, EVEN_D).to(COMPUTE)
                 rows = ()
@@ -352,3 +352,31 @@ def finish_weight_gradients_kernel(
                     total, 0.0, j, decoder, None, decoder_squares, W_dec, products, k, d, columns, inside, block,
                     complete,
                 )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N"])
+def squared_errors_kernel(x, xhat, out, N, d, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr):
+    """out [N]: the sum over a token's columns of (x - xhat)^2."""
+    n = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK_D], COMPUTE)
+    for begin in range(0, d, BLOCK_D):
+        columns = begin + tl.arange(0, BLOCK_D)
+        error = tl.load(x + n * d + columns, mask=columns < d, other=0.0).to(COMPUTE)
+        error -= tl.load(xhat + n * d + columns, mask=columns < d, other=0.0).to(COMPUTE)
+        total += error * error
+    tl.store(out + n, tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=["N"])
+def squared_errors_backward_kernel(
+    x, xhat, grad, out, N, d, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr, TRUNCATES: tl.constexpr
+):
+    """out [N, d]: the gradient of xhat, 2 grad (xhat - x) for grad [N]; 0 where grad is 0, whatever the error."""
+    n = tl.program_id(0).to(tl.int64)
+    scale = tl.load(grad + n).to(COMPUTE) * 2
+    for begin in range(0, d, BLOCK_D):
+        columns = begin + tl.arange(0, BLOCK_D)
+        error = tl.load(xhat + n * d + columns, mask=columns < d, other=0.0).to(COMPUTE)
+        error -= tl.load(x + n * d + columns, mask=columns < d, other=0.0).to(COMPUTE)
+        result = tl.where(tl.zeros([BLOCK_D], COMPUTE) + scale == 0, 0.0, error * scale)
+        tl.store(out + n * d + columns, narrow(result, out.dtype.element_ty, TRUNCATES), mask=columns < d)
