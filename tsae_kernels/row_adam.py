@@ -9,11 +9,10 @@ unless feature j fired. `row_adam_` reads gradient rows of features that fired o
 so their moments decay and the weight still moves: it is the update of PyTorch's fused Adam (Kingma and Ba 2015; AdamW:
 Loshchilov and Hutter 2019) with a dense gradient, to rounding, and not a lazy Adam that skips rows. Its state is
 PyTorch's too. The same pass removes the gradient's component along its row, scales rows to norm 1 and writes a bfloat16
-copy. It reads and writes 24 bytes a parameter, 2 more for the copy and 4 more in rows that fired; `row_square_norm`
-reads 4 bytes a parameter of those rows, 8 with projection.
+copy. It reads and writes 24 bytes a parameter, 2 more for the copy and 4 more in rows that fired.
 
-`step`, `lr`, `clip` and `skip` are tensors on the device and nothing depends on their values on the host, so both
-functions can be captured in a CUDA graph. **The Triton kernels have not run on a GPU.**
+`step`, `lr`, `clip` and `skip` are tensors on the device and nothing depends on their values on the host, so a step can
+be captured in a CUDA graph. **The Triton kernel has not run on a GPU.**
 """
 
 from __future__ import annotations
@@ -49,29 +48,6 @@ class AdamState(NamedTuple):
     step: Tensor
 
 
-def row_square_norm(
-    gradient: RowGradient, weight: Tensor, *, project: bool = False, backend: str | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """The sum of squares of a gradient, from the rows that fired.
-
-    weight: [k, d] float32, contiguous
-    project: leave out each row's component along its weight row w, g - (g w / |w|^2) w
-    backend: "triton" or "eager"; None: triton on a CUDA device where it is available
-    out: [] float32; with ``project`` also g w / |w|^2, [k] float32, 0 where not fired: `row_adam_`'s ``share``
-    """
-    _check(gradient, weight)
-    if _uses_triton(backend, weight.device):
-        from tsae_kernels.backends.triton.row_adam import launch_row_norm
-
-        square, share = launch_row_norm(*gradient, weight, project)
-        return square.sum(), share
-    g = torch.where(gradient.fired[:, None], gradient.rows, 0.0)
-    if not project:
-        return g.square().sum(), None
-    share = torch.linalg.vecdot(g, weight) / torch.linalg.vecdot(weight, weight).clamp(min=1e-24)  # [k]
-    return g.addcmul(weight, share[:, None], value=-1).square().sum(), share
-
-
 @torch.no_grad()
 def row_adam_(
     weight: Tensor,
@@ -95,11 +71,11 @@ def row_adam_(
     lr: [] float32
     weight_decay: decoupled, as in AdamW
     clip: [] float32, a factor on the gradient; None: 1
-    share: [k] float32 from `row_square_norm`: each row's component along its weight is removed first
+    share: [k] float32, g w / |w|^2 of each row (0 where not fired), whose component along w is removed first
     unit_norm: scale each row to norm 1 after the step
     shadow: [k, d] bfloat16 or None; receives the new weight, rounded
     skip: [] bool or None; where true, nothing is changed
-    backend: as in `row_square_norm`
+    backend: "triton" or "eager"; None: triton on a CUDA device where it is available
     """
     _check(gradient, weight)
     go = torch.ones_like(state.step) if skip is None else (~skip).to(state.step.dtype)

@@ -13,10 +13,12 @@ from torch import Tensor
 from tsae.config import TEMPORAL, ObjectiveConfig
 from tsae.training.objectives import FeatureBatch, LossInputs, bands_for, objective, temporal_term
 from tsae.training.temporal_objectives import (
+    MaskedPairs,
     Pairs,
     contrastive_loss,
     count_pairs,
     draw_pairs,
+    draw_pairs_by_hash,
     find_window_edges,
     slow_loss,
     window_loss,
@@ -280,3 +282,51 @@ def test_only_pairs_at_a_segment_s_ends_are_edges(window: int) -> None:
         segments[1, :9] = -1
         edges = find_window_edges(segments, window)
         assert len(edges.firsts) == 9 * 2 * (window - 2)
+
+
+def test_pairs_drawn_by_hash_lie_in_segments_and_are_uniform() -> None:
+    segments = torch.tensor([[0, 0, 0, 1, 1, -1, -1, 2], [3, 3, 3, 3, 3, 3, 3, 3]])
+    wanted = draw_pairs(segments, 3, 0, torch.Generator().manual_seed(0)).anchors.tolist()
+    flat = segments.flatten()
+    lags: dict[int, int] = {}
+    seen: dict[int, int] = {}
+    for step in range(300):
+        anchors, partners, valid = draw_pairs_by_hash(segments, 3, 4, 7, torch.tensor(step))
+        assert valid.all()
+        assert len(set(anchors.tolist())) == 4
+        assert torch.equal(anchors, anchors.sort().values)
+        assert (flat[anchors] == flat[partners]).all()
+        assert (anchors // 8 == partners // 8).all()
+        for anchor, lag in zip(anchors.tolist(), (partners - anchors).tolist(), strict=True):
+            seen[anchor] = seen.get(anchor, 0) + 1
+            if anchor == 8:  # it has all three
+                lags[lag] = lags.get(lag, 0) + 1
+    assert sorted(seen) == wanted
+    assert all(80 < count < 165 for count in seen.values()), seen  # 120 +- 8.5 of 1,200 draws among 10
+    assert sorted(lags) == [1, 2, 3]
+    assert min(lags.values()) > 20
+
+
+def test_pairs_drawn_by_hash_are_a_function_of_seed_and_step_and_say_what_is_no_pair() -> None:
+    segments = torch.tensor([[0, 0, 0, 1, 1, -1, -1, 2]])
+    one = draw_pairs_by_hash(segments, 2, 2, 7, torch.tensor(3))
+    assert all(
+        torch.equal(a, b) for a, b in zip(one, draw_pairs_by_hash(segments, 2, 2, 7, torch.tensor(3)), strict=True)
+    )
+    many = [
+        tuple(draw_pairs_by_hash(segments, 2, 2, seed, torch.tensor(step))[0].tolist())
+        for seed in range(4)
+        for step in range(4)
+    ]
+    assert len(set(many)) > 2
+    for count in (0, 6):
+        anchors, partners, valid = draw_pairs_by_hash(segments, 1, count, 7, torch.tensor(0))
+        assert anchors[valid].tolist() == [0, 1, 3]
+        assert torch.equal(anchors[~valid], partners[~valid])
+    h = torch.rand(1, 8, 5)
+    few = draw_pairs(segments, 1, 0, torch.Generator())
+    torch.testing.assert_close(contrastive_loss(h, MaskedPairs(anchors, partners, valid)), contrastive_loss(h, few))
+    none = MaskedPairs(anchors, partners, torch.zeros_like(valid))
+    h.requires_grad_()
+    contrastive_loss(h, none).backward()
+    assert torch.equal(h.grad, torch.zeros_like(h))

@@ -25,7 +25,7 @@ from tsae.sae.model import SparseAutoencoder
 from tsae.training.feature_lists import FeatureLists
 from tsae.training.optimization import adam_state
 from tsae_kernels import TemporalStats, available_backends
-from tsae_kernels.row_adam import RowGradient, row_adam_, row_square_norm
+from tsae_kernels.row_adam import RowGradient, row_adam_
 from tsae_kernels.sparse_features import (
     DeferredGradients,
     SparseFeatures,
@@ -131,6 +131,7 @@ class SparseStep:
         self._stale: set[str] = set()  # those of them that are out of date
         self._deferred = DeferredGradients()
         self._rows: dict[str, RowGradient] = {}
+        self._square = torch.zeros((), device=device)  # of the norm of both matrices' gradients
         self._share: Tensor | None = None
         self._clip: Tensor | None = None
 
@@ -205,7 +206,8 @@ class SparseStep:
     def gather(self, dead: DeadRows | None) -> None:
         """The gradients of W_enc, W_dec and b_enc after the backward passes, and what b_dec gets from the encoder."""
         sae = self.sae
-        gradients: WeightGradients = weight_gradients(self._deferred)
+        W_dec = sae.W_dec if self.cfg.sae.unit_norm_decoder else None
+        gradients: WeightGradients = weight_gradients(self._deferred, W_dec)
         self._deferred = DeferredGradients()
         if self.cfg.sae.apply_b_dec_to_input:
             through_input = sae.W_enc @ gradients.bias
@@ -213,12 +215,17 @@ class SparseStep:
         if dead is not None and dead.W_enc.grad is not None:
             assert dead.W_dec.grad is not None
             assert dead.b_enc.grad is not None
-            gradients = gradients.add_rows(dead.features, dead.W_enc.grad, dead.W_dec.grad, dead.b_enc.grad)
+            gradients = gradients.add_rows(dead.features, dead.W_enc.grad, dead.W_dec.grad, dead.b_enc.grad, W_dec)
         sae.b_enc.grad = gradients.bias
         self._rows = {
             "W_enc": RowGradient(gradients.encoder, gradients.fired),
             "W_dec": RowGradient(gradients.decoder, gradients.fired),
         }
+        self._share, decoder = None, gradients.decoder_square
+        if W_dec is not None:  # without the components along the rows, whose length is share |w|
+            self._share = gradients.along / gradients.weight_square.clamp(min=1e-24)
+            decoder = (decoder - self._share * gradients.along).clamp(min=0.0)
+        self._square = gradients.encoder_square.sum() + decoder.sum()
 
     @torch.no_grad()
     def clip(self, limit: float) -> Tensor:
@@ -226,11 +233,8 @@ class SparseStep:
 
         Gradients of the biases are scaled to ``limit`` here, the rows of the matrices in `update`.
         """
-        unit = self.cfg.sae.unit_norm_decoder
-        encoder, _ = row_square_norm(self._rows["W_enc"], self._by_feature("W_enc"))
-        decoder, self._share = row_square_norm(self._rows["W_dec"], self._by_feature("W_dec"), project=unit)
         biases = [p.grad for p in (self.sae.b_enc, self.sae.b_dec) if p.grad is not None]
-        norm = (encoder + decoder + sum(grad.square().sum() for grad in biases)).sqrt()
+        norm = (self._square + sum(grad.square().sum() for grad in biases)).sqrt()
         self._clip = (limit / (norm + 1e-6)).clamp(max=1.0)
         for grad in biases:
             grad.mul_(self._clip)

@@ -1,4 +1,4 @@
-"""The Triton kernels of `tsae_kernels.row_adam`: one program for each row. Bound by memory."""
+"""The Triton kernel of `tsae_kernels.row_adam`: one program for each row. Bound by memory."""
 
 from __future__ import annotations
 
@@ -10,35 +10,6 @@ from tsae_kernels.backends.triton.forward import narrow
 from tsae_kernels.backends.triton.launch import _on_device_of, interpreting
 
 _BLOCK = 4096  # columns held in registers at a time
-
-
-@triton.jit
-def row_norm_kernel(rows, fired, weight, square, share, D: tl.constexpr, PROJECT: tl.constexpr, BLOCK: tl.constexpr):
-    """square [k]: of the gradient row, without its part along the weight row; share [k]: g w / |w|^2."""
-    row = tl.program_id(0).to(tl.int64)
-    width = tl.load(fired + row).to(tl.int32) * D  # columns of the gradient to read
-    s = 0.0
-    if PROJECT:
-        dot = tl.zeros([BLOCK], tl.float32)
-        length = tl.zeros([BLOCK], tl.float32)
-        for start in tl.static_range(0, D, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            read = column < width
-            g = tl.load(rows + row * D + column, mask=read, other=0.0)
-            w = tl.load(weight + row * D + column, mask=read, other=0.0)
-            dot += g * w
-            length += w * w
-        s = tl.sum(dot, 0) / tl.maximum(tl.sum(length, 0), 1e-24)
-        tl.store(share + row, s)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in tl.static_range(0, D, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        read = column < width
-        g = tl.load(rows + row * D + column, mask=read, other=0.0)
-        if PROJECT:
-            g -= s * tl.load(weight + row * D + column, mask=read, other=0.0)
-        total += g * g
-    tl.store(square + row, tl.sum(total, 0))
 
 
 @triton.jit
@@ -114,18 +85,6 @@ def row_adam_kernel(
 
 def _block(D: int) -> int:
     return min(triton.next_power_of_2(D), _BLOCK)
-
-
-def launch_row_norm(rows: Tensor, fired: Tensor, weight: Tensor, project: bool) -> tuple[Tensor, Tensor | None]:
-    """The sum of squares of each row, [k], and with ``project`` its share along the weight, [k]."""
-    k, D = weight.shape
-    square = weight.new_empty(k)
-    share = weight.new_empty(k) if project else None
-    with _on_device_of(weight):
-        row_norm_kernel[(k,)](
-            rows, fired, weight, square, share, D=D, PROJECT=project, BLOCK=_block(D), num_warps=_warps(D)
-        )
-    return square, share
 
 
 def launch_row_adam(
