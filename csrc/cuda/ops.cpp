@@ -33,7 +33,7 @@ Source source(const char* name, const Tensor& x, const Tensor& like, Tensor& own
   out.x = features(name, x, like, owner);
   const int64_t size = x.element_size(), batch = out.x.batch * size, time = out.x.time * size;
   const bool adjacent = out.x.feature == 1;
-  out.vectorized = adjacent && divides(16, out.x.data, {batch, time, like.size(2) * size});
+  out.vectorized = adjacent && divides(16, out.x.data, {batch, time, like.size(2) * size}) && time < (1 << 27);
   out.paired = adjacent && divides(2 * size, out.x.data, {batch, time});
   return out;
 }
