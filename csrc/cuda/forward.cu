@@ -88,7 +88,7 @@ struct Activations {
 
 // Warps of a multiprocessor; the kernels' register count is limited to allow as many.
 template <class T, bool sliding>
-constexpr int kWarps = sliding ? (sizeof(T) == 2 ? 9 : 4) : sizeof(T) == 2 ? 14 : 12;
+constexpr int kWarps = sliding ? (sizeof(T) == 2 ? 9 : 4) : 12;
 
 // Rows that the third band reaches back to, beyond those in registers. None if its window never leaves a row.
 TSAE_INLINE int rows_back(const Forward& f) { return f.S > 2 && f.bands[5] < f.T - 1 ? f.bands[5] + 1 : 0; }
@@ -161,11 +161,11 @@ __global__ void __launch_bounds__(kLanes, kWarps<T, sliding>) forward_multiscale
   const int* ends = f.ends ? f.ends + place.b * f.T : nullptr;
   const int last = f.bands[5];
   int following = ends ? __ldg(ends) : f.T;
-  Walk<V> walk;
   Totals<V> totals;
   for (int start = 0; start < f.T;) {
     const Run run{start, following < 0 ? -following : following, following < 0};
     const int n = run.end - run.begin;
+    Walk<V> walk;
     if (ends && run.end < f.T) following = __ldg(ends + run.end);  // of the next run
     start = run.end;
     blocks.activations.activate.start(run);

@@ -88,7 +88,8 @@ __device__ __forceinline__ void walk_block(const Rows<T>& rows, const Rows<T>& l
   constexpr int kFarCount = kFarLast - kNearLast;
   const int left = last_block ? n - begin : smaller(n - begin, 2 * kRows - 1);
   const HalfDegree* const after = kAfter.at + (left - 1);
-  V ring[kRows], far = w.far, window = w.third, squares = w.squares;
+  V(&ring)[kRows] = w.ring;
+  V far = w.far, window = w.third, squares = w.squares;
   V near_energy{}, far_energy{}, third_energy{}, first{}, second{}, sum_of_squares{}, near{}, pair{}, now{};
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
@@ -96,7 +97,7 @@ __device__ __forceinline__ void walk_block(const Rows<T>& rows, const Rows<T>& l
     const V before = now;
     now = fused(widen<T>(rows[i]), kRowScale, w.minus_centre);
     // y[t - back], 0 before the segment
-    const auto past = [&](int back) { return back <= i ? ring[i - back] : first_block ? V{} : w.ring[i + kRows - back]; };
+    const auto past = [&](int back) { return first_block && back > i ? V{} : ring[(i + kRows - back) % kRows]; };
     if (i % 2 == 0) {
       pair = first_block && i < 2 ? past(1) : past(1) + past(2);
       near = first_block && i < 3 ? pair : pair + past(3);
@@ -149,8 +150,6 @@ __device__ __forceinline__ void walk_block(const Rows<T>& rows, const Rows<T>& l
     w.far = far;
     w.third = window;
     w.squares = squares;
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) w.ring[i] = ring[i];
   }
   if constexpr (zone == Zone::kInterior) far_energy = fused(second, -float(kFarCount), far_energy);
   if constexpr (with_third) {

@@ -67,7 +67,9 @@ struct RowRing {
       }
       from += int64_t(jump) * (kRows / kTogether);
     } else {
-      const Column<T> column(source, place);
+      Place mine = place;
+      mine.j = opaque(place.j);
+      const Column<T> column(source, mine);
       Stored<T>* const here = tile<T>() + slot * kLanes + threadIdx.x;
 #pragma unroll 4
       for (int i = 0; i < smaller(kRows, T_ - issued); ++i) here[i * kLanes] = column.stored(issued + i);
@@ -108,17 +110,19 @@ struct RowRing {
   template <bool full>
   __device__ __forceinline__ void load(int slot, int count, Rows<T>& rows) const {
     const Stored<T>* const at = tile<T>() + slot * kLanes + threadIdx.x;
-    if (slot + kRows <= capacity) {
+    const int beyond = capacity - slot;
+    if (beyond >= kRows) {
+      const SharedAddress address = shared_address(at);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         if (!full && i % 4 == 0 && i >= count) break;
-        rows[i] = at[i * kLanes];
+        rows[i] = load_shared<Stored<T>>(address + i * unsigned(kLanes * sizeof(Stored<T>)));
       }
     } else {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         if (!full && i % 4 == 0 && i >= count) break;
-        rows[i] = at[(slot + i < capacity ? i : i - capacity) * kLanes];
+        rows[i] = at[(i < beyond ? i : i - capacity) * kLanes];
       }
     }
   }
