@@ -187,7 +187,7 @@ Tensor step_energy_backward(Tensor h, Tensor weights, Tensor grad) {
 }  // namespace tsae
 
 // Raise this with every change of an operator's signature, so that a library built from older sources is not used.
-TSAE_EXPORT int tsae_interface() { return 3; }
+TSAE_EXPORT int tsae_interface() { return 4; }
 TSAE_EXPORT const char* tsae_built_for() { return "torch " TORCH_VERSION ", " TSAE_COMPILER; }
 TSAE_EXPORT const char* tsae_instruction_sets() {
 #if defined(__x86_64__)

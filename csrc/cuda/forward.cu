@@ -52,7 +52,7 @@ struct Activations {
   bool exists;
 
   __device__ __forceinline__ Activations(const Forward& f, const Place& place)
-      : activate(f, place), mask(f, place), to(static_cast<T*>(f.h) + place.b * f.T * f.k + place.j), k(int(f.k)),
+      : activate(f, place), mask(f, place), to(static_cast<T*>(f.h) + place.b * f.T * f.k + place.j), k(opaque(int(f.k))),
         exists(place.count > 0) {}
 
   // Activates `count` rows from position t on, in place, and writes them. `full`: there are 16.
@@ -172,10 +172,10 @@ __global__ void __launch_bounds__(kLanes, kWarps<T, sliding>) forward_multiscale
     const bool identity = n >= kAllPairs && last >= n - 1, third = f.S > 2 && n > kRows && !identity;
     // Interior blocks that begin in [inner, outer]: the third window, if it is summed, slides there.
     const int inner = third ? last + 1 : kRows, outer = run.excluded || (third && !sliding) ? -1 : n - 2 * kRows + 1;
-    for (int begin = 0; begin < n;) {
+    for (int begin = 0; begin < n; begin += kRows) {
       Rows<T> rows, leaving;
-      for (; begin >= inner && begin <= outer; begin += kRows) {
-        const Third window(last, begin);
+      const Third window(last, begin);
+      if (begin >= inner && begin <= outer) {
         if (begin % kRecentre == 0) recentre(begin, window.rows_before(), walk);
         blocks.template take<true>(run.begin + begin, kRows, rows);
         if (sliding && third) {
@@ -184,9 +184,9 @@ __global__ void __launch_bounds__(kLanes, kWarps<T, sliding>) forward_multiscale
         } else {
           walk_block<T, Zone::kInterior, false>(rows, leaving, begin, n, window, walk);
         }
+        continue;
       }
       const int count = smaller(n - begin, kRows);
-      const Third window(last, begin);
       if (count == kRows && mode != Mode::kGelu) blocks.template take<true>(run.begin + begin, kRows, rows);
       else blocks.template take<false>(run.begin + begin, count, rows);
       if (run.excluded) {
@@ -195,20 +195,19 @@ __global__ void __launch_bounds__(kLanes, kWarps<T, sliding>) forward_multiscale
       } else if (begin == 0) {
         start_walk<T>(rows, n, walk);
         if (n >= 2 * kRows - 1) walk_block<T, Zone::kHead, false>(rows, leaving, 0, n, window, walk);
-        else if (n > kRows) walk_block<T, Zone::kShortHead, false>(rows, leaving, 0, n, window, walk);
+        else if (n >= kRows) walk_block<T, Zone::kShortHead, false>(rows, leaving, 0, n, window, walk);
         else walk_block<T, Zone::kOnly, false>(rows, leaving, 0, n, window, walk);
       } else {
         if (begin % kRecentre == 0 && begin + kFarLast <= n) recentre(begin, window.rows_before(), walk);
         if (third) {
           if (sliding && window.leaves < kRows) blocks.take_leaving(count, leaving);
-          if (begin + kRows < n) walk_block<T, Zone::kEdge, true, sliding>(rows, leaving, begin, n, window, walk);
+          if (begin + kRows <= n) walk_block<T, Zone::kEdge, true, sliding>(rows, leaving, begin, n, window, walk);
           else walk_block<T, Zone::kLast, true, sliding>(rows, leaving, begin, n, window, walk);
         } else {
-          if (begin + kRows < n) walk_block<T, Zone::kEdge, false>(rows, leaving, begin, n, window, walk);
+          if (begin + kRows <= n) walk_block<T, Zone::kEdge, false>(rows, leaving, begin, n, window, walk);
           else walk_block<T, Zone::kLast, false>(rows, leaving, begin, n, window, walk);
         }
       }
-      begin += count;
     }
     if (!run.excluded && n > kFewRows) add_walk(walk, n, identity, totals);
   }

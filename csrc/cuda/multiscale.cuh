@@ -57,11 +57,11 @@ struct Walk {
 // Where a block is in its segment.
 enum class Zone {
   kHead,      // the first of at least 31 rows
-  kShortHead, // the first of 17 to 30 rows
-  kOnly,      // of at most 16 rows
+  kShortHead, // the first of 16 to 30 rows
+  kOnly,      // of at most 15 rows
   kInterior,  // no row before or after the segment is within reach
   kEdge,      // others with 16 rows
-  kLast,      // the last, with up to 16 rows
+  kLast,      // the last, with up to 15 rows
 };
 
 __device__ __forceinline__ float least(float a, float b) { return a < b ? a : b; }
@@ -86,7 +86,8 @@ __device__ __forceinline__ void walk_block(const Rows<T>& rows, const Rows<T>& l
   constexpr bool last_block = zone == Zone::kOnly || zone == Zone::kLast;
   constexpr bool inside = zone == Zone::kHead || zone == Zone::kInterior;  // all later rows in reach exist
   constexpr int kFarCount = kFarLast - kNearLast;
-  const int left = last_block ? n - begin : smaller(n - begin, 2 * kRows - 1);
+  // In a register of this thread's: the table's address would else be copied there for every row.
+  const int left = opaque(last_block ? n - begin : smaller(n - begin, 2 * kRows - 1));
   const HalfDegree* const after = kAfter.at + (left - 1);
   V(&ring)[kRows] = w.ring;
   V far = w.far, window = w.third, squares = w.squares;
@@ -169,6 +170,7 @@ __device__ __forceinline__ void recentre(int begin, float grown, Walk<V>& w) {
   V shift{};
 #pragma unroll
   for (int i = 0; i < kRows; ++i) shift = fused(w.ring[i], 1.f / kRows, shift);
+  shift = select(equal(shift - shift, V{}), shift, V{});  // as in start_walk
   w.minus_centre = w.minus_centre - shift;
   w.far = V{};
   V near_pairs{}, far_pairs{};
@@ -188,7 +190,7 @@ __device__ __forceinline__ void recentre(int begin, float grown, Walk<V>& w) {
   // sum (y - shift)^2 = sum y^2 - shift (2 sum y - count shift)
   const float count = float(begin);
   const V first = w.first * (kRowScale / kSumScale<float>), minus = V{} - shift;
-  w.second = fused(minus, fused(minus, count, first * 2.f), w.second);
+  w.second = not_a_number_to(w.second, fused(minus, fused(minus, count, first * 2.f), w.second));
   w.first = fused(minus * (kInverseRowScale * kSumScale<float>), count, w.first);
   w.squares = fused(minus, fused(minus, grown, w.third * 2.f), w.squares);
   w.third = fused(minus, grown, w.third);
