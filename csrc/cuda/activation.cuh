@@ -63,13 +63,13 @@ struct Activate {
     // At excluded positions no state carries over: nothing exceeds an infinite release.
     held = run.excluded ? splat(E(INFINITY)) : release;
   }
-  __device__ __forceinline__ Stored<T> operator()(const Stored<T>& pre, int t) {
+  // `limit`: the threshold at this position.
+  __device__ __forceinline__ Stored<T> operator()(const Stored<T>& pre, const V& limit) {
     V z = widen<T>(pre) + bias;
     if constexpr (mode == Mode::kGelu) return Gelu<T>(z).value;
     if constexpr (mode == Mode::kRelu || mode == Mode::kSchmitt) {
-      if (thresholds) threshold = splat(__ldg(thresholds + t));
-      if constexpr (mode == Mode::kSchmitt) off = stays_off(z, threshold, held, off);
-      else off = less_equal(z, threshold);
+      if constexpr (mode == Mode::kSchmitt) off = stays_off(z, limit, held, off);
+      else off = less_equal(z, limit);
       z = select(off, V{}, z);
     }
     return narrow<T>(z);

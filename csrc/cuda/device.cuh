@@ -38,6 +38,38 @@ __device__ __forceinline__ void await_copies_but() {
 // x, which is the same in all lanes of the warp: the compiler then knows it.
 __device__ __forceinline__ int of_warp(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
+// Reads 4 or 8 bytes of shared memory. As assembly, because the compiler merges loads of two branches into one with an
+// address for each, which takes an instruction and a register more.
+using SharedAddress = unsigned;
+__device__ __forceinline__ SharedAddress shared_address(const void* at) {
+  return static_cast<SharedAddress>(__cvta_generic_to_shared(at));
+}
+template <class X>
+__device__ __forceinline__ X load_shared(SharedAddress at) {
+  static_assert(sizeof(X) == 4 || sizeof(X) == 8);
+  X x;
+  if constexpr (sizeof(X) == 4) {
+    unsigned word;
+    asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(word) : "r"(at) : "memory");
+    memcpy(&x, &word, sizeof x);
+  } else {
+    uint2 words;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n" : "=r"(words.x), "=r"(words.y) : "r"(at) : "memory");
+    memcpy(&x, &words, sizeof x);
+  }
+  return x;
+}
+
+// The value, about which the compiler knows nothing: keeps it from moving work out of a branch that is rarely taken.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+__device__ __forceinline__ int64_t opaque(int64_t x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
+
 __device__ __forceinline__ float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ __forceinline__ double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
 __device__ __forceinline__ float fast_exponential(float x) { return __expf(x); }

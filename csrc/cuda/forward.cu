@@ -42,30 +42,53 @@ struct ActiveMask {
   }
 };
 
-// The activation of `count` rows from position t on, in place, and what is written of them.
-template <class T, Result result, bool full, class Activation>
-__device__ __forceinline__ void activate_rows(Activation& activate, int t, int count, Rows<T>& rows, T*& to, int64_t k,
-                                              bool exists, ActiveMask& mask) {
-  uint32_t a = 0, b = 0;
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    if (!full && i >= count) break;
-    rows[i] = activate(rows[i], t + i);
-    if constexpr (result == Result::kFeatures) {
-      if (exists) *reinterpret_cast<Stored<T>*>(to) = rows[i];
-      to += k;
-    } else {
-      const Mask active = nonzero<T>(rows[i]);
-      if (active.a) a |= 1u << i;
-      if (active.b) b |= 1u << i;
+// What a kernel writes beside the statistics, position by position.
+template <class T, Mode mode, Result result>
+struct Activations {
+  Activate<T, mode> activate;
+  ActiveMask mask;
+  T* to;  // h of this thread's features at the next position
+  int k;
+  bool exists;
+
+  __device__ __forceinline__ Activations(const Forward& f, const Place& place)
+      : activate(f, place), mask(f, place), to(static_cast<T*>(f.h) + place.b * f.T * f.k + place.j), k(opaque(int(f.k))),
+        exists(place.count > 0) {}
+
+  // Activates `count` rows from position t on, in place, and writes them. `full`: there are 16.
+  template <bool full>
+  __device__ __forceinline__ void operator()(int t, int count, Rows<T>& rows) {
+    if constexpr (mode == Mode::kRelu || mode == Mode::kSchmitt) {
+      if (activate.thresholds) return rows_of<full, true>(t, count, rows);
     }
+    rows_of<full, false>(t, count, rows);
   }
-  if constexpr (result == Result::kMask) mask.add(t, count, a, b);
-}
+
+ private:
+  template <bool full, bool each>  // each: one threshold for each position
+  __device__ __forceinline__ void rows_of(int t, int count, Rows<T>& rows) {
+    const float* const thresholds = activate.thresholds + t;
+    uint32_t a = 0, b = 0;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (!full && i >= count) break;
+      rows[i] = activate(rows[i], each ? splat(__ldg(thresholds + i)) : activate.threshold);
+      if constexpr (result == Result::kFeatures) {
+        if (exists) *reinterpret_cast<Stored<T>*>(to + int64_t(k) * i) = rows[i];
+      } else {
+        const Mask active = nonzero<T>(rows[i]);
+        if (active.a) a |= 1u << i;
+        if (active.b) b |= 1u << i;
+      }
+    }
+    to += int64_t(k) * count;
+    if constexpr (result == Result::kMask) mask.add(t, count, a, b);
+  }
+};
 
 // Warps of a multiprocessor; the kernels' register count is limited to allow as many.
 template <class T, bool sliding>
-constexpr int kWarps = sliding ? (sizeof(T) == 2 ? 9 : 4) : sizeof(T) == 2 ? 16 : 12;
+constexpr int kWarps = sliding ? (sizeof(T) == 2 ? 9 : 4) : 12;
 
 // Rows that the third band reaches back to, beyond those in registers. None if its window never leaves a row.
 TSAE_INLINE int rows_back(const Forward& f) { return f.S > 2 && f.bands[5] < f.T - 1 ? f.bands[5] + 1 : 0; }
@@ -101,70 +124,95 @@ __device__ __forceinline__ void write_totals(const Forward& f, const Place& plac
   write_moments<float>(f, place, total, square);
 }
 
+// Takes blocks of rows from the ring and activates them.
+template <class T, Mode mode, Result result, bool sliding>
+struct Blocks {
+  RowRing<T> ring;
+  Activations<T, mode, result> activations;
+  int back, slot = 0;
+
+  __device__ __forceinline__ Blocks(const Forward& f, const Place& place)
+      : ring(f.pre, place, f.T, f.k, f.ring), activations(f, place), back(sliding ? rows_back(f) : 0) {
+    ring.start();
+  }
+  // `count` rows from position t on, which is where the last block ended. `full`: there are 16.
+  template <bool full>
+  __device__ __forceinline__ void take(int t, int count, Rows<T>& rows) {
+    ring.await(t - back, t + count);
+    ring.template load<full>(slot, count, rows);
+    if constexpr (result != Result::kNothing) {
+      activations.template operator()<full>(t, count, rows);
+      if (sliding) ring.store(slot, count, rows);
+    }
+    slot = ring.after(slot, count);
+  }
+  // The rows `back` before those that were taken last.
+  __device__ __forceinline__ void take_leaving(int count, Rows<T>& rows) const {
+    const int from = ring.before(ring.before(slot, count), back);
+    ring.template load<false>(from, count, rows);
+  }
+};
+
 template <class T, Mode mode, Result result, bool sliding>
 __global__ void __launch_bounds__(kLanes, kWarps<T, sliding>) forward_multiscale(const __grid_constant__ Forward f) {
   using V = Pair<float>;
   const Place place = place_of(f.k, kTile);
-  RowRing<T> ring(f.pre, place, f.T, f.k, f.ring);
-  ring.start();
-  Activate<T, mode> activate(f, place);
-  ActiveMask mask(f, place);
-  T* to = static_cast<T*>(f.h) + place.b * f.T * f.k + place.j;
+  Blocks<T, mode, result, sliding> blocks(f, place);
   const int* ends = f.ends ? f.ends + place.b * f.T : nullptr;
-  const int back = sliding ? rows_back(f) : 0;
-  int slot = 0, following = ends ? __ldg(ends) : f.T;
-  Walk<V> walk;
+  const int last = f.bands[5];
+  int following = ends ? __ldg(ends) : f.T;
   Totals<V> totals;
   for (int start = 0; start < f.T;) {
     const Run run{start, following < 0 ? -following : following, following < 0};
     const int n = run.end - run.begin;
+    Walk<V> walk;
     if (ends && run.end < f.T) following = __ldg(ends + run.end);  // of the next run
     start = run.end;
-    activate.start(run);
-    const bool third = f.S > 2 && n > kRows, identity = third && n >= kAllPairs && f.bands[5] >= n - 1;
+    blocks.activations.activate.start(run);
+    const bool identity = n >= kAllPairs && last >= n - 1, third = f.S > 2 && n > kRows && !identity;
+    // Interior blocks that begin in [inner, outer]: the third window, if it is summed, slides there.
+    const int inner = third ? last + 1 : kRows, outer = run.excluded || (third && !sliding) ? -1 : n - 2 * kRows + 1;
     for (int begin = 0; begin < n; begin += kRows) {
-      const int at = run.begin + begin, count = smaller(n - begin, kRows);
-      ring.await(at - back, at + count);
       Rows<T> rows, leaving;
-      ring.load(slot, count, rows);
-      if constexpr (result != Result::kNothing) {
-        const bool exists = place.count > 0;
-        if (count == kRows && mode != Mode::kGelu) {
-          activate_rows<T, result, true>(activate, at, count, rows, to, f.k, exists, mask);
+      const Third window(last, begin);
+      if (begin >= inner && begin <= outer) {
+        if (begin % kRecentre == 0) recentre(begin, window.rows_before(), walk);
+        blocks.template take<true>(run.begin + begin, kRows, rows);
+        if (sliding && third) {
+          blocks.take_leaving(kRows, leaving);
+          walk_block<T, Zone::kInterior, sliding>(rows, leaving, begin, n, window, walk);
         } else {
-          activate_rows<T, result, false>(activate, at, count, rows, to, f.k, exists, mask);
+          walk_block<T, Zone::kInterior, false>(rows, leaving, begin, n, window, walk);
         }
-        if (sliding) ring.store(slot, count, rows);
+        continue;
       }
-      if (!run.excluded) {
-        if (n <= kFewRows) {
-          add_few_rows<T>(rows, n, totals);
-        } else if (begin == 0) {
-          start_walk<T>(rows, n, walk);
-          const Third none(0, 0);
-          if (n >= 2 * kRows - 1) walk_block<T, Zone::kHead, false>(rows, leaving, 0, n, none, walk);
-          else walk_block<T, Zone::kShort, false>(rows, leaving, 0, n, none, walk);
+      const int count = smaller(n - begin, kRows);
+      if (count == kRows && mode != Mode::kGelu) blocks.template take<true>(run.begin + begin, kRows, rows);
+      else blocks.template take<false>(run.begin + begin, count, rows);
+      if (run.excluded) {
+      } else if (n <= kFewRows) {
+        add_few_rows<T>(rows, n, totals);
+      } else if (begin == 0) {
+        start_walk<T>(rows, n, walk);
+        if (n >= 2 * kRows - 1) walk_block<T, Zone::kHead, false>(rows, leaving, 0, n, window, walk);
+        else if (n >= kRows) walk_block<T, Zone::kShortHead, false>(rows, leaving, 0, n, window, walk);
+        else walk_block<T, Zone::kOnly, false>(rows, leaving, 0, n, window, walk);
+      } else {
+        if (begin % kRecentre == 0 && begin + kFarLast <= n) recentre(begin, window.rows_before(), walk);
+        if (third) {
+          if (sliding && window.leaves < kRows) blocks.take_leaving(count, leaving);
+          if (begin + kRows <= n) walk_block<T, Zone::kEdge, true, sliding>(rows, leaving, begin, n, window, walk);
+          else walk_block<T, Zone::kLast, true, sliding>(rows, leaving, begin, n, window, walk);
         } else {
-          const bool inside = begin + 2 * kRows - 1 <= n;
-          const Third window(f.bands[5], begin);
-          if (begin % kRecentre == 0 && begin + kFarLast <= n) recentre(begin, window.rows_before(), walk);
-          if (!third || identity) {
-            if (inside) walk_block<T, Zone::kInterior, false>(rows, leaving, begin, n, window, walk);
-            else walk_block<T, Zone::kEdge, false>(rows, leaving, begin, n, window, walk);
-          } else {
-            if (sliding && window.leaves < kRows) ring.load(ring.before(slot, back), count, leaving);
-            if (sliding && inside && window.leaves <= 0)
-              walk_block<T, Zone::kInterior, true>(rows, leaving, begin, n, window, walk);
-            else walk_block<T, Zone::kEdge, true, sliding>(rows, leaving, begin, n, window, walk);
-          }
+          if (begin + kRows <= n) walk_block<T, Zone::kEdge, false>(rows, leaving, begin, n, window, walk);
+          else walk_block<T, Zone::kLast, false>(rows, leaving, begin, n, window, walk);
         }
       }
-      slot = ring.after(slot, count);
     }
     if (!run.excluded && n > kFewRows) add_walk(walk, n, identity, totals);
   }
   if (place.count == 0) return;
-  if constexpr (result == Result::kMask) mask.finish(f.T);
+  if constexpr (result == Result::kMask) blocks.activations.mask.finish(f.T);
   write_totals<T, mode>(f, place, totals);
 }
 
@@ -195,7 +243,7 @@ const char* launch_multiscale(const Forward& f, void* stream) {
 
 bool is_tuned_forward(const Forward& f) {
   const int64_t size = f.dtype == kDouble ? 8 : f.dtype == kFloat ? 4 : 2;
-  return size < 8 && is_tuned(f.S, f.bands, f.k, ring_rows(rows_back(f)) * kTile * size);
+  return size < 8 && f.k < (1 << 27) && is_tuned(f.S, f.bands, f.k, ring_rows(rows_back(f)) * kTile * size);
 }
 
 const char* forward(const Forward& given, void* stream) {

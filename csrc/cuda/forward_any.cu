@@ -15,7 +15,8 @@ template <class T, Mode mode, class Put>
 __device__ __forceinline__ void activate_column(Activate<T, mode>& activate, const Column<T>& pre, int begin, int end,
                                                 const Put& put) {
 #pragma unroll 8
-  for (int t = begin; t < end; ++t) put(t, activate(pre.stored(t), t));
+  for (int t = begin; t < end; ++t)
+    put(t, activate(pre.stored(t), activate.thresholds ? splat(__ldg(activate.thresholds + t)) : activate.threshold));
 }
 
 // Block by block along T, for all bands at once. The features are in a tile if it is small enough, else in global memory:

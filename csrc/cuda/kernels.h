@@ -18,7 +18,7 @@ constexpr int64_t kMostTileBytes = 80 << 10;
 
 struct Source {  // features in global memory
   Features x;
-  bool vectorized;  // rows, and the features of a row, can be copied in pieces of 16 bytes
+  bool vectorized;  // rows, and the features of a row, can be copied in pieces of 16 bytes; they are < 2^27 bytes apart
   bool paired;      // a thread's two features can be read in one load
 };
 

@@ -54,13 +54,15 @@ struct Walk {
   V first, second;    // of x - centre times kSumScale, and of y^2
 };
 
+// Where a block is in its segment.
 enum class Zone {
-  kHead,      // the first 16 rows of a segment of at least 31
-  kShort,     // of a shorter one
+  kHead,      // the first of at least 31 rows
+  kShortHead, // the first of 16 to 30 rows
+  kOnly,      // of at most 15 rows
   kInterior,  // no row before or after the segment is within reach
-  kEdge,      // anything else: the segment's last rows, or those where the third window does not yet slide
+  kEdge,      // others with 16 rows
+  kLast,      // the last, with up to 15 rows
 };
-TSAE_INLINE constexpr bool is_first(Zone zone) { return zone == Zone::kHead || zone == Zone::kShort; }
 
 __device__ __forceinline__ float least(float a, float b) { return a < b ? a : b; }
 
@@ -80,74 +82,80 @@ struct Third {
 template <class T, Zone zone, bool with_third, bool sliding = with_third, class V>
 __device__ __forceinline__ void walk_block(const Rows<T>& rows, const Rows<T>& leaving, int begin, int n, const Third& third,
                                            Walk<V>& w) {
-  constexpr bool complete = zone == Zone::kHead || zone == Zone::kInterior;
+  constexpr bool first_block = zone == Zone::kHead || zone == Zone::kShortHead || zone == Zone::kOnly;
+  constexpr bool last_block = zone == Zone::kOnly || zone == Zone::kLast;
+  constexpr bool inside = zone == Zone::kHead || zone == Zone::kInterior;  // all later rows in reach exist
   constexpr int kFarCount = kFarLast - kNearLast;
-  const int left = smaller(n - begin, 2 * kRows - 1);
-  V near_energy{}, far_energy{}, third_energy{}, first{}, second{}, squares{}, near{}, pair{}, now{};
+  // In a register of this thread's: the table's address would else be copied there for every row.
+  const int left = opaque(last_block ? n - begin : smaller(n - begin, 2 * kRows - 1));
+  const HalfDegree* const after = kAfter.at + (left - 1);
+  V(&ring)[kRows] = w.ring;
+  V far = w.far, window = w.third, squares = w.squares;
+  V near_energy{}, far_energy{}, third_energy{}, first{}, second{}, sum_of_squares{}, near{}, pair{}, now{};
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
-    if (!complete && i >= left) break;
+    if (last_block && i >= left) break;
     const V before = now;
     now = fused(widen<T>(rows[i]), kRowScale, w.minus_centre);
     // y[t - back], 0 before the segment
-    const auto past = [&](int back) { return is_first(zone) && back > i ? V{} : w.ring[(i + kRows - back) % kRows]; };
+    const auto past = [&](int back) { return first_block && back > i ? V{} : ring[(i + kRows - back) % kRows]; };
     if (i % 2 == 0) {
-      pair = is_first(zone) && i < 2 ? past(1) : past(1) + past(2);
-      near = is_first(zone) && i < 3 ? pair : pair + past(3);
+      pair = first_block && i < 2 ? past(1) : past(1) + past(2);
+      near = first_block && i < 3 ? pair : pair + past(3);
     } else {
-      near = is_first(zone) && i < 2 ? before : before + pair;
+      near = first_block && i < 2 ? before : before + pair;
     }
-    const V entering = w.ring[i];  // the third window
-    if constexpr (!is_first(zone)) w.far = w.far + (past(4) - entering);
-    else if (i == 4) w.far = past(4);
-    else if (i > 4) w.far = w.far + past(4);
+    if constexpr (!first_block) far = far + (past(4) - past(16));
+    else if (i == 4) far = past(4);
+    else if (i > 4) far = far + past(4);
 
     // Taking the difference first keeps the terms of a slowly changing feature small (docs/mathematics.md, section 4).
-    constexpr float near_before = 0.5f * kNearLast, far_before = 0.5f * kFarCount;
+    constexpr float near_limit = 0.5f * kNearLast, far_limit = 0.5f * kFarCount;
     if constexpr (zone == Zone::kInterior) {
-      near_energy = fused(now, fused(now, -2 * near_before, near), near_energy);
-      far_energy = fused(now, w.far, far_energy);
+      near_energy = fused(now, fused(now, -2 * near_limit, near), near_energy);
+      far_energy = fused(now, far, far_energy);
     } else {
-      float near_half = is_first(zone) ? 0.5f * float(smaller(i, kNearLast)) : near_before;
-      float far_half = is_first(zone) ? 0.5f * float(larger(i - kNearLast, 0)) : far_before;
-      if (zone == Zone::kHead) {
-        near_half += near_before;
-        far_half += far_before;
-      } else {
-        const HalfDegree after = kAfter.at[left - 1 - i];
-        near_half += after.near;
-        far_half += after.far;
-      }
+      float near_half = first_block ? 0.5f * float(smaller(i, kNearLast)) : near_limit;
+      float far_half = first_block ? 0.5f * float(larger(i - kNearLast, 0)) : far_limit;
+      const HalfDegree later = inside ? HalfDegree{near_limit, far_limit} : after[-i];
+      near_half += later.near;
+      far_half += later.far;
       near_energy = fused(now, fused(now, -near_half, near), near_energy);
-      if (is_first(zone) && i < 4) far_energy = fused(now * now, -far_half, far_energy);
-      else far_energy = fused(now, fused(now, -far_half, w.far), far_energy);
+      if (first_block && i < 4) far_energy = fused(now * now, -far_half, far_energy);
+      else far_energy = fused(now, fused(now, -far_half, far), far_energy);
     }
     second = fused(now, now, second);
-    if constexpr (!complete) first = first + now;
+    if constexpr (last_block) first = first + now;
 
     if constexpr (with_third) {
-      w.third = w.third + entering;
-      w.squares = fused(entering, entering, w.squares);
+      const V entering = past(16);
+      window = window + entering;
+      squares = fused(entering, entering, squares);
       if (sliding && (zone == Zone::kInterior || i >= third.leaves)) {
         const V gone = fused(widen<T>(leaving[i]), kRowScale, w.minus_centre);
-        w.third = w.third - gone;
-        w.squares = fused(V{} - gone, gone, w.squares);
+        window = window - gone;
+        squares = fused(V{} - gone, gone, squares);
       }
       if constexpr (zone == Zone::kInterior) {
-        third_energy = fused(now, w.third, third_energy);
+        third_energy = fused(now, window, third_energy);
       } else {
         const float half = least(third.half_grown + 0.5f * float(i), third.half);
-        third_energy = fused(now, fused(now, -half, w.third), third_energy);
+        third_energy = fused(now, fused(now, -half, window), third_energy);
       }
-      squares = squares + w.squares;
+      sum_of_squares = sum_of_squares + squares;
     }
-    w.ring[i] = now;
+    ring[i] = now;
   }
-  if constexpr (complete) first = (w.far + near) + now;  // the windows hold the block's rows
+  if constexpr (!last_block) {
+    first = (far + near) + now;  // the windows hold the block's rows
+    w.far = far;
+    w.third = window;
+    w.squares = squares;
+  }
   if constexpr (zone == Zone::kInterior) far_energy = fused(second, -float(kFarCount), far_energy);
   if constexpr (with_third) {
     if (zone == Zone::kInterior) third_energy = fused(second, -third.half, third_energy);
-    w.third_energy = w.third_energy + fused(squares, -0.5f, third_energy);
+    w.third_energy = w.third_energy + fused(sum_of_squares, -0.5f, third_energy);
   }
   w.near_energy = w.near_energy + near_energy;
   w.far_energy = w.far_energy + far_energy;
@@ -162,6 +170,7 @@ __device__ __forceinline__ void recentre(int begin, float grown, Walk<V>& w) {
   V shift{};
 #pragma unroll
   for (int i = 0; i < kRows; ++i) shift = fused(w.ring[i], 1.f / kRows, shift);
+  shift = select(equal(shift - shift, V{}), shift, V{});  // as in start_walk
   w.minus_centre = w.minus_centre - shift;
   w.far = V{};
   V near_pairs{}, far_pairs{};
@@ -181,7 +190,7 @@ __device__ __forceinline__ void recentre(int begin, float grown, Walk<V>& w) {
   // sum (y - shift)^2 = sum y^2 - shift (2 sum y - count shift)
   const float count = float(begin);
   const V first = w.first * (kRowScale / kSumScale<float>), minus = V{} - shift;
-  w.second = fused(minus, fused(minus, count, first * 2.f), w.second);
+  w.second = not_a_number_to(w.second, fused(minus, fused(minus, count, first * 2.f), w.second));
   w.first = fused(minus * (kInverseRowScale * kSumScale<float>), count, w.first);
   w.squares = fused(minus, fused(minus, grown, w.third * 2.f), w.squares);
   w.third = fused(minus, grown, w.third);

@@ -33,7 +33,7 @@ Source source(const char* name, const Tensor& x, const Tensor& like, Tensor& own
   out.x = features(name, x, like, owner);
   const int64_t size = x.element_size(), batch = out.x.batch * size, time = out.x.time * size;
   const bool adjacent = out.x.feature == 1;
-  out.vectorized = adjacent && divides(16, out.x.data, {batch, time, like.size(2) * size});
+  out.vectorized = adjacent && divides(16, out.x.data, {batch, time, like.size(2) * size}) && time < (1 << 27);
   out.paired = adjacent && divides(2 * size, out.x.data, {batch, time});
   return out;
 }
@@ -61,10 +61,12 @@ const int* ends_of(const OptionalTensor& segments, const Tensor& x, Tensor& owne
   return ends;
 }
 
-// If `with_h` is false, h is an empty tensor.
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_op(Tensor pre, OptionalTensor bias, int64_t activation,
-                                                      OptionalTensor threshold, OptionalTensor release, Sizes bands,
-                                                      OptionalTensor segments, bool with_h) {
+enum class Written { kStatistics, kFeatures, kMask };
+
+// The first result is h, the mask of active features, or empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor> run_forward(Tensor pre, OptionalTensor bias, int64_t activation,
+                                                       OptionalTensor threshold, OptionalTensor release, Sizes bands,
+                                                       OptionalTensor segments, Written written) {
   const CurrentStream stream(pre);
   Tensor owner, runs;
   Forward f{};
@@ -79,16 +81,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_op(Tensor pre, OptionalTensor
   f.threshold = data_of("threshold", threshold, pre, dtype, f.threshold_per_position ? Sizes{f.B, f.T} : Sizes{f.k});
   f.release = data_of("release", release, pre, dtype, {f.k});
   f.ends = ends_of(segments, pre, runs, stream.get());
+  f.words = (f.T + 31) / 32;
+  const bool mask = written == Written::kMask, with_h = written == Written::kFeatures || (mask && !is_tuned_forward(f));
   Tensor h = empty(pre, with_h ? Sizes{f.B, f.T, f.k} : Sizes{0}, pre.scalar_type());
+  Tensor active = empty(pre, mask ? Sizes{f.B, f.words, f.k} : Sizes{0}, ScalarType::Int);
   Tensor differences = empty(pre, {f.B, f.S, f.k}, dtype), total = empty(pre, {f.B, f.k}, dtype),
          square = empty(pre, {f.B, f.k}, dtype);
   f.paired = even(f.k);
   f.h = with_h ? h.mutable_data_ptr() : nullptr;
+  f.active = mask ? active.mutable_data_ptr() : nullptr;
   f.differences = differences.mutable_data_ptr();
   f.total = total.mutable_data_ptr();
   f.square = square.mutable_data_ptr();
   check_launch(forward(f, stream.get()));
-  return {h, differences, total, square};
+  return {mask ? active : h, differences, total, square};
+}
+
+// If `with_h` is false, h is an empty tensor.
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_op(Tensor pre, OptionalTensor bias, int64_t activation,
+                                                      OptionalTensor threshold, OptionalTensor release, Sizes bands,
+                                                      OptionalTensor segments, bool with_h) {
+  const Written written = with_h ? Written::kFeatures : Written::kStatistics;
+  return run_forward(pre, bias, activation, threshold, release, bands, segments, written);
+}
+
+// relu with the mask of its active features, int32 [B, ceil(T / 32), k], instead of h: bit i of word w is position
+// 32 w + i. Where no tuned kernel applies, h is computed on the way.
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_with_mask_op(Tensor pre, OptionalTensor bias,
+                                                                OptionalTensor threshold, OptionalTensor release,
+                                                                Sizes bands, OptionalTensor segments) {
+  return run_forward(pre, bias, kRelu, threshold, release, bands, segments, Written::kMask);
 }
 
 // `grad_differences` is [1 or B, S, k]. The second result is grad_bias before the sum over the batch, [B, k]; the
@@ -168,10 +190,16 @@ TSAE_EXPORT const char* tsae_cuda_version() { return tsae::cuda::built_for(); }
 TSAE_EXPORT const char* tsae_architectures() { return tsae::cuda::architectures(); }
 
 #define TSAE_DEFINE_LIBRARY(name) STABLE_TORCH_LIBRARY(name, library)  // expands the name first
-TSAE_DEFINE_LIBRARY(TSAE_LIBRARY) { tsae::define_operators(library); }
+TSAE_DEFINE_LIBRARY(TSAE_LIBRARY) {
+  tsae::define_operators(library);
+  library.def(
+      "forward_with_mask(Tensor pre, Tensor? bias, Tensor? threshold, Tensor? release, int[] bands, Tensor? segments) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(TSAE_LIBRARY, TSAE_DISPATCH_KEY, library) {
   library.impl("forward", TORCH_BOX(&tsae::cuda::forward_op));
+  library.impl("forward_with_mask", TORCH_BOX(&tsae::cuda::forward_with_mask_op));
   library.impl("backward", TORCH_BOX(&tsae::cuda::backward_op));
   library.impl("step_energy", TORCH_BOX(&tsae::cuda::step_energy_op));
   library.impl("step_energy_backward", TORCH_BOX(&tsae::cuda::step_energy_backward_op));

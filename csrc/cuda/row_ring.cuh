@@ -34,17 +34,19 @@ struct RowRing {
   int T_, capacity;
   int issued = 0, landed = 0;  // rows that were requested and that have arrived, counted beyond T in full stages
   int slot = 0;                // of the next stage
+  int jump;                    // bytes between the rows that this thread copies
   const char* from;            // this thread's piece of the next stage
   unsigned char* to;
 
   __device__ __forceinline__ RowRing(const Source& source, const Place& place, int T_, int64_t k, int capacity)
-      : source(source), place(place), T_(T_), capacity(capacity) {
+      : source(source), place(place), T_(T_), capacity(capacity), jump(0), from(nullptr) {
     if (source.vectorized) {
-      int piece = threadIdx.x % kPieces;
       // Pieces of features that do not exist: any other, as their values are not used.
-      if (place.first + (piece + 1) * int(16 / sizeof(T)) > k) piece = 0;
-      const int64_t at = place.b * source.x.batch + place.first + threadIdx.x / kPieces * source.x.time;
-      from = source.x.data + at * int64_t(sizeof(T)) + piece * 16;
+      const int pieces = int(k - place.first < kTile ? k - place.first : kTile) * int(sizeof(T)) / 16;
+      const int piece = threadIdx.x % kPieces, row = threadIdx.x / kPieces;
+      const int64_t at = place.b * source.x.batch + place.first + row * source.x.time;
+      from = source.x.data + at * int64_t(sizeof(T)) + (piece < pieces ? piece : 0) * 16;
+      jump = kTogether * int(source.x.time) * int(sizeof(T));
     }
     to = shared_memory() + threadIdx.x * 16;
   }
@@ -53,17 +55,21 @@ struct RowRing {
   __device__ __forceinline__ void issue() {
     if (source.vectorized) {
       unsigned char* const here = to + slot * int(kTile * sizeof(T));
-      const int64_t jump = kTogether * source.x.time * int64_t(sizeof(T));
       if (issued + kRows <= T_) {
 #pragma unroll
-        for (int i = 0; i < kRows; i += kTogether, from += jump) copy_async(here + i * kTile * sizeof(T), from);
+        for (int i = 0; i < kRows; i += kTogether)
+          copy_async(here + i * int(kTile * sizeof(T)), from + int64_t(jump) * (i / kTogether));
       } else {
         const int mine = T_ - issued - int(threadIdx.x) / kPieces;  // a row of this thread exists if it is below this
 #pragma unroll 1
-        for (int i = 0; i < mine && i < kRows; i += kTogether, from += jump) copy_async(here + i * kTile * sizeof(T), from);
+        for (int i = 0; i < mine && i < kRows; i += kTogether)
+          copy_async(here + i * int(kTile * sizeof(T)), from + int64_t(jump) * (i / kTogether));
       }
+      from += int64_t(jump) * (kRows / kTogether);
     } else {
-      const Column<T> column(source, place);
+      Place mine = place;
+      mine.j = opaque(place.j);
+      const Column<T> column(source, mine);
       Stored<T>* const here = tile<T>() + slot * kLanes + threadIdx.x;
 #pragma unroll 4
       for (int i = 0; i < smaller(kRows, T_ - issued); ++i) here[i * kLanes] = column.stored(issued + i);
@@ -100,20 +106,23 @@ struct RowRing {
   }
 
   // Reads the block of `count` rows that begins in `slot`, in groups of four: rows beyond `count` may be read too, and
-  // hold anything.
+  // hold anything. `full`: there are 16.
+  template <bool full>
   __device__ __forceinline__ void load(int slot, int count, Rows<T>& rows) const {
     const Stored<T>* const at = tile<T>() + slot * kLanes + threadIdx.x;
-    if (slot + kRows <= capacity) {
+    const int beyond = capacity - slot;
+    if (beyond >= kRows) {
+      const SharedAddress address = shared_address(at);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        if (i % 4 == 0 && i >= count) break;
-        rows[i] = at[i * kLanes];
+        if (!full && i % 4 == 0 && i >= count) break;
+        rows[i] = load_shared<Stored<T>>(address + i * unsigned(kLanes * sizeof(Stored<T>)));
       }
     } else {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        if (i % 4 == 0 && i >= count) break;
-        rows[i] = at[(slot + i < capacity ? i : i - capacity) * kLanes];
+        if (!full && i % 4 == 0 && i >= count) break;
+        rows[i] = at[(i < beyond ? i : i - capacity) * kLanes];
       }
     }
   }

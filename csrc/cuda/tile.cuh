@@ -11,10 +11,11 @@ struct Place {
   int count;
 };
 __device__ __forceinline__ Place place_of(int64_t k, int width) {
-  const int64_t blocks = (k + width - 1) / width;  // of one sequence; adjacent in the grid, as they read the same rows
+  // Of one sequence; adjacent in the grid, as they read the same rows. `launch` limits them to 32 bits.
+  const unsigned blocks = unsigned((k + width - 1) / width), b = blockIdx.x / blocks;
   Place at;
-  at.b = blockIdx.x / blocks;
-  at.first = (blockIdx.x % blocks) * width;
+  at.b = b;
+  at.first = int64_t(blockIdx.x - b * blocks) * width;
   at.j = at.first + 2 * int(threadIdx.x);
   at.count = at.j + 2 <= k ? 2 : at.j < k ? 1 : 0;
   return at;

@@ -18,6 +18,7 @@ from tsae_kernels import (
     temporal_stats,
     window_consistency,
 )
+from tsae_kernels.backends.interface import Activation
 from tsae_kernels.backends.registry import _DEVICE_TYPES, choose_backend, get_backend
 
 _STATE = available_backends()["cuda"]
@@ -320,6 +321,75 @@ def test_features_without_coefficients_get_no_window_term_cuda(activation, bands
         assert torch.equal(grad[..., masked], plain[..., masked])
         others = [j for j in range(130) if j not in masked]
         assert not others or not torch.equal(grad[..., others], plain[..., others])
+
+
+def packed(h):
+    """h [B, T, k] -> int32 [B, ceil(T / 32), k]: bit i of word w is 1 if h is not 0 at position 32 w + i."""
+    words = -(-h.shape[1] // 32)
+    bits = torch.zeros(h.shape[0], 32 * words, h.shape[2], dtype=torch.int64)
+    bits[:, : h.shape[1]] = (h != 0).cpu()
+    weights = 1 << torch.arange(32)
+    return (bits.unflatten(1, (words, 32)) * weights[:, None]).sum(2).to(torch.int32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("T", [1, 31, 32, 64, 130, 300])
+@pytest.mark.parametrize("k", [66, 128, 7])
+def test_the_mask_of_active_features_is_that_of_h_cuda(dtype, T, k):
+    generator = torch.Generator().manual_seed(T)
+    pre = torch.randn(2, T, k, generator=generator).to(dtype)
+    pre[0, T // 2, 3] = float("nan")
+    pre[:, :, 1] *= 1e-8  # rounds to 0 in float16
+    pre, level = pre.to(DEVICE), torch.full((k,), 0.5, device=DEVICE)
+    segments = oracle.random_segments(2, T, generator, longest=90).to(DEVICE)
+    per_position = torch.rand(2, T, 1, generator=generator).to(DEVICE)
+    bias = torch.full((k,), 1e-9, device=DEVICE)
+    for options in ((None, None, None), (bias, None, None), (bias, level, 0.3 * level), (None, per_position, None)):
+        for bands in (MULTISCALE, ((1, 7),)):
+            for ids in (None, segments):
+                activation = Activation("relu", *options)
+                backend = get_backend("cuda")
+                active, *stats = backend.activate_with_mask(pre, activation, bands, ids)
+                h, *wanted = backend.activate_with_stats(pre, activation, bands, ids)
+                assert active.dtype == torch.int32
+                assert torch.equal(active.cpu(), packed(h))
+                for ours, right in zip(stats, wanted, strict=True):
+                    torch.testing.assert_close(ours, right, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 15, 16, 17, 30, 31, 35, 36, 37, 48, 50, 127, 129, 143])
+def test_runs_of_every_length_at_every_place_of_the_ring_cuda(dtype, length):
+    """Several runs of one length, excluded positions between some of them, in sequences longer than the ring."""
+    T = 3 * length + 200
+    time = torch.arange(T)
+    segments = torch.where(time // length % 4 == 3, -1, time // length)[None].contiguous().to(DEVICE)
+    pre = torch.randn(1, T, 66, generator=torch.Generator().manual_seed(length)).to(dtype) + 2
+    for bands in (MULTISCALE, ((1, 3), (4, 15), (16, 20)), ((1, 3), (4, 15), (16, 10_000)), ((1, 3), (4, 15))):
+        agrees(pre, bands=bands, segments=segments, **SCHMITT)
+
+
+def test_the_centre_follows_the_feature_cuda():
+    """Steps, ramps and spikes across the places where the centre moves, in float32 against float64."""
+    T = 700
+    generator, time = torch.Generator().manual_seed(0), torch.arange(float(T))[:, None]
+    noise = torch.randn(1, T, 4, generator=generator)
+    features = {
+        "step": noise + 1e3 * (time >= 200),
+        "late spike": 0.01 * noise + 1e3 * (time == 250),
+        "on at first": (noise + 5) * (time < 16),
+        "mean": noise - 1e3,
+        "infinite": torch.where(time == 300, torch.inf, noise),
+    }
+    for name, h in features.items():
+        got, wanted = (temporal_stats(h.to(DEVICE), backend=backend) for backend in ("cuda", "reference"))
+        for ours, right in zip(got, wanted, strict=True):
+            if name == "infinite":
+                assert torch.equal(ours.isinf(), torch.ones_like(ours, dtype=torch.bool)), name
+            else:
+                # What is left of a window's squares when the level that they were taken from has gone.
+                rtol = 1e-4 if name == "on at first" else 2e-5
+                torch.testing.assert_close(ours, right, rtol=rtol, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_operators_refuse_out_of_bounds_arguments_cuda():

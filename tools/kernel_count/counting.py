@@ -78,9 +78,9 @@ def _backend(name: str, folder: Path):
     if nvcc is None:
         sys.exit("error: nvcc is not on the PATH; install the CUDA toolkit, or count with --backend triton")
     kernels = CudaKernels(nvcc, tool("nvdisasm"), tool("cuobjdump"), folder)
-    from tsae_kernels.backends.compiled import CompiledBackend
+    from tsae_kernels.backends.compiled import CudaBackend
 
-    return kernels, CompiledBackend("tsae_kernels_cuda_emulated")
+    return kernels, CudaBackend("tsae_kernels_cuda_emulated")
 
 
 def tool(name: str) -> str:

@@ -94,5 +94,24 @@ class CompiledBackend:
         return self._ops.step_energy_backward(h, _compute(weights, h), grad.double())
 
 
+class CudaBackend(CompiledBackend):
+    """`CompiledBackend` with the operator `forward_with_mask` besides."""
+
+    def activate_with_mask(
+        self, pre: Tensor, activation: Activation, bands: Bands, segments: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The mask of relu's active features instead of h, and h's statistics.
+
+        The mask is int32 [B, ceil(T / 32), k]: bit i (of value 2^i) of word w is 1 if h, rounded to the dtype of `pre`,
+        is not 0 at position 32 w + i. Bits beyond T are 0. With the bands and shapes of the tuned kernels h is never
+        written.
+        """
+        name, bias, threshold, release = activation
+        assert name == "relu"
+        bias, threshold, release = _compute(bias, pre), _threshold(threshold, pre), _threshold(release, pre)
+        offsets, ids = flatten_bands(bands), _ids(segments)
+        return self._ops.forward_with_mask(pre, bias, threshold, release, offsets, ids)
+
+
 cpp = CompiledBackend("tsae_kernels_cpp")
-cuda = CompiledBackend("tsae_kernels_cuda")
+cuda = CudaBackend("tsae_kernels_cuda")

@@ -8,9 +8,9 @@ import os
 import torch
 
 from tsae_kernels.backends import registry
-from tsae_kernels.backends.compiled import CompiledBackend
+from tsae_kernels.backends.compiled import CudaBackend
 
 torch.ops.load_library(os.environ["TSAE_EMULATED_LIBRARY"])
-registry._AVAILABLE["cuda"] = CompiledBackend("tsae_kernels_cuda_emulated")
+registry._AVAILABLE["cuda"] = CudaBackend("tsae_kernels_cuda_emulated")
 registry._UNAVAILABLE.pop("cuda", None)
 registry._DEVICE_TYPES["cuda"] = "cpu"

@@ -204,6 +204,17 @@ inline void await_copies() {
   complete(emulation::block.fiber().copies);
 }
 
+using SharedAddress = uintptr_t;
+inline SharedAddress shared_address(const void* at) { return reinterpret_cast<SharedAddress>(at); }
+template <class X>
+inline X load_shared(SharedAddress at) {
+  return *reinterpret_cast<const X*>(at);
+}
+template <class X>
+inline X opaque(X x) {
+  return x;
+}
+
 inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
 inline double fused(double a, double b, double c) { return std::fma(a, b, c); }
 inline float fast_exponential(float x) { return std::exp(x); }
