@@ -88,7 +88,7 @@ struct Activations {
 
 // Warps of a multiprocessor; the kernels' register count is limited to allow as many.
 template <class T, bool sliding>
-constexpr int kWarps = sliding ? (sizeof(T) == 2 ? 9 : 4) : 12;
+constexpr int kWarps = sliding ? (sizeof(T) == 2 ? 8 : 4) : 12;
 
 // Rows that the third band reaches back to, beyond those in registers. None if its window never leaves a row.
 TSAE_INLINE int rows_back(const Forward& f) { return f.S > 2 && f.bands[5] < f.T - 1 ? f.bands[5] + 1 : 0; }
