@@ -95,7 +95,7 @@ def test_an_instruction_without_a_rule_is_an_error():
     with pytest.raises(UnknownInstructionError, match="HMMA"):
         executed("HMMA.16816.F32 R0, R0, R0, R0")
     with pytest.raises(UnknownInstructionError, match="constant bank"):
-        executed("MOV R0, c[0x3][0x10]")
+        executed("MOV R0, c[0x4][0x10]")
 
 
 def test_a_loop_without_an_end_is_an_error():

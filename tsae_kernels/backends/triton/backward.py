@@ -58,6 +58,7 @@ def load_guarded(at, stride, p, n, filler, NUMBER: tl.constexpr, VECTOR: tl.cons
 def centred_chunk(
     rows, p, n, shift, centre, GELU: tl.constexpr, SCALE: tl.constexpr, ROUNDING: tl.constexpr, CHUNK: tl.constexpr
 ):
+    """The CHUNK rows from p, centred; 0 outside the segment [0, n)."""
     out = ()
     for i in tl.static_range(CHUNK):
         exists = (each(centre, p + i) >= 0) & (each(centre, p + i) < n)

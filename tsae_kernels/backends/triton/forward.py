@@ -59,6 +59,7 @@ def row_pointers(at, rows, stride, VECTOR: tl.constexpr):
 
 @triton.jit
 def next_row(at, stride, VECTOR: tl.constexpr):
+    """Pointers to the row after that at `at`."""
     at = at + stride
     if VECTOR:
         at = tl.max_contiguous(tl.multiple_of(at, 16), 32)
@@ -445,6 +446,7 @@ def bend(at, n, CHUNK: tl.constexpr):
 
 @triton.jit
 def before_bend(end, p, at, n, CHUNK: tl.constexpr):
+    """`end`, or the start of the chunk that `bend` gives, if that is after p and earlier."""
     chunk = bend(at, n, CHUNK)
     return tl.where(chunk > p, tl.minimum(end, chunk), end)
 
