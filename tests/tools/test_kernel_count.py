@@ -91,6 +91,13 @@ def test_loads_read_memory_and_dram_is_counted_once_while_the_cache_holds_it():
     assert count.from_dram(cache=12) == 32
 
 
+def test_a_copy_to_shared_memory_counts_by_its_source():
+    lines = ["ULDC.64 UR4, c[0x0][0x210]", "MOV R4, UR4", "MOV R5, UR5", "MOV R6, RZ"]
+    copies = [f"LDGSTS.E.BYPASS.128 [R6], desc[UR10][R4.64+{hex(16 * n)}]" for n in range(4)]  # a ring of one row
+    count, _ = executed(*lines, *copies, constants=(1 << 40).to_bytes(8, "little"))
+    assert count.from_dram(cache=1024) == count.read == count.shared == 64
+
+
 def test_an_instruction_without_a_rule_is_an_error():
     with pytest.raises(UnknownInstructionError, match="HMMA"):
         executed("HMMA.16816.F32 R0, R0, R0, R0")

@@ -180,6 +180,21 @@ def test_a_checkpoint_continues_bit_for_bit_and_from_either_kind_of_step(halfway
         torch.testing.assert_close(other.sae.state_dict()[key], tensor, rtol=1e-5, atol=1e-5)
 
 
+def test_a_checkpoint_between_logged_steps_knows_of_dead_features_what_the_run_did() -> None:
+    data = batches(8)
+    whole, resumed = (make(CASES["AuxK"](), True) for _ in range(2))
+    with pretend_to_run_behind():
+        for batch in data[:4]:
+            whole.train_step(batch)
+        assert len(whole.dead.indices(200)) > 0
+        resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
+        for trainer in (whole, resumed):
+            for batch in data[4:]:
+                trainer.train_step(batch)
+    for key, tensor in whole.sae.state_dict().items():
+        assert torch.equal(resumed.sae.state_dict()[key], tensor), key
+
+
 def test_the_bfloat16_weights_follow_what_is_loaded() -> None:
     trainer, other = make(config(), True, autocast=True), make(config(), True, autocast=True)
     steps(trainer, 1)

@@ -301,7 +301,8 @@ class Thread:
         return total & LONG
 
     def _memory_operand(self, instruction: Instruction) -> int:
-        text = next(operand for operand in instruction.operands if operand.endswith("]") and "[" in operand)
+        """The address; of a copy to shared memory, which has two, that in global memory."""
+        text = [operand for operand in instruction.operands if operand.endswith("]") and "[" in operand][-1]
         return self._address(re.search(r"\[([^\[\]]*)\]$", text)[1])
 
     def _split(self, operands: tuple[str, ...]) -> tuple[list[str], list[str]]:

@@ -521,6 +521,7 @@ class Trainer:
             "normalizer": {"mean": self.normalizer.mean, "scale": self.normalizer.scale},
             "steps": self.step,
             "tokens": self.tokens,
+            "any_dead": self._any_dead,
         } | ({} if self.lists is None else {"list_capacity": self.lists.capacity})
 
     def check_finite(self) -> None:
@@ -565,7 +566,7 @@ class Trainer:
         self.normalizer = InputNormalizer(normalizer["mean"].to(self.device), normalizer["scale"])
         self.step, self.tokens = state["steps"], state["tokens"]
         self.step_on_device.fill_(self.step)
-        self._any_dead = len(self.dead.indices(self.cfg.objective.dead_after_tokens)) > 0
+        self._any_dead = state.get("any_dead", False)  # checkpoints from before there was a list of dead features
         if self.lists is not None:
             self.lists.forget_copies()
             self.lists.capacity = max(self.lists.capacity, state.get("list_capacity", 0))
