@@ -271,7 +271,9 @@ class WindowWalk {
         both = leaves >= 0 && enters + kBatch <= walk.n_;
         const Source& source = walk.f_.saved;
         const int64_t row_bytes = source.x.time * int64_t(sizeof(T));
-        const T* const h = Column<T>(source, walk.place_).at;
+        // A thread without features, which only helps to copy, reads those of the first: its own would be past the end.
+        const int64_t beyond = walk.place_.count > 0 ? 0 : walk.place_.j - walk.place_.first;
+        const T* const h = Column<T>(source, walk.place_).at - beyond * source.x.feature;
         const char* const entering = reinterpret_cast<const char*>(h) + (walk.begin_ + enters) * row_bytes;
         const char* const leaving = reinterpret_cast<const char*>(h) + (walk.begin_ + leaves) * row_bytes;
 #pragma unroll

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -35,11 +36,14 @@ def build(library: Path, sanitize: bool = False, device_header: Path = HERE / "e
     link = [f"-L{folder / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{folder / 'lib'}"]
     checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
     flags += ["-O1", "-g", *checks] if sanitize else ["-O2", "-g0"]
-    objects = []
-    for name in SOURCES:
-        objects.append(str(library.with_name(f"{library.stem}-{name}.o")))
-        command = [compiler() or "g++", *flags, "-x", "c++", "-c", str(ROOT / "csrc/cuda" / name), "-o", objects[-1]]
+    objects = [str(library.with_name(f"{library.stem}-{name}.o")) for name in SOURCES]
+
+    def compile_source(name: str, target: str) -> None:
+        command = [compiler() or "g++", *flags, "-x", "c++", "-c", str(ROOT / "csrc/cuda" / name), "-o", target]
         subprocess.run(command, check=True, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(compile_source, SOURCES, objects))
     command = [compiler() or "g++", "-shared", *(checks if sanitize else []), *objects, "-o", str(library), *link]
     subprocess.run(command, check=True, capture_output=True, text=True)
     for name in objects:
