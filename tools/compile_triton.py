@@ -42,6 +42,7 @@ _TYPES = {
     torch.float16: "*fp16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.bool: "*i1",
 }
 
 
@@ -71,6 +72,8 @@ def specialization(kernel: Any, args: tuple, kwargs: dict) -> tuple[dict, dict, 
             signature[name] = _TYPES[value.dtype]
             if specialized and not parameter.do_not_specialize_on_alignment:
                 attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
             if specialized and value % 16 == 0:

@@ -67,5 +67,6 @@ def test_no_shape_stride_or_absent_argument_of_the_same_kind_compiles_a_kernel(t
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_tests_compile_at_most_60_kernels_on_a_gpu(tmp_path):
-    kernels = compiled(tmp_path, "tests/tsae_kernels", "-k", "triton and not compil")
+    """Those of statistics and their gradient; the kernels on lists and of Adam compile in under a second each."""
+    kernels = compiled(tmp_path, "tests/tsae_kernels", "-k", "triton and not compil and not sparse and not adam")
     assert len(kernels) <= 60

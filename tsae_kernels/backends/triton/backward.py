@@ -1,8 +1,8 @@
 """The Triton kernel of the backward pass; `forward.py` describes the design of both.
 
-The gradient at t needs the window sums S_r(t) over |u - t| <= r (docs/mathematics.md, section 2), which reach ahead.
-Rows from 16 before to 24 after the current chunk are in registers. A window that covers its segment needs the sum of
-all rows first: the segment is then read twice, the second time from the caches.
+The gradient at t needs the window sums S_r(t) over |u - t| <= r (docs/mathematics.md, section 2), which reach ahead. A
+window that covers its segment needs the sum of all rows first: the segment is then read twice, the second time from the
+caches.
 """
 
 # ruff: noqa: RUF005 - Triton has no starred expressions
@@ -14,16 +14,13 @@ import triton.language as tl
 from tsae_kernels.backends.triton.forward import (
     column_pointers,
     each,
-    end_of_uncut,
     load_column_values,
     load_rows,
     narrow,
-    next_row,
     normal_distribution,
     row_pointers,
     sequence_and_columns,
     store_column_values,
-    uncut,
     window_count,
 )
 
@@ -39,7 +36,7 @@ def centred(saved, shift, centre, exists, GELU: tl.constexpr, SCALE: tl.constexp
         x = narrow(z * normal_distribution(z), saved.dtype, ROUNDING).to(centre.dtype)
         y = tl.where(exists, (x - centre) * SCALE, 0.0)
     else:
-        y = tl.fma(saved.to(centre.dtype), centre * 0 + SCALE, centre * -SCALE)
+        y = tl.fma(saved.to(centre.dtype), tl.zeros_like(centre) + SCALE, centre * -SCALE)
     return y
 
 
@@ -49,8 +46,8 @@ def load_guarded(at, stride, p, n, filler, NUMBER: tl.constexpr, VECTOR: tl.cons
     rows = ()
     for i in tl.static_range(NUMBER):
         row = each(filler, p + i)
-        rows = rows + (tl.load(at, mask=(row >= 0) & (row < n), other=filler),)
-        at = next_row(at, stride, VECTOR)
+        here = row_pointers(at, i, stride, VECTOR)
+        rows = rows + (tl.load(here, mask=(row >= 0) & (row < n), other=filler),)
     return rows
 
 
@@ -72,14 +69,14 @@ def centred_sum(
     GELU: tl.constexpr, SCALE: tl.constexpr, ROUNDING: tl.constexpr, VECTOR: tl.constexpr, NUMBER: tl.constexpr,
 ):  # fmt: skip
     """The sum of (h - centre) * SCALE over positions [first, last) within the segment [0, n) at row `begin`."""
-    total = centre * 0
+    total = tl.zeros_like(centre)
     first = tl.maximum(first, 0)
     last = tl.minimum(last, n)
     whole = first + tl.maximum(last - first, 0) // NUMBER * NUMBER
     for u in range(first, whole, NUMBER):
         at = row_pointers(x, begin + u, stride, VECTOR)
         rows = load_rows(at, stride, n, centre, NUMBER, False, VECTOR)
-        part = centre * 0
+        part = tl.zeros_like(centre)
         for i in tl.static_range(NUMBER):
             part = part + centred(rows[i], shift, centre, each(centre, 1) > 0, GELU, SCALE, ROUNDING)
         total = total + part
@@ -90,9 +87,26 @@ def centred_sum(
 
 
 @triton.jit
-def row_at(chunks, INDEX: tl.constexpr, CHUNK: tl.constexpr):
-    """The row INDEX rows after the first row of the tuple of chunks."""
-    return chunks[INDEX // CHUNK][INDEX % CHUNK]
+def rows_at(
+    before, current, after, x, stride, t, p, n, shift, centre, filler,
+    OFFSET: tl.constexpr, GELU: tl.constexpr, SCALE: tl.constexpr, ROUNDING: tl.constexpr, CHUNK: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    """The centred features OFFSET rows after (if negative, before) each row of the chunk at p."""
+    out = ()
+    at = row_pointers(x, t + p + OFFSET, stride, VECTOR)
+    for i in tl.static_range(CHUNK):
+        if i + OFFSET >= 0 and i + OFFSET < CHUNK:
+            out = out + (current[i + OFFSET],)
+        elif i + OFFSET >= CHUNK and i + OFFSET < 2 * CHUNK:
+            out = out + (after[i + OFFSET - CHUNK],)
+        elif i + OFFSET < 0 and i + OFFSET >= -CHUNK:
+            out = out + (before[i + OFFSET + CHUNK],)
+        else:
+            here = row_pointers(at, i, stride, VECTOR)
+            saved = load_guarded(here, stride, p + i + OFFSET, n, filler, 1, VECTOR)
+            out = out + centred_chunk(saved, p + i + OFFSET, n, shift, centre, GELU, SCALE, ROUNDING, 1)
+    return out
 
 
 @triton.jit
@@ -125,74 +139,41 @@ def gradient(
 
 @triton.jit
 def backward_chunk(
-    saved, grads, chunks, sums, weights, constant, own, masked, shift, centre, of_total, of_square, part_bias,
-    x_in, stride, t, p, n, filler, grad_pre, k,
-    REACH: tl.constexpr, SLIDING: tl.constexpr, NEAR: tl.constexpr, ACTIVATION: tl.constexpr,
-    HAS_SUMS: tl.constexpr, SCALE: tl.constexpr, ROUNDING: tl.constexpr, CHUNK: tl.constexpr,
-    CUT: tl.constexpr, GUARDED: tl.constexpr, VECTOR: tl.constexpr,
+    saved, grads, before, current, after, sums, weights, constant, own, masked, shift, centre, of_total, of_square,
+    part_bias, x, stride, t, p, n, filler, grad_pre, k,
+    REACH: tl.constexpr, SLIDING: tl.constexpr, ACTIVATION: tl.constexpr, HAS_SUMS: tl.constexpr, SCALE: tl.constexpr,
+    ROUNDING: tl.constexpr, CHUNK: tl.constexpr, GUARDED: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one chunk at position p of its segment of n. out: the window sums and `part_bias`
 
     saved, grads: the chunk's rows of the saved tensor and of grad_h
-    chunks: the centred rows from two chunks before to two after
+    before, current, after: the centred rows of the previous chunk, this and the next one
     sums: S_r(p - 1) of the windows that slide
-    constant: weight * sum of a window that covers the segment
-    own: the weight of the row itself where no window is cut
-    CUT: windows may be cut; else they are as described by `uncut`
+    constant: weight * sum of a window that covers the segment; own: its weight * n
     GUARDED: rows may be missing
     """
     COMPUTE: tl.constexpr = centre.dtype
-    out = row_pointers(grad_pre, t + p, k, VECTOR)
     GELU: tl.constexpr = ACTIVATION == "gelu"
+    out = row_pointers(grad_pre, t + p, k, VECTOR)
     window_terms = ()
-    change = centre * 0
-    if not CUT:
-        for r in tl.static_range(SLIDING):
-            if REACH[r] > NEAR:
-                count = window_count(p, n, REACH[r])
-                own = own + weights[r] * count.to(COMPUTE)
-                change = change + weights[r] * (window_count(p + 1, n, REACH[r]) - count).to(COMPUTE)
     for i in tl.static_range(CHUNK):
-        share = own
-        if CUT:
-            for r in tl.static_range(SLIDING):
-                share = share + weights[r] * window_count(p + i, n, REACH[r]).to(COMPUTE)
-        window_terms = window_terms + (share * chunks[2][i] - constant,)
-        own = own + change
+        window_terms = window_terms + (own * current[i] - constant,)
     new_sums = ()
     for r in tl.static_range(SLIDING):
         sum = sums[r]
-        lead = ()
-        trail = ()
-        if REACH[r] > NEAR:
-            at = row_pointers(x_in, t + p + REACH[r], stride, VECTOR)
-            lead = (filler,) * CHUNK
-            if p + REACH[r] < n:
-                if CUT:
-                    lead = load_guarded(at, stride, p + REACH[r], n, filler, CHUNK, VECTOR)
-                else:
-                    lead = load_rows(at, stride, n, filler, CHUNK, False, VECTOR)
-            at = row_pointers(x_in, t + p - REACH[r] - 1, stride, VECTOR)
-            trail = (filler,) * CHUNK
-            if p + CHUNK > REACH[r] + 1:
-                if CUT:
-                    trail = load_guarded(at, stride, p - REACH[r] - 1, n, filler, CHUNK, VECTOR)
-                else:
-                    trail = load_rows(at, stride, n, filler, CHUNK, False, VECTOR)
-            if GELU:
-                lead = centred_chunk(lead, p + REACH[r], n, shift, centre, GELU, SCALE, ROUNDING, CHUNK)
-                trail = centred_chunk(trail, p - REACH[r] - 1, n, shift, centre, GELU, SCALE, ROUNDING, CHUNK)
+        lead = rows_at(
+            before, current, after, x, stride, t, p, n, shift, centre, filler,
+            REACH[r], GELU, SCALE, ROUNDING, CHUNK, VECTOR,
+        )  # fmt: skip
+        trail = rows_at(
+            before, current, after, x, stride, t, p, n, shift, centre, filler,
+            -REACH[r] - 1, GELU, SCALE, ROUNDING, CHUNK, VECTOR,
+        )  # fmt: skip
         new_terms = ()
         for i in tl.static_range(CHUNK):
-            if REACH[r] <= NEAR:
-                step = row_at(chunks, 2 * CHUNK + i + REACH[r], CHUNK)
-                sum = sum + (step - row_at(chunks, 2 * CHUNK + i - REACH[r] - 1, CHUNK))
-            elif GELU:
-                sum = sum + (lead[i] - trail[i])
-            else:
-                step = tl.fma(lead[i].to(COMPUTE), centre * 0 + SCALE, trail[i].to(COMPUTE) * -SCALE)
-                sum = sum + step
-            new_terms = new_terms + (window_terms[i] - weights[r] * sum,)
+            sum = sum + (lead[i] - trail[i])
+            count = window_count(p + i, n, REACH[r]).to(COMPUTE)
+            new_terms = new_terms + (window_terms[i] + weights[r] * (count * current[i] - sum),)
         window_terms = new_terms
         new_sums = new_sums + (sum,)
     for i in tl.static_range(CHUNK):
@@ -200,13 +181,13 @@ def backward_chunk(
         grad = gradient(
             window_term, saved[i], grads[i], shift, of_total, of_square, COMPUTE, ACTIVATION, HAS_SUMS, ROUNDING
         )
+        here = row_pointers(out, i, k, VECTOR)
         if GUARDED:
             grad = tl.where(p + i < n, grad, 0.0)
-            tl.store(out, narrow(grad, filler.dtype, ROUNDING), mask=each(centre, p + i) < n)
+            tl.store(here, narrow(grad, filler.dtype, ROUNDING), mask=each(centre, p + i) < n)
         else:
-            tl.store(out, narrow(grad, filler.dtype, ROUNDING))
+            tl.store(here, narrow(grad, filler.dtype, ROUNDING))
         part_bias = part_bias + grad
-        out = next_row(out, k, VECTOR)
     return new_sums, part_bias
 
 
@@ -264,7 +245,6 @@ def backward_kernel(
     ROUNDING: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
-    UNROLL: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
     """grad_pre [B, T, k], and grad_bias [B, k] as sums over T.
@@ -283,7 +263,6 @@ def backward_kernel(
     COMPUTE: tl.constexpr = grad_bias.dtype.element_ty
     STORED: tl.constexpr = saved.dtype.element_ty
     GELU: tl.constexpr = ACTIVATION == "gelu"
-    NEAR: tl.constexpr = 15
     b, columns = sequence_and_columns(k, BLOCK_K, VECTOR)
     zero = tl.zeros([BLOCK_K], COMPUTE)
     x_in = column_pointers(saved, b, saved_b, columns, saved_k, VECTOR)
@@ -335,7 +314,7 @@ def backward_kernel(
             # The centre: the mean of the segment's first 8 rows, rounded to h's dtype.
             centre = zero
             first = zero
-            opening = load_rows(begin, saved_t, n, columns, CHUNK, True, VECTOR)
+            opening = load_rows(begin, saved_t, n, columns, 8, True, VECTOR)
             for i in tl.static_range(8):
                 x = opening[i].to(COMPUTE)
                 if GELU:
@@ -351,23 +330,9 @@ def backward_kernel(
             own = zero
             if COVERS:
                 constant = weights[R - 1] * centred_sum(
-                    x_in, t, saved_t, 0, n, n, shift, centre, filler, GELU, SCALE, ROUNDING, VECTOR, 16
+                    x_in, t, saved_t, 0, n, n, shift, centre, filler, GELU, SCALE, ROUNDING, VECTOR, 2 * CHUNK
                 )
                 own = weights[R - 1] * n.to(COMPUTE)
-            own_inside = own
-            for r in tl.static_range(SLIDING):
-                if REACH[r] <= NEAR:
-                    own_inside = own_inside + weights[r] * (2 * REACH[r] + 1)
-
-            saved_now = load_guarded(begin, saved_t, 0, n, filler, CHUNK, VECTOR)
-            at = row_pointers(begin, CHUNK, saved_t, VECTOR)
-            saved_next = load_guarded(at, saved_t, CHUNK, n, filler, CHUNK, VECTOR)
-            at = row_pointers(begin, 2 * CHUNK, saved_t, VECTOR)
-            upcoming = load_guarded(at, saved_t, 2 * CHUNK, n, filler, CHUNK, VECTOR)
-            earlier = (zero,) * CHUNK
-            before = (zero,) * CHUNK
-            current = centred_chunk(saved_now, 0, n, shift, centre, GELU, SCALE, ROUNDING, CHUNK)
-            after = centred_chunk(saved_next, CHUNK, n, shift, centre, GELU, SCALE, ROUNDING, CHUNK)
             for q in range(0, n, refresh):
                 # S_r(q - 1), each from the previous one, which it contains
                 sums = ()
@@ -387,63 +352,38 @@ def backward_kernel(
                     sums = sums + (sum,)
 
                 part_bias = zero
-                p = q
+                at = row_pointers(begin, q - CHUNK, saved_t, VECTOR)
+                before = load_guarded(at, saved_t, q - CHUNK, n, filler, CHUNK, VECTOR)
+                before = centred_chunk(before, q - CHUNK, n, shift, centre, GELU, SCALE, ROUNDING, CHUNK)
+                at = row_pointers(begin, q, saved_t, VECTOR)
+                current = load_guarded(at, saved_t, q, n, filler, CHUNK, VECTOR)
+                current = centred_chunk(current, q, n, shift, centre, GELU, SCALE, ROUNDING, CHUNK)
                 stop = tl.minimum(q + refresh, n)
-                while p < stop:
-                    while (p < stop) & (uncut(p, n, 3 * CHUNK, REACH, REACH, NEAR, CHUNK) == 0):
-                        later = centred_chunk(upcoming, p + 2 * CHUNK, n, shift, centre, GELU, SCALE, ROUNDING, CHUNK)
-                        arrived = upcoming
-                        at = row_pointers(x_in, t + p + 3 * CHUNK, saved_t, VECTOR)
-                        upcoming = load_guarded(at, saved_t, p + 3 * CHUNK, n, filler, CHUNK, VECTOR)
-                        grads_now = grads
-                        at = row_pointers(incoming, t + p + CHUNK, grad_h_t, VECTOR)
-                        grads = load_rows(at, grad_h_t, n - p - CHUNK, columns, CHUNK, True, VECTOR)
-                        if n - p >= CHUNK:
-                            sums, part_bias = backward_chunk(
-                                saved_now, grads_now, (earlier, before, current, after, later), sums, weights, constant,
-                                own, masked, shift, centre, of_total, of_square, part_bias,
-                                x_in, saved_t, t, p, n, filler, out, k,
-                                REACH, SLIDING, NEAR, ACTIVATION, HAS_SUMS, SCALE, ROUNDING, CHUNK, True, False,
-                                VECTOR,
-                            )  # fmt: skip
-                        else:
-                            sums, part_bias = backward_chunk(
-                                saved_now, grads_now, (earlier, before, current, after, later), sums, weights, constant,
-                                own, masked, shift, centre, of_total, of_square, part_bias,
-                                x_in, saved_t, t, p, n, filler, out, k,
-                                REACH, SLIDING, NEAR, ACTIVATION, HAS_SUMS, SCALE, ROUNDING, CHUNK, True, True,
-                                VECTOR,
-                            )  # fmt: skip
-                        saved_now = saved_next
-                        saved_next = arrived
-                        earlier = before
-                        before = current
-                        current = after
-                        after = later
-                        p += CHUNK
-                    end_inside = end_of_uncut(p, stop, n, 3 * CHUNK, REACH, REACH, NEAR, CHUNK)
-                    for inside in tl.range(p, end_inside, CHUNK, loop_unroll_factor=UNROLL):
-                        later = centred_chunk(upcoming, 0, CHUNK, shift, centre, GELU, SCALE, ROUNDING, CHUNK)
-                        arrived = upcoming
-                        at = row_pointers(x_in, t + inside + 3 * CHUNK, saved_t, VECTOR)
-                        upcoming = load_rows(at, saved_t, n, columns, CHUNK, False, VECTOR)
-                        grads_now = grads
-                        at = row_pointers(incoming, t + inside + CHUNK, grad_h_t, VECTOR)
-                        grads = load_rows(at, grad_h_t, n, columns, CHUNK, False, VECTOR)
-                        sums, part_bias = backward_chunk(
-                            saved_now, grads_now, (earlier, before, current, after, later), sums, weights, constant,
-                            own_inside, masked, shift, centre, of_total, of_square, part_bias,
-                            x_in, saved_t, t, inside, n, filler, out, k,
-                            REACH, SLIDING, NEAR, ACTIVATION, HAS_SUMS, SCALE, ROUNDING, CHUNK, False, False,
-                            VECTOR,
-                        )  # fmt: skip
-                        saved_now = saved_next
-                        saved_next = arrived
-                        earlier = before
-                        before = current
-                        current = after
-                        after = later
-                    p += tl.maximum(end_inside - p + CHUNK - 1, 0) // CHUNK * CHUNK
+                whole = stop - (stop - q) % CHUNK
+                for p in range(q, whole, CHUNK):
+                    at = row_pointers(x_in, t + p, saved_t, VECTOR)
+                    saved_now = load_rows(at, saved_t, n, columns, CHUNK, False, VECTOR)
+                    grads_now = grads
+                    at = row_pointers(incoming, t + p + CHUNK, grad_h_t, VECTOR)
+                    grads = load_rows(at, grad_h_t, n - p - CHUNK, columns, CHUNK, True, VECTOR)
+                    at = row_pointers(x_in, t + p + CHUNK, saved_t, VECTOR)
+                    after = load_guarded(at, saved_t, p + CHUNK, n, filler, CHUNK, VECTOR)
+                    after = centred_chunk(after, p + CHUNK, n, shift, centre, GELU, SCALE, ROUNDING, CHUNK)
+                    sums, part_bias = backward_chunk(
+                        saved_now, grads_now, before, current, after, sums, weights, constant, own, masked, shift,
+                        centre, of_total, of_square, part_bias, x_in, saved_t, t, p, n, filler, out, k,
+                        REACH, SLIDING, ACTIVATION, HAS_SUMS, SCALE, ROUNDING, CHUNK, False, VECTOR,
+                    )  # fmt: skip
+                    before = current
+                    current = after
+                if whole < stop:
+                    at = row_pointers(x_in, t + whole, saved_t, VECTOR)
+                    saved_now = load_rows(at, saved_t, n - whole, columns, CHUNK, True, VECTOR)
+                    sums, part_bias = backward_chunk(
+                        saved_now, grads, before, current, (zero,) * CHUNK, sums, weights, constant, own, masked, shift,
+                        centre, of_total, of_square, part_bias, x_in, saved_t, t, whole, n, filler, out, k,
+                        REACH, SLIDING, ACTIVATION, HAS_SUMS, SCALE, ROUNDING, CHUNK, True, VECTOR,
+                    )  # fmt: skip
                 sum_bias = sum_bias + part_bias
         else:
             part_bias = zero
@@ -463,8 +403,8 @@ def backward_kernel(
                         ROUNDING,
                     )  # fmt: skip
                     grad = tl.where(p + i < n, grad, 0.0)
-                    tl.store(to, narrow(grad, STORED, ROUNDING), mask=each(columns, p + i) < n)
-                    to = next_row(to, k, VECTOR)
+                    here = row_pointers(to, i, k, VECTOR)
+                    tl.store(here, narrow(grad, STORED, ROUNDING), mask=each(columns, p + i) < n)
                     part_bias = part_bias + grad
             sum_bias = sum_bias + part_bias
         t = end

@@ -4,10 +4,10 @@ Derivations: docs/mathematics.md, sections 2 to 4 and 7; design and byte counts:
 this file on first use, so that a machine without a GPU does not need Triton.
 
 One program walks one sequence along T with a block of adjacent features. Rows are loaded `CHUNK` at a time, and those
-of the next chunk are requested before the current chunk is processed. The current chunk and the two before it are in
-registers; rows further back are read again, from the caches. A chunk away from the ends of its segment needs no masks
-and has constant window counts; `CUT` and `GUARDED` select the code of the others. Forward kernels are compiled without
-contraction and use `tl.fma` explicitly, so the statistics of h have the same bits whether h was just computed or read.
+of the next chunk are requested before the current chunk is processed. The chunk before the current one is in registers
+(in the backward pass, the one after it, too); rows further away are read again, from the caches. The last chunk of a
+segment may be short: `GUARDED` selects its code. Forward kernels are compiled without contraction and use `tl.fma`
+explicitly, so the statistics of h have the same bits whether h was just computed or is read.
 
 Sizes, strides and the presence of optional arguments are run-time values, so that they compile nothing anew. With
 `VECTOR`, features are adjacent and rows are aligned to 16 bytes; without it, features have any strides. Row offsets are
@@ -42,7 +42,7 @@ def sequence_and_columns(k, BLOCK_K: tl.constexpr, VECTOR: tl.constexpr):
 def column_pointers(x, b, stride_b, columns, stride_k, VECTOR: tl.constexpr):
     """Pointers to the first row. VECTOR: stride_k is 1."""
     if VECTOR:
-        at = x + b * stride_b + columns
+        at = tl.max_contiguous(tl.multiple_of(x + b * stride_b + columns, 16), 32)
     else:
         at = x + b * stride_b + columns * stride_k
     return at
@@ -53,15 +53,6 @@ def row_pointers(at, rows, stride, VECTOR: tl.constexpr):
     """The pointers `at`, moved by a number of rows."""
     at = at + tl.cast(rows, tl.int64) * stride
     if VECTOR:  # the hints belong to the line above: on a function's argument they have no effect
-        at = tl.max_contiguous(tl.multiple_of(at, 16), 32)
-    return at
-
-
-@triton.jit
-def next_row(at, stride, VECTOR: tl.constexpr):
-    """Pointers to the row after that at `at`."""
-    at = at + stride
-    if VECTOR:
         at = tl.max_contiguous(tl.multiple_of(at, 16), 32)
     return at
 
@@ -107,11 +98,11 @@ def load_rows(at, stride, left, columns, NUMBER: tl.constexpr, GUARDED: tl.const
     """NUMBER rows starting at the pointers `at`. If GUARDED, only `left` rows exist and the rest is zeros."""
     rows = ()
     for i in tl.static_range(NUMBER):
+        row = row_pointers(at, i, stride, VECTOR)
         if GUARDED:
-            rows = rows + (tl.load(at, mask=each(columns, left) > i, other=0.0),)
+            rows = rows + (tl.load(row, mask=each(columns, left) > i, other=0.0),)
         else:
-            rows = rows + (tl.load(at),)
-        at = next_row(at, stride, VECTOR)
+            rows = rows + (tl.load(row),)
     return rows
 
 
@@ -140,15 +131,12 @@ def normal_distribution(z):
 def activate(z, threshold, release, off, ACTIVATION: tl.constexpr):
     """The activation of z, and which features are off (Schmitt trigger: docs/mathematics.md, section 7).
 
-    With <=, NaN stays on and visible.
+    An infinite release is a plain threshold: nothing is kept on below it. With <=, NaN stays on and visible.
     """
     if ACTIVATION == "gelu":
         z = z * normal_distribution(z)
-    if ACTIVATION == "relu" or ACTIVATION == "schmitt":
-        below = z <= threshold
-        if ACTIVATION == "schmitt":
-            below = below & ((z <= release) | off)
-        off = below
+    if ACTIVATION == "relu":
+        off = (z <= threshold) & ((z <= release) | off)
         z = tl.where(off, 0.0, z)
     return z, off
 
@@ -167,109 +155,145 @@ def threshold_at(threshold, row, stride, mask, zero):
 
 
 @triton.jit
+def was_active(history, words, row, k, exists, BEHIND: tl.constexpr, VECTOR: tl.constexpr):
+    """The mask's bits, 0 or 1, of a row that was BEHIND rows before the current chunk.
+
+    history: the bits of the last 32 rows before the current chunk, the last in the highest bit
+    words: the mask in memory, which has all words but the one being filled
+    """
+    if BEHIND <= 32:
+        bit = (history >> (32 - BEHIND)) & 1
+    else:
+        word = tl.load(row_pointers(words, row >> 5, k, VECTOR), mask=exists, other=0)
+        bit = (word >> (row & 31)).to(tl.uint32) & 1
+    return bit
+
+
+@triton.jit
 def past_rows(
-    current, before, earlier, source, word, row, p, columns, centre, shift,
-    OFFSET: tl.constexpr, OUTPUT: tl.constexpr, ROUNDING: tl.constexpr, CHUNK: tl.constexpr, CUT: tl.constexpr,
-    VECTOR: tl.constexpr,
+    current, before, history, source, row, p, columns, centre, shift,
+    OFFSET: tl.constexpr, OUTPUT: tl.constexpr, ROUNDING: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The features OFFSET rows before each row of the chunk at p; the centre for rows before the segment.
 
-    source: the pointers, the row stride, and what else `read_again` needs
+    source: pointers to the rows to read again, their stride, and, if h is not in memory, the mask and its stride: h is
+        pre where the mask has a bit
     row: p's position in the sequence
-    CUT: some rows may exist and others not, see `bend`
     """
-    if OFFSET <= 2 * CHUNK:
+    if OFFSET >= 2 * CHUNK:
+        out = (centre,) * CHUNK
+        if p + CHUNK > OFFSET:  # else no row exists, as everywhere in a segment that is shorter
+            out = rows_again(history, source, row, p, columns, centre, shift, CHUNK, OFFSET, OUTPUT, ROUNDING, VECTOR)
+    else:
         out = ()
-        for i in tl.static_range(CHUNK):
+        if OFFSET > CHUNK:
+            out = rows_again(
+                history, source, row, p, columns, centre, shift, OFFSET - CHUNK, OFFSET, OUTPUT, ROUNDING, VECTOR
+            )
+        for i in tl.static_range(max(OFFSET - CHUNK, 0), CHUNK):
             if i >= OFFSET:
                 out = out + (current[i - OFFSET],)
-            elif CHUNK + i >= OFFSET:
-                out = out + (before[CHUNK + i - OFFSET],)
             else:
-                out = out + (earlier[2 * CHUNK + i - OFFSET],)
-    else:
-        out = (centre,) * CHUNK
-        if p + CHUNK > OFFSET:
-            out = ()
-            at = row_pointers(source[0], row - OFFSET, source[1], VECTOR)
-            for i in tl.static_range(CHUNK):
-                then = row + i - OFFSET
-                exists = each(columns, p + i) >= OFFSET
-                x = read_again(at, source, word, row, then, exists, centre, shift, OUTPUT, ROUNDING, CUT, VECTOR)
-                out = out + (x,)
-                at = next_row(at, source[1], VECTOR)
+                out = out + (before[CHUNK + i - OFFSET],)
     return out
 
 
 @triton.jit
-def read_again(
-    at, source, word, now, row, exists, centre, shift,
-    OUTPUT: tl.constexpr, ROUNDING: tl.constexpr, GUARDED: tl.constexpr, VECTOR: tl.constexpr,
+def rows_again(
+    history, source, row, p, columns, centre, shift,
+    NUMBER: tl.constexpr, OFFSET: tl.constexpr, OUTPUT: tl.constexpr, ROUNDING: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """The feature of an earlier row, which `at` points to; if GUARDED, the centre where it does not exist.
+    """The features OFFSET rows before the first NUMBER rows of the chunk at p, see `past_rows`, read from memory."""
+    out = ()
+    at = row_pointers(source[0], row - OFFSET, source[1], VECTOR)
+    for i in tl.static_range(NUMBER):
+        exists = each(columns, p + i) >= OFFSET
+        here = row_pointers(at, i, source[1], VECTOR)
+        x = tl.load(here, mask=exists, other=centre.to(at.dtype.element_ty)).to(centre.dtype)
+        if OUTPUT == "mask":
+            x = narrow(x + shift, at.dtype.element_ty, ROUNDING).to(centre.dtype)
+            bit = was_active(history, source[2], row + i - OFFSET, source[3], exists, OFFSET - i, VECTOR)
+            x = tl.where(exists, tl.where(bit != 0, x, 0.0), centre)
+        out = out + (x,)
+    return out
 
-    For OUTPUT "mask" h is not in memory: it is pre where the row's bit of `active` is set. The bits of the word that
-    position `now` is in are in the register `word`.
-    """
-    if GUARDED:
-        x = tl.load(at, mask=exists, other=centre.to(at.dtype.element_ty)).to(centre.dtype)
-    else:
+
+@triton.jit
+def window_sum(
+    history, source, begin, q, columns, centre, shift,
+    FIRST: tl.constexpr, LAST: tl.constexpr, OUTPUT: tl.constexpr, ROUNDING: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """The sum of h - centre over positions [q - 1 - LAST, q - 1 - FIRST] of the segment that begins at row `begin`."""
+    total = tl.zeros_like(centre)
+    for u in range(tl.maximum(q - 1 - LAST, 0), q - FIRST):
+        at = row_pointers(source[0], begin + u, source[1], VECTOR)
         x = tl.load(at).to(centre.dtype)
-    if OUTPUT == "mask":
-        k = source[3]
-        unfinished = (row >> 5) == (now >> 5)
-        words = row_pointers(source[2], row >> 5, k, VECTOR)
-        bits = tl.load(words, mask=exists & (each(exists, row >> 5) < (now >> 5)), other=0)
-        bits = tl.where(unfinished, word, bits)
-        x = narrow(x + shift, at.dtype.element_ty, ROUNDING).to(centre.dtype)
-        x = tl.where(((bits >> (row & 31)) & 1) != 0, x, 0.0)
-        if GUARDED:
-            x = tl.where(exists, x, centre)
-    return x
+        if OUTPUT == "mask":
+            x = narrow(x + shift, at.dtype.element_ty, ROUNDING).to(centre.dtype)
+            recent = (history >> tl.maximum(32 - (q - u), 0).to(tl.uint32)) & 1
+            exists = each(columns, q - u) > 32
+            stored = was_active(history, source[2], begin + u, source[3], exists, 33, VECTOR)
+            x = tl.where(tl.where(exists, stored, recent) != 0, x, 0.0)
+        total = total + (x - centre)
+    return total
 
 
 @triton.jit
 def pair_energy(
-    energy, current, before, earlier, source, word, row, p, n, columns, shift,
+    energy, current, before, history, source, row, p, n, columns, shift,
     FIRST: tl.constexpr, LAST: tl.constexpr, OUTPUT: tl.constexpr, ROUNDING: tl.constexpr, CHUNK: tl.constexpr,
-    CUT: tl.constexpr, GUARDED: tl.constexpr, VECTOR: tl.constexpr,
+    GUARDED: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """`energy` plus the squared differences of the chunk's rows at each offset of the band."""
+    crossing = tl.zeros_like(energy)  # pairs with a row of the previous chunk
     for offset in tl.static_range(FIRST, LAST + 1):
         past = past_rows(
-            current, before, earlier, source, word, row, p, columns, energy * 0, shift,
-            offset, OUTPUT, ROUNDING, CHUNK, True, VECTOR,
-        )  # fmt: skip
+            current,
+            before,
+            history,
+            source,
+            row,
+            p,
+            columns,
+            energy * 0,
+            shift,
+            offset,
+            OUTPUT,
+            ROUNDING,
+            CHUNK,
+            VECTOR,
+        )
         for i in tl.static_range(CHUNK):
             step = current[i] - past[i]
-            if i < offset and (CUT or offset > CHUNK):
-                step = tl.where(p + i >= offset, step, 0.0)
             if GUARDED:
                 step = tl.where(p + i < n, step, 0.0)
-            energy = tl.fma(step, step, energy)
-    return energy
+            if i >= offset:
+                energy = tl.fma(step, step, energy)
+            elif CHUNK + i >= offset:
+                crossing = tl.fma(step, step, crossing)
+            else:
+                step = tl.where(p + i >= offset, step, 0.0)
+                energy = tl.fma(step, step, energy)
+    return energy + tl.where(p > 0, crossing, 0.0)
 
 
 @triton.jit
 def forward_chunk(
-    arrived, before, earlier, off, word, windows, parts, sums,
+    arrived, before, off, history, windows, parts, sums,
     source, h, k, words, threshold, threshold_t, on_threshold, release_level, shift, centre, columns, t, p, n,
-    FIRST: tl.constexpr, LAST: tl.constexpr, TRAIL: tl.constexpr, OUTER: tl.constexpr, FAR: tl.constexpr,
-    ACTIVATION: tl.constexpr, OUTPUT: tl.constexpr, THRESHOLD_PER_POSITION: tl.constexpr, NEAR: tl.constexpr,
-    SCALE: tl.constexpr, STORED: tl.constexpr, ROUNDING: tl.constexpr, CHUNK: tl.constexpr, CUT: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, TRAIL: tl.constexpr, OUTER: tl.constexpr,
+    ACTIVATION: tl.constexpr, OUTPUT: tl.constexpr, THRESHOLD_PER_POSITION: tl.constexpr,
+    SCALE: tl.constexpr, STORED: tl.constexpr, ROUNDING: tl.constexpr, CHUNK: tl.constexpr,
     GUARDED: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """One chunk at position p of a segment of n that begins at t; see `forward_kernel`.
-
-    CUT: windows may be cut; else they are as described by `uncut`
-    GUARDED: rows may be missing
-    """
+    """One chunk at position p of a segment of n that begins at t; see `forward_kernel`. GUARDED: rows may be missing"""
     S: tl.constexpr = len(FIRST)
     row = t + p
     out = row_pointers(h, row, k, VECTOR)
-    zero = centre * 0
+    zero = tl.zeros_like(centre)
     current = ()
-    bits = each(columns, 0)
+    bits = each(columns, 0).to(tl.uint32)
     chunk_x = zero  # per-chunk sums: the rounding error of n terms grows with CHUNK + n / CHUNK
     chunk_xx = zero
     chunk_y = zero
@@ -283,18 +307,18 @@ def forward_chunk(
         z, off = activate(z, on_threshold, release_level, off, ACTIVATION)
         stored = arrived[i] if OUTPUT == "nothing" else narrow(z, STORED, ROUNDING)
         if OUTPUT == "h":
+            here = row_pointers(out, i, k, VECTOR)
             if GUARDED:
-                tl.store(out, stored, mask=each(columns, p + i) < n)
+                tl.store(here, stored, mask=each(columns, p + i) < n)
             else:
-                tl.store(out, stored)
-            out = next_row(out, k, VECTOR)
+                tl.store(here, stored)
         x = stored.to(zero.dtype)
         counted = x
         if GUARDED:
             counted = tl.where(p + i < n, x, 0.0)
             x = tl.where(p + i < n, x, centre)
         if OUTPUT == "mask":
-            bits = bits | tl.where(counted != 0, 1 << i, 0)
+            bits = bits | tl.where(counted != 0, 1 << i, 0).to(tl.uint32)
         chunk_x = tl.fma(counted, zero + SCALE, chunk_x)
         chunk_xx = tl.fma(counted, counted, chunk_xx)
         if OUTER >= 0:
@@ -312,148 +336,49 @@ def forward_chunk(
         window = windows[s]
         if s != OUTER and TRAIL[s] < 0:
             part = pair_energy(
-                part, current, before, earlier, source, word, row, p, n, columns, shift,
-                FIRST[s], LAST[s], OUTPUT, ROUNDING, CHUNK, CUT, GUARDED, VECTOR,
+                part, current, before, history, source, row, p, n, columns, shift,
+                FIRST[s], LAST[s], OUTPUT, ROUNDING, CHUNK, GUARDED, VECTOR,
             )  # fmt: skip
-        if s != OUTER and TRAIL[s] > 0:
+        if s != OUTER and TRAIL[s] >= 0:
             # -D/2 = sum of y (F - degree y / 2)
             lead = trail
             if s == 0 or TRAIL[s - 1] != FIRST[s]:
                 lead = past_rows(
-                    current, before, earlier, source, word, row, p, columns, centre, shift,
-                    FIRST[s], OUTPUT, ROUNDING, CHUNK, True, VECTOR,
+                    current, before, history, source, row, p, columns, centre, shift,
+                    FIRST[s], OUTPUT, ROUNDING, CHUNK, VECTOR,
                 )  # fmt: skip
             trail = past_rows(
-                current, before, earlier, source, word, row, p, columns, centre, shift,
-                TRAIL[s], OUTPUT, ROUNDING, CHUNK, CUT, VECTOR,
+                current, before, history, source, row, p, columns, centre, shift,
+                TRAIL[s], OUTPUT, ROUNDING, CHUNK, VECTOR,
             )  # fmt: skip
-            share = half_degree(p, n, FIRST[s], LAST[s], NEAR, CUT).to(zero.dtype)
-            change = half_degree(p + 1, n, FIRST[s], LAST[s], NEAR, CUT).to(zero.dtype) - share
             for i in tl.static_range(CHUNK):
                 window = window + (lead[i] - trail[i])
-                if CUT:
-                    share = half_degree(p + i, n, FIRST[s], LAST[s], NEAR, CUT).to(zero.dtype)
+                degree = window_count(p + i, n, LAST[s]) - window_count(p + i, n, FIRST[s] - 1)
                 y = current[i] - centre
-                pull = tl.fma(y, zero - share, window)
+                pull = tl.fma(y, zero - degree.to(zero.dtype) * 0.5, window)
                 part = tl.fma(y, pull, part)
-                if LAST[s] > NEAR:
-                    share = share + change
         new_parts = new_parts + (part,)
         new_windows = new_windows + (window,)
     if OUTPUT == "mask":
-        word = add_bits(word, bits, words, row, n - p, k, CHUNK, VECTOR)
-    if OUTPUT != "nothing" and FAR:
+        history = add_bits(history, bits, words, row, tl.minimum(n - p, CHUNK), k, VECTOR)
+    if OUTPUT != "nothing":
         tl.debug_barrier()  # rows may be read by other threads than wrote them
-    return current, off, word, new_windows, new_parts, sums
+    return current, off, history, new_windows, new_parts, sums
 
 
 @triton.jit
-def add_bits(word, bits, words, row, left, k, CHUNK: tl.constexpr, VECTOR: tl.constexpr):
-    """The word of the mask that is being filled, after a chunk's bits; it is stored when it is full."""
-    shifted = row & 31
-    word = word | (bits << shifted)
-    if shifted + tl.minimum(CHUNK, left) >= 32:
-        tl.store(row_pointers(words, row >> 5, k, VECTOR), word)
-        word = bits >> ((32 - shifted) & 31)
-    return word
-
-
-@triton.jit
-def excluded_chunk(
-    at, stride, word, h, k, words, threshold, threshold_t, on_threshold, shift, columns, row, left,
-    ACTIVATION: tl.constexpr, OUTPUT: tl.constexpr, THRESHOLD_PER_POSITION: tl.constexpr, STORED: tl.constexpr,
-    ROUNDING: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    """One chunk of excluded positions, `left` of which exist: activated without state, and in no statistic."""
-    rows = load_rows(at, stride, left, columns, CHUNK, True, VECTOR)
-    out = row_pointers(h, row, k, VECTOR)
-    bits = each(columns, 0)
-    off = each(columns, 1) > 0
-    for i in tl.static_range(CHUNK):
-        if THRESHOLD_PER_POSITION:
-            on_threshold = threshold_at(threshold, row + i, threshold_t, i < left, shift * 0)
-        z = rows[i].to(shift.dtype) + shift
-        z, off = activate(z, on_threshold, on_threshold, off, "relu" if ACTIVATION == "schmitt" else ACTIVATION)
-        stored = narrow(z, STORED, ROUNDING)
-        if OUTPUT == "h":
-            tl.store(out, stored, mask=each(columns, i) < left)
-            out = next_row(out, k, VECTOR)
-        else:
-            on = (stored.to(shift.dtype) != 0) & (each(columns, i) < left)
-            bits = bits | tl.where(on, 1 << i, 0)
-    if OUTPUT == "mask":
-        word = add_bits(word, bits, words, row, left, k, CHUNK, VECTOR)
-    return word
-
-
-@triton.jit
-def half_degree(p, n, FIRST: tl.constexpr, LAST: tl.constexpr, NEAR: tl.constexpr, CUT: tl.constexpr):
-    """Half the number of positions u in a segment of length n with FIRST <= |u - p| <= LAST. float32
-
-    Unless CUT, windows up to NEAR are not cut.
-    """
-    if CUT or LAST > NEAR:
-        degree = window_count(p, n, LAST)
-        if CUT or FIRST - 1 > NEAR:
-            degree -= window_count(p, n, FIRST - 1)
-        else:
-            degree -= 2 * FIRST - 1
-        half = degree.to(tl.float32) * 0.5
-    else:
-        half = tl.cast(LAST - FIRST + 1, tl.float32)
-    return half
-
-
-@triton.jit
-def uncut(p, n, AHEAD: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, NEAR: tl.constexpr, CHUNK: tl.constexpr):
-    """Whether windows up to NEAR are whole at all rows of the chunk at p, and the others' counts change steadily.
-
-    Also, AHEAD rows after the chunk are within the segment.
-    """
-    inside = (p > NEAR) & (p + CHUNK + AHEAD <= n)
-    for s in tl.static_range(len(LAST)):
-        if LAST[s] > NEAR:
-            inside = inside & (p != bend(LAST[s], n, CHUNK)) & (p != bend(n - 1 - LAST[s], n, CHUNK))
-        if FIRST[s] - 1 > NEAR:
-            inside = inside & (p != bend(FIRST[s] - 1, n, CHUNK)) & (p != bend(n - FIRST[s], n, CHUNK))
-    return inside
-
-
-@triton.jit
-def end_of_uncut(
-    p, stop, n, AHEAD: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, NEAR: tl.constexpr, CHUNK: tl.constexpr
-):
-    """The end of the chunks from p on that are `uncut`, if the one at p is."""
-    end = tl.minimum(stop, n - AHEAD - CHUNK + 1)
-    for s in tl.static_range(len(LAST)):
-        if LAST[s] > NEAR:
-            end = before_bend(end, p, LAST[s], n, CHUNK)
-            end = before_bend(end, p, n - 1 - LAST[s], n, CHUNK)
-        if FIRST[s] - 1 > NEAR:
-            end = before_bend(end, p, FIRST[s] - 1, n, CHUNK)
-            end = before_bend(end, p, n - FIRST[s], n, CHUNK)
-    return end
-
-
-@triton.jit
-def bend(at, n, CHUNK: tl.constexpr):
-    """The chunk in which a count changes its slope after position `at`; n if that is between two chunks.
-
-    In other chunks, of the rows that enter or leave a window there are all or none.
-    """
-    return tl.where((at >= 0) & ((at & (CHUNK - 1)) != CHUNK - 1), at // CHUNK * CHUNK, n)
-
-
-@triton.jit
-def before_bend(end, p, at, n, CHUNK: tl.constexpr):
-    """`end`, or the start of the chunk that `bend` gives, if that is after p and earlier."""
-    chunk = bend(at, n, CHUNK)
-    return tl.where(chunk > p, tl.minimum(end, chunk), end)
+def add_bits(history, bits, words, row, taken, k, VECTOR: tl.constexpr):
+    """The mask's bits of the last 32 rows after `taken` more rows; a word that becomes full is stored."""
+    filled = row & 31  # rows in the word that is being filled
+    if filled + taken >= 32:
+        word = ((history >> 1) >> (31 - filled).to(tl.uint32)) | (bits << filled.to(tl.uint32))
+        tl.store(row_pointers(words, row >> 5, k, VECTOR), word.to(tl.int32, bitcast=True))
+    return (history >> taken.to(tl.uint32)) | (bits << (32 - taken).to(tl.uint32))
 
 
 @triton.jit(
     do_not_specialize=[
-        "T", "k", "refresh", "has_bias", "has_threshold", "segmented",
+        "T", "k", "refresh", "has_bias", "has_threshold", "has_release", "segmented",
         "pre_b", "pre_t", "pre_k", "bias_k", "threshold_b", "threshold_t", "threshold_k", "release_k",
     ],
     do_not_specialize_on_alignment=[
@@ -475,6 +400,7 @@ def forward_kernel(
     refresh,
     has_bias,
     has_threshold,
+    has_release,
     segmented,
     pre_b,
     pre_t,
@@ -488,7 +414,6 @@ def forward_kernel(
     LAST: tl.constexpr,
     TRAIL: tl.constexpr,
     OUTER: tl.constexpr,
-    FAR: tl.constexpr,
     ACTIVATION: tl.constexpr,
     OUTPUT: tl.constexpr,
     THRESHOLD_PER_POSITION: tl.constexpr,
@@ -496,25 +421,22 @@ def forward_kernel(
     ROUNDING: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
-    UNROLL: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
     """h = activation(pre + bias) and its statistics.
 
     output: by OUTPUT, "h" [B, T, k], the "mask" of active features [B, ceil(T / 32), k] int32 (bit i of word w is
         position 32 w + i), or "nothing"
-    refresh: the number of steps after which a window is summed afresh, to stop rounding errors from accumulating
-    has_bias, has_threshold, segmented: 0 if that pointer is not to be read
+    refresh: the number of steps after which a window is summed afresh, to stop rounding errors from accumulating; a
+        multiple of CHUNK
+    has_bias, has_threshold, has_release, segmented: 0 if that pointer is not to be read
     FIRST, LAST: the bands' offsets
     TRAIL: the offset at which a row leaves each band's window, or -1 for a band that is summed pair by pair
-    OUTER: the band that is computed as all pairs minus the others, or -1; its LAST is 0
-    FAR: a band reaches rows that are no longer in registers
-    ACTIVATION: "schmitt" is relu with a release
+    OUTER: the band that is computed as all pairs minus the others, or -1
     """
     S: tl.constexpr = len(FIRST)
     COMPUTE: tl.constexpr = total.dtype.element_ty
     STORED: tl.constexpr = pre.dtype.element_ty
-    NEAR: tl.constexpr = 15
     b, columns = sequence_and_columns(k, BLOCK_K, VECTOR)
     zero = tl.zeros([BLOCK_K], COMPUTE)
     x_in = column_pointers(pre, b, pre_b, columns, pre_k, VECTOR)
@@ -534,115 +456,99 @@ def forward_kernel(
     if OUTPUT != "nothing":
         shift = load_column_values(bias, columns, bias_k, has_bias, -0.0, COMPUTE)  # x + -0 is x, also for x = -0
     on_threshold = zero
-    if (ACTIVATION == "relu" or ACTIVATION == "schmitt") and not THRESHOLD_PER_POSITION:
+    if ACTIVATION == "relu" and not THRESHOLD_PER_POSITION:
         on_threshold = not_negative(load_column_values(threshold, columns, threshold_k, has_threshold, 0.0, COMPUTE))
-    release_level = zero
-    if ACTIVATION == "schmitt":
-        release_level = not_negative(load_column_values(release, columns, release_k, 1, 0.0, COMPUTE))
+    off_threshold = zero
+    if ACTIVATION == "relu":
+        off_threshold = load_column_values(release, columns, release_k, has_release, float("inf"), COMPUTE)
+        off_threshold = not_negative(off_threshold)
     thresholds = threshold + b * threshold_b
 
-    sums = (zero, zero, zero, zero)  # of x * SCALE, so that no partial sum overflows before the result, xx, y, yy
-    parts = (zero,) * S
-    word = each(columns, 0)
+    totals = (zero,) * 4  # of x * SCALE, so that no partial sum overflows before the result, xx, y, yy
+    energies = (zero,) * S
+    history = each(columns, 0).to(tl.uint32)
     t = 0
     while t < T:
         end = tl.load(segment_ends + b * T + t, mask=segmented != 0, other=T)
         excluded = end < 0
         end = tl.abs(end)
         n = end - t
-        if excluded:
+        release_level = off_threshold
+        if ACTIVATION == "relu":  # no state carries over between excluded positions
+            release_level = tl.where(excluded, float("inf"), off_threshold)
+
+        # The centre: the mean of the segment's first 8 rows, rounded to h's dtype (docs/mathematics.md, section 4).
+        centre = zero
+        off = tl.full([BLOCK_K], True, tl.int1)
+        first = zero
+        upcoming = load_rows(row_pointers(x_in, t, pre_t, VECTOR), pre_t, n, columns, CHUNK, True, VECTOR)
+        for i in tl.static_range(8):
+            z = upcoming[i].to(COMPUTE)
             if OUTPUT != "nothing":
-                for p in range(0, n, CHUNK):
-                    at = row_pointers(x_in, t + p, pre_t, VECTOR)
-                    word = excluded_chunk(
-                        at, pre_t, word, out, k, words, thresholds, threshold_t, on_threshold, shift, columns,
-                        t + p, n - p, ACTIVATION, OUTPUT, THRESHOLD_PER_POSITION, STORED, ROUNDING, CHUNK, VECTOR,
-                    )  # fmt: skip
-        else:
-            # The centre: the mean of the segment's first 8 rows, rounded to h's dtype (docs/mathematics.md, section 4).
-            centre = zero
-            off = tl.full([BLOCK_K], True, tl.int1)
-            first = zero
-            upcoming = load_rows(row_pointers(x_in, t, pre_t, VECTOR), pre_t, n, columns, CHUNK, True, VECTOR)
-            for i in tl.static_range(8):
-                z = upcoming[i].to(COMPUTE)
-                if OUTPUT != "nothing":
-                    z = z + shift
-                if THRESHOLD_PER_POSITION:
-                    on_threshold = threshold_at(thresholds, t + i, threshold_t, i < n, zero)
-                z, off = activate(z, on_threshold, release_level, off, ACTIVATION)
-                x = narrow(z, STORED, ROUNDING).to(COMPUTE)
-                if i == 0:
-                    first = x
-                centre = tl.fma(tl.where(i < n, x, first), zero + 0.125, centre)
-            centre = narrow(centre, STORED, ROUNDING).to(COMPUTE)
+                z = z + shift
+            if THRESHOLD_PER_POSITION:
+                on_threshold = threshold_at(thresholds, t + i, threshold_t, i < n, zero)
+            z, off = activate(z, on_threshold, release_level, off, ACTIVATION)
+            x = narrow(z, STORED, ROUNDING).to(COMPUTE)
+            if i == 0:
+                first = x
+            centre = tl.fma(tl.where(i < n, x, first), zero + 0.125, centre)
+        centre = narrow(centre, STORED, ROUNDING).to(COMPUTE)
 
-            off = tl.full([BLOCK_K], True, tl.int1)
-            before = (centre,) * CHUNK
-            earlier = (centre,) * CHUNK
-            for q in range(0, n, refresh):
-                windows = ()  # F, the sum of y over [p - last, p - first]
-                if OUTPUT != "nothing":
-                    tl.debug_barrier()
-                for s in tl.static_range(S):
-                    window = zero
-                    if TRAIL[s] >= 0 and s != OUTER:
-                        for u in range(tl.maximum(q - 1 - LAST[s], 0), q - FIRST[s]):
-                            at = row_pointers(source[0], t + u, source[1], VECTOR)
-                            exists = each(columns, 1) > 0
-                            x = read_again(
-                                at, source, word, t + q, t + u, exists, centre, shift, OUTPUT, ROUNDING, False, VECTOR
-                            )
-                            window = window + (x - centre)
-                    windows = windows + (window,)
+        off = tl.full([BLOCK_K], True, tl.int1)
+        before = (centre,) * CHUNK
+        for q in range(0, n, refresh):
+            sums = (zero,) * 4
+            parts = (zero,) * S
+            windows = ()  # F, the sum of y over [p - last, p - first]
+            for s in tl.static_range(S):
+                window = zero
+                if TRAIL[s] >= 0 and s != OUTER:
+                    window = window_sum(
+                        history, source, t, q, columns, centre, shift, FIRST[s], LAST[s], OUTPUT, ROUNDING, VECTOR
+                    )
+                windows = windows + (window,)
 
-                p = q
-                stop = tl.minimum(q + refresh, n)
-                while p < stop:
-                    while (p < stop) & (uncut(p, n, NEAR, FIRST, LAST, NEAR, CHUNK) == 0):
-                        arrived = upcoming
-                        at = row_pointers(x_in, t + p + CHUNK, pre_t, VECTOR)
-                        upcoming = load_rows(at, pre_t, n - p - CHUNK, columns, CHUNK, True, VECTOR)
-                        if n - p >= CHUNK:
-                            current, off, word, windows, parts, sums = forward_chunk(
-                                arrived, before, earlier, off, word, windows, parts, sums,
-                                source, out, k, words, thresholds, threshold_t, on_threshold, release_level, shift,
-                                centre, columns, t, p, n, FIRST, LAST, TRAIL, OUTER, FAR, ACTIVATION, OUTPUT,
-                                THRESHOLD_PER_POSITION, NEAR, SCALE, STORED, ROUNDING, CHUNK, True, False, VECTOR,
-                            )  # fmt: skip
-                        else:
-                            current, off, word, windows, parts, sums = forward_chunk(
-                                arrived, before, earlier, off, word, windows, parts, sums,
-                                source, out, k, words, thresholds, threshold_t, on_threshold, release_level, shift,
-                                centre, columns, t, p, n, FIRST, LAST, TRAIL, OUTER, FAR, ACTIVATION, OUTPUT,
-                                THRESHOLD_PER_POSITION, NEAR, SCALE, STORED, ROUNDING, CHUNK, True, True, VECTOR,
-                            )  # fmt: skip
-                        earlier = before
-                        before = current
-                        p += CHUNK
-                    end_inside = end_of_uncut(p, stop, n, NEAR, FIRST, LAST, NEAR, CHUNK)
-                    for inside in tl.range(p, end_inside, CHUNK, loop_unroll_factor=UNROLL):
-                        arrived = upcoming
-                        at = row_pointers(x_in, t + inside + CHUNK, pre_t, VECTOR)
-                        upcoming = load_rows(at, pre_t, n, columns, CHUNK, False, VECTOR)
-                        current, off, word, windows, parts, sums = forward_chunk(
-                            arrived, before, earlier, off, word, windows, parts, sums,
-                            source, out, k, words, thresholds, threshold_t, on_threshold, release_level, shift, centre,
-                            columns, t, inside, n, FIRST, LAST, TRAIL, OUTER, FAR, ACTIVATION, OUTPUT,
-                            THRESHOLD_PER_POSITION, NEAR, SCALE, STORED, ROUNDING, CHUNK, False, False, VECTOR,
-                        )  # fmt: skip
-                        earlier = before
-                        before = current
-                    p += tl.maximum(end_inside - p + CHUNK - 1, 0) // CHUNK * CHUNK
+            stop = tl.minimum(q + refresh, n)
+            whole = stop - (stop - q) % CHUNK
+            for p in range(q, whole, CHUNK):
+                arrived = upcoming
+                at = row_pointers(x_in, t + p + CHUNK, pre_t, VECTOR)
+                upcoming = load_rows(at, pre_t, n - p - CHUNK, columns, CHUNK, True, VECTOR)
+                before, off, history, windows, parts, sums = forward_chunk(
+                    arrived, before, off, history, windows, parts, sums,
+                    source, out, k, words, thresholds, threshold_t, on_threshold, release_level, shift, centre, columns,
+                    t, p, n, FIRST, LAST, TRAIL, OUTER, ACTIVATION, OUTPUT, THRESHOLD_PER_POSITION, SCALE,
+                    STORED, ROUNDING, CHUNK, False, VECTOR,
+                )  # fmt: skip
+            if whole < stop:
+                before, off, history, windows, parts, sums = forward_chunk(
+                    upcoming, before, off, history, windows, parts, sums,
+                    source, out, k, words, thresholds, threshold_t, on_threshold, release_level, shift, centre, columns,
+                    t, whole, n, FIRST, LAST, TRAIL, OUTER, ACTIVATION, OUTPUT, THRESHOLD_PER_POSITION, SCALE,
+                    STORED, ROUNDING, CHUNK, True, VECTOR,
+                )  # fmt: skip
+
+            new_energies = ()
+            for s in tl.static_range(S):
+                new_energies = new_energies + (energies[s] + tl.where(excluded, 0.0, parts[s]),)
+            energies = new_energies
+            new_totals = ()
+            for i in tl.static_range(4):
+                new_totals = new_totals + (totals[i] + tl.where(excluded, 0.0, sums[i]),)
+            totals = new_totals
         t = end
 
     if OUTPUT == "mask":
-        tl.store(row_pointers(words, T >> 5, k, VECTOR), word, mask=each(columns, T & 31) != 0)
+        filled = T & 31
+        if filled != 0:
+            word = history >> (32 - filled).to(tl.uint32)
+            tl.store(row_pointers(words, T >> 5, k, VECTOR), word.to(tl.int32, bitcast=True))
     rest = zero
     if OUTER >= 0:
-        rest = tl.fma(sums[3], zero + T.to(COMPUTE), -sums[2] * sums[2])
+        rest = tl.fma(totals[3], zero + T.to(COMPUTE), -totals[2] * totals[2])
     for s in tl.static_range(S):
-        energy = parts[s]
+        energy = energies[s]
         if TRAIL[s] >= 0:
             energy = energy * -2
         if s == OUTER:
@@ -652,7 +558,7 @@ def forward_kernel(
         # Rounding can make a sum of squares negative, and overflowing squares can give inf - inf = NaN. Unless a
         # feature is NaN (then so is the sum of squares), the true value is then infinite.
         energy = tl.where(energy <= 0, 0.0, energy)
-        energy = tl.where((energy != energy) & (sums[1] == sums[1]), float("inf"), energy)
+        energy = tl.where((energy != energy) & (totals[1] == totals[1]), float("inf"), energy)
         store_column_values(differences, b * S + s, k, columns, energy, VECTOR)
-    store_column_values(total, b, k, columns, sums[0] * (1 / SCALE), VECTOR)
-    store_column_values(square, b, k, columns, sums[1], VECTOR)
+    store_column_values(total, b, k, columns, totals[0] * (1 / SCALE), VECTOR)
+    store_column_values(square, b, k, columns, totals[1], VECTOR)

@@ -22,7 +22,6 @@ INTERPRETER_VARIABLE = "TRITON_INTERPRET"  # Triton's own
 HINT = f"use CUDA tensors, or set {INTERPRETER_VARIABLE}=1 before starting Python to run (slowly) on the CPU"
 
 _CHUNK = 8  # rows loaded at a time
-_UNROLL = 2  # chunks per iteration where no window is cut
 _PAIRS = 4  # bands within this reach are summed pair by pair, see band_block in csrc/shared/recurrence.h
 _FARTHEST = 2**29  # no sequence is longer
 _REFRESH = 256  # steps after which a window is summed afresh, kRefresh in csrc/shared/recurrence.h
@@ -150,12 +149,16 @@ def backward_windows(bands: Bands) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _constants(x: Tensor, block: int, *tensors: Tensor | None) -> dict[str, Any]:
-    """Constants of all kernels, and the launch option `num_warps`. tensors: the others that are walked along T"""
+def _constants(x: Tensor, block: int, *tensors: Tensor | None, chunk: int = _CHUNK) -> dict[str, Any]:
+    """Constants of all kernels, and the launch option `num_warps`.
+
+    tensors: the others that are walked along T
+    chunk: fewer rows at a time for a kernel that would spill registers
+    """
     return {
         "ROUNDING": _rounding(x),
         "BLOCK_K": block,
-        "CHUNK": _CHUNK,
+        "CHUNK": chunk,
         "VECTOR": _vector(block, x, *tensors),
         "num_warps": 1,
         "maxnreg": 255,  # all there are: by itself ptxas spills some for another warp
@@ -189,24 +192,21 @@ def _forward(
     threshold_strides = (0,) * 3 if threshold is None else threshold.expand(*pre.shape).stride()
     release_stride = 0 if release is None else release.expand(k).stride(0)
     outer = outer_band(bands, T) if segments is None else -1
-    far = any(last >= 2 * _CHUNK for s, (_, last) in enumerate(bands) if s != outer)
-    block = _block_k(pre, 128 if far else 256)  # with a wider row, sm_90 spills registers
+    block = _block_k(pre, 128 if output == "mask" else 256)  # with a wider row, the mask spills registers
     reach = max((min(last, T) for s, (_, last) in enumerate(bands) if s != outer), default=1)
     stand_in = total.view(torch.int32)
     with _on_device_of(pre):
         forward_kernel[_grid(pre, block)](
             pre, _or(bias, total), _or(threshold, total), _or(release, total), _or(out, stand_in),
             differences, total, square, _or(_segment_ends(segments), stand_in),
-            T, k, _refresh(reach), *_present(bias, threshold, segments),
+            T, k, _refresh(reach), *_present(bias, threshold, release, segments),
             *pre.stride(), *_strides(bias, 1), *threshold_strides, release_stride,
             **forward_bands(bands, outer),
             OUTER=outer,
-            FAR=far,
-            ACTIVATION=name if release is None else "schmitt",
+            ACTIVATION=name,
             OUTPUT=output,
             THRESHOLD_PER_POSITION=per_position,
             SCALE=sum_scale(pre.dtype),
-            UNROLL=1 if far else _UNROLL,
             **_constants(pre, block),
             enable_fp_fusion=False,
         )  # fmt: skip
@@ -274,8 +274,7 @@ def activate_with_stats_backward(
             ACTIVATION=activation.name,
             HAS_SUMS=not training,
             SCALE=sum_scale(saved.dtype),
-            UNROLL=_UNROLL,
-            **_constants(saved, block, grads.h),
+            **_constants(saved, block, grads.h, chunk=_CHUNK // 2 if activation.name == "gelu" else _CHUNK),
             enable_fp_fusion=True,
         )  # fmt: skip
     return grad_pre, grad_bias.sum(0)

@@ -10,7 +10,6 @@ from tsae_kernels.backends.triton.forward import (
     each,
     load_rows,
     narrow,
-    next_row,
     row_pointers,
     sequence_and_columns,
 )
@@ -107,7 +106,6 @@ def step_energy_backward_kernel(
             after = arrived[i].to(COMPUTE)
             from_after = tl.where(weight != 0, (after - now) * (scale * weight), 0.0)
             gradient = narrow(from_before - from_after, grad_h.dtype.element_ty, ROUNDING)
-            tl.store(to, gradient, mask=each(columns, t + i) < T)
-            to = next_row(to, k, VECTOR)
+            tl.store(row_pointers(to, i, k, VECTOR), gradient, mask=each(columns, t + i) < T)
             from_before = from_after
             now = after
