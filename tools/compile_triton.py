@@ -42,6 +42,7 @@ _TYPES = {
     torch.float16: "*fp16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.bool: "*i1",
 }
 
 
@@ -56,24 +57,34 @@ class Recorder:
         return lambda *args, **kwargs: self.launches.append((args, kwargs))
 
 
-def source_of(kernel: Any, args: tuple, kwargs: dict) -> tuple[ASTSource, dict]:
-    """The specialization that Triton's launcher derives from the arguments: constants, types, divisibility by 16."""
+def specialization(kernel: Any, args: tuple, kwargs: dict) -> tuple[dict, dict, dict, dict]:
+    """What Triton's launcher compiles a kernel for: types, constants, divisibility by 16, and options."""
     names = kernel.arg_names
     values = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}
     options = {name: value for name, value in kwargs.items() if name not in names}
     signature, constants, attributes = {}, {}, {}
     for index, (name, parameter) in enumerate(zip(names, kernel.params, strict=True)):
         value = values[name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and name != "T"):
+        specialized = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialized and isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = _TYPES[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            if specialized and not parameter.do_not_specialize_on_alignment:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0 and name != "T":
+            if specialized and value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constants, attributes), options
+    return signature, constants, attributes, options
+
+
+def source_of(kernel: Any, args: tuple, kwargs: dict) -> tuple[ASTSource, dict]:
+    """The kernel as Triton's launcher specializes it for the arguments, and the options."""
+    *kinds, options = specialization(kernel, args, kwargs)
+    return ASTSource(kernel, *kinds), options
 
 
 def resources(cubin: bytes, name: str) -> dict[str, int]:
@@ -123,18 +134,22 @@ def launches() -> dict[str, tuple[Any, tuple, dict]]:
     }
     for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "f32")):
         x, weights = empty(B, T, k, dtype=dtype), empty(B, T)
-        backwards = {
-            "relu": (Gradients(x, shared, None, None), Activation("relu")),
-            "gelu": (Gradients(x, shared, None, None), Activation("gelu", bias)),
-            "stats": (Gradients(None, shared, sums, sums), Activation("identity")),
-        }
         for ids, suffix in ((None, ""), (empty(B, T, dtype=torch.int64), "-segments")):
             for name, activation in forwards.items():
                 record(f"{name}-{short}{suffix}", launch.activate_with_stats, x, activation, MULTISCALE, ids)
             record(f"stats-{short}{suffix}", launch.temporal_stats, x, MULTISCALE, ids)
+            record(f"mask-{short}{suffix}", launch.activate_with_mask, x, forwards["schmitt"], MULTISCALE, ids)
+        longer = empty(B // 4, 4 * T, k, dtype=dtype)  # segments compile no backward kernel, a longer sequence does
+        for rows, suffix in ((x, ""), (longer, "-long")):
+            of = shared[: rows.shape[0]]
+            backwards = {
+                "relu": (Gradients(rows, of, None, None), Activation("relu")),
+                "gelu": (Gradients(rows, of, None, None), Activation("gelu", bias)),
+                "stats": (Gradients(None, of, sums[: rows.shape[0]], sums[: rows.shape[0]]), Activation("identity")),
+            }
             for name, arguments in backwards.items():
                 label = f"{name}-backward-{short}{suffix}"
-                record(label, launch.activate_with_stats_backward, x, *arguments, MULTISCALE, ids)
+                record(label, launch.activate_with_stats_backward, rows, *arguments, MULTISCALE, None)
         record(f"steps-{short}", launch.step_energy, x, weights)
         record(f"steps-backward-{short}", launch.step_energy_backward, x, weights, one)
     sparse_launches.record_sparse(record, empty)

@@ -1,4 +1,4 @@
-"""The launches of the kernels on lists of active features, for `compile_triton.py`: a step at 16,384 features."""
+"""The launches of a training step on lists of active features, for `compile_triton.py`: 16,384 features."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from tsae_kernels import MULTISCALE
-from tsae_kernels.backends.triton import sparse_launch
+from tsae_kernels.backends.triton import row_adam, sparse_launch
 
-MODULES = ("sparse_lists", "sparse_rows", "sparse_stats")
+MODULES = ("sparse_lists", "sparse_rows", "sparse_stats", "row_adam")
 
 
 def record_sparse(record: Callable[..., Any], empty: Callable[..., torch.Tensor]) -> None:
-    """Record every launch of the functions in `sparse_launch`, with and without Matryoshka prefixes.
+    """Record every launch of the functions in `sparse_launch` and of Adam, with and without Matryoshka prefixes.
 
     record: of `compile_triton.launches`, called with a label, a function and its arguments
     empty: makes a tensor on the meta device from its shape and dtype
@@ -47,3 +47,13 @@ def record_sparse(record: Callable[..., Any], empty: Callable[..., torch.Tensor]
             record(label(f"sparse-weights{suffix}"), sparse_launch.weight_gradients, *arguments)
         arguments = *by_feature, None, None, entries, grad, None, ends, True
         record(label("sparse-decoder-weights"), sparse_launch.weight_gradients, *arguments)
+        xhat = empty(N, d, dtype=dtype)
+        record(label("sparse-errors"), sparse_launch.squared_errors, empty(N, d), xhat)
+        record(label("sparse-errors-backward"), sparse_launch.squared_errors_backward, empty(N, d), xhat, empty(N))
+    moments, fired = (empty(k, d), empty(k, d)), empty(k, dtype=torch.bool)
+    for unit_norm, share, shadow, suffix in (
+        (False, None, None, ""),
+        (True, empty(k), empty(k, d, dtype=torch.bfloat16), "-unit-norm"),
+    ):
+        arguments = moments, empty(k, d), fired, share, shadow, empty(5), (0.9, 0.999), 1e-8, unit_norm
+        record(f"sparse-adam{suffix}", row_adam.launch_row_adam, empty(k, d), *arguments)

@@ -200,7 +200,9 @@ class Case:
 
 
 @st.composite
-def cases(draw: Any, longest: int = 48, widest: int = 40, dtypes: tuple[torch.dtype, ...] = ()) -> Case:
+def cases(
+    draw: Any, longest: int = 48, widest: int = 40, dtypes: tuple[torch.dtype, ...] = (), only_bands: Any = None
+) -> Case:
     """One call: shape, strides, dtype, bands, segments, activation, thresholds, and the gradients to compute."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
 
@@ -213,6 +215,7 @@ def cases(draw: Any, longest: int = 48, widest: int = 40, dtypes: tuple[torch.dt
     bands = tuple(zip(edges[::2], edges[1::2], strict=False))
     if draw(st.integers(0, 3)) == 0:
         bands = ((1, 3), (4, 15), (16, 127))
+    bands = only_bands or bands
     segments = None
     if draw(st.booleans()):
         segments = random_segments(B, T, generator, longest=12).to(draw(st.sampled_from(IDS)))

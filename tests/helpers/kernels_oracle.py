@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ FAST = ("eager", "cpp", "cuda", "triton")  # the backends under test; `reference
 HERE = tuple(name for name in ("reference", *FAST) if _STATES[name] == "ok")
 
 INTERPRETED = _STATES["triton"] == "ok" and launch.interpreting()
+COUNTING = "triton_compilations" in sys.modules  # the results are not Triton's
 DEVICE = {name: _DEVICE_TYPES.get(name, "cpu") if _STATES[name] == "ok" else "cpu" for name in FAST}
 
 
@@ -27,6 +29,22 @@ def too_slow(backend, reason):
     """Skip a case that takes Triton's interpreter too long: it needs about 1 ms per row, operation and program."""
     if backend == "triton" and INTERPRETED and reason:
         pytest.skip("takes Triton's interpreter too long")
+
+
+GAPS = ((2, 7), (9, 40))
+
+
+def few(backend, bands, gaps=False):
+    """`bands`, but one of two sets for compiled Triton kernels, which are compiled anew for every set of bands."""
+    if backend != "triton" or INTERPRETED:
+        return bands
+    return GAPS if gaps else tsae_kernels.MULTISCALE
+
+
+def compiles_too_much(backend, needless):
+    """Skip a case that only adds a combination of what other cases test, where it costs Triton a compilation."""
+    if backend == "triton" and not INTERPRETED and needless:
+        pytest.skip("other cases test this with kernels that are compiled anyway")
 
 
 def carried(tree, backend):
@@ -124,6 +142,15 @@ def activation(pre, bias=None, name="relu", threshold=None, release=None, segmen
                     on = True
                 out[b, t, j] = value if on else 0
     return out
+
+
+def active_words(h: torch.Tensor) -> torch.Tensor:
+    """The mask of `activate_with_mask` [B, ceil(T / 32), k] int32 from h [B, T, k]."""
+    B, T, k = h.shape
+    bits = torch.zeros(B, -(-T // 32) * 32, k, dtype=torch.int64)
+    bits[:, :T] = h != 0
+    words = (bits.unflatten(1, (-1, 32)) << torch.arange(32)[:, None]).sum(2)
+    return torch.where(words < 2**31, words, words - 2**32).int()
 
 
 def window_loss(h, window, segments=None):

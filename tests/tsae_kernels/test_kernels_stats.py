@@ -108,14 +108,15 @@ def test_empty_batch(backend, with_segments):
 @pytest.mark.parametrize("backend", oracle.BACKENDS)
 def test_strides_do_not_matter(backend):
     base = torch.randn(3, 5, 20, dtype=torch.float64)
+    bands = oracle.few(backend, ((1, 2),))
     for h in (base.transpose(1, 2), base[:, :, ::2].transpose(0, 1), base[:1].expand(4, 5, 20)):
         leaf = h.detach().requires_grad_()
-        out, stats = activate_with_stats(leaf, activation="identity", bands=((1, 2),), backend=backend)
+        out, stats = activate_with_stats(leaf, activation="identity", bands=bands, backend=backend)
         assert torch.equal(out, h)
-        assert_stats(stats, h, ((1, 2),))
+        assert_stats(stats, h, bands)
         (grad,) = torch.autograd.grad(stats.differences.sum(), leaf)
         copy = h.contiguous().requires_grad_()
-        again = temporal_stats(copy, ((1, 2),), backend=backend)
+        again = temporal_stats(copy, bands, backend=backend)
         torch.testing.assert_close(grad, torch.autograd.grad(again.differences.sum(), copy)[0])
 
 
@@ -151,7 +152,8 @@ def test_half_precision_is_summed_in_float32(backend, dtype):
 @pytest.mark.parametrize("bands", [MULTISCALE, ((1, 2), (5, 200))])
 def test_values_up_to_the_end_of_the_range_make_no_nan(backend, segmented, dtype, bands):
     oracle.too_slow(backend, segmented or bands != MULTISCALE)
-    T = 40 if backend == "triton" and oracle.INTERPRETED else 128
+    oracle.compiles_too_much(backend, bands != MULTISCALE)
+    T = 40 if backend == "triton" and (oracle.INTERPRETED or dtype == torch.float16) else 128
     largest = torch.finfo(dtype).max
     h = ((torch.rand(2, T, 6, generator=torch.Generator().manual_seed(0)) - 0.5) * 2 * largest).to(dtype)
     h[..., 1] = largest

@@ -9,7 +9,7 @@ import kernels_oracle as oracle
 import pytest
 import torch
 from backend_checks import ACTIVATIONS, SCHMITT
-from kernels_oracle import activate_with_stats, temporal_stats
+from kernels_oracle import activate_with_stats, active_words, temporal_stats
 
 from tsae_kernels import MULTISCALE, available_backends
 from tsae_kernels.backends.interface import Activation, Gradients
@@ -67,14 +67,14 @@ def test_gradients_of_long_rows_in_float64(T, k, segmented):
 def test_every_precision(dtype, segmented):
     generator = torch.Generator().manual_seed(0)
     T = 20 if oracle.INTERPRETED else 128
-    pre = (torch.randn(1, T, 40, generator=generator) + 0.5).to(dtype)
+    pre = (torch.randn(1, T, 136, generator=generator) + 0.5).to(dtype)  # the last blocks of features overlap
     segments = oracle.random_segments(1, T, generator, longest=12) if segmented else None
-    check_against_reference(pre, bias=torch.randn(40, generator=generator), segments=segments, **SCHMITT)
+    check_against_reference(pre, bias=torch.randn(136, generator=generator), segments=segments, **SCHMITT)
 
 
 def test_a_mean_a_thousand_times_the_deviation():
     generator = torch.Generator().manual_seed(0)
-    h = torch.randn(1, 128, 40, generator=generator) + 1e3
+    h = torch.randn(1, 128, 33, generator=generator) + 1e3
     got, wanted = (temporal_stats(h, backend=name) for name in ("triton", "reference"))
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
@@ -93,17 +93,18 @@ def test_a_feature_active_once():
 def test_long_sequences_without_drift():
     T = 4096
     walk = torch.randn(1, T, 4, generator=torch.Generator().manual_seed(1)).cumsum(1)
-    bands = ((1, 3), (5, 20), (30, 45))
     for ids in (None, (torch.arange(T) >= T - 20).int()[None]):
-        check_against_reference(walk, 5e-5, stats_rtol=5e-5, bands=bands, segments=ids, activation="identity")
+        check_against_reference(
+            walk, 5e-5, stats_rtol=5e-5, bands=((1, 3), (5, 20), (30, 45)), segments=ids, activation="identity"
+        )
 
 
 @pytest.mark.skipif(oracle.INTERPRETED, reason="takes Triton's interpreter too long")
 def test_long_sequences_in_every_precision():
+    T = 700 if oracle.COUNTING else 4096
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        pre = (torch.randn(1, 4096, 70, generator=torch.Generator().manual_seed(0)) + 3).to(dtype)
-        for bands in (MULTISCALE, ((1, 3), (4, 2000)), ((1, 5000),)):
-            check_against_reference(pre, bands=bands, rtol=max(checks.RTOL[dtype], 1e-5))
+        pre = (torch.randn(1, T, 71, generator=torch.Generator().manual_seed(0)) + 3).to(dtype)
+        check_against_reference(pre, rtol=max(checks.RTOL[dtype], 1e-5))
 
 
 def test_windows_are_summed_afresh(monkeypatch):
@@ -113,11 +114,59 @@ def test_windows_are_summed_afresh(monkeypatch):
     pre = torch.randn(2, 26, 3, dtype=torch.float64, generator=generator)
     segments = torch.tensor([[0] * 26, [0] * 5 + [-1] * 3 + [1] * 18])
     for ids in (None, segments):
-        check_against_reference(pre, bands=((2, 7), (9, 40)), segments=ids)
+        check_against_reference(pre, bands=oracle.GAPS, segments=ids)
+
+
+FAR_BANDS = ((1, 1), (2, 5), (6, 6), (10, 15), (16, 40), (43, 50), (60, 60))
+
+
+@pytest.mark.parametrize("segments", [None, [70, 13]])
+def test_rows_far_from_the_ends_of_their_segment(segments):
+    """Windows that reach beyond the rows in registers, whole and cut, in every order of their ends."""
+    T = 150
+    generator = torch.Generator().manual_seed(0)
+    pre = torch.randn(1, T, 2, dtype=torch.float64, generator=generator)
+    ids = None
+    if segments is not None:
+        first, excluded = segments
+        ids = torch.tensor([[0] * first + [-1] * excluded + [1] * (T - first - excluded)])
+    check_against_reference(pre, bands=FAR_BANDS, segments=ids, **SCHMITT)
+
+
+@pytest.mark.parametrize(
+    ("T", "bands", "segmented", "options", "per_position"),
+    [
+        (32, MULTISCALE, False, SCHMITT, False),
+        (129, MULTISCALE, False, SCHMITT, False),  # a window reads rows again, whose features are not in memory
+        (75, FAR_BANDS, True, SCHMITT, False),
+        (31, MULTISCALE, True, {}, True),
+    ],
+)
+def test_the_mask_of_active_features(T, bands, segmented, options, per_position):
+    """The bits are those of h, and the statistics have the bits of `activate_with_stats`."""
+    generator = torch.Generator().manual_seed(T)
+    k = 40 if bands == MULTISCALE and not per_position else 5
+    pre, bias = torch.randn(2, T, k, generator=generator), torch.randn(k, generator=generator)
+    pre[0, T // 2, 0] = float("nan")
+    levels = {name: torch.tensor(x) for name, x in options.items() if name != "activation"}
+    if per_position:
+        levels["threshold"] = torch.rand(2, T, 1, generator=generator)
+    segments = oracle.random_segments(2, T, generator, longest=60) if segmented else None
+    pre, bias, levels, segments = oracle.carried((pre, bias, levels, segments), "triton")
+    if bands == FAR_BANDS:  # with the kernel of the test above
+        pre, bias, levels = pre.double(), bias.double(), {name: x.double() for name, x in levels.items()}
+    for x in (pre, pre.bfloat16()) if T == 32 else (pre,):
+        activation = Activation("relu", bias, **levels)
+        h, *stats = launch.activate_with_stats(x, activation, bands, segments)
+        words, *again = launch.activate_with_mask(x, activation, bands, segments)
+        assert words.dtype == torch.int32
+        assert torch.equal(words.cpu(), active_words(h.cpu()))
+        for a, b in zip(stats, again, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def test_every_output_is_written():
-    pre, bias = torch.randn(1, 13, 140), torch.randn(140)  # two programs
+    pre, bias = torch.randn(1, 13, 141), torch.randn(141)  # several programs
     segments = torch.tensor([[0] * 6 + [-1] * 4 + [0] * 3])
     checks.check_every_output_is_written(*oracle.carried((pre, bias, segments), "triton"), backend="triton", **SCHMITT)
 
@@ -148,9 +197,10 @@ def test_no_tensor_is_copied_and_nothing_waits():
     assert forward[0] is x
     assert [backward[i] is y for i, y in ((0, x), (2, x), (3, shared))] == [True] * 3
     assert backward[7].is_contiguous()  # grad_pre
-    strides = [y for y in backward if isinstance(y, int)]
-    assert strides[2:5] == list(x.stride())
-    assert strides[9:12] == [0, 6, 1]
+    numbers = [y for y in backward if isinstance(y, int)]
+    assert numbers[:2] == [9, 6]
+    assert numbers[8:11] == list(x.stride())
+    assert numbers[15:18] == [0, 6, 1]
 
 
 def test_the_outer_band_is_all_pairs_less_the_others_only_where_that_is_safe():

@@ -246,6 +246,8 @@ class Thread:
         text = re.sub(r"\.(64|H0_H0|H1_H1|H0|H1|F32|U32|S32|X4|X8|X16)$", "", text)
         if text in ("RZ", "URZ", "SRZ"):
             return 0
+        if found := re.fullmatch(r"(U?R\d+)\.B([0-3])", text):
+            return self._value(found[1]) >> 8 * int(found[2]) & 0xFF
         if found := re.fullmatch(r"(U?R)(\d+)", text):
             low = self.registers.get(text, 0)
             return low | self.registers.get(f"{found[1]}{int(found[2]) + 1}", 0) << 32 if bits == 64 else low
@@ -535,8 +537,9 @@ class Thread:
 
     def _p2r(self, i: Instruction, prefix: str = "P") -> None:  # other bits than the mask's come from a register
         to, _, others, mask = i.operands
-        chosen = self._value(mask)
-        value = sum(self._predicate(f"{prefix}{n}") << n for n in range(7))
+        byte = next((n for n in range(4) if f"B{n}" in i.modifiers), 0)
+        chosen = self._value(mask) << 8 * byte
+        value = sum(self._predicate(f"{prefix}{n}") << n for n in range(7)) << 8 * byte
         self._set(to, value & chosen | self._value(others) & ~chosen)
 
     def _r2p(self, i: Instruction, prefix: str = "P") -> None:

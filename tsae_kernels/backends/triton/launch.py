@@ -23,6 +23,7 @@ HINT = f"use CUDA tensors, or set {INTERPRETER_VARIABLE}=1 before starting Pytho
 
 _CHUNK = 8  # rows loaded at a time
 _PAIRS = 4  # bands within this reach are summed pair by pair, see band_block in csrc/shared/recurrence.h
+_FARTHEST = 2**29  # no sequence is longer
 _REFRESH = 256  # steps after which a window is summed afresh, kRefresh in csrc/shared/recurrence.h
 
 
@@ -45,13 +46,14 @@ def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
 
 
 def _block_k(x: Tensor, row_bytes: int) -> int:
-    """Features per program: `row_bytes` of a row, or fewer if there would be too few programs to fill the device."""
+    """Features per program: `row_bytes` of a row, or half if there would be too few programs to fill the device."""
     B, _, k = x.shape
-    wanted = 8 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    block = max(row_bytes // x.element_size(), 32)
-    while block > 32 and B * -(-k // block) < wanted:
-        block //= 2
-    return block
+    block = max(row_bytes // x.element_size(), 64)
+    return block if B * -(-k // block) >= _programs_wanted(x) else block // 2
+
+
+def _programs_wanted(x: Tensor) -> int:
+    return 8 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
 
 
 def _grid(x: Tensor, block: int) -> tuple[int]:
@@ -59,9 +61,25 @@ def _grid(x: Tensor, block: int) -> tuple[int]:
     return (x.shape[0] * -(-x.shape[2] // block),)
 
 
-def _truncates(x: Tensor) -> bool:
-    """Triton's interpreter truncates to bfloat16 where a GPU rounds to nearest."""
-    return x.dtype == torch.bfloat16 and interpreting()
+def _vector(block: int, *tensors: Tensor | None) -> bool:
+    """Whether all tensors [B, T, k] have adjacent features in rows aligned to 16 bytes, and k >= block."""
+    for x in tensors:
+        if x is None:
+            continue
+        B, T, k = x.shape
+        steps = (x.stride(0) if B > 1 else 0, x.stride(1) if T > 1 else 0, k, x.data_ptr() // x.element_size())
+        if k < block or x.stride(2) != 1 or any(step * x.element_size() % 16 for step in steps):
+            return False
+    return True
+
+
+def _rounding(x: Tensor) -> str:
+    """The constant ROUNDING of the kernels, see `forward.narrow`."""
+    if x.element_size() > 2:
+        return "cast"
+    if interpreting():
+        return "bits" if x.dtype == torch.bfloat16 else "cast"
+    return "pairs"
 
 
 def _segment_ends(segments: Tensor | None) -> Tensor | None:
@@ -85,18 +103,20 @@ def _refresh(reach: int) -> int:
     return max(_REFRESH, 1 << (reach - 1).bit_length())
 
 
-def forward_bands(bands: Bands, T: int) -> dict[str, tuple[int, ...]]:
-    """The constants FIRST, LAST and TRAIL of `forward_kernel`."""
+def forward_bands(bands: Bands, outer: int) -> dict[str, tuple[int, ...]]:
+    """The constants FIRST, LAST and TRAIL of `forward_kernel`. They do not depend on T. outer: of `outer_band`"""
     rows = []
-    for first, last in bands:
-        last = min(last, T - 1)
-        if first > last:
-            rows.append((0, 0, -1))
-        elif first == last or last <= _PAIRS:
-            rows.append((first, last, -1))
+    for s, (first, last) in enumerate(_within_reach(bands)):
+        if s == outer:
+            rows.append((first, 0, 0))
         else:
-            rows.append((first, last, last + 1 if last + 1 < T else 0))
+            rows.append((first, last, -1 if first == last or last <= _PAIRS else last + 1))
     return {name: tuple(row[i] for row in rows) for i, name in enumerate(("FIRST", "LAST", "TRAIL"))}
+
+
+def _within_reach(bands: Bands) -> Bands:
+    """The bands with offsets of at most `_FARTHEST`, so that a position plus an offset is a 32-bit number."""
+    return tuple((min(first, _FARTHEST), min(last, _FARTHEST)) for first, last in bands)
 
 
 def outer_band(bands: Bands, T: int) -> int:
@@ -109,52 +129,55 @@ def outer_band(bands: Bands, T: int) -> int:
         if first != covered + 1:
             break
         if last >= T - 1:
-            return s if max(8 * covered, 1) < T else -1
+            return s if max(8 * covered, 2 * _CHUNK) < T else -1  # in fewer rows it saves nothing
         covered = last
     return -1
 
 
-def backward_windows(bands: Bands, T: int) -> dict[str, tuple[int, ...]]:
-    """The constants REACH, PLUS and MINUS of `backward_kernel`; adjacent bands share a window."""
-    plus: dict[int, int] = {}
-    minus: dict[int, int] = {}
-    for s, (first, last) in enumerate(bands):
-        if first < T:
-            plus[min(last, T - 1)] = s
-            minus[first - 1] = s
+def backward_windows(bands: Bands) -> dict[str, tuple[int, ...]]:
+    """The constants FIRST, REACH, PLUS and MINUS of `backward_kernel`; adjacent bands share a window."""
+    bands = _within_reach(bands)
+    plus = {last: s for s, (_, last) in enumerate(bands)}
+    minus = {first - 1: s for s, (first, _) in enumerate(bands)}
     minus.pop(0, None)  # the window |u - t| <= 0 contributes nothing
     reaches = tuple(sorted(plus.keys() | minus.keys()))
     return {
+        "FIRST": tuple(first for first, _ in bands),
         "REACH": reaches,
         "PLUS": tuple(plus.get(reach, -1) for reach in reaches),
         "MINUS": tuple(minus.get(reach, -1) for reach in reaches),
     }
 
 
-def _constants(x: Tensor, activation: str, segments: Tensor | None, reach: int, block: int) -> dict[str, Any]:
-    """Constants of both the forward and the backward kernel, and the launch option `num_warps`.
+def _constants(x: Tensor, block: int, *tensors: Tensor | None, chunk: int = _CHUNK) -> dict[str, Any]:
+    """Constants of all kernels, and the launch option `num_warps`.
 
-    reach: of the widest window that slides
+    tensors: the others that are walked along T
+    chunk: fewer rows at a time for a kernel that would spill registers
     """
-    _, T, k = x.shape
-    refresh = _refresh(reach)
     return {
-        "ACTIVATION": activation,
-        "GUARDED": segments is not None or T % _CHUNK != 0,
-        "EVEN_K": k % block == 0,
-        "REFRESH": refresh,
-        "LONG": refresh < T,
-        "SCALE": sum_scale(x.dtype),
-        "TRUNCATES": _truncates(x),
+        "ROUNDING": _rounding(x),
         "BLOCK_K": block,
-        "CHUNK": _CHUNK,
+        "CHUNK": chunk,
+        "VECTOR": _vector(block, x, *tensors),
         "num_warps": 1,
+        "maxnreg": 255,  # all there are: by itself ptxas spills some for another warp
     }
 
 
+def _or(x: Tensor | None, stand_in: Tensor) -> Tensor:
+    """x, or a tensor to pass in its place that the kernel does not read."""
+    return stand_in if x is None else x
+
+
+def _present(*tensors: Tensor | None) -> list[int]:
+    return [int(x is not None) for x in tensors]
+
+
 def _forward(
-    pre: Tensor, activation: Activation, bands: Bands, segments: Tensor | None, h: Tensor | None
+    pre: Tensor, activation: Activation, bands: Bands, segments: Tensor | None, output: str, out: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The statistics. output: what is written to `out`, see `forward_kernel`"""
     from tsae_kernels.backends.triton.forward import forward_kernel
 
     B, T, k = pre.shape
@@ -163,25 +186,28 @@ def _forward(
     total, square = pre.new_empty(B, k, dtype=dtype), pre.new_empty(B, k, dtype=dtype)
     if B == 0:
         return differences, total, square
-    name, bias, threshold, release = activation
+    # Small tensors in one dtype, because another one would compile another kernel.
+    name, (bias, threshold, release) = activation.name, (x if x is None else x.to(dtype) for x in activation[1:])
     per_position = threshold is not None and threshold.dim() == 3
-    threshold = None if threshold is None else threshold.expand(*pre.shape)
-    row_bytes = 256 if pre.element_size() == 2 else 512
-    if segments is not None:
-        row_bytes //= 2  # segment ends take registers too: with the full row sm_90 spills
-    block = _block_k(pre, row_bytes)
-    reach = max((min(last, T) for _, last in bands), default=1)
-    inputs = pre, bias, threshold, release
-    strides = *pre.stride(), *_strides(bias, 1), *_strides(threshold, 3)
+    threshold_strides = (0,) * 3 if threshold is None else threshold.expand(*pre.shape).stride()
     release_stride = 0 if release is None else release.expand(k).stride(0)
-    outputs = h, differences, total, square
+    outer = outer_band(bands, T) if segments is None else -1
+    block = _block_k(pre, 128 if output == "mask" else 256)  # with a wider row, the mask spills registers
+    reach = max((min(last, T) for s, (_, last) in enumerate(bands) if s != outer), default=1)
+    stand_in = total.view(torch.int32)
     with _on_device_of(pre):
         forward_kernel[_grid(pre, block)](
-            *inputs, *outputs, _segment_ends(segments), T, k, *strides, release_stride,
-            **forward_bands(bands, T),
-            OUTER=outer_band(bands, T) if segments is None else -1,
+            pre, _or(bias, total), _or(threshold, total), _or(release, total), _or(out, stand_in),
+            differences, total, square, _or(_segment_ends(segments), stand_in),
+            T, k, _refresh(reach), *_present(bias, threshold, release, segments),
+            *pre.stride(), *_strides(bias, 1), *threshold_strides, release_stride,
+            **forward_bands(bands, outer),
+            OUTER=outer,
+            ACTIVATION=name,
+            OUTPUT=output,
             THRESHOLD_PER_POSITION=per_position,
-            **_constants(pre, name, segments, reach, block),
+            SCALE=sum_scale(pre.dtype),
+            **_constants(pre, block),
             enable_fp_fusion=False,
         )  # fmt: skip
     return differences, total, square
@@ -192,12 +218,21 @@ def activate_with_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `interface.Backend`."""
     h = torch.empty_like(pre, memory_format=torch.contiguous_format)
-    return h, *_forward(pre, activation, bands, segments, h)
+    return h, *_forward(pre, activation, bands, segments, "h", h)
+
+
+def activate_with_mask(
+    pre: Tensor, activation: Activation, bands: Bands, segments: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `interface.Backend`."""
+    B, T, k = pre.shape
+    active = pre.new_empty(B, -(-T // 32), k, dtype=torch.int32)
+    return active, *_forward(pre, activation, bands, segments, "mask", active)
 
 
 def temporal_stats(h: Tensor, bands: Bands, segments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """See `interface.Backend`."""
-    return _forward(h, Activation("identity"), bands, segments, None)
+    return _forward(h, Activation("identity"), bands, segments, "nothing", None)
 
 
 def activate_with_stats_backward(
@@ -217,18 +252,29 @@ def activate_with_stats_backward(
     if B == 0:
         return grad_pre, grad_bias.sum(0)
     bias = activation.bias
-    windows = backward_windows(bands if grads.differences is not None else (), T)
-    sliding = [reach for reach in windows["REACH"] if reach < T - 1]
+    windows = backward_windows(bands)
+    covers = bool(bands) and windows["REACH"][-1] >= T - 1
+    sliding = [min(reach, T) for reach in windows["REACH"][: -1 if covers else None]]
     block = _block_k(saved, 128)
+    present = _present(bias, grads.differences, grads.total, grads.square, segments)
+    # Each combination of absent gradients would compile a kernel. There are two: for a training step, and for any.
+    training = activation.name == "relu" and [x is not None for x in grads] == [True, True, False, False]
+    if grads.h is None:
+        grads = grads._replace(h=saved.new_zeros(k).expand(saved.shape))
     strides = *saved.stride(), *_strides(bias, 1), *_strides(grads.h, 3), *_strides(grads.differences, 3)
     strides += *_strides(grads.total, 2), *_strides(grads.square, 2)
+    stand_ins = grad_pre, grad_bias, grad_bias, grad_bias
     with _on_device_of(saved):
         backward_kernel[_grid(saved, block)](
-            saved, bias, *grads, _segment_ends(segments), grad_pre, grad_bias, T, k, *strides,
-            S=len(bands),
+            saved, _or(bias, grad_bias), *map(_or, grads, stand_ins),
+            _or(_segment_ends(segments), grad_bias.view(torch.int32)), grad_pre, grad_bias,
+            T, k, _refresh(max(sliding, default=1)), *present, *strides,
             **windows,
-            COVERS=len(sliding) < len(windows["REACH"]),
-            **_constants(saved, activation.name, segments, max(sliding, default=1), block),
+            COVERS=covers,
+            ACTIVATION=activation.name,
+            HAS_SUMS=not training,
+            SCALE=sum_scale(saved.dtype),
+            **_constants(saved, block, grads.h, chunk=_CHUNK // 2 if activation.name == "gelu" else _CHUNK),
             enable_fp_fusion=True,
         )  # fmt: skip
     return grad_pre, grad_bias.sum(0)
@@ -247,8 +293,7 @@ def step_energy(h: Tensor, weights: Tensor) -> Tensor:
         with _on_device_of(h):
             step_energy_kernel[grid](
                 h, weights, energy, T, k, *h.stride(), *weights.stride(),
-                BLOCK_K=block, CHUNK=_CHUNK, BLOCK_T=_REFRESH, COMPUTE=_triton_dtype(dtype),
-                num_warps=1, enable_fp_fusion=True,
+                BLOCK_T=_REFRESH, COMPUTE=_triton_dtype(dtype), **_constants(h, block), enable_fp_fusion=True,
             )  # fmt: skip
     return energy.sum().to(dtype)
 
@@ -264,8 +309,7 @@ def step_energy_backward(h: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
         with _on_device_of(h):
             step_energy_backward_kernel[_grid(h, block)](
                 h, weights, grad, grad_h, T, k, *h.stride(), *weights.stride(),
-                BLOCK_K=block, CHUNK=_CHUNK, COMPUTE=_triton_dtype(dtype_of_stats(h.dtype)), TRUNCATES=_truncates(h),
-                num_warps=1, enable_fp_fusion=True,
+                COMPUTE=_triton_dtype(dtype_of_stats(h.dtype)), **_constants(h, block), enable_fp_fusion=True,
             )  # fmt: skip
     return grad_h
 

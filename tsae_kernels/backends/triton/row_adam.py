@@ -31,7 +31,7 @@ def row_adam_kernel(
     HAS_SHARE: tl.constexpr,
     HAS_SHADOW: tl.constexpr,
     UNIT_NORM: tl.constexpr,
-    TRUNCATES: tl.constexpr,
+    ROUNDING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A step of Adam on one row. `scalars`: lr / bias correction, root of the second one, weight kept, clip, go."""
@@ -66,7 +66,7 @@ def row_adam_kernel(
         if D > BLOCK or not UNIT_NORM:
             tl.store(weight + at, w, mask=inside)
         if HAS_SHADOW and not UNIT_NORM:
-            tl.store(shadow + at, narrow(w, tl.bfloat16, TRUNCATES), mask=inside)
+            tl.store(shadow + at, narrow(w, tl.bfloat16, ROUNDING), mask=inside)
     if UNIT_NORM:
         norm = tl.maximum(tl.sqrt(tl.sum(length, 0)), 1e-12)
         if D > BLOCK:
@@ -80,7 +80,7 @@ def row_adam_kernel(
             w /= norm
             tl.store(weight + at, w, mask=inside)
             if HAS_SHADOW:
-                tl.store(shadow + at, narrow(w, tl.bfloat16, TRUNCATES), mask=inside)
+                tl.store(shadow + at, narrow(w, tl.bfloat16, ROUNDING), mask=inside)
 
 
 def _block(D: int) -> int:
@@ -109,7 +109,7 @@ def launch_row_adam(
             HAS_SHARE=share is not None,
             HAS_SHADOW=shadow is not None,
             UNIT_NORM=unit_norm,
-            TRUNCATES=interpreting(),
+            ROUNDING="bits" if interpreting() else "cast",
             BLOCK=_block(D),
             num_warps=_warps(D),
         )  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tsae_kernels.backends.sparse_eager import compute_dtype
-from tsae_kernels.backends.triton.launch import _on_device_of, _strides, _triton_dtype, _truncates, interpreting
+from tsae_kernels.backends.triton.launch import _on_device_of, _strides, _triton_dtype, interpreting
 from tsae_kernels.bands import Bands
 from tsae_kernels.dtypes import dtype_of_stats
 
@@ -29,9 +29,9 @@ def _power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _rounds(dtype: torch.dtype) -> bool:
-    """Triton's interpreter truncates to bfloat16 where a GPU rounds to nearest."""
-    return dtype == torch.bfloat16 and interpreting()
+def _rounding(dtype: torch.dtype) -> str:
+    """The constant ROUNDING of the kernels, see `forward.narrow`; here a cast, since some round single numbers."""
+    return "bits" if dtype == torch.bfloat16 and interpreting() else "cast"
 
 
 def _block_d(d: int, rows: int, element_size: int) -> int:
@@ -65,7 +65,7 @@ def compress(active: Tensor, pre: Tensor, bias: Tensor | None, capacity: int) ->
             list_kernel[(B * W * chunks,)](*lists, CHUNKS=chunks, WRITES=writes, num_warps=1, enable_fp_fusion=True)
         values_kernel[(-(-E // block),)](
             pre, bias, counts, indices, values, T, k, capacity, E, *pre.stride(),
-            COMPUTE=_triton_dtype(dtype_of_stats(pre.dtype)), TRUNCATES=_truncates(pre), BLOCK=block, num_warps=4,
+            COMPUTE=_triton_dtype(dtype_of_stats(pre.dtype)), ROUNDING=_rounding(pre.dtype), BLOCK=block, num_warps=4,
         )  # fmt: skip
     return values, indices, counts
 
@@ -85,7 +85,7 @@ def decode(
         decode_kernel[(N, -(-d // block))](
             values, indices, counts, weight, out, N, C, d,
             ENDS=tuple(ends[:-1]), PLACES=_power_of_2(C), BLOCK_D=block, EVEN_D=d % block == 0, UNROLL=_UNROLL,
-            COMPUTE=_triton_dtype(compute_dtype(values, weight)), TRUNCATES=_rounds(dtype), num_warps=1,
+            COMPUTE=_triton_dtype(compute_dtype(values, weight)), ROUNDING=_rounding(dtype), num_warps=1,
             enable_fp_fusion=True,
         )  # fmt: skip
     return out
@@ -115,7 +115,7 @@ def decode_backward(
                 grad, indices, counts, weight, out, N, C, d, each,
                 ENDS=tuple(ends[:-1]), PLACES=_power_of_2(C), BLOCK_D=block,
                 EVEN_D=d % (block * each) == 0, UNROLL=_UNROLL // 2, COMPUTE=_triton_dtype(compute),
-                TRUNCATES=_rounds(out.dtype), num_warps=1, enable_fp_fusion=True,
+                ROUNDING=_rounding(out.dtype), num_warps=1, enable_fp_fusion=True,
             )  # fmt: skip
     return out[0] if parts == 1 else out.sum(0).to(dtype)
 
@@ -286,7 +286,7 @@ def squared_errors_backward(x: Tensor, xhat: Tensor, grad: Tensor) -> Tensor:
         with _on_device_of(xhat):
             squared_errors_backward_kernel[(N,)](
                 x, xhat, grad, out, N, d, BLOCK_D=min(_power_of_2(d), 1024),
-                COMPUTE=_triton_dtype(compute_dtype(x, xhat)), TRUNCATES=_rounds(xhat.dtype), num_warps=4,
+                COMPUTE=_triton_dtype(compute_dtype(x, xhat)), ROUNDING=_rounding(xhat.dtype), num_warps=4,
                 enable_fp_fusion=True,
             )  # fmt: skip
     return out

@@ -77,7 +77,7 @@ def values_kernel(
     pre_t,
     pre_k,
     COMPUTE: tl.constexpr,
-    TRUNCATES: tl.constexpr,
+    ROUNDING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """values [E] of the listed features, pre + bias; past the counts the value 0 and the index k."""
@@ -88,7 +88,7 @@ def values_kernel(
     z = tl.load(pre + (n // T) * pre_b + (n % T) * pre_t + j.to(tl.int64) * pre_k, mask=used, other=0.0).to(COMPUTE)
     if bias is not None:
         z += tl.load(bias + j, mask=used, other=0.0).to(COMPUTE)
-    tl.store(values + entries, narrow(z, values.dtype.element_ty, TRUNCATES), mask=entries < E)
+    tl.store(values + entries, narrow(z, values.dtype.element_ty, ROUNDING), mask=entries < E)
     tl.store(indices + entries, j * 0 + k, mask=(entries < E) & (used == 0))
 
 

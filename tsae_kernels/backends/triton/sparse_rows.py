@@ -59,7 +59,7 @@ def decode_kernel(
     EVEN_D: tl.constexpr,
     UNROLL: tl.constexpr,
     COMPUTE: tl.constexpr,
-    TRUNCATES: tl.constexpr,
+    ROUNDING: tl.constexpr,
 ):
     """out [G, N, d]: for each prefix of the dictionary, the sum of value * weight row over a token's features in it.
 
@@ -82,7 +82,7 @@ def decode_kernel(
                 total += shares[u] * rows[u].to(COMPUTE)
         begin = end
         at = out + (g * N + n) * d + columns
-        tl.store(at, narrow(total, out.dtype.element_ty, TRUNCATES), mask=inside)
+        tl.store(at, narrow(total, out.dtype.element_ty, ROUNDING), mask=inside)
 
 
 @triton.jit(do_not_specialize=["N", "C", "blocks"])
@@ -102,7 +102,7 @@ def decode_backward_kernel(
     EVEN_D: tl.constexpr,
     UNROLL: tl.constexpr,
     COMPUTE: tl.constexpr,
-    TRUNCATES: tl.constexpr,
+    ROUNDING: tl.constexpr,
 ):
     """out [splits, N, C]: the products of each entry's weight row and the token's gradient, over `blocks` of columns.
 
@@ -131,7 +131,7 @@ def decode_backward_kernel(
                     new_sums = new_sums + (sums[u] + incoming * rows[u].to(COMPUTE),)
                 sums = new_sums
             for u in tl.static_range(UNROLL):
-                product = narrow(tl.sum(sums[u], 0), out.dtype.element_ty, TRUNCATES)
+                product = narrow(tl.sum(sums[u], 0), out.dtype.element_ty, ROUNDING)
                 tl.store(results + i + u, product, mask=i + u < end)
         begin = end
     places = tl.arange(0, PLACES)
@@ -369,7 +369,7 @@ def squared_errors_kernel(x, xhat, out, N, d, BLOCK_D: tl.constexpr, COMPUTE: tl
 
 @triton.jit(do_not_specialize=["N"])
 def squared_errors_backward_kernel(
-    x, xhat, grad, out, N, d, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr, TRUNCATES: tl.constexpr
+    x, xhat, grad, out, N, d, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr, ROUNDING: tl.constexpr
 ):
     """out [N, d]: the gradient of xhat, 2 grad (xhat - x) for grad [N]; 0 where grad is 0, whatever the error."""
     n = tl.program_id(0).to(tl.int64)
@@ -379,4 +379,4 @@ def squared_errors_backward_kernel(
         error = tl.load(xhat + n * d + columns, mask=columns < d, other=0.0).to(COMPUTE)
         error -= tl.load(x + n * d + columns, mask=columns < d, other=0.0).to(COMPUTE)
         result = tl.where(tl.zeros([BLOCK_D], COMPUTE) + scale == 0, 0.0, error * scale)
-        tl.store(out + n * d + columns, narrow(result, out.dtype.element_ty, TRUNCATES), mask=columns < d)
+        tl.store(out + n * d + columns, narrow(result, out.dtype.element_ty, ROUNDING), mask=columns < d)
