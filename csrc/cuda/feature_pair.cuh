@@ -31,6 +31,10 @@ TSAE_OPERATOR(*)
 #undef TSAE_OPERATOR
 
 template <class E>
+TSAE_INLINE Pair<E> operator-(const Pair<E>& x) {
+  return {-x.a, -x.b};
+}
+template <class E>
 TSAE_INLINE Pair<E> operator*(const Pair<E>& x, E y) {
   return {x.a * y, x.b * y};
 }

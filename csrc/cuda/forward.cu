@@ -4,7 +4,7 @@
 // warp. Memory traffic per column (b, j) of bfloat16 [B, 128, k] with three bands: 256
 // bytes read, 256 written for h and 20 for the statistics; the statistics alone read 256 and write 20.
 #include "activation.cuh"
-#include "multiscale.cuh"
+#include "grouped_walk.cuh"
 
 namespace tsae::cuda {
 namespace {
@@ -87,8 +87,12 @@ struct Activations {
 };
 
 // Warps of a multiprocessor; the kernels' register count is limited to allow as many.
-template <class T, bool sliding>
-constexpr int kWarps = sliding ? (sizeof(T) == 2 ? 8 : 4) : 12;
+template <class T, Mode mode, bool sliding>
+constexpr int kWarps = sliding ? (sizeof(T) == 2 ? 8 : 4) : mode == Mode::kGelu ? 8 : 12;
+
+// Whether statistics are summed by groups of rows, for which other types have too many bits (grouped_walk.cuh).
+template <class T>
+constexpr bool kByGroups = __is_same(T, BFloat16);
 
 // Rows that the third band reaches back to, beyond those in registers. None if its window never leaves a row.
 TSAE_INLINE int rows_back(const Forward& f) { return f.S > 2 && f.bands[5] < f.T - 1 ? f.bands[5] + 1 : 0; }
@@ -153,63 +157,124 @@ struct Blocks {
   }
 };
 
+// One run of a sequence, by window sums.
 template <class T, Mode mode, Result result, bool sliding>
-__global__ void __launch_bounds__(kLanes, kWarps<T, sliding>) forward_multiscale(const __grid_constant__ Forward f) {
-  using V = Pair<float>;
+__device__ __forceinline__ void walk_run(const Forward& f, const Run& run, Blocks<T, mode, result, sliding>& blocks,
+                                         Totals<Pair<float>>& totals) {
+  Walk<Pair<float>> walk;
+  const int n = run.end - run.begin, last = f.bands[5];
+  const bool identity = n >= kAllPairs && last >= n - 1, third = f.S > 2 && n > kRows && !identity;
+  // Interior blocks that begin in [inner, outer]: the third window, if it is summed, slides there.
+  const int inner = third ? last + 1 : kRows, outer = run.excluded || (third && !sliding) ? -1 : n - 2 * kRows + 1;
+  for (int begin = 0; begin < n; begin += kRows) {
+    Rows<T> rows, leaving;
+    const Third window(last, begin);
+    if (begin >= inner && begin <= outer) {
+      if (begin % kRecentre == 0) recentre(begin, window.rows_before(), walk);
+      blocks.template take<true>(run.begin + begin, kRows, rows);
+      if (sliding && third) {
+        blocks.take_leaving(kRows, leaving);
+        walk_block<T, Zone::kInterior, sliding>(rows, leaving, begin, n, window, walk);
+      } else {
+        walk_block<T, Zone::kInterior, false>(rows, leaving, begin, n, window, walk);
+      }
+      continue;
+    }
+    const int count = smaller(n - begin, kRows);
+    if (count == kRows && mode != Mode::kGelu) blocks.template take<true>(run.begin + begin, kRows, rows);
+    else blocks.template take<false>(run.begin + begin, count, rows);
+    if (run.excluded) {
+    } else if (n <= kFewRows) {
+      add_few_rows<T, kFewRows>(rows, n, totals);
+    } else if (begin == 0) {
+      start_walk<T>(rows, n, walk);
+      if (n >= 2 * kRows - 1) walk_block<T, Zone::kHead, false>(rows, leaving, 0, n, window, walk);
+      else if (n >= kRows) walk_block<T, Zone::kShortHead, false>(rows, leaving, 0, n, window, walk);
+      else walk_block<T, Zone::kOnly, false>(rows, leaving, 0, n, window, walk);
+    } else {
+      if (begin % kRecentre == 0 && begin + kFarLast <= n) recentre(begin, window.rows_before(), walk);
+      if (third) {
+        if (sliding && window.leaves < kRows) blocks.take_leaving(count, leaving);
+        if (begin + kRows <= n) walk_block<T, Zone::kEdge, true, sliding>(rows, leaving, begin, n, window, walk);
+        else walk_block<T, Zone::kLast, true, sliding>(rows, leaving, begin, n, window, walk);
+      } else {
+        if (begin + kRows <= n) walk_block<T, Zone::kEdge, false>(rows, leaving, begin, n, window, walk);
+        else walk_block<T, Zone::kLast, false>(rows, leaving, begin, n, window, walk);
+      }
+    }
+  }
+  if (!run.excluded && n > kFewRows) add_walk(walk, n, identity, totals);
+}
+
+// The same by groups of four rows (grouped_walk.cuh).
+template <class T, Mode mode, Result result, bool sliding>
+__device__ __forceinline__ void walk_run_in_groups(const Forward& f, const Run& run,
+                                                   Blocks<T, mode, result, sliding>& blocks,
+                                                   Totals<Pair<float>>& totals) {
+  using enum GroupZone;
+  using enum ThirdBand;
+  const int n = run.end - run.begin, last = f.bands[5];
+  Rows<T> rows, leaving;
+  if (run.excluded || n <= kRows) {
+#pragma unroll 1
+    for (int begin = 0; begin < n; begin += kRows) {
+      blocks.template take<false>(run.begin + begin, smaller(n - begin, kRows), rows);
+      if (!run.excluded) add_few_rows<T, kRows>(rows, n, totals);
+    }
+    return;
+  }
+  GroupWalk<Pair<float>> walk;
+  const bool identity = n >= kAllPairs && last >= n - 1, third = f.S > 2 && !identity;
+  const int full = sliding && third ? last + 1 : n;  // from here on a row leaves the third window with each row
+  blocks.template take<mode != Mode::kGelu>(run.begin, kRows, rows);
+  start_groups<T>(rows, walk);
+  const Third at_first(last, 0);
+  if (n >= 2 * kRows - 1) walk_groups<T, kHead>(rows, leaving, 0, at_first, walk);
+  else walk_groups<T, kShortHead>(rows, leaving, n - kRows, at_first, walk);
+  for (int begin = kRows; begin < n; begin += kRows) {
+    constexpr ThirdBand band = sliding ? kAny : kGrowing;
+    const int left = n - begin - kRows;  // rows after this block
+    const Third window(last, begin);
+    if (begin % kRecentre == 0 && left >= -1) recentre<T>(begin, sliding && third ? window.rows_before() : 0.f, walk);
+    if (left >= kFarLast) {
+      blocks.template take<true>(run.begin + begin, kRows, rows);
+      if (sliding && third && window.leaves < kRows) blocks.take_leaving(kRows, leaving);
+      if (sliding && begin >= full) walk_groups<T, kInterior, kFull>(rows, leaving, 0, window, walk);
+      else if (sliding && third) walk_groups<T, kInterior, kAny>(rows, leaving, 0, window, walk);
+      else walk_groups<T, kInterior>(rows, leaving, 0, window, walk);
+      continue;
+    }
+    const int count = smaller(n - begin, kRows);
+    if (left >= 0 && mode != Mode::kGelu) blocks.template take<true>(run.begin + begin, kRows, rows);
+    else blocks.template take<false>(run.begin + begin, count, rows);
+    if (sliding && third && window.leaves < kRows) blocks.take_leaving(count, leaving);
+    if (third) {
+      if (left > 0) walk_groups<T, kEdge, band>(rows, leaving, left, window, walk);
+      else if (sliding && left == 0) walk_groups<T, kWholeLast, band>(rows, leaving, 0, window, walk);
+      else walk_groups<T, kLast, band>(rows, leaving, count, window, walk);
+    } else {
+      if (left > 0) walk_groups<T, kEdge>(rows, leaving, left, window, walk);
+      else if (left == 0) walk_groups<T, kWholeLast>(rows, leaving, 0, window, walk);
+      else walk_groups<T, kLast>(rows, leaving, count, window, walk);
+    }
+  }
+  add_walk(walk, n, identity, totals);
+}
+
+template <class T, Mode mode, Result result, bool sliding>
+__global__ void __launch_bounds__(kLanes, kWarps<T, mode, sliding>) forward_multiscale(const __grid_constant__ Forward f) {
   const Place place = place_of(f.k, kTile);
   Blocks<T, mode, result, sliding> blocks(f, place);
   const int* ends = f.ends ? f.ends + place.b * f.T : nullptr;
-  const int last = f.bands[5];
   int following = ends ? __ldg(ends) : f.T;
-  Totals<V> totals;
+  Totals<Pair<float>> totals;
   for (int start = 0; start < f.T;) {
     const Run run{start, following < 0 ? -following : following, following < 0};
-    const int n = run.end - run.begin;
-    Walk<V> walk;
     if (ends && run.end < f.T) following = __ldg(ends + run.end);  // of the next run
     start = run.end;
     blocks.activations.activate.start(run);
-    const bool identity = n >= kAllPairs && last >= n - 1, third = f.S > 2 && n > kRows && !identity;
-    // Interior blocks that begin in [inner, outer]: the third window, if it is summed, slides there.
-    const int inner = third ? last + 1 : kRows, outer = run.excluded || (third && !sliding) ? -1 : n - 2 * kRows + 1;
-    for (int begin = 0; begin < n; begin += kRows) {
-      Rows<T> rows, leaving;
-      const Third window(last, begin);
-      if (begin >= inner && begin <= outer) {
-        if (begin % kRecentre == 0) recentre(begin, window.rows_before(), walk);
-        blocks.template take<true>(run.begin + begin, kRows, rows);
-        if (sliding && third) {
-          blocks.take_leaving(kRows, leaving);
-          walk_block<T, Zone::kInterior, sliding>(rows, leaving, begin, n, window, walk);
-        } else {
-          walk_block<T, Zone::kInterior, false>(rows, leaving, begin, n, window, walk);
-        }
-        continue;
-      }
-      const int count = smaller(n - begin, kRows);
-      if (count == kRows && mode != Mode::kGelu) blocks.template take<true>(run.begin + begin, kRows, rows);
-      else blocks.template take<false>(run.begin + begin, count, rows);
-      if (run.excluded) {
-      } else if (n <= kFewRows) {
-        add_few_rows<T>(rows, n, totals);
-      } else if (begin == 0) {
-        start_walk<T>(rows, n, walk);
-        if (n >= 2 * kRows - 1) walk_block<T, Zone::kHead, false>(rows, leaving, 0, n, window, walk);
-        else if (n >= kRows) walk_block<T, Zone::kShortHead, false>(rows, leaving, 0, n, window, walk);
-        else walk_block<T, Zone::kOnly, false>(rows, leaving, 0, n, window, walk);
-      } else {
-        if (begin % kRecentre == 0 && begin + kFarLast <= n) recentre(begin, window.rows_before(), walk);
-        if (third) {
-          if (sliding && window.leaves < kRows) blocks.take_leaving(count, leaving);
-          if (begin + kRows <= n) walk_block<T, Zone::kEdge, true, sliding>(rows, leaving, begin, n, window, walk);
-          else walk_block<T, Zone::kLast, true, sliding>(rows, leaving, begin, n, window, walk);
-        } else {
-          if (begin + kRows <= n) walk_block<T, Zone::kEdge, false>(rows, leaving, begin, n, window, walk);
-          else walk_block<T, Zone::kLast, false>(rows, leaving, begin, n, window, walk);
-        }
-      }
-    }
-    if (!run.excluded && n > kFewRows) add_walk(walk, n, identity, totals);
+    if constexpr (kByGroups<T>) walk_run_in_groups<T, mode, result, sliding>(f, run, blocks, totals);
+    else walk_run<T, mode, result, sliding>(f, run, blocks, totals);
   }
   if (place.count == 0) return;
   if constexpr (result == Result::kMask) blocks.activations.mask.finish(f.T);

@@ -224,8 +224,8 @@ struct Totals {
 };
 
 // Adds a segment of n rows. `identity`: its third band is all pairs minus the others.
-template <class V>
-__device__ __forceinline__ void add_walk(const Walk<V>& w, int n, bool identity, Totals<V>& totals) {
+template <class AnyWalk, class V>
+__device__ __forceinline__ void add_walk(const AnyWalk& w, int n, bool identity, Totals<V>& totals) {
   const float count = float(n);
   const V first = w.first * (kRowScale / kSumScale<float>);  // of y
   totals.near = totals.near + w.near_energy;
@@ -242,12 +242,12 @@ __device__ __forceinline__ void add_walk(const Walk<V>& w, int n, bool identity,
   totals.square = totals.square + not_a_number_to(w.second, square);
 }
 
-// Adds a segment of n <= kFewRows rows.
-template <class T, class V>
+// Adds a segment of n <= most rows.
+template <class T, int most, class V>
 __device__ __forceinline__ void add_few_rows(const Rows<T>& rows, int n, Totals<V>& totals) {
-  V x[kFewRows], near{}, far{}, square{};
+  V x[most], near{}, far{}, square{};
 #pragma unroll
-  for (int i = 0; i < kFewRows; ++i) {
+  for (int i = 0; i < most; ++i) {
     if (i >= n) break;
     x[i] = widen<T>(rows[i]) * kRowScale;
     totals.total = fused(x[i], kInverseRowScale * kSumScale<float>, totals.total);

@@ -109,20 +109,21 @@ struct RowRing {
   // hold anything. `full`: there are 16.
   template <bool full>
   __device__ __forceinline__ void load(int slot, int count, Rows<T>& rows) const {
-    const Stored<T>* const at = tile<T>() + slot * kLanes + threadIdx.x;
+    constexpr unsigned row_bytes = kLanes * sizeof(Stored<T>);
+    const SharedAddress first = shared_address(tile<T>() + slot * kLanes + threadIdx.x);
     const int beyond = capacity - slot;
     if (beyond >= kRows) {
-      const SharedAddress address = shared_address(at);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         if (!full && i % 4 == 0 && i >= count) break;
-        rows[i] = load_shared<Stored<T>>(address + i * unsigned(kLanes * sizeof(Stored<T>)));
+        rows[i] = load_shared<Stored<T>>(first + i * row_bytes);
       }
     } else {
+      const SharedAddress again = first - unsigned(capacity) * row_bytes;
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         if (!full && i % 4 == 0 && i >= count) break;
-        rows[i] = at[(i < beyond ? i : i - capacity) * kLanes];
+        rows[i] = load_shared<Stored<T>>((i < beyond ? first : again) + i * row_bytes);
       }
     }
   }
