@@ -326,7 +326,10 @@ def forward_chunk(
             chunk_y = chunk_y + y
             chunk_yy = tl.fma(y, y, chunk_yy)
         current = current + (x,)
-    sums = (sums[0] + chunk_x, sums[1] + chunk_xx, sums[2] + chunk_y, sums[3] + chunk_yy)
+    if OUTER >= 0:
+        sums = (sums[0] + chunk_x, sums[1] + chunk_xx, sums[2] + chunk_y, sums[3] + chunk_yy)
+    else:
+        sums = (sums[0] + chunk_x, sums[1] + chunk_xx)
 
     new_parts = ()
     new_windows = ()
@@ -458,13 +461,10 @@ def forward_kernel(
     on_threshold = zero
     if ACTIVATION == "relu" and not THRESHOLD_PER_POSITION:
         on_threshold = not_negative(load_column_values(threshold, columns, threshold_k, has_threshold, 0.0, COMPUTE))
-    off_threshold = zero
-    if ACTIVATION == "relu":
-        off_threshold = load_column_values(release, columns, release_k, has_release, float("inf"), COMPUTE)
-        off_threshold = not_negative(off_threshold)
     thresholds = threshold + b * threshold_b
 
-    totals = (zero,) * 4  # of x * SCALE, so that no partial sum overflows before the result, xx, y, yy
+    SUMS: tl.constexpr = 4 if OUTER >= 0 else 2  # of x * SCALE, so that no partial sum overflows, xx, y, yy
+    totals = (zero,) * SUMS
     energies = (zero,) * S
     history = each(columns, 0).to(tl.uint32)
     t = 0
@@ -473,9 +473,11 @@ def forward_kernel(
         excluded = end < 0
         end = tl.abs(end)
         n = end - t
-        release_level = off_threshold
-        if ACTIVATION == "relu":  # no state carries over between excluded positions
-            release_level = tl.where(excluded, float("inf"), off_threshold)
+        release_level = zero
+        if ACTIVATION == "relu":  # read again for every segment: with one more vector in registers, it spills
+            kept = tl.where(excluded, 0, has_release)  # no state carries over between excluded positions
+            release_level = load_column_values(release, columns, release_k, kept, float("inf"), COMPUTE)
+            release_level = not_negative(release_level)
 
         # The centre: the mean of the segment's first 8 rows, rounded to h's dtype (docs/mathematics.md, section 4).
         centre = zero
@@ -498,7 +500,7 @@ def forward_kernel(
         off = tl.full([BLOCK_K], True, tl.int1)
         before = (centre,) * CHUNK
         for q in range(0, n, refresh):
-            sums = (zero,) * 4
+            sums = (zero,) * SUMS
             parts = (zero,) * S
             windows = ()  # F, the sum of y over [p - last, p - first]
             for s in tl.static_range(S):
@@ -534,7 +536,7 @@ def forward_kernel(
                 new_energies = new_energies + (energies[s] + tl.where(excluded, 0.0, parts[s]),)
             energies = new_energies
             new_totals = ()
-            for i in tl.static_range(4):
+            for i in tl.static_range(SUMS):
                 new_totals = new_totals + (totals[i] + tl.where(excluded, 0.0, sums[i]),)
             totals = new_totals
         t = end
