@@ -169,7 +169,7 @@ def evaluate_all(
     """
     for name, sae in saes.items():
         if isinstance(sae, SparseAutoencoder):  # any other module with encode and decode has no configuration
-            check_width(sae, lm, name)
+            check_width(sae, lm, layer, name)
     parts = [part for batch in batches for part in batch.split(harvest_batch)]
     settings = _Settings(layer, ce_sequences, lm_batch, seed, reference_mean, progress or (lambda *_: None))
     were_training = {name: sae.training for name, sae in saes.items()}

@@ -6,7 +6,8 @@ import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from tsae.errors import UserError, reason
 from tsae.lm import gemma_package
+from tsae.lm.context import context_limit
 from tsae.lm.tokenizer import prefix_token
 from tsae.utils.hub import hub_is_reachable
 
@@ -40,6 +42,7 @@ class LanguageModel:
     model: in evaluation mode; no parameter requires a gradient.
     name: as given to `load_language_model`, for records and messages.
     dtype, device: of its weights and activations.
+    widths: width of the output of each block that `tsae.lm.site.site_width` has measured.
     """
 
     model: PreTrainedModel
@@ -47,6 +50,7 @@ class LanguageModel:
     name: str
     dtype: torch.dtype
     device: torch.device
+    widths: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -58,10 +62,10 @@ class LanguageModel:
         """Number of blocks."""
         return len(self.blocks)
 
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        return self.model.get_input_embeddings().weight.shape[1]
+    @cached_property
+    def context(self) -> int | None:
+        """The most tokens it takes at once; None if nothing limits them."""
+        return context_limit(self.model)
 
     @property
     def prefix_id(self) -> int | None:
@@ -72,6 +76,8 @@ class LanguageModel:
 def find_blocks(model: nn.Module) -> nn.ModuleList:
     """The model's list of decoder blocks: where common classes keep it, or else its longest list of modules.
 
+    Lists within the modules of a list are left out: experts may be more than blocks.
+
     Raises UserError if the model has no list of modules.
     """
     for path in _BLOCK_PATHS:
@@ -81,10 +87,11 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
             continue
         if isinstance(blocks, nn.ModuleList) and len(blocks):
             return blocks
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    if not lists:
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module}
+    outermost = [module for name, module in lists.items() if not any(name.startswith(f"{outer}.") for outer in lists)]
+    if not outermost:
         raise UserError(f"{type(model).__name__} has no list of blocks: only models with one can be hooked")
-    return max(lists, key=len)
+    return max(outermost, key=len)
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:

@@ -128,7 +128,7 @@ class TrainingLoop:
                 start_runs(self.job.runs, directory)  # so that there is something to resume
             raise Interrupted(stop.number, _advice(0, directory if resume or empty else None)) from None
         estimated = broadcast_from_rank0(lambda: InputNormalizer.estimate(*first))
-        identity = InputNormalizer.identity(self.setup.lm.d_model)
+        identity = InputNormalizer.identity(self.setup.width)
         for name, cfg in self.job.runs.items():
             self.trainers[name] = self._new_trainer(name, estimated if cfg.normalize else identity)
         if not resume and self.ranks.is_rank0:
