@@ -16,7 +16,7 @@ from tsae.train import main
 
 Runs = dict[str, Path]
 # Tokens with large activations left out, and features that die.
-LEFT_OUT = "--buffer.max-norm-ratio 1.1 --objective.dead-after-tokens 600 --sae.k 1".split()
+LEFT_OUT = ["--buffer.max-norm-ratio", "1.1", "--objective.dead-after-tokens", "600", "--sae.k", "1"]
 
 
 def arguments(model: Path, text: Path, out: Path, *more: str) -> list[str]:
