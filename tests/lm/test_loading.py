@@ -16,7 +16,8 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 
 from tsae.errors import UserError
 from tsae.lm import loading
-from tsae.lm.loading import default_dtype, find_blocks, load_language_model
+from tsae.lm.blocks import find_blocks
+from tsae.lm.loading import default_dtype, load_language_model
 from tsae.lm.site import site_width
 
 TINY = ["tiny_gemma2", "tiny_gemma3", "tiny_neox", "tiny_llama"]

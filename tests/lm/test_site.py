@@ -12,8 +12,9 @@ from families import FAMILIES, edit_config, save_family
 from torch import Tensor, nn
 
 from tsae.errors import UserError
+from tsae.lm.blocks import find_blocks
 from tsae.lm.hooks import activations, logits_with
-from tsae.lm.loading import LanguageModel, find_blocks, load_language_model
+from tsae.lm.loading import LanguageModel, load_language_model
 from tsae.lm.site import check_site, site_width
 
 

@@ -49,6 +49,7 @@ def _probe(lm: LanguageModel, layer: int, sequences: int, tokens: int) -> None:
         raise
     except Exception as error:  # any module of the model may fail, for instance on a bad value of its config.json
         raise _cannot_run(lm, f"up to layer {layer} on {sequences} sequences of {tokens} tokens", error) from error
+    _check_finite(lm, f"Block {layer} of {lm.name} puts out activations", x)
     lm.widths[layer] = x.shape[-1]
 
 
@@ -66,6 +67,15 @@ def _check_predictions(lm: LanguageModel, layer: int) -> None:
             f"{lm.name} puts out {found} for {list(made_up.shape)} tokens, but cross-entropy needs logits [N, T, "
             "vocabulary]; name a causal language model, or leave the evaluation out with --evaluation.no-final."
         )
+
+    _check_finite(lm, f"{lm.name} puts out logits", logits)
+
+
+def _check_finite(lm: LanguageModel, what: str, values: Tensor) -> None:
+    """Raise UserError if no value at all is finite: single ones may be at the first position, which is dropped."""
+    if not bool(values.isfinite().any()):
+        dtype = str(lm.dtype).removeprefix("torch.")
+        raise UserError(f"{what} that are not finite in {dtype}; check its weights, or take another --lm-dtype.")
 
 
 def _made_up(lm: LanguageModel, sequences: int, tokens: int) -> Tensor:
