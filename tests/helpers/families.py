@@ -37,6 +37,7 @@ _GEMMA = _LLAMA | {"head_dim": 16, "sliding_window": 64}
 # Model classes by name, with the options of their configurations.
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT2),
+    "gpt1": ("OpenAIGPTLMHeadModel", "OpenAIGPTConfig", _GPT2),
     "gptj": ("GPTJForCausalLM", "GPTJConfig", _GPT2 | {"rotary_dim": 8}),
     "neox": (
         "GPTNeoXForCausalLM",

@@ -138,6 +138,31 @@ def test_a_forward_pass_that_fails_is_one_sentence(tiny_llama: Path) -> None:
         check_site(lm, 1, 20, predictions=True)
 
 
+def test_a_model_that_sees_later_tokens_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for family in ("roberta", "gpt2"):
+        check_site(load_language_model(str(save_family(tmp_path / family, family)), dtype="float32"), 1, 20)
+    assert not caplog.records
+    folder = save_family(tmp_path / "both", "roberta", is_decoder=False)
+    lm = load_language_model(str(folder), dtype="float32")
+    for _ in range(2):
+        check_site(lm, 1, 20)
+    assert caplog.text.count("is not causal: a token's activations depend on later tokens") == 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", ["gpt2", "neox", "gemma3", "gemma3n", "opt_projected", "bloom", "mamba", "electra"])
+def test_every_dtype(family: str, dtype: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = save_family(tmp_path, family)
+    full, lm = (load_language_model(str(folder), dtype=name) for name in ("float32", dtype))
+    check_site(lm, 1, 129, predictions=True)
+    x, expected = activations(lm, tokens(), 1), activations(full, tokens(), 1)
+    assert lm.dtype == getattr(torch, dtype)
+    assert x.dtype == (torch.float32 if family == "mamba" else lm.dtype)  # Mamba's residual stream is float32
+    assert (x.float() - expected).norm() < 0.1 * expected.norm()
+    torch.testing.assert_close(logits_with(lm, tokens(), 1, lambda x: x.float()), logits_with(lm, tokens(), 1))
+    assert not [record for record in caplog.records if record.name.startswith("tsae")]
+
+
 def test_experts_are_not_blocks() -> None:
     model = nn.Module()
     model.trunk = nn.ModuleList([nn.ModuleList([nn.Linear(1, 1)] * 5), nn.Linear(1, 1)])

@@ -6,6 +6,7 @@ streams [A, N, T, d]; the active one is read and replaced. Anything else is refu
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,7 +47,8 @@ def activations(lm: LanguageModel, tokens: Tensor, layer: int) -> Tensor:
 
     tokens: [N, P + T] int64, moved to the model's device if necessary.
     layer: blocks counted from 0.
-    out: [N, P + T, d] in the model's dtype, on its device, detached.
+    out: [N, P + T, d] in the block's dtype, which is the model's (Mamba's residual stream can be float32), on its
+        device, detached.
     Raises UserError if the layer does not exist, the tokens are more than the model takes at once, or the block puts
     out no activations [N, P + T, d].
     """
@@ -59,7 +61,7 @@ def activations(lm: LanguageModel, tokens: Tensor, layer: int) -> Tensor:
     with _hook(lm.blocks[layer], stop):
         try:
             with torch.inference_mode():
-                lm.model(input_ids=tokens.to(lm.device), use_cache=False)
+                _forward(lm, tokens)
         except _Reached as reached:
             return reached.hidden.clone()
     raise RuntimeError(f"the forward pass of {lm.name} did not reach block {layer}")
@@ -72,8 +74,8 @@ def logits_with(
     """The model's logits with the output of block `layer` replaced.
 
     tokens: [N, P + T] int64, moved to the model's device if necessary.
-    replace: the block's output [N, P + T, d] -> its replacement of the same shape, which is cast to the
-        model's dtype. None leaves the output unchanged.
+    replace: the block's output [N, P + T, d] -> its replacement of the same shape, which is cast to its
+        dtype. None leaves the output unchanged.
     out: [N, P + T, vocabulary] in the model's dtype, on its device; large for large vocabularies.
     Raises UserError as `activations`, ValueError if `replace` changes the shape.
     """
@@ -91,7 +93,14 @@ def logits_with(
         return found.replaced(new.to(hidden.dtype))
 
     with _hook(lm.blocks[layer], substitute):
-        return lm.model(input_ids=tokens.to(lm.device), use_cache=False).logits
+        return _forward(lm, tokens).logits
+
+
+def _forward(lm: LanguageModel, tokens: Tensor) -> Any:
+    """The model's output, without a key-value cache; some classes have none, and no argument for it (GPT-1)."""
+    accepted = inspect.signature(lm.model.forward).parameters
+    cached = "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    return lm.model(input_ids=tokens.to(lm.device), **({"use_cache": False} if cached else {}))
 
 
 class _Output:

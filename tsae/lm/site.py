@@ -6,12 +6,16 @@ of the embedding: some models project between the two (OPT-350m, Electra).
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
 from tsae.errors import UserError, reason
 from tsae.lm.hooks import activations, check_context, check_layer, logits_with
 from tsae.lm.loading import LanguageModel
+
+log = logging.getLogger(__name__)
 
 _PROBE = (2, 3)  # sequences and tokens, so that shapes with other orders of axes differ
 
@@ -43,6 +47,7 @@ def check_site(lm: LanguageModel, layer: int, tokens: int, *, predictions: bool 
 
 def _probe(lm: LanguageModel, layer: int, sequences: int, tokens: int) -> None:
     made_up = _made_up(lm, sequences, tokens)
+    made_up[-1, -1] += 1  # changes what a causal model puts out at the last position alone
     try:
         x = activations(lm, made_up, layer)
     except UserError:
@@ -50,6 +55,12 @@ def _probe(lm: LanguageModel, layer: int, sequences: int, tokens: int) -> None:
     except Exception as error:  # any module of the model may fail, for instance on a bad value of its config.json
         raise _cannot_run(lm, f"up to layer {layer} on {sequences} sequences of {tokens} tokens", error) from error
     _check_finite(lm, f"Block {layer} of {lm.name} puts out activations", x)
+    if layer not in lm.widths and not torch.allclose(x[0, :-1].float(), x[-1, :-1].float(), rtol=0.05, equal_nan=True):
+        log.warning(
+            "%s is not causal: a token's activations depend on later tokens, so its cross-entropy is no prediction "
+            "(a model of BERT's kind needs is_decoder in its config.json)",
+            lm.name,
+        )
     lm.widths[layer] = x.shape[-1]
 
 
@@ -79,7 +90,7 @@ def _check_finite(lm: LanguageModel, what: str, values: Tensor) -> None:
 
 
 def _made_up(lm: LanguageModel, sequences: int, tokens: int) -> Tensor:
-    """Token 0, which every vocabulary has, or 1 where 0 is the padding token: RoBERTa counts no position for that."""
+    """Token 0, or 1 where 0 is the padding token: RoBERTa counts no position for that."""
     padding = getattr(getattr(lm.model, "config", None), "pad_token_id", None)
     return torch.full((sequences, tokens), int(padding == 0), dtype=torch.int64)
 
