@@ -246,6 +246,9 @@ class BufferConfig:
     """Sequences per forward pass of the language model."""
     estimate_sequences: PositiveInt = 128
     """Sequences at the start of the run from which the input's mean and scale are estimated."""
+    max_norm_ratio: Annotated[float, Range("0 or at least 1", lambda ratio: ratio == 0 or ratio >= 1)] = 0.0
+    """Leave tokens out of training whose activation norm is above this multiple of the median norm of those sequences
+    (docs/metrics.md, "Massive activations"); 0: none."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Storage dtype of activations; `auto` is the language model's."""
     ahead: int = -1
@@ -293,6 +296,9 @@ class EvaluationConfig:
     """How many of these sequences also give cross-entropy and KL metrics."""
     lm_batch: PositiveInt = 4
     """Sequences per forward pass through all layers of the language model."""
+    massive_ratio: Annotated[float, at_least(1)] = 4.0
+    """Tokens whose activation norm is above this multiple of the median norm are massive: the start of training and
+    eval.json say how much of the squared norm they hold, and eval.json gives the explained variance without them."""
     final: bool = True
     """Evaluate at the end of training."""
 

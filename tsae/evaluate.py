@@ -63,6 +63,9 @@ class Arguments:
     """Tokens for the reconstruction, sparsity and temporal metrics. Default: as in the run's configuration."""
     ce_sequences: int | None = None
     """Sequences for the cross-entropy and KL metrics. Default: as in the run's configuration."""
+    massive_ratio: float | None = None
+    """Tokens whose activation norm is above this multiple of the median norm count as massive (at least 1). Default: as
+    in the run's configuration, or 4."""
     seed: int | None = None
     """Seed of the text order and of the shuffled control. Default: the run's."""
     device: str | None = None
@@ -123,6 +126,8 @@ def measure(arguments: Arguments) -> Measured:
         sizes = replace(sizes, sequences=math.ceil(arguments.tokens / LENGTH))
     if arguments.ce_sequences is not None:
         sizes = replace(sizes, ce_sequences=arguments.ce_sequences)
+    if arguments.massive_ratio is not None:
+        sizes = replace(sizes, massive_ratio=arguments.massive_ratio)
     seed = trained.stream_seed if arguments.seed is None else arguments.seed
     text = held_out(source, lm, sizes.sequences, seed)
     release = None
@@ -143,7 +148,9 @@ def _check(arguments: Arguments) -> None:
     if not arguments.saes:
         raise UserError("No autoencoder is named; give a run's directory, or others with --model and --layer.")
     check_counts(tokens=arguments.tokens, ce_sequences=arguments.ce_sequences)
-    ratio = arguments.release_ratio
+    massive, ratio = arguments.massive_ratio, arguments.release_ratio
+    if massive is not None and not 1.0 <= massive < math.inf:
+        raise UserError(f"--massive-ratio is {massive}; it must be at least 1.")
     if ratio is not None and not 0.0 <= ratio <= 1.0:
         raise UserError(f"--release-ratio is {ratio}; it must be from 0 to 1.")
     if arguments.format == "saebench" and len(arguments.saes) > 1:

@@ -45,8 +45,10 @@ KEYS = {
     "ce_loss_score",
     "ce_loss_score_mean_ablation",
     "kl_div_score",
+    "massive",
     "temporal",
 }
+MASSIVE_KEYS = {"explained_variance_without", "tokens", "norm_share", "norm_ratio"}
 TEMPORAL_KEYS = {
     "relative_difference",
     "relative_difference_per_feature",
@@ -102,6 +104,7 @@ def test_exact_keys_and_finite_values(lm, batch):
     assert set(result.metrics) == KEYS
     temporal = result.metrics["temporal"]
     assert set(temporal) == TEMPORAL_KEYS
+    assert set(result.metrics["massive"]) == MASSIVE_KEYS
     for name in ("relative_difference", "relative_difference_per_feature"):
         assert list(temporal[name]) == ["1", "4", "16", "64"]
     assert list(temporal["transitions"]) == ["on_on", "on_off", "off_on", "off_off"]
@@ -114,7 +117,13 @@ def test_exact_keys_and_finite_values(lm, batch):
 
 def test_the_catalogue_lists_every_metric():
     listed = [metric.key for group in GROUPS.values() for metric in group]
-    assert sorted(listed) == sorted([*KEYS - {"temporal"}, *(f"temporal.{key}" for key in TEMPORAL_KEYS)])
+    assert sorted(listed) == sorted(
+        [
+            *KEYS - {"massive", "temporal"},
+            *(f"massive.{key}" for key in MASSIVE_KEYS),
+            *(f"temporal.{key}" for key in TEMPORAL_KEYS),
+        ]
+    )
 
 
 def test_a_perfect_autoencoder(lm, batch):

@@ -25,7 +25,7 @@ class Latents:
         directions = torch.linalg.qr(torch.randn(32, k, generator=generator)).Q.T  # [k, 32]
         self.x = torch.cat([torch.zeros(B, 1, 32), latent @ directions + 100.0], dim=1)
         self.directions = directions
-        self.lm = SimpleNamespace(name="no model", d_model=32)
+        self.lm = SimpleNamespace(name="no model", widths={1: 32})
         self.batch = TokenBatch(torch.arange(B)[:, None].expand(B, 1 + T), torch.zeros(B, T, dtype=torch.int32))
         monkeypatch.setattr(tsae.data.harvest, "activations", lambda lm, tokens, layer: self.x[tokens[:, 0]])
 

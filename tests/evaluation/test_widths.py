@@ -1,4 +1,4 @@
-"""Every command rejects an autoencoder of the wrong width before running the model."""
+"""Every command rejects an autoencoder of the wrong width before any text goes through the model."""
 
 from __future__ import annotations
 
@@ -18,13 +18,23 @@ SAID = "takes activations of width 20, but the blocks of {} put out 32"
 
 @pytest.fixture
 def no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails on any forward pass of a language model, at its embedding."""
-    monkeypatch.setattr(torch.nn.Embedding, "forward", lambda *_: pytest.fail("the language model ran"))
+    """Fails on any forward pass of text through a language model, at its embedding.
+
+    Made-up tokens, of at most two kinds, may pass: they measure the width.
+    """
+    real = torch.nn.Embedding.forward
+
+    def forward(self: torch.nn.Embedding, tokens: torch.Tensor) -> torch.Tensor:
+        if len(tokens) > 2 or len(tokens.unique()) > 2:
+            pytest.fail("text went through the language model")
+        return real(self, tokens)
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", forward)
 
 
 @pytest.mark.usefixtures("no_forward")
 @pytest.mark.parametrize("command", ["evaluate", "compare", "export", "view", "probe"])
-def test_every_command_says_it_before_any_forward_pass(
+def test_every_command_says_it_before_any_text_is_read(
     command: str, tmp_path: Path, tiny_gemma3: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from tsae import evaluate, export
@@ -58,6 +68,6 @@ def test_and_so_does_the_function(tmp_path: Path, tiny_gemma3: Path) -> None:
 
     lm = load_language_model(str(tiny_gemma3), device="cpu", dtype="float32")
     sae = tsae.load(write_saelens(tmp_path / "wrong", d_in=20))
-    batch = TokenBatch(torch.zeros(2, 9, dtype=torch.int64), torch.zeros(2, 8, dtype=torch.int64))
+    batch = TokenBatch(torch.arange(18).view(2, 9), torch.zeros(2, 8, dtype=torch.int64))
     with pytest.raises(tsae.UserError, match=f"^The autoencoder {SAID.format(tiny_gemma3)}"):
         evaluate(sae, lm, [batch], layer=1)

@@ -27,6 +27,7 @@ from tsae.lm import gemma_package
 from tsae.lm.gguf_file import GGUFFile
 from tsae.lm.hooks import activations
 from tsae.lm.loading import load_language_model
+from tsae.lm.site import site_width
 from tsae.train import main
 
 
@@ -302,7 +303,7 @@ def test_file_of_another_kind(tmp_path: Path) -> None:
 )
 def test_the_real_model_predicts_english(cache: Path) -> None:
     lm = load_language_model(gemma_package.NAME, dtype="float32")
-    assert (lm.n_layers, lm.d_model, lm.prefix_id) == (18, 640, 2)
+    assert (lm.n_layers, site_width(lm, 9), lm.prefix_id) == (18, 640, 2)
     text = (
         "The lighthouse stood at the end of a long stone pier. Every evening the keeper climbed the stairs "
         "to light the lamp, and every morning he climbed them again to put it out. Ships passed on their way "

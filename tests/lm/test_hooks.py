@@ -11,6 +11,7 @@ import torch
 from tsae.errors import UserError
 from tsae.lm.hooks import activations, check_layer, logits_with
 from tsae.lm.loading import LanguageModel, load_language_model
+from tsae.lm.site import site_width
 
 N, LENGTH = 3, 17
 
@@ -96,10 +97,10 @@ def test_activations_run_in_inference_mode(lm: LanguageModel, tokens: torch.Tens
 
 def test_activations_can_be_trained_on(lm: LanguageModel, tokens: torch.Tensor) -> None:
     x = activations(lm, tokens, 1)
-    assert x.shape == (N, LENGTH, lm.d_model)
+    assert x.shape == (N, LENGTH, site_width(lm, 1))
     assert x.dtype == torch.float32
     assert not x.requires_grad
-    weight = torch.ones(lm.d_model, 4, requires_grad=True)
+    weight = torch.ones(site_width(lm, 1), 4, requires_grad=True)
     (x @ weight).sum().backward()
     torch.testing.assert_close(weight.grad[:, 0], x.sum((0, 1)))
 

@@ -16,7 +16,9 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 
 from tsae.errors import UserError
 from tsae.lm import loading
-from tsae.lm.loading import default_dtype, find_blocks, load_language_model
+from tsae.lm.blocks import find_blocks
+from tsae.lm.loading import default_dtype, load_language_model
+from tsae.lm.site import site_width
 
 TINY = ["tiny_gemma2", "tiny_gemma3", "tiny_neox", "tiny_llama"]
 
@@ -25,7 +27,7 @@ TINY = ["tiny_gemma2", "tiny_gemma3", "tiny_neox", "tiny_llama"]
 def test_loads_frozen_with_sizes(name: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(name)
     lm = load_language_model(str(folder), dtype="float32")
-    assert (lm.n_layers, lm.d_model) == (4, 32)
+    assert (lm.n_layers, site_width(lm, 1)) == (4, 32)
     assert lm.blocks is find_blocks(lm.model)
     assert lm.prefix_id == lm.tokenizer.bos_token_id
     assert lm.tokenizer.pad_token_id is not None

@@ -15,6 +15,8 @@ from tiny_runs import lines, options
 from tsae.train import main
 
 Runs = dict[str, Path]
+# Tokens with large activations left out, and features that die.
+LEFT_OUT = ["--buffer.max-norm-ratio", "1.1", "--objective.dead-after-tokens", "600", "--sae.k", "1"]
 
 
 def arguments(model: Path, text: Path, out: Path, *more: str) -> list[str]:
@@ -29,14 +31,17 @@ def runs(tiny_gemma2: Path, text_file: Path, tmp_path_factory: pytest.TempPathFa
     """Run directories by name: one process, which fills a cache; two in both modes; bad input, which leaves none."""
     folder = tmp_path_factory.mktemp("runs")
     found = {name: folder / name for name in ("one", "shares", "parts", "none", "sweep", "sweep-of-one")}
+    found |= {name: folder / name for name in ("left-out", "left-out-of-one")}
     cache = ("--cache", str(folder / "cache"))
     assert main(arguments(tiny_gemma2, text_file, found["one"], *cache)) == 0
+    assert main(arguments(tiny_gemma2, text_file, found["left-out-of-one"], *LEFT_OUT)) == 0
     sweep = write_sweep(folder / "sweep.json", tiny_gemma2, text_file)
     assert main(["--sweep", str(sweep), "--out", str(found["sweep-of-one"])]) == 0
     jobs = [
         (0, arguments(tiny_gemma2, text_file, found["shares"])),
         (0, arguments(tiny_gemma2, text_file, found["parts"], "--parallel.features", "2", *cache)),
         (0, ["--sweep", str(sweep), "--out", str(found["sweep"])]),
+        (0, arguments(tiny_gemma2, text_file, found["left-out"], *LEFT_OUT)),
         (2, arguments(tiny_gemma2, text_file, found["none"], "--layer", "99")),
         (2, arguments(tiny_gemma2, text_file, found["none"], "--cache", str(folder / "other"))),
         (2, arguments(tiny_gemma2, text_file, found["none"], "--sae.d-sae", "49", "--parallel.features", "2")),
@@ -73,6 +78,15 @@ def check_same(one: Path, other: Path) -> None:
 def test_two_processes_make_the_run_of_one(runs: Runs) -> None:
     check_same(runs["one"], runs["shares"])
     check_same(runs["one"], runs["parts"])
+
+
+def test_two_processes_leave_out_the_tokens_and_count_the_dead_features_of_one(runs: Runs) -> None:
+    check_same(runs["left-out-of-one"], runs["left-out"])
+    one, two = (lines(runs[name] / "metrics.jsonl") for name in ("left-out-of-one", "left-out"))
+    assert [line["dead"] for line in two] == [line["dead"] for line in one]
+    assert one[-1]["dead"] > 0
+    without = lines(runs["one"] / "metrics.jsonl")
+    assert one[-1]["tokens"] < without[-1]["tokens"]  # left out on either process
 
 
 def test_two_processes_make_the_sweep_of_one(runs: Runs) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tsae.data.harvest import ActivationBatch
+from tsae.data.norms import large_tokens
 
 
 class ActivationBuffer:
@@ -45,6 +46,7 @@ class ActivationBuffer:
         self.segments: Tensor | None = None  # [capacity, T]
         self.refills = 0
         self.waited = 0.0  # seconds spent in refills
+        self.norm_limit = 0.0  # tokens with a larger norm are excluded; 0: none are
 
     @property
     def filled(self) -> bool:
@@ -58,6 +60,13 @@ class ActivationBuffer:
         assert self.x is not None
         assert self.segments is not None
         return ActivationBatch(self.x[:n], self.segments[:n])
+
+    def exclude_above(self, limit: float) -> None:
+        """Exclude tokens whose activation norm is above ``limit`` (segment -1), of the sequences held and of all to
+        come."""
+        self.norm_limit = limit
+        if self.filled:
+            self._exclude_large(torch.arange(self.capacity))
 
     def next_batch(self, n: int) -> Any:
         """``n`` sequences, distinct if the buffer holds as many; x in the storage dtype, on the CPU."""
@@ -88,6 +97,8 @@ class ActivationBuffer:
             done += len(part.x)
         assert done == slots.numel()
         self._refilled(slots)
+        if self.norm_limit:
+            self._exclude_large(slots)
         self.uses[slots] = self.reuse
         self.unharvested -= slots.numel()
         self.refills += 1
@@ -102,6 +113,12 @@ class ActivationBuffer:
     def _refilled(self, slots: Tensor) -> None:
         """Called after a refill."""
 
+    def _exclude_large(self, slots: Tensor) -> None:
+        assert self.x is not None
+        assert self.segments is not None
+        for slot in slots.tolist():
+            self.segments[slot].masked_fill_(large_tokens(self.x[slot : slot + 1], self.norm_limit)[0], -1)
+
     def memory(self, length: int, d_model: int, dtype: torch.dtype) -> int:
         """Bytes the buffer takes; while it refills, a part of the harvest comes on top."""
         return self.capacity * length * (d_model * dtype.itemsize + torch.int32.itemsize)
@@ -112,6 +129,7 @@ class ActivationBuffer:
             "uses": self.uses,
             "unharvested": self.unharvested,
             "refills": self.refills,
+            "norm_limit": self.norm_limit,
             "generator": self.generator.get_state(),
         }
 
@@ -124,5 +142,6 @@ class ActivationBuffer:
     def load_state_dict(self, state: dict[str, Any], contents: dict[str, Tensor]) -> None:
         """Continue from a `state_dict` and the `contents` of the same moment."""
         self.uses, self.unharvested, self.refills = state["uses"], state["unharvested"], state["refills"]
+        self.norm_limit = state.get("norm_limit", 0.0)  # older checkpoints have none
         self.generator.set_state(state["generator"])
         self.x, self.segments = contents.get("x"), contents.get("segments")

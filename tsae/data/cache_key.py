@@ -16,6 +16,7 @@ from tsae.config import LENGTH, TrainConfig
 from tsae.data.text import PYTHON_DOCS
 from tsae.data.text_files import find_files
 from tsae.lm.loading import LanguageModel
+from tsae.lm.site import site_width
 
 _SAMPLES = 64  # values hashed per weight
 _ENDS = 1 << 16  # bytes hashed at each end of a file
@@ -33,7 +34,7 @@ def cache_key(cfg: TrainConfig, lm: LanguageModel, storage: torch.dtype, group: 
         "revision": cfg.revision,
         "weights": _fingerprint_weights(lm),
         "layer": cfg.layer,
-        "d_model": lm.d_model,
+        "d_model": site_width(lm, cfg.layer),
         "lm_dtype": str(lm.dtype).removeprefix("torch."),
         "tokenizer": _fingerprint_tokenizer(lm.tokenizer),
         "data": cfg.data,

@@ -11,12 +11,13 @@ from torch import Tensor
 from tsae.data.sequences import SequenceStream, TokenBatch
 from tsae.lm.hooks import activations
 from tsae.lm.loading import LanguageModel
+from tsae.lm.site import site_width
 
 
 class ActivationBatch(NamedTuple):
     """Activations of complete sequences.
 
-    x: (N, T, d_model); segments: (N, T) int32, negative ids excluded
+    x: (N, T, d); segments: (N, T) int32, negative ids excluded
     """
 
     x: Tensor
@@ -36,7 +37,7 @@ class ActivationBatch(NamedTuple):
 def content_activations(lm: LanguageModel, batch: TokenBatch, layer: int) -> Tensor:
     """The residual stream after block ``layer`` at content positions: the model sees the prefix (BOS), we do not.
 
-    out: [N, T, d_model] in the model's dtype, on its device
+    out: [N, T, d] in the model's dtype, on its device
     """
     return activations(lm, batch.tokens, layer)[:, -batch.segments.shape[1] :]
 
@@ -80,7 +81,7 @@ class Harvester:
     def placeholders(self, tokens: TokenBatch) -> Iterator[ActivationBatch]:
         """`batches` without running the model: x has the right shape and dtype, on the meta device."""
         for segments in tokens.segments.split(self.batch):
-            x = torch.empty(*segments.shape, self.lm.d_model, dtype=self.dtype, device="meta")
+            x = torch.empty(*segments.shape, site_width(self.lm, self.layer), dtype=self.dtype, device="meta")
             yield ActivationBatch(x, segments)
 
     def take(self, n: int) -> ActivationBatch:

@@ -23,6 +23,7 @@ from tsae.data.sequences import TokenBatch
 from tsae.errors import UserError
 from tsae.evaluation.metrics import (
     LanguageModelMetrics,
+    MassiveActivations,
     Persistence,
     ReconstructionMetrics,
     TemporalMetrics,
@@ -48,7 +49,7 @@ class EvaluationResult:
     """The measurements of one autoencoder."""
 
     metrics: dict[str, Any]
-    """The content of eval.json: finite floats, and the `temporal` object."""
+    """The content of eval.json: finite floats, and the objects `massive` and `temporal`."""
     density: Tensor
     """[d_sae] float64 on the CPU: fraction of tokens at which each feature is active."""
     autocorrelation_curve: dict[int, float]
@@ -85,6 +86,7 @@ class _Settings:
     seed: int
     reference_mean: Tensor | None
     progress: ProgressCallback
+    massive_ratio: float
 
 
 def evaluate(
@@ -98,6 +100,7 @@ def evaluate(
     harvest_batch: int = 16,
     seed: int = 0,
     reference_mean: Tensor | None = None,
+    massive_ratio: float = 4.0,
     progress: ProgressCallback | None = None,
 ) -> EvaluationResult:
     """Measure a sparse autoencoder that takes raw activations.
@@ -113,6 +116,7 @@ def evaluate(
     harvest_batch:  sequences per pass up to `layer`
     seed:           of the permutation behind `persistence_excess_shuffled`
     reference_mean: [d] activation for the mean ablation; None takes the mean of the evaluation set
+    massive_ratio:  tokens whose norm is above this multiple of the median norm are massive (see `MassiveActivations`)
     progress:       called after each batch
 
     Metrics are defined in `tsae.evaluation.metrics`. In every pass of the language model, position 0 (BOS) and
@@ -135,6 +139,7 @@ def evaluate(
         harvest_batch=harvest_batch,
         seed=seed,
         reference_mean=reference_mean,
+        massive_ratio=massive_ratio,
         progress=progress,
     ).values()
     result.check_finite()
@@ -153,6 +158,7 @@ def evaluate_all(
     harvest_batch: int = 16,
     seed: int = 0,
     reference_mean: Tensor | None = None,
+    massive_ratio: float = 4.0,
     progress: ProgressCallback | None = None,
 ) -> dict[str, EvaluationResult]:
     """`evaluate` for several autoencoders of one layer. Each scores the same as by itself.
@@ -162,16 +168,18 @@ def evaluate_all(
     (see `EvaluationResult.check_finite`), so that one broken autoencoder does not lose the others' results.
 
     saes: by name, at least one, all on one device
-    lm, batches, layer, ce_sequences, lm_batch, harvest_batch, seed, reference_mean, progress: as in `evaluate`
+    lm, batches, layer, ce_sequences, lm_batch, harvest_batch, seed, reference_mean, massive_ratio, progress: as in
+        `evaluate`
     out: by the same names
 
     Raises UserError if an autoencoder's width is not the model's, or the set has no token.
     """
     for name, sae in saes.items():
         if isinstance(sae, SparseAutoencoder):  # any other module with encode and decode has no configuration
-            check_width(sae, lm, name)
+            check_width(sae, lm, layer, name)
     parts = [part for batch in batches for part in batch.split(harvest_batch)]
-    settings = _Settings(layer, ce_sequences, lm_batch, seed, reference_mean, progress or (lambda *_: None))
+    report = progress or (lambda *_: None)
+    settings = _Settings(layer, ce_sequences, lm_batch, seed, reference_mean, report, massive_ratio)
     were_training = {name: sae.training for name, sae in saes.items()}
     for sae in saes.values():
         sae.eval()
@@ -185,13 +193,16 @@ def evaluate_all(
 class _Features:
     """The accumulators of one autoencoder's features."""
 
-    def __init__(self) -> None:
+    def __init__(self, massive_ratio: float) -> None:
         self.reconstruction, self.temporal, self.shuffled = ReconstructionMetrics(), TemporalMetrics(), Persistence()
+        self.massive = MassiveActivations(massive_ratio)
 
     def update(self, sae: SparseAutoencoder, x: Tensor, shuffled: Tensor, segments: Tensor) -> None:
         """Count activations x [N, T, d], and `shuffled`: x with the positions of each segment permuted."""
         h = sae.encode(x, segments)
-        self.reconstruction.update(x, sae.decode(h), h, segments)
+        xhat = sae.decode(h)
+        self.reconstruction.update(x, xhat, h, segments)
+        self.massive.update(x, xhat, segments)
         self.temporal.update(x, h, segments)
         del h
         self.shuffled.update_features(sae.encode(shuffled, segments), segments)
@@ -200,7 +211,12 @@ class _Features:
         temporal = self.temporal.compute()
         temporal["persistence_excess_shuffled"] = self.shuffled.excess()
         return EvaluationResult(
-            metrics={**self.reconstruction.compute(), **predictions.compute(), "temporal": temporal},
+            metrics={
+                **self.reconstruction.compute(),
+                **predictions.compute(),
+                "massive": self.massive.compute(),
+                "temporal": temporal,
+            },
             density=self.reconstruction.density(),
             autocorrelation_curve={int(lag): r for lag, r in temporal["autocorrelation"].items()},
             tokens=self.reconstruction.tokens,
@@ -215,7 +231,7 @@ def _measure(
 ) -> dict[str, EvaluationResult]:
     device = _device(saes)
     generator = torch.Generator().manual_seed(settings.seed)
-    features = {name: _Features() for name in saes}
+    features = {name: _Features(settings.massive_ratio) for name in saes}
     done, total = 0, sum(part.segments.numel() for part in parts)
     settings.progress("features", 0, total)  # starts the bar's clock
     for part in parts:
@@ -338,4 +354,5 @@ def evaluation_options(config: TrainConfig) -> dict[str, Any]:
         "lm_batch": config.evaluation.lm_batch,
         "harvest_batch": config.buffer.harvest_batch,
         "seed": config.stream_seed,
+        "massive_ratio": config.evaluation.massive_ratio,
     }

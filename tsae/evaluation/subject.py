@@ -1,7 +1,7 @@
 """What a command measures: autoencoders of one layer, and the language model whose activations they encode.
 
 Every command opens its subject here, so that all make the same checks in the same order: first the files, then, with
-the language model loaded, its layer and the widths. No token goes through the model.
+the language model loaded, its layer, its context and the widths. No text goes through the model.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from tsae.config import TrainConfig
+from tsae.config import LENGTH, TrainConfig
 from tsae.errors import UserError
 from tsae.formats import load
-from tsae.lm.hooks import check_layer
 from tsae.lm.loading import LanguageModel, load_language_model
+from tsae.lm.site import check_site, site_width
 from tsae.rundir import layout
 from tsae.rundir.directory import read_config
 from tsae.sae.model import SparseAutoencoder
@@ -47,16 +47,17 @@ class Subject:
         device: as on the command line; None takes the configuration's
 
         Raises:
-            UserError: the model or the device cannot be used, the model has no such layer, or a width differs.
+            UserError: the model or the device cannot be used, the model has no such layer, cannot be run there or
+                takes fewer tokens, or a width differs.
         """
         config = self.config
         if device is None:
             device = config.device if config.lm_device == "auto" else config.lm_device
         where = resolve_device(device)
         lm = load_language_model(config.model, device=where, dtype=config.lm_dtype, revision=config.revision)
-        check_layer(lm, config.layer)
+        check_site(lm, config.layer, 1 + LENGTH)
         for name, sae in self.saes.items():
-            check_width(sae, lm, name)
+            check_width(sae, lm, config.layer, name)
             sae.to(lm.device)
         return lm
 
@@ -126,13 +127,14 @@ def _config_of(source: str) -> TrainConfig | None:
     return None
 
 
-def check_width(sae: SparseAutoencoder, lm: LanguageModel, name: str) -> None:
-    """Raise `UserError` unless the autoencoder has the width of the language model's residual stream.
+def check_width(sae: SparseAutoencoder, lm: LanguageModel, layer: int, name: str) -> None:
+    """Raise `UserError` unless the autoencoder has the width of what block ``layer`` of the language model puts out.
 
     name: of the autoencoder, for the message; may be empty
     """
-    if sae.cfg.d_in != lm.d_model:
+    width = site_width(lm, layer)
+    if sae.cfg.d_in != width:
         raise UserError(
             f"{f'The autoencoder {name}'.strip()} takes activations of width {sae.cfg.d_in}, but the blocks of "
-            f"{lm.name} put out {lm.d_model}; name the model that it was trained on."
+            f"{lm.name} put out {width}; name the model that it was trained on."
         )

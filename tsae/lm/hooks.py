@@ -1,7 +1,12 @@
-"""Reading and replacing a block's output with module hooks."""
+"""Reading and replacing a block's output with module hooks.
+
+A block's output is a tensor [N, T, d], or a tuple or list that starts with one. Gemma 3n's blocks put out several
+streams [A, N, T, d]; the active one is read and replaced. Anything else is refused.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,9 +24,19 @@ class _Reached(Exception):  # noqa: N818  (not an error: carries the activations
 
 
 def check_layer(lm: LanguageModel, layer: int) -> None:
-    """Raises UserError unless the model has block `layer`, counted from 0."""
+    """Raise UserError unless the model has block `layer`, counted from 0."""
     if not 0 <= layer < lm.n_layers:
         raise UserError(f"layer {layer} does not exist: {lm.name} has {lm.n_layers} layers, 0 to {lm.n_layers - 1}")
+
+
+def check_context(lm: LanguageModel, tokens: int) -> None:
+    """Raise UserError if sequences of `tokens` tokens, the prefix included, are longer than the model takes."""
+    limit = lm.context
+    if limit is not None and tokens > limit:
+        raise UserError(
+            f"{lm.name} takes at most {limit} tokens at once, but {tokens} are fed (1 + {tokens - 1}; the first's "
+            "activation is dropped); use a model with a longer context."
+        )
 
 
 def activations(lm: LanguageModel, tokens: Tensor, layer: int) -> Tensor:
@@ -32,18 +47,21 @@ def activations(lm: LanguageModel, tokens: Tensor, layer: int) -> Tensor:
 
     tokens: [N, P + T] int64, moved to the model's device if necessary.
     layer: blocks counted from 0.
-    out: [N, P + T, d_model] in the model's dtype, on its device, detached.
-    Raises UserError if the layer does not exist.
+    out: [N, P + T, d] in the block's dtype, which is the model's (Mamba's residual stream can be float32), on its
+        device, detached.
+    Raises UserError if the layer does not exist, the tokens are more than the model takes at once, or the block puts
+    out no activations [N, P + T, d].
     """
     check_layer(lm, layer)
+    check_context(lm, tokens.shape[1])
 
     def stop(module: nn.Module, inputs: Any, output: Any) -> None:
-        raise _Reached(_hidden(output))
+        raise _Reached(_Output(lm, layer, output, tokens).hidden)
 
     with _hook(lm.blocks[layer], stop):
         try:
             with torch.inference_mode():
-                lm.model(input_ids=tokens.to(lm.device), use_cache=False)
+                _forward(lm, tokens)
         except _Reached as reached:
             return reached.hidden.clone()
     raise RuntimeError(f"the forward pass of {lm.name} did not reach block {layer}")
@@ -56,30 +74,81 @@ def logits_with(
     """The model's logits with the output of block `layer` replaced.
 
     tokens: [N, P + T] int64, moved to the model's device if necessary.
-    replace: the block's output [N, P + T, d_model] -> its replacement of the same shape, which is cast to the
-        model's dtype. None leaves the output unchanged.
+    replace: the block's output [N, P + T, d] -> its replacement of the same shape, which is cast to its
+        dtype. None leaves the output unchanged.
     out: [N, P + T, vocabulary] in the model's dtype, on its device; large for large vocabularies.
-    Raises UserError if the layer does not exist, ValueError if `replace` changes the shape.
+    Raises UserError as `activations`, ValueError if `replace` changes the shape.
     """
     check_layer(lm, layer)
+    check_context(lm, tokens.shape[1])
 
     def substitute(module: nn.Module, inputs: Any, output: Any) -> Any:
         if replace is None:
             return None
-        hidden = _hidden(output)
+        found = _Output(lm, layer, output, tokens)
+        hidden = found.hidden
         new = replace(hidden)
         if new.shape != hidden.shape:
             raise ValueError(f"replace must keep the shape {tuple(hidden.shape)}, but gave {tuple(new.shape)}")
-        new = new.to(hidden.dtype)
-        return (new, *output[1:]) if isinstance(output, tuple) else new
+        return found.replaced(new.to(hidden.dtype))
 
     with _hook(lm.blocks[layer], substitute):
-        return lm.model(input_ids=tokens.to(lm.device), use_cache=False).logits
+        return _forward(lm, tokens).logits
 
 
-def _hidden(output: Tensor | tuple[Any, ...]) -> Tensor:
-    """A block's hidden state: its output or, in some models and versions, the first entry of a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+def _forward(lm: LanguageModel, tokens: Tensor) -> Any:
+    """The model's output, without a key-value cache; some classes have none, and no argument for it (GPT-1)."""
+    accepted = inspect.signature(lm.model.forward).parameters
+    cached = "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    return lm.model(input_ids=tokens.to(lm.device), **({"use_cache": False} if cached else {}))
+
+
+class _Output:
+    """A block's output, and the activations in it.
+
+    tokens: [N, P + T], what the model was given
+    Raises UserError if it has no activations [N, P + T, d].
+    """
+
+    def __init__(self, lm: LanguageModel, layer: int, output: Any, tokens: Tensor) -> None:
+        self.output = output
+        self.tensor = output[0] if type(output) in (tuple, list) and output else output
+        self.stream = _active_stream(lm, self.tensor)
+        if isinstance(self.tensor, Tensor):
+            self.hidden = self.tensor if self.stream is None else self.tensor[self.stream]
+            if self.hidden.ndim == 3 and self.hidden.shape[:2] == tokens.shape and self.hidden.is_floating_point():
+                return
+        N, T = tokens.shape
+        raise UserError(
+            f"Block {layer} of {lm.name} ({type(lm.blocks[layer]).__name__}) puts out {_described(output)} for {N} "
+            f"sequences of {T} tokens; only a model whose blocks put out activations [{N}, {T}, width], alone or first "
+            "in a tuple, can be used."
+        )
+
+    def replaced(self, new: Tensor) -> Any:
+        """The output with `new` [N, P + T, d] in the place of the activations."""
+        if self.stream is not None:
+            tensor = self.tensor.clone()
+            tensor[self.stream] = new
+            new = tensor
+        return type(self.output)((new, *self.output[1:])) if type(self.output) in (tuple, list) else new
+
+
+def _active_stream(lm: LanguageModel, output: Any) -> int | None:
+    """The index, in the output [A, N, T, d] of Gemma 3n's blocks, of the stream they compute on; None for others."""
+    if not isinstance(output, Tensor) or output.ndim != 4 or getattr(lm.model, "config", None) is None:
+        return None
+    config = lm.model.config.get_text_config(decoder=True)
+    streams, active = getattr(config, "altup_num_inputs", None), getattr(config, "altup_active_idx", None)
+    return active if streams == len(output) and isinstance(active, int) else None
+
+
+def _described(output: Any) -> str:
+    if isinstance(output, Tensor):
+        return f"a tensor {list(output.shape)} of {str(output.dtype).removeprefix('torch.')}"
+    if type(output) in (tuple, list) and output:
+        return f"a {type(output).__name__} that starts with {_described(output[0])}"
+    return f"an object of type {type(output).__name__}"
 
 
 @contextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,21 +17,19 @@ from torch import nn
 
 from tsae.errors import UserError, reason
 from tsae.lm import gemma_package
+from tsae.lm.blocks import find_blocks
+from tsae.lm.context import context_limit
 from tsae.lm.tokenizer import prefix_token
+from tsae.lm.weights import check_weights
 from tsae.utils.hub import hub_is_reachable
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# Where transformers classes keep their decoder blocks; the second is the text part of a multimodal model.
-_BLOCK_PATHS = (
-    "model.layers",
-    "model.language_model.layers",
-    "gpt_neox.layers",
-    "transformer.h",
-    "model.decoder.layers",
-)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NOT_IN_SHAPES = ("num_attention_heads", "query_pre_attn_scalar")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -40,6 +40,7 @@ class LanguageModel:
     model: in evaluation mode; no parameter requires a gradient.
     name: as given to `load_language_model`, for records and messages.
     dtype, device: of its weights and activations.
+    widths: width of the output of each block that `tsae.lm.site.site_width` has measured.
     """
 
     model: PreTrainedModel
@@ -47,6 +48,7 @@ class LanguageModel:
     name: str
     dtype: torch.dtype
     device: torch.device
+    widths: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -58,33 +60,15 @@ class LanguageModel:
         """Number of blocks."""
         return len(self.blocks)
 
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        return self.model.get_input_embeddings().weight.shape[1]
+    @cached_property
+    def context(self) -> int | None:
+        """The most tokens it takes at once; None if nothing limits them."""
+        return context_limit(self.model)
 
     @property
     def prefix_id(self) -> int | None:
         """The token that starts every sequence (see `tsae.lm.tokenizer.prefix_token`)."""
         return prefix_token(self.tokenizer)
-
-
-def find_blocks(model: nn.Module) -> nn.ModuleList:
-    """The model's list of decoder blocks: where common classes keep it, or else its longest list of modules.
-
-    Raises UserError if the model has no list of modules.
-    """
-    for path in _BLOCK_PATHS:
-        try:
-            blocks = model.get_submodule(path)
-        except AttributeError:
-            continue
-        if isinstance(blocks, nn.ModuleList) and len(blocks):
-            return blocks
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    if not lists:
-        raise UserError(f"{type(model).__name__} has no list of blocks: only models with one can be hooked")
-    return max(lists, key=len)
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
@@ -160,6 +144,7 @@ def _load(
         with _quiet(bar=hub):
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             config = AutoConfig.from_pretrained(source, **options)
+            given, _ = type(config).get_config_dict(source, **options)
             if _caps_attention_scores(config):
                 options["attn_implementation"] = "eager"
             model, found = AutoModelForCausalLM.from_pretrained(
@@ -172,8 +157,23 @@ def _load(
                 "not in its cache, so connect to the network or name a local folder"
             ) from error
         raise UserError(f"cannot load the model {source!r}: {reason(error)}") from error
-    _check_weights(found, source)
+    check_weights(model, found, source)
+    _name_defaults(config, given, source)
     return model, tokenizer
+
+
+def _name_defaults(config: PreTrainedConfig, given: dict[str, Any], source: str) -> None:
+    """Warn of numbers that the weights' shapes do not tell, if config.json leaves them to the defaults of its class.
+
+    given: the content of config.json
+    """
+    text = config.get_text_config(decoder=True)
+    nested = [value for value in given.values() if isinstance(value, dict)]
+    for name in _NOT_IN_SHAPES:
+        names = {name, text.attribute_map.get(name, name)}
+        value = getattr(text, name, None)
+        if value is not None and not any(names & each.keys() for each in (given, *nested)):
+            log.warning("%s: its config.json gives no %s; taken as %s", source, name, value)
 
 
 def _caps_attention_scores(config: PreTrainedConfig) -> bool:
@@ -184,27 +184,9 @@ def _caps_attention_scores(config: PreTrainedConfig) -> bool:
     return getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None
 
 
-def _check_weights(found: dict[str, Any], source: str) -> None:
-    """Raise UserError if transformers initialized any weight at random because the file lacks it.
-
-    found: transformers' loading info, which does not count tied weights as missing.
-    """
-    for key, what in (
-        ("missing_keys", "lacks {} of the model's tensors"),
-        ("mismatched_keys", "has {} of other shapes"),
-    ):
-        names = sorted(name if isinstance(name, str) else name[0] for name in found.get(key) or ())
-        if names:
-            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            raise UserError(
-                f"cannot load the model {source!r}: its weights file {what.format(len(names))} ({some}): "
-                "use the weights that belong to its config.json"
-            )
-
-
 @contextmanager
 def _quiet(*, bar: bool) -> Iterator[None]:
-    """Silence transformers' table of missing weights, which `_check_weights` reports, and without ``bar`` its progress.
+    """Silence transformers' table of missing weights, which `check_weights` reports, and without ``bar`` its progress.
 
     A local model loads in seconds and needs no progress bar; a download keeps it.
     """

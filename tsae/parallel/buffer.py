@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tsae.data.buffer import ActivationBuffer
 from tsae.data.harvest import ActivationBatch
+from tsae.data.norms import large_tokens
 from tsae.parallel.axis import Axis, Ranks
 
 _GATHERED = 64  # sequences gathered at a time for a checkpoint
@@ -91,6 +92,15 @@ class DistributedActivationBuffer(ActivationBuffer):
         here = torch.zeros(self.capacity, dtype=torch.int64)
         here[list(self.rows)] = self.ranks.world.rank + 1
         self.owner[slots] = self.ranks.world.sum_no_grad(here)[slots] - 1
+
+    def _exclude_large(self, slots: Tensor) -> None:
+        assert self.segments is not None
+        large = torch.zeros(len(slots), self.segments.shape[1], dtype=torch.int32)
+        for i, slot in enumerate(slots.tolist()):
+            if slot in self.rows:
+                large[i] = large_tokens(self.rows[slot][None], self.norm_limit)[0]
+        large = self.ranks.world.sum_no_grad(large)
+        self.segments[slots] = self.segments[slots].masked_fill(large > 0, -1)
 
     def _exchange(self, wanted: list[Tensor]) -> Tensor:
         """Activations [n, T, d] of the slots that this rank wants; ``wanted`` lists the slots of every rank."""

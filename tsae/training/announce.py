@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from tsae.config import LENGTH
+from tsae.config import LENGTH, TrainConfig
 from tsae.data.buffer import ActivationBuffer
+from tsae.data.harvest import ActivationBatch
+from tsae.data.norms import report_norms
 from tsae.training.assemble import Setup
 from tsae.training.memory import BUFFER, check_memory, memory_parts
 from tsae.utils.progress import console
@@ -38,6 +40,23 @@ def announce(setup: Setup, buffer: ActivationBuffer) -> None:
     else:
         data, features = setup.ranks.data.size, setup.ranks.features.size
         console.print(f"{world.size} processes: the batch in {data} shards, the dictionary in {features}.")
+
+
+def report_massive(cfg: TrainConfig, first: ActivationBatch) -> float:
+    """Print what the tokens of ``first`` with massive activations hold, and what becomes of them.
+
+    out: the norm above which ``buffer.max_norm_ratio`` leaves tokens out; with 0, that of `evaluation.massive_ratio`
+    """
+    left_out = cfg.buffer.max_norm_ratio
+    found = report_norms(*first, left_out or cfg.evaluation.massive_ratio)
+    if found.large or left_out:
+        advice = "they are left out of training" if left_out else "--buffer.max-norm-ratio leaves such tokens out"
+        console.print(
+            f"Norms of the first {found.tokens:,} tokens: {found.large:,} above {found.ratio:g} times the median, "
+            f"{found.median:.4g}, hold {found.share:.2%} of the squared norm; {advice}.",
+            soft_wrap=True,
+        )
+    return found.limit
 
 
 def print_waiting(before: float, during: float, seconds: float) -> None:

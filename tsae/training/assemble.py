@@ -22,8 +22,8 @@ from tsae.data.sequences import SequenceStream
 from tsae.data.text import Document, Part, absolute_source, open_text, split_threshold
 from tsae.errors import UserError
 from tsae.evaluation.held_out import evaluation_batches
-from tsae.lm.hooks import check_layer
 from tsae.lm.loading import LanguageModel, absolute_name, default_dtype, load_language_model
+from tsae.lm.site import check_site, site_width
 from tsae.parallel.axis import SINGLE_PROCESS, Ranks
 from tsae.parallel.buffer import DistributedActivationBuffer
 from tsae.parallel.processes import check_mesh, check_on_all_ranks, local_rank0_first, raise_on_all_ranks
@@ -47,6 +47,11 @@ class Setup:
     lm: LanguageModel
     device: torch.device
     ranks: Ranks = SINGLE_PROCESS
+
+    @property
+    def width(self) -> int:
+        """Width of the activations."""
+        return site_width(self.lm, self.job.shared.layer)
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -96,7 +101,7 @@ def prepare(job: Job) -> Setup:
     lm = local_rank0_first(
         lambda: load_language_model(common.model, device=lm_device, dtype=common.lm_dtype, revision=common.revision)
     )
-    check_layer(lm, common.layer)
+    check_site(lm, common.layer, 1 + LENGTH, predictions=common.evaluation.final)
     # Likewise text that is too short for a forward pass.
     SequenceStream(_text(common, "train"), lm.tokenizer, LENGTH).next_batch(job.forward_batch)
     if common.evaluation.final:
@@ -126,10 +131,11 @@ def resolve_lm_device(cfg: TrainConfig) -> torch.device:
 
 
 def matching_width(cfg: TrainConfig, lm: LanguageModel) -> int:
-    """The width of the model, which ``sae.d_in`` must equal if it is given."""
-    if cfg.sae.d_in not in (0, lm.d_model):
-        raise UserError(f"sae.d_in is {cfg.sae.d_in}, but {lm.name} has width {lm.d_model}; leave sae.d_in out.")
-    return lm.d_model
+    """The width of what the block puts out, which ``sae.d_in`` must equal if it is given."""
+    width = site_width(lm, cfg.layer)
+    if cfg.sae.d_in not in (0, width):
+        raise UserError(f"sae.d_in is {cfg.sae.d_in}, but {lm.name} has width {width}; leave sae.d_in out.")
+    return width
 
 
 def _text(cfg: TrainConfig, part: Part) -> Callable[[int], Iterator[Document]]:

@@ -54,7 +54,7 @@ def dry_run(job: Job) -> Estimate:
     if world_size() > 1:
         raise UserError("--dry-run estimates for one process; start it without torchrun.")
     setup = prepare(job)
-    job, cfg, d_model = setup.job, setup.job.shared, setup.lm.d_model
+    job, cfg, width = setup.job, setup.job.shared, setup.width
     cache, feed = open_cache(setup, write=False), make_feed(setup)
     buffer = make_buffer(setup, feed)
     first = list(feed(job.forward_batch))
@@ -67,10 +67,10 @@ def dry_run(job: Job) -> Estimate:
     missing = job.sequences_harvested - cached
     measured = {"harvest": (sequence, "per sequence"), "training": (step, "per step")}
     seconds = {"harvest": missing * sequence, "training": cfg.steps * step}
-    disk = {"checkpoints": checkpoint_bytes(job.runs, buffer, d_model, setup.storage_dtype)}
+    disk = {"checkpoints": checkpoint_bytes(job.runs, buffer, width, setup.storage_dtype)}
     free = {"checkpoints": _free(job.directory)}
     if cache is not None:
-        added = cache_bytes(cfg, d_model, setup.storage_dtype) * missing // job.sequences_harvested
+        added = cache_bytes(cfg, width, setup.storage_dtype) * missing // job.sequences_harvested
         disk["cache, to be added"], free["cache, to be added"] = added, _free(cache.directory)
         if cached:
             reading = _reading(cache)
@@ -90,7 +90,7 @@ def _seconds(work: Callable[[], object]) -> float:
 def _step(cfg: TrainConfig, sample: ActivationBatch, setup: Setup) -> float:
     """Seconds of a step, the median of a few."""
     device = setup.device
-    normalizer = InputNormalizer.estimate(*sample) if cfg.normalize else InputNormalizer.identity(setup.lm.d_model)
+    normalizer = InputNormalizer.estimate(*sample) if cfg.normalize else InputNormalizer.identity(setup.width)
     trainer = Trainer(cfg, normalizer, device, autocast=setup.uses_autocast(cfg))
     picks = torch.arange(cfg.batch) % len(sample.x)
     batch = ActivationBatch(sample.x[picks], sample.segments[picks])

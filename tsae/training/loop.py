@@ -22,7 +22,7 @@ from tsae.rundir.metrics_log import MetricsLog, NoLog
 from tsae.rundir.trackers import open_trackers
 from tsae.sae.normalization import InputNormalizer
 from tsae.training import checkpoint
-from tsae.training.announce import announce, print_waiting
+from tsae.training.announce import announce, print_waiting, report_massive
 from tsae.training.assemble import Setup, Stream, open_stream
 from tsae.training.job import prefix_errors
 from tsae.training.trainer import DivergedError, Trainer
@@ -127,8 +127,12 @@ class TrainingLoop:
             if empty and self.ranks.is_rank0:
                 start_runs(self.job.runs, directory)  # so that there is something to resume
             raise Interrupted(stop.number, _advice(0, directory if resume or empty else None)) from None
+        limit = broadcast_from_rank0(lambda: report_massive(self.job.shared, first))
+        if self.job.shared.buffer.max_norm_ratio:
+            self.stream.buffer.exclude_above(limit)
+            first = self.stream.buffer.first(self.job.shared.buffer.estimate_sequences)
         estimated = broadcast_from_rank0(lambda: InputNormalizer.estimate(*first))
-        identity = InputNormalizer.identity(self.setup.lm.d_model)
+        identity = InputNormalizer.identity(self.setup.width)
         for name, cfg in self.job.runs.items():
             self.trainers[name] = self._new_trainer(name, estimated if cfg.normalize else identity)
         if not resume and self.ranks.is_rank0:

@@ -11,6 +11,7 @@ from tsae.data.buffer import ActivationBuffer
 from tsae.data.cache import SHARD_BYTES, sequence_bytes
 from tsae.errors import UserError
 from tsae.lm.loading import LanguageModel
+from tsae.lm.site import site_width
 from tsae_kernels.sparse import sparse_products_available
 
 MODEL, BUFFER, AHEAD, SAE, STEP, CACHE = (
@@ -39,17 +40,18 @@ def memory_parts(
     device: of the autoencoders
     """
     cfg = next(iter(cfgs.values()))
+    width = site_width(lm, cfg.layer)
     dense = device.type != "cpu" or not sparse_products_available()
     parts = {
         MODEL: sum(tensor.nbytes for tensor in (*lm.model.parameters(), *lm.model.buffers())),
-        BUFFER: buffer.memory(LENGTH, lm.d_model, storage),
+        BUFFER: buffer.memory(LENGTH, width, storage),
         SAE: sum(sae_bytes(each.sae) for each in cfgs.values()),
         STEP: max(step_bytes(each, autocast=autocast, dense=dense) for each in cfgs.values()),
     }
     if ahead := cfg.buffer.prefetched(_sequences(cfg), gpu=lm.device.type == "cuda"):
-        parts[AHEAD] = ahead * sequence_bytes(LENGTH, lm.d_model, storage)
+        parts[AHEAD] = ahead * sequence_bytes(LENGTH, width, storage)
     if cfg.cache is not None:  # the groups of a shard, and their copy in file order
-        parts[CACHE] = 2 * min(SHARD_BYTES, cache_bytes(cfg, lm.d_model, storage))
+        parts[CACHE] = 2 * min(SHARD_BYTES, cache_bytes(cfg, width, storage))
     return parts
 
 
@@ -106,14 +108,14 @@ def step_bytes(cfg: TrainConfig, *, autocast: bool, dense: bool = False) -> int:
     return tokens * 6 * 4 * cfg.sae.d_in + max(peaks)
 
 
-def cache_bytes(cfg: TrainConfig, d_model: int, storage: torch.dtype) -> int:
+def cache_bytes(cfg: TrainConfig, width: int, storage: torch.dtype) -> int:
     """Bytes of the activation cache that a run fills, without the headers of shards."""
     sequences = _sequences(cfg)
     group = min(cfg.buffer.harvest_batch, sequences)
-    return -(-sequences // group) * group * sequence_bytes(LENGTH, d_model, storage)
+    return -(-sequences // group) * group * sequence_bytes(LENGTH, width, storage)
 
 
-def checkpoint_bytes(cfgs: dict[str, TrainConfig], buffer: ActivationBuffer, d_model: int, storage: torch.dtype) -> int:
+def checkpoint_bytes(cfgs: dict[str, TrainConfig], buffer: ActivationBuffer, width: int, storage: torch.dtype) -> int:
     """Peak bytes of the checkpoints, reached while a new one is written beside those that are kept.
 
     Each holds the weights, Adam's moments and the buffer. Checkpoints share one buffer file if it never refills.
@@ -122,7 +124,7 @@ def checkpoint_bytes(cfgs: dict[str, TrainConfig], buffer: ActivationBuffer, d_m
     state = sum(4 * (3 * sae_parameters(each.sae) + 5 * each.sae.d_sae) for each in cfgs.values())
     checkpoints = cfg.checkpoint.keep + 1
     buffers = 1 if buffer.capacity >= _sequences(cfg) else checkpoints
-    return checkpoints * state + buffers * buffer.memory(LENGTH, d_model, storage)
+    return checkpoints * state + buffers * buffer.memory(LENGTH, width, storage)
 
 
 def _sequences(cfg: TrainConfig) -> int:
