@@ -16,7 +16,6 @@ from tsae.data import python_docs
 from tsae.data.documents import PASSAGE_CHARACTERS, Document, cut, shuffle
 from tsae.data.split import Split, decide_split
 from tsae.data.text import TextConfig, open_text
-from tsae.data.text_files import choose_column
 from tsae.errors import UserError
 
 
@@ -164,13 +163,8 @@ class TestFiles:
         (tmp_path / "three.txt.gz").write_bytes(gzip.compress(b"three"))
         (tmp_path / "four.jsonl.gz").write_bytes(gzip.compress(b'{"text": "four"}\n'))
         (tmp_path / "six.txt.zst").write_bytes(zstd(b"six"))
-        pq.write_table(pa.table({"n": [1, 2, 3], "body": ["five", None, ""]}), tmp_path / "deep/five.parquet")
+        pq.write_table(pa.table({"n": [1, 2, 3], "text": ["five", None, ""]}), tmp_path / "deep/five.parquet")
         assert sorted(chain(*both(tmp_path))) == ["five", "four", "one", "six", "three", "two"]
-
-    def test_bytes_that_are_not_utf8_are_replaced(self, tmp_path: Path) -> None:
-        path = tmp_path / "x.txt"
-        path.write_bytes(b"\xef\xbb\xbfcaf\xe9 au lait")
-        assert read(path) == ["caf\ufffd au lait"]
 
     def test_surrogates_spelled_in_json_can_be_encoded(self, tmp_path: Path) -> None:
         path = tmp_path / "x.jsonl"
@@ -203,24 +197,6 @@ class TestFiles:
             read(path)
         with pytest.raises(UserError, match=r"'content'.*title, body"):
             read(path, column="content")
-
-
-@pytest.mark.parametrize(
-    ("columns", "requested", "chosen"),
-    [
-        ({"text": True, "title": True}, None, "text"),
-        ({"n": False, "body": True}, None, "body"),
-        ({"text": False, "body": True}, None, "body"),
-        ({"text": True, "title": True}, "title", "title"),
-    ],
-)
-def test_choose_column(columns: dict[str, bool], requested: str | None, chosen: str) -> None:
-    assert choose_column(columns, requested, "x") == chosen
-
-
-def test_choose_column_that_holds_no_text() -> None:
-    with pytest.raises(UserError, match="does not hold text"):
-        choose_column({"n": False, "body": True}, "n", "x")
 
 
 class TestErrors:

@@ -13,8 +13,8 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from tsae.config import LENGTH, TrainConfig
+from tsae.data.folders import find_files
 from tsae.data.text import PYTHON_DOCS
-from tsae.data.text_files import find_files
 from tsae.lm.loading import LanguageModel
 
 _SAMPLES = 64  # values hashed per weight
