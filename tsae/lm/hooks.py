@@ -24,6 +24,18 @@ def check_layer(lm: LanguageModel, layer: int) -> None:
         raise UserError(f"layer {layer} does not exist: {lm.name} has {lm.n_layers} layers, 0 to {lm.n_layers - 1}")
 
 
+def check_tokens(lm: LanguageModel, tokens: Tensor) -> None:
+    """Raise UserError unless every id has a row in the model's embedding."""
+    rows = lm.embedding_rows
+    if rows is not None and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < rows:
+        number = int(tokens.max()) if tokens.max() >= rows else int(tokens.min())
+        token = lm.tokenizer.convert_ids_to_tokens(number) if number >= 0 else None
+        raise UserError(
+            f"the token {token!r} has id {number}, but the embedding of {lm.name} has {rows} rows: use the tokenizer "
+            "that belongs to the model"
+        )
+
+
 def activations(lm: LanguageModel, tokens: Tensor, layer: int) -> Tensor:
     """The residual stream after block `layer` (SAELens's `blocks.{layer}.hook_resid_post`).
 
@@ -33,9 +45,10 @@ def activations(lm: LanguageModel, tokens: Tensor, layer: int) -> Tensor:
     tokens: [N, P + T] int64, moved to the model's device if necessary.
     layer: blocks counted from 0.
     out: [N, P + T, d_model] in the model's dtype, on its device, detached.
-    Raises UserError if the layer does not exist.
+    Raises UserError if the layer does not exist, or a token's id has no row in the embedding.
     """
     check_layer(lm, layer)
+    check_tokens(lm, tokens)
 
     def stop(module: nn.Module, inputs: Any, output: Any) -> None:
         raise _Reached(_hidden(output))
@@ -59,9 +72,11 @@ def logits_with(
     replace: the block's output [N, P + T, d_model] -> its replacement of the same shape, which is cast to the
         model's dtype. None leaves the output unchanged.
     out: [N, P + T, vocabulary] in the model's dtype, on its device; large for large vocabularies.
-    Raises UserError if the layer does not exist, ValueError if `replace` changes the shape.
+    Raises UserError if the layer does not exist or a token's id has no row in the embedding, ValueError if `replace`
+    changes the shape.
     """
     check_layer(lm, layer)
+    check_tokens(lm, tokens)
 
     def substitute(module: nn.Module, inputs: Any, output: Any) -> Any:
         if replace is None:
