@@ -55,7 +55,7 @@ def _columns(rows: Any, wanted: str) -> dict[str, Kind]:
         return sample(rows, wanted)
     columns = {field.name: kind_of_arrow(field.type) for field in rows.features.arrow_schema}
     strings = [name for name, kind in columns.items() if kind == Kind.TEXT]
-    if wanted not in columns and len(strings) == 1:  # perhaps an id or a file name
+    if wanted not in columns and strings:  # perhaps ids or blank
         columns |= sample(islice(rows.select_columns(strings), _GUESSED_ON), wanted)
     return columns
 

@@ -140,7 +140,7 @@ def _columns_of(path: Path, size: int, modified: int, wanted: str) -> dict[str, 
     with _open_parquet(path) as file:
         columns = {field.name: kind_of_arrow(field.type) for field in file.schema_arrow}
     strings = [name for name, kind in columns.items() if kind == Kind.TEXT]
-    if wanted not in columns and len(strings) == 1:  # perhaps an id or a file name
+    if wanted not in columns and strings:  # perhaps ids or blank
         columns |= sample((row for _, row in _parquet_rows(path, strings)), wanted)
     return columns
 
