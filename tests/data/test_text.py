@@ -207,6 +207,10 @@ class TestErrors:
         with pytest.raises(UserError, match="no such file or folder"):
             read(source)
 
+    def test_name_that_no_file_can_have(self) -> None:
+        with pytest.raises(UserError, match=r"cannot read 'aaa.*': File name too long"):
+            read("a" * 300 + ".txt")
+
     def test_hub_without_network_fails_at_once(self) -> None:
         start = time.perf_counter()
         with pytest.raises(UserError, match="hub") as info:
@@ -290,6 +294,16 @@ class TestPythonDocs:
         documentation = {name for name in epochs[0] if "(documentation)" in name}
         assert epochs[0] & epochs[1] == documentation
         assert epochs[3] == epochs[0]
+
+    def test_encodings(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+        (tmp_path / "declared.py").write_bytes(b"# coding: latin-1\nx = 'caf\xe9'\n")
+        (tmp_path / "marked.py").write_bytes(b"\xef\xbb\xbfx = 3\r\n")
+        (tmp_path / "wrong.py").write_bytes(b"x = 'caf\xe9'\n")
+        (tmp_path / "gone.py").symlink_to("nowhere.py")
+        monkeypatch.setattr(python_docs.sysconfig, "get_path", lambda name: str(tmp_path))
+        found = {unit.name: unit.text for unit in python_docs.units.__wrapped__() if unit.is_module}
+        assert found == {"declared.py": "# coding: latin-1\nx = 'café'\n", "marked.py": "x = 3\n"}
+        assert ["wrong.py" in caplog.messages[1], "gone.py" in caplog.messages[0]] == [True, True]
 
     def test_left_out(self) -> None:
         parts = {part for unit in python_docs.units() for part in unit.name.split("/")}

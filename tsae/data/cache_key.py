@@ -36,6 +36,7 @@ def cache_key(cfg: TrainConfig, lm: LanguageModel, storage: torch.dtype, group: 
         "d_model": lm.d_model,
         "lm_dtype": str(lm.dtype).removeprefix("torch."),
         "tokenizer": _fingerprint_tokenizer(lm.tokenizer),
+        "special_tokens_in_text": "plain text",  # caches without this entry have their ids
         "data": cfg.data,
         "data_files": _fingerprint_text(cfg.data),
         **{f"text.{name}": getattr(cfg.text, name) for name in ("column", "split", "subset", "shuffle_buffer")},

@@ -112,7 +112,10 @@ def absolute_source(source: str) -> str:
 
 
 def _is_local(source: str) -> bool:
-    return source == PYTHON_DOCS or bool(source and Path(source).expanduser().exists())
+    try:
+        return source == PYTHON_DOCS or bool(source and Path(source).expanduser().exists())
+    except OSError as error:  # a folder on the way that may not be entered, a name that is too long
+        raise UserError(f"cannot read {source!r}: {error.strerror or error}") from error
 
 
 def _is_hub_id(source: str) -> bool:
