@@ -271,7 +271,7 @@ class TextConfig:
     """How to read a text source."""
 
     column: str | None = None
-    """Text column of jsonl, parquet and hub data; default "text", or the only column of strings."""
+    """Text column of jsonl, parquet and hub data; default "text", or the only column of strings if it holds prose."""
     split: str = "train"
     """Split of a hub dataset; training and evaluation text are both taken from it."""
     subset: str | None = None

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +17,9 @@ from tiny import sample_text
 
 from tsae.data.buffer import ActivationBuffer
 from tsae.data.documents import Document
+from tsae.data.feed import ActivationFeed
 from tsae.data.harvest import ActivationBatch, Harvester
+from tsae.data.prefetching import PrefetchingFeed
 from tsae.data.sequences import SequenceStream, TokenBatch
 from tsae.lm.loading import load_language_model
 
@@ -141,3 +147,42 @@ def test_memory_is_as_stated_plus_one_harvest_batch(tiny_neox: Path) -> None:
     peak = allocated(draw)
     assert stated <= peak <= stated + 1.1 * one_batch + 8 * 128 * 32 * 4
     assert one_batch < stated / 3  # otherwise the bound would be loose
+
+
+class NoModel(Harvester):
+    """A harvester whose activations are zeros."""
+
+    def __init__(self, stream: SequenceStream) -> None:
+        self.stream, self.batch = stream, 4
+
+    def batches(self, tokens: TokenBatch) -> Iterator[ActivationBatch]:
+        yield ActivationBatch(torch.zeros(*tokens.segments.shape, D), tokens.segments)
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_memory_does_not_grow_over_10_000_steps(tokenizer: Any, prefetch: bool) -> None:
+    """Tokenizing, feed, prefetching and buffer; documents of many lengths, over several epochs."""
+
+    def documents(epoch: int) -> Iterator[Document]:
+        return (Document(f"{epoch}.{i}", sample_text(1 + 37 * i % 60, seed=i)) for i in range(2000))
+
+    steps, batch, reuse = 10_000, 8, 4
+    stream = SequenceStream(documents, tokenizer, 16)
+    feed: Any = ActivationFeed(NoModel(stream))
+    in_use = []
+    with ExitStack() as stack:
+        if prefetch:
+            feed = stack.enter_context(PrefetchingFeed(feed, 32, steps * batch // reuse))
+        buffer = ActivationBuffer(feed, 64, reuse, steps * batch, torch.Generator().manual_seed(0))
+        tracemalloc.start()
+        stack.callback(tracemalloc.stop)
+        for step in range(steps):
+            buffer.next_batch(batch)
+            if step % 1000 == 999:
+                gc.collect()
+                in_use.append(tracemalloc.get_traced_memory()[0])
+    assert buffer.refills > 400
+    assert stream.epoch >= 2
+    # The documents of the tokenizer's present call, of at most 64 x 60 words, come and go.
+    assert min(in_use[5:]) < min(in_use[:5]) + 50_000
+    assert max(in_use) < 1_500_000

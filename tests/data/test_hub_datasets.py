@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,13 @@ from tsae.data.text import TextConfig, open_text
 from tsae.errors import UserError
 
 ROWS = [{"id": i, "text": f"document {i}" if i % 10 else "", "title": f"title {i}"} for i in range(400)]
+PROSE = [f"the river ran under bridge {i}" for i in range(20)]
+OTHER_ROWS: dict[str, list[dict[str, Any]]] = {
+    "null": [{"text": None, "url": "u v"}, *({"text": text, "url": "u v"} for text in PROSE)],
+    "guess": [{"body": text, "n": 3} for text in PROSE],
+    "ids": [{"id": f"doc-{i}", "n": 3} for i in range(20)],
+    "chat": [{"id": f"chat {i}", "messages": [{"role": "user", "content": text}]} for i, text in enumerate(PROSE)],
+}
 
 
 @pytest.fixture
@@ -24,6 +33,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def load_dataset(path: str, **options: Any) -> Any:
         calls.append({"path": path, **options})
+        for name, other in OTHER_ROWS.items():
+            if name in path:
+                rows = datasets.Dataset.from_list(other).to_iterable_dataset()
+                return rows.map(lambda row: row) if "untyped" in path else rows
         if "broken" in path:
             raise RuntimeError("first line\nsecond line")
         rows = datasets.Dataset.from_list([] if "empty" in path else ROWS).to_iterable_dataset(num_shards=4)
@@ -100,3 +113,53 @@ def test_part_without_text(asked: list[dict[str, Any]]) -> None:
         read("someone/some", "evaluation", evaluation_share=0)
     with pytest.raises(UserError):
         read("some/empty")
+
+
+def read_all(source: str, **config: Any) -> list[str]:
+    return sorted(read(source, evaluation_share=0, **config))
+
+
+@pytest.mark.parametrize("typed", ["typed", "untyped"])
+class TestColumns:
+    def test_null_in_the_first_row_says_nothing(self, asked: list[dict[str, Any]], typed: str) -> None:
+        assert read_all(f"null/{typed}") == read_all(f"null/{typed}", column="text") == sorted(PROSE)
+
+    def test_a_guess_is_said(self, asked: list[dict[str, Any]], typed: str, caplog: pytest.LogCaptureFixture) -> None:
+        with caplog.at_level(logging.WARNING):
+            assert read_all(f"guess/{typed}", shuffle_buffer=3 + len(typed)) == sorted(PROSE)
+        assert f"reading the column 'body' of the dataset 'guess/{typed}'" in caplog.text
+
+    def test_ids_are_not_text(self, asked: list[dict[str, Any]], typed: str) -> None:
+        with pytest.raises(UserError, match=r"cannot tell which column .* one of id, n"):
+            read_all(f"ids/{typed}")
+
+    @pytest.mark.parametrize("column", [None, "messages"])
+    def test_chats(self, asked: list[dict[str, Any]], typed: str, column: str | None) -> None:
+        with pytest.raises(UserError, match=r"'messages' of the dataset .* holds chats"):
+            read_all(f"chat/{typed}", column=column)
+
+
+@pytest.mark.parametrize(
+    ("later", "message"),
+    [
+        ({"text": 3}, "row 1 of the dataset 'x': the column 'text' does not hold text"),
+        ({"other": "a"}, None),
+        (RuntimeError("first line\nsecond line"), "cannot read on in the dataset 'x': first line$"),
+    ],
+)
+def test_later_rows_of_untyped_data(monkeypatch: pytest.MonkeyPatch, later: Any, message: str | None) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def rows() -> Iterator[dict[str, Any]]:
+        yield {"text": "a river"}
+        if isinstance(later, Exception):
+            raise later
+        yield later
+
+    monkeypatch.setattr(hub_datasets, "hub_is_reachable", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.IterableDataset.from_generator(rows))
+    if message is None:
+        assert read_all("x", shuffle_buffer=1) == ["a river"]
+        return
+    with pytest.raises(UserError, match=message):
+        read_all("x", shuffle_buffer=1)

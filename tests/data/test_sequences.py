@@ -15,6 +15,7 @@ from transformers import AddedToken
 from tsae.data.documents import Document
 from tsae.data.sequences import SequenceStream, TokenBatch
 from tsae.errors import UserError
+from tsae.lm.tokenizer import padding_token, prefix_token
 
 T = 16
 
@@ -68,24 +69,51 @@ def test_tokens_and_segments_against_plain_packing(tokenizer: Any) -> None:
     assert stream.tokens_read == rows * T
 
 
-def test_special_tokens_in_the_text_are_excluded(tokenizer: Any) -> None:
-    text = "ba<bos>be bi<eos>bo" + " du" * 30
-    batch = SequenceStream(fixed(text), tokenizer, T, repeat=False).next_batch(1)
-    special = torch.isin(batch.tokens[:, 1:], torch.tensor(tokenizer.all_special_ids))
-    assert special.sum() == 2
-    assert torch.equal(batch.segments == -1, special)
+def test_special_tokens_spelled_in_the_text_are_text(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """No BOS, EOS or padding in the middle of a sequence because a document writes "<bos>"."""
+    text = "ba<bos>be bi<eos>bo<pad>" + " du" * 60
+    with caplog.at_level(logging.WARNING):
+        batch = SequenceStream(fixed(text), tokenizer, 48, repeat=False).next_batch(1)
+    assert not torch.isin(batch.tokens[:, 1:], torch.tensor(tokenizer.all_special_ids)).any()
+    assert (batch.segments == 0).all()
+    assert tokenizer.decode(batch.tokens[0, 1:]) == text[: len(tokenizer.decode(batch.tokens[0, 1:]))]
+    assert [f"spells the special token '<{name}>'" in caplog.text for name in ("bos", "eos", "pad")] == [True] * 3
+    # The tokenizer itself still reads them, as for a chat template.
+    assert tokenizer.bos_token_id in tokenizer(text)["input_ids"]
 
 
-def test_special_tokens_without_a_role_are_excluded() -> None:
+def test_special_tokens_without_a_role_are_text() -> None:
     """Gemma's <start_of_turn> and <unused5>, for example, are marked special but not in `all_special_ids`."""
     tokenizer = make_tokenizer()
     tokenizer.add_tokens([AddedToken("<turn>", special=True), AddedToken("<word>", special=False)])
     turn, word = tokenizer.convert_tokens_to_ids(["<turn>", "<word>"])
     assert turn not in tokenizer.all_special_ids
-    batch = SequenceStream(fixed("ba<turn>be<word>bo<turn>" + " du" * 30), tokenizer, T, repeat=False).next_batch(1)
-    assert (batch.tokens[:, 1:] == turn).sum() == 2
+    batch = SequenceStream(fixed("ba<turn>be<word>bo<turn>" + " du" * 60), tokenizer, 48, repeat=False).next_batch(1)
+    assert (batch.tokens[:, 1:] == turn).sum() == 0
     assert (batch.tokens[:, 1:] == word).sum() == 1
-    assert torch.equal(batch.segments == -1, batch.tokens[:, 1:] == turn)
+    assert (batch.segments == 0).all()
+
+
+def test_bos_of_id_0_is_a_prefix() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token, tokenizer.pad_token = "<pad>", None
+    assert tokenizer.bos_token_id == prefix_token(tokenizer) == padding_token(tokenizer) == 0
+    batch = SequenceStream(documents, tokenizer, T).next_batch(2)
+    assert batch.tokens.shape == (2, T + 1)
+    assert (batch.tokens[:, 0] == 0).all()
+
+
+@pytest.mark.parametrize("options", [{"padding_side": "left"}, {"add_bos_token": False}, {"add_bos_token": True}])
+def test_options_of_the_tokenizer_change_nothing(tokenizer: Any, options: dict[str, Any]) -> None:
+    """BOS stands first once, whether or not the tokenizer adds its own; the last row is padded on its right."""
+    other = make_tokenizer()
+    for name, value in options.items():
+        setattr(other, name, value)
+    text = fixed(" du" * (T + T // 2))
+    batch, expected = (SequenceStream(text, t, T, repeat=False).next_batch(4) for t in (other, tokenizer))
+    assert batch.equals(expected)
+    assert batch.tokens[1, 0] == tokenizer.bos_token_id
+    assert batch.segments[1].tolist() == [0] * (T // 2) + [-1] * (T // 2)
 
 
 def test_eos_is_the_prefix_without_bos() -> None:

@@ -16,7 +16,6 @@ from tsae.data import python_docs
 from tsae.data.documents import PASSAGE_CHARACTERS, Document, cut, shuffle
 from tsae.data.split import Split, decide_split
 from tsae.data.text import TextConfig, open_text
-from tsae.data.text_files import choose_column
 from tsae.errors import UserError
 
 
@@ -164,13 +163,8 @@ class TestFiles:
         (tmp_path / "three.txt.gz").write_bytes(gzip.compress(b"three"))
         (tmp_path / "four.jsonl.gz").write_bytes(gzip.compress(b'{"text": "four"}\n'))
         (tmp_path / "six.txt.zst").write_bytes(zstd(b"six"))
-        pq.write_table(pa.table({"n": [1, 2, 3], "body": ["five", None, ""]}), tmp_path / "deep/five.parquet")
+        pq.write_table(pa.table({"n": [1, 2, 3], "text": ["five", None, ""]}), tmp_path / "deep/five.parquet")
         assert sorted(chain(*both(tmp_path))) == ["five", "four", "one", "six", "three", "two"]
-
-    def test_bytes_that_are_not_utf8_are_replaced(self, tmp_path: Path) -> None:
-        path = tmp_path / "x.txt"
-        path.write_bytes(b"\xef\xbb\xbfcaf\xe9 au lait")
-        assert read(path) == ["caf\ufffd au lait"]
 
     def test_surrogates_spelled_in_json_can_be_encoded(self, tmp_path: Path) -> None:
         path = tmp_path / "x.jsonl"
@@ -205,24 +199,6 @@ class TestFiles:
             read(path, column="content")
 
 
-@pytest.mark.parametrize(
-    ("columns", "requested", "chosen"),
-    [
-        ({"text": True, "title": True}, None, "text"),
-        ({"n": False, "body": True}, None, "body"),
-        ({"text": False, "body": True}, None, "body"),
-        ({"text": True, "title": True}, "title", "title"),
-    ],
-)
-def test_choose_column(columns: dict[str, bool], requested: str | None, chosen: str) -> None:
-    assert choose_column(columns, requested, "x") == chosen
-
-
-def test_choose_column_that_holds_no_text() -> None:
-    with pytest.raises(UserError, match="does not hold text"):
-        choose_column({"n": False, "body": True}, "n", "x")
-
-
 class TestErrors:
     @pytest.mark.parametrize(
         "source", ["./nowhere", "/nowhere", "~/nowhere.d/x", "missing.txt", "a/b.jsonl", "a/b/c", ""]
@@ -230,6 +206,10 @@ class TestErrors:
     def test_path_that_does_not_exist(self, source: str) -> None:
         with pytest.raises(UserError, match="no such file or folder"):
             read(source)
+
+    def test_name_that_no_file_can_have(self) -> None:
+        with pytest.raises(UserError, match=r"cannot read 'aaa.*': File name too long"):
+            read("a" * 300 + ".txt")
 
     def test_hub_without_network_fails_at_once(self) -> None:
         start = time.perf_counter()
@@ -314,6 +294,16 @@ class TestPythonDocs:
         documentation = {name for name in epochs[0] if "(documentation)" in name}
         assert epochs[0] & epochs[1] == documentation
         assert epochs[3] == epochs[0]
+
+    def test_encodings(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+        (tmp_path / "declared.py").write_bytes(b"# coding: latin-1\nx = 'caf\xe9'\n")
+        (tmp_path / "marked.py").write_bytes(b"\xef\xbb\xbfx = 3\r\n")
+        (tmp_path / "wrong.py").write_bytes(b"x = 'caf\xe9'\n")
+        (tmp_path / "gone.py").symlink_to("nowhere.py")
+        monkeypatch.setattr(python_docs.sysconfig, "get_path", lambda name: str(tmp_path))
+        found = {unit.name: unit.text for unit in python_docs.units.__wrapped__() if unit.is_module}
+        assert found == {"declared.py": "# coding: latin-1\nx = 'café'\n", "marked.py": "x = 3\n"}
+        assert ["wrong.py" in caplog.messages[1], "gone.py" in caplog.messages[0]] == [True, True]
 
     def test_left_out(self) -> None:
         parts = {part for unit in python_docs.units() for part in unit.name.split("/")}

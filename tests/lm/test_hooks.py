@@ -148,9 +148,18 @@ def test_hooks_are_removed(lm: LanguageModel, tokens: torch.Tensor) -> None:
     logits_with(lm, tokens, 1, lambda x: 0 * x)
     with pytest.raises(ZeroDivisionError):
         logits_with(lm, tokens, 1, fail)
-    with pytest.raises(IndexError):
-        activations(lm, tokens + 10_000, 1)
+    with pytest.raises(RuntimeError):
+        activations(lm, tokens.float(), 1)
     assert hook_count(lm) == before
+
+
+@pytest.mark.parametrize("number", [-1, 400, 10_000])
+def test_an_id_without_a_row_in_the_embedding_is_named(lm: LanguageModel, tokens: torch.Tensor, number: int) -> None:
+    tokens = tokens.clone()
+    tokens[1, 3] = number
+    for use in (activations, logits_with):
+        with pytest.raises(UserError, match=f"has id {number}, but the embedding of .* has 400 rows"):
+            use(lm, tokens, 1)
 
 
 class TupleBlock(torch.nn.Module):

@@ -51,7 +51,7 @@ def test_the_document_of_every_token(bos, sequences):
     flat = [
         (i, token)
         for i, document in enumerate(documents)
-        for token in tokenizer(document.text, add_special_tokens=False)["input_ids"]
+        for token in tokenizer(document.text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     ]
     width = LENGTH + (not bos)  # without BOS the first token of a row of content is its prefix
     for n, (mine, tokens) in enumerate(zip(owner, batch.tokens, strict=True)):

@@ -284,6 +284,22 @@ def test_normalizer_is_accurate_for_a_mean_a_thousand_times_the_spread() -> None
     assert float(out.square().sum(-1).mean()) == pytest.approx(D_IN, rel=1e-4)
 
 
+def test_normalizer_weighs_tokens_equally_however_many_a_row_has() -> None:
+    """The last rows of a text have few content tokens; here every row is about another thing."""
+    x = torch.randn(5, T, D_IN) + 100.0 * torch.arange(5.0)[:, None, None]
+    segments = torch.zeros(5, T, dtype=torch.int32)
+    segments[1, 1:] = segments[3, 2:] = segments[4] = -1
+    kept = x[segments >= 0].double()
+    assert (kept.mean(0) - x.double().mean((0, 1))).abs().min() > 20
+    normalizer = InputNormalizer.estimate(x, segments)
+    torch.testing.assert_close(normalizer.mean.double(), kept.mean(0), rtol=1e-6, atol=0)
+    assert normalizer.scale == pytest.approx(float((kept - kept.mean(0)).square().mean().sqrt()), rel=1e-6)
+    parts = [
+        InputNormalizer.estimate(x[order], segments[order]) for order in (torch.arange(4, -1, -1), torch.arange(4))
+    ]
+    assert [part.scale for part in parts] == pytest.approx([normalizer.scale] * 2, rel=1e-6)
+
+
 def test_normalizer_refuses_constant_activations() -> None:
     with pytest.raises(UserError, match="must vary"):
         InputNormalizer.estimate(torch.ones(2, 3, 4))

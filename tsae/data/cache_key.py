@@ -13,8 +13,8 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from tsae.config import LENGTH, TrainConfig
+from tsae.data.folders import find_files
 from tsae.data.text import PYTHON_DOCS
-from tsae.data.text_files import find_files
 from tsae.lm.loading import LanguageModel
 from tsae.lm.site import site_width
 
@@ -37,6 +37,7 @@ def cache_key(cfg: TrainConfig, lm: LanguageModel, storage: torch.dtype, group: 
         "d_model": site_width(lm, cfg.layer),
         "lm_dtype": str(lm.dtype).removeprefix("torch."),
         "tokenizer": _fingerprint_tokenizer(lm.tokenizer),
+        "special_tokens_in_text": "plain text",  # caches without this entry have their ids
         "data": cfg.data,
         "data_files": _fingerprint_text(cfg.data),
         **{f"text.{name}": getattr(cfg.text, name) for name in ("column", "split", "subset", "shuffle_buffer")},

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import islice
 from typing import Any
 
 from tsae.config import TextConfig
+from tsae.data.columns import TEXT, Kind, choose_column, guess, kind_of_arrow, sample
 from tsae.data.documents import Document
-from tsae.data.text_files import choose_column
 from tsae.errors import UserError, reason
 from tsae.utils.hub import hub_is_reachable
+from tsae.utils.notices import warn_once
+
+log = logging.getLogger(__name__)
+
+_GUESSED_ON = 100  # rows
 
 
 def read_hub(source: str, config: TextConfig, *, seed: int, epoch: int) -> Iterator[Document]:
@@ -27,24 +35,47 @@ def read_hub(source: str, config: TextConfig, *, seed: int, epoch: int) -> Itera
 
     try:
         rows = datasets.load_dataset(source, name=config.subset, split=config.split, streaming=True)
-        if rows.features is None:
-            first = next(iter(rows), {})
-            columns = {name: isinstance(value, str) for name, value in first.items()}
-        else:
-            columns = {n: getattr(f, "dtype", "") in ("string", "large_string") for n, f in rows.features.items()}
+        columns = _columns(rows, config.column or TEXT)
     except Exception as error:  # `datasets` passes on whatever its readers and HTTP client raise
         raise UserError(
             f"cannot open the dataset {source!r} (subset {config.subset!r}, split {config.split!r}): {reason(error)}"
         ) from error
     name = choose_column(columns, config.column, f"the dataset {source!r}")
-    rows = rows.select_columns([name]).shuffle(seed=seed, buffer_size=config.shuffle_buffer)
+    if name not in (config.column, TEXT):
+        warn_once(log, guess(name, f"the dataset {source!r}"))
+    rows = rows.map(partial(_only, name)) if rows.features is None else rows.select_columns([name])
+    rows = rows.shuffle(seed=seed, buffer_size=config.shuffle_buffer)
     rows.set_epoch(epoch)
     return _documents(rows, name, source)
 
 
+def _columns(rows: Any, wanted: str) -> dict[str, Kind]:
+    """The kinds of a dataset's columns: from their types, and from the first rows if there is none called `wanted`."""
+    if rows.features is None:
+        return sample(rows, wanted)
+    columns = {field.name: kind_of_arrow(field.type) for field in rows.features.arrow_schema}
+    strings = [name for name, kind in columns.items() if kind == Kind.TEXT]
+    if wanted not in columns and strings:  # perhaps ids or blank
+        columns |= sample(islice(rows.select_columns(strings), _GUESSED_ON), wanted)
+    return columns
+
+
+def _only(column: str, row: dict[str, Any]) -> dict[str, Any]:
+    """The row without other columns; rows of a dataset without known columns may lack this one."""
+    return dict.fromkeys(row) | {column: row.get(column)}
+
+
 def _documents(rows: Iterable[dict[str, Any]], column: str, source: str) -> Iterator[Document]:
-    try:
-        for i, row in enumerate(rows):
-            yield Document(f"{source}#{i}", row[column] or "")
-    except (OSError, EOFError) as error:  # a lost connection or a truncated compressed file
-        raise UserError(f"cannot read on in the dataset {source!r}: {reason(error)}") from error
+    """The rows as documents; an error of `datasets` on the way as UserError."""
+    remaining = enumerate(rows)
+    while True:
+        try:
+            number, row = next(remaining)
+        except StopIteration:
+            return
+        except Exception as error:  # a lost connection, a truncated file, rows of another type, ...
+            raise UserError(f"cannot read on in the dataset {source!r}: {reason(error)}") from error
+        text = row.get(column)
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"row {number} of the dataset {source!r}: the column {column!r} does not hold text")
+        yield Document(f"{source}#{number}", (text or "").encode("utf-8", "replace").decode("utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import logging
 import os
 import random
 import sysconfig
@@ -10,10 +11,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from importlib.util import decode_source
 from pathlib import Path
 
 from tsae.data.documents import Document, cut, shuffle
-from tsae.errors import UserError
+from tsae.errors import UserError, reason
+from tsae.utils.notices import warn_once
+
+log = logging.getLogger(__name__)
 
 _EXCLUDED = {
     *("site-packages", "dist-packages", "__pycache__"),
@@ -45,7 +50,11 @@ def units() -> tuple[Unit, ...]:
         for name in sorted(names):
             if name.endswith(".py") and not name.startswith("_sysconfigdata"):
                 path = Path(folder, name)
-                text = path.read_text(encoding="utf-8", errors="replace")
+                try:
+                    text = decode_source(path.read_bytes())  # in the encoding that it declares
+                except (OSError, SyntaxError, UnicodeDecodeError) as error:
+                    warn_once(log, f"ignored {str(path)!r}, because it cannot be read: {reason(error)}")
+                    continue
                 found.append(Unit(path.relative_to(root).as_posix(), text, is_module=True))
     try:
         from pydoc_data.topics import topics

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tsae.data.documents import Document
+from tsae.data.folders import TXT, find_files, has_suffix
 from tsae.data.text import PYTHON_DOCS
-from tsae.data.text_files import find_files, read_files
+from tsae.data.text_files import TextFiles, read_files
 
 _HEADING = re.compile(r"^[ \t]*= (?!=)(\S.*?) =[ \t]*$", re.MULTILINE)  # a title, not its subheadings `= = ... = =`
-_TXT = (".txt", ".txt.gz", ".txt.zst")
 
 
 class Section(NamedTuple):
@@ -37,7 +37,7 @@ def sections(source: str, documents: Iterable[Document]) -> dict[str, Section]:
     if source == PYTHON_DOCS:
         found = {name: _in_module(name) for name in names}
     elif Path(source).expanduser().exists():
-        paths = [path for path in find_files(Path(source).expanduser()) if path.name.endswith(_TXT)]
+        paths = [path for path in find_files(Path(source).expanduser()) if has_suffix(path, TXT)]
         found = _in_files(paths, names)
     else:
         found = {}
@@ -54,7 +54,7 @@ def _in_files(paths: list[Path], names: set[str]) -> dict[str, Section]:
     found = {}
     for path in paths:
         title = str(path) if len(paths) > 1 else None
-        for place, passage in enumerate(read_files([path], None)):
+        for place, passage in enumerate(read_files(TextFiles([path]))):
             headings = list(_HEADING.finditer(passage.text))
             begins = bool(headings) and not passage.text[: headings[0].start()].strip()
             if begins:

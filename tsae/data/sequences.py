@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tsae.data.documents import Document
 from tsae.errors import UserError
-from tsae.lm.tokenizer import padding_token, prefix_token, special_tokens
+from tsae.lm.tokenizer import encode, padding_token, prefix_token, special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,7 +60,7 @@ class SequenceStream:
     There is no separator between documents. A document that does not fit continues in the next row, as a new segment.
 
     documents: epoch -> the documents of that epoch, the same ones on every call.
-    tokenizer: a transformers tokenizer; no special tokens are added, and those spelled in the text get segment -1.
+    tokenizer: a transformers tokenizer; no special tokens are added, and those spelled in the text are plain text.
     length: T, content tokens per row, at least 1.
     repeat: continue with the next epoch when the text ends.
     """
@@ -186,14 +186,7 @@ class SequenceStream:
         """Tokenize more documents, of the next epoch if necessary; False if the text has ended."""
         while not self._ended:
             if texts := self._next_texts():
-                encoded = self._tokenizer(
-                    texts,
-                    add_special_tokens=False,
-                    return_attention_mask=False,
-                    return_token_type_ids=False,
-                    verbose=False,
-                )
-                self._tokenized.extend(np.array(ids, dtype=np.int64) for ids in encoded["input_ids"])
+                self._tokenized.extend(np.array(ids, dtype=np.int64) for ids in encode(self._tokenizer, texts))
                 return True
             self._end_epoch(wanted)
         return False

@@ -10,9 +10,10 @@ from pathlib import Path
 from tsae.config import TextConfig
 from tsae.data import python_docs
 from tsae.data.documents import Document, cut, shuffle
+from tsae.data.folders import SUFFIXES
 from tsae.data.hub_datasets import read_hub
 from tsae.data.split import Part, Split, decide_split, find_threshold, hash_fraction
-from tsae.data.text_files import SUFFIXES, find_files, read_files
+from tsae.data.text_files import choose_files, read_files
 from tsae.errors import UserError
 from tsae.utils.ranges import check_ranges
 
@@ -30,7 +31,8 @@ def open_text(
     """The documents of one part of a text source, in an order that seed and epoch determine.
 
     source: "python-docs", a .txt, .jsonl (both also .gz or .zst) or .parquet file, a folder of them, or the id of
-        a hub dataset. Plain text and Python files are cut to passages of about 2,000 characters.
+        a hub dataset. `tsae.data.text_files.choose_files` says which files and column are read. Plain text and Python
+        files are cut to passages of about 2,000 characters.
     part: "train" or "evaluation". A hash of the document decides (plain text: of the passage; "python-docs": of the
         module).
     seed, epoch: each epoch has the same documents in another order ("python-docs": and other source code).
@@ -41,7 +43,8 @@ def open_text(
     different text.
 
     Raises UserError, immediately rather than at the first document, if the path, dataset or column does not exist, if
-    there is no text or, with the source's own threshold, none for this part.
+    a file does not begin with text, if there is no text or, with the source's own threshold, none for this part. Also
+    at a later document, where a file is damaged or in another encoding.
     """
     if part not in ("train", "evaluation"):
         raise ValueError(f'part must be "train" or "evaluation", not {part!r}')
@@ -109,7 +112,10 @@ def absolute_source(source: str) -> str:
 
 
 def _is_local(source: str) -> bool:
-    return source == PYTHON_DOCS or bool(source and Path(source).expanduser().exists())
+    try:
+        return source == PYTHON_DOCS or bool(source and Path(source).expanduser().exists())
+    except OSError as error:  # a folder on the way that may not be entered, a name that is too long
+        raise UserError(f"cannot read {source!r}: {error.strerror or error}") from error
 
 
 def _is_hub_id(source: str) -> bool:
@@ -125,7 +131,7 @@ def _split_texts(source: str, config: TextConfig) -> Iterator[str] | None:
         return (unit.text for unit in python_docs.units())
     if not _is_local(source):
         return None
-    return (document.text for document in read_files(find_files(Path(source).expanduser()), config.column))
+    return (document.text for document in read_files(choose_files(Path(source).expanduser(), config.column)))
 
 
 def _read(source: str, wanted: Callable[[str], bool], seed: int, epoch: int, config: TextConfig) -> Iterator[Document]:
@@ -137,9 +143,9 @@ def _read(source: str, wanted: Callable[[str], bool], seed: int, epoch: int, con
     if _is_local(source):
         if config.subset is not None:
             raise UserError(f"subset {config.subset!r} applies to hub datasets only, but {source!r} is a local path")
-        paths = find_files(Path(source).expanduser())
-        rng.shuffle(paths)
-        return shuffle(_select(read_files(paths, config.column), wanted), rng, config.shuffle_buffer)
+        files = choose_files(Path(source).expanduser(), config.column)
+        rng.shuffle(files.paths)
+        return shuffle(_select(read_files(files), wanted), rng, config.shuffle_buffer)
     if not _is_hub_id(source):
         raise UserError(f"no such file or folder: {source!r}")
     return _select(read_hub(source, config, seed=seed, epoch=epoch), wanted)

@@ -2,140 +2,198 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
-import os
+import logging
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import IO
+from typing import Any
 
+from tsae.data.columns import SAMPLE, TEXT, Kind, choose_column, guess, kind_of_arrow, listed, merge, sample
 from tsae.data.documents import Document, cut
+from tsae.data.encodings import lines, pieces
+from tsae.data.folders import PARQUET, TXT, find_files, has_suffix
 from tsae.errors import UserError
+from tsae.utils.notices import warn_once
 
-_TXT = (".txt", ".txt.gz", ".txt.zst")
-_JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-SUFFIXES = (*_TXT, *_JSONL, ".parquet")
-
-_CHARACTERS = 1 << 20  # read at once
-_ROWS = 1_000  # of parquet, read at once
+log = logging.getLogger(__name__)
 
 
-def find_files(source: Path) -> list[Path]:
-    """The text files in a folder and its subfolders, except hidden ones, sorted; or the single file named.
+@dataclass(frozen=True)
+class TextFiles:
+    """The files of a source that hold its text.
 
-    Raises UserError if there are none.
+    paths: sorted.
+    column: the text column of all those that have rows; None if none has.
+    guessed: whether the column was neither named nor is called "text".
     """
-    kinds = ", ".join(SUFFIXES)
-    if source.is_file():
-        if not source.name.endswith(SUFFIXES):
-            raise UserError(f"cannot read text from {str(source)!r}: expected a file that ends in one of {kinds}")
-        return [source]
-    found = []
-    for folder, subfolders, names in os.walk(source):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [Path(folder, n) for n in names if n.endswith(SUFFIXES) and not n.startswith(".")]
-    if not found:
-        raise UserError(f"no text files in the folder {str(source)!r}: expected files that end in one of {kinds}")
-    return sorted(found)
+
+    paths: list[Path]
+    column: str | None = None
+    guessed: bool = False
 
 
-def read_files(paths: Iterable[Path], column: str | None) -> Iterator[Document]:
+def choose_files(source: Path, requested: str | None) -> TextFiles:
+    """The files of a source (see `tsae.data.folders.find_files`), and their text column.
+
+    A folder has one text column: the requested one, or "text", or, if there are no other files, the only column of
+    strings in it (see `choose_column`). If there is other text in the folder, files without that column are left out.
+    A warning names the column that was not requested, and the files left out. The first rows of each file decide.
+
+    Raises UserError if a file cannot be read, or if there is no text column.
+    """
+    paths = find_files(source)
+    tables = {path: _columns(path, requested or TEXT) for path in paths if not has_suffix(path, TXT)}
+    plain = [path for path in paths if path not in tables]
+    for path in plain:
+        _check_start(path)
+    column, chosen = requested or TEXT, [path for path, columns in tables.items() if _can_read(columns, requested)]
+    for path in chosen:
+        if requested is not None:
+            choose_column(tables[path], requested, repr(str(path)))  # refuses one that holds something else
+    guessed = not chosen and any(tables.values()) and not any(path.stat().st_size for path in plain)
+    if guessed:
+        column = _guess_column(tables, requested, repr(str(source)))
+        chosen = [path for path, columns in tables.items() if column in columns]
+    for path, columns in tables.items():
+        if path not in chosen and columns:
+            why = f"it has no text in a column {column!r}, only {listed(columns)}"
+            warn_once(log, f"ignored {str(path)!r}, because {why}")
+    return TextFiles(sorted([*plain, *chosen]), column if chosen else None, guessed)
+
+
+def _can_read(columns: dict[str, Kind], requested: str | None) -> bool:
+    """Whether a file has the requested column, or one called "text" that can be read."""
+    return requested in columns if requested is not None else columns.get(TEXT, Kind.OTHER).is_text
+
+
+def _guess_column(tables: dict[Path, dict[str, Kind]], requested: str | None, source: str) -> str:
+    """The column of files that have none called "text"; refuses a requested one, which none of them has."""
+    together: dict[str, Kind] = {}
+    for columns in tables.values():
+        merge(together, columns)
+    if not all(has_suffix(path, PARQUET) for path in tables):  # which have a schema
+        source += f" (its first {SAMPLE:,} rows)"
+    column = choose_column(together, requested, source)
+    warn_once(log, guess(column, source))
+    return column
+
+
+def read_files(files: TextFiles) -> Iterator[Document]:
     """The non-blank documents of the files, in order: passages of .txt files, rows of the others.
 
-    Raises UserError for an unreadable file or a row without a text column.
+    Raises UserError for an unreadable file, or a row whose text column holds something else.
     """
-    for path in paths:
-        try:
-            if path.name.endswith(".parquet"):
-                documents = _read_parquet(path, column)
-            elif path.name.endswith(_JSONL):
-                documents = _read_jsonl(path, column)
-            else:
-                documents = _read_txt(path)
-            for document in documents:
+    for path in files.paths:
+        with _readable(path):
+            for document in _read(path, files):
                 if document.text and not document.text.isspace():
                     yield document
-        except (OSError, EOFError, zlib.error) as error:  # includes errors of gzip and zstd
-            raise UserError(f"cannot read {str(path)!r}: {error}") from error
 
 
-def choose_column(columns: Mapping[str, bool], requested: str | None, source: str) -> str:
-    """The text column: the requested one, or "text", or the only column of strings.
-
-    columns: whether each column holds strings.
-    Raises UserError, which lists the columns, if there is no such column.
-    """
-    names = ", ".join(columns) or "none"
-    if requested is not None:
-        if requested not in columns:
-            raise UserError(f"no column {requested!r} in {source}: the columns are {names}")
-        if not columns[requested]:
-            raise UserError(f"the column {requested!r} of {source} does not hold text: the columns are {names}")
-        return requested
-    strings = [name for name, is_string in columns.items() if is_string]
-    if "text" in strings:
-        return "text"
-    if len(strings) != 1:
-        raise UserError(f"cannot tell which column of {source} holds the text: name one of {names}")
-    return strings[0]
-
-
-def _open(path: Path) -> IO[str]:
-    options = {"encoding": "utf-8-sig", "errors": "replace"}
-    if path.suffix == ".zst":
-        import pyarrow as pa  # its codec joins frames and detects truncation; Python has one only from 3.14 on
-
-        return io.TextIOWrapper(io.BufferedReader(pa.input_stream(path, compression="zstd")), **options)
-    opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", **options)
-
-
-def _read_txt(path: Path) -> Iterator[Document]:
-    with _open(path) as file:
-        for i, passage in enumerate(cut(iter(lambda: file.read(_CHARACTERS), ""))):
+def _read(path: Path, files: TextFiles) -> Iterator[Document]:
+    if has_suffix(path, TXT):
+        for i, passage in enumerate(cut(pieces(path))):
             yield Document(f"{path}#{i}", passage)
+        return
+    assert files.column is not None
+    rows = _parquet_rows(path, [files.column]) if has_suffix(path, PARQUET) else _jsonl_rows(path)
+    for number, row in rows:
+        text = row.get(files.column)
+        if files.guessed and isinstance(row.get(TEXT), str):
+            raise UserError(
+                f"row {number} of {str(path)!r} has a column {TEXT!r}, unlike the first {SAMPLE:,}: "
+                f"name {files.column!r} as the column to read that, or put a row with {TEXT!r} first"
+            )
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise UserError(f"line {number} of {str(path)!r}: the column {files.column!r} does not hold text")
+        # JSON can contain lone surrogates, which tokenizers reject.
+        yield Document(f"{path}#{number}", text.encode("utf-8", "replace").decode("utf-8"))
 
 
-def _read_jsonl(path: Path, column: str | None) -> Iterator[Document]:
-    name = None
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"line {number} of {str(path)!r} is not valid JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise UserError(f"line {number} of {str(path)!r} is not a JSON object with a text column")
-            if name is None:
-                name = choose_column({k: isinstance(v, str) for k, v in row.items()}, column, f"{str(path)!r}")
-            text = row.get(name)
-            if text is None:
-                continue
-            if not isinstance(text, str):
-                raise UserError(f"line {number} of {str(path)!r}: the column {name!r} does not hold text")
-            # JSON can contain lone surrogates, which tokenizers reject.
-            yield Document(f"{path}#{number}", text.encode("utf-8", "replace").decode("utf-8"))
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Errors of reading a file, also those of gzip and zstd, as UserError."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {str(path)!r}: {error}") from error
 
 
-def _read_parquet(path: Path, column: str | None) -> Iterator[Document]:
+def _columns(path: Path, wanted: str) -> dict[str, Kind]:
+    """The kinds of a file's columns, from its schema or first rows; maybe not all if `wanted` is among them."""
+    with _readable(path):
+        status = path.stat()
+        return _columns_of(path, status.st_size, status.st_mtime_ns, wanted)
+
+
+@lru_cache(maxsize=100_000)
+def _columns_of(path: Path, size: int, modified: int, wanted: str) -> dict[str, Kind]:
+    """`_columns`, for a state of the file; a folder is opened several times in a run."""
+    if not has_suffix(path, PARQUET):
+        return sample((row for _, row in _jsonl_rows(path)), wanted)
+    with _open_parquet(path) as file:
+        columns = {field.name: kind_of_arrow(field.type) for field in file.schema_arrow}
+    strings = [name for name, kind in columns.items() if kind == Kind.TEXT]
+    if wanted not in columns and strings:  # perhaps ids or blank
+        columns |= sample((row for _, row in _parquet_rows(path, strings)), wanted)
+    return columns
+
+
+def _check_start(path: Path) -> None:
+    """Raise UserError unless a text file begins with text."""
+    with _readable(path):
+        status = path.stat()
+        _check_start_of(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=100_000)
+def _check_start_of(path: Path, size: int, modified: int) -> None:
+    next(pieces(path), None)
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a .jsonl file with their line numbers, from 1."""
+    for number, line in enumerate(lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"line {number} of {str(path)!r} is not valid JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"line {number} of {str(path)!r} is not a JSON object with a text column")
+        yield number, row
+
+
+@contextmanager
+def _open_parquet(path: Path) -> Iterator[Any]:
+    """A `pyarrow.parquet.ParquetFile`; its errors as UserError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    def is_string(kind: pa.DataType) -> bool:
-        return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:  # if the file has checksums
-            columns = {field.name: is_string(field.type) for field in file.schema_arrow}
-            name = choose_column(columns, column, f"{str(path)!r}")
-            number = 0
-            for batch in file.iter_batches(_ROWS, columns=[name]):
-                for text in batch.column(0).to_pylist():
-                    yield Document(f"{path}#{number}", text or "")
-                    number += 1
+            yield file
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {str(path)!r} as parquet: {error}") from error
+
+
+def _parquet_rows(path: Path, columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a .parquet file with their numbers, from 0, and these columns of them."""
+    number = 0
+    with _open_parquet(path) as file:
+        for name in columns:
+            if len(file.schema_arrow.get_all_field_indices(name)) != 1:
+                raise UserError(f"{str(path)!r} has several columns {name!r}: give them different names")
+        # Asked for "text", pyarrow also gives "text.length".
+        for batch in file.iter_batches(SAMPLE, columns=columns):
+            values = [batch.column(name).to_pylist() for name in columns]
+            for row in zip(*values, strict=True):
+                yield number, dict(zip(columns, row, strict=True))
+                number += 1

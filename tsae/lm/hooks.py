@@ -39,6 +39,18 @@ def check_context(lm: LanguageModel, tokens: int) -> None:
         )
 
 
+def check_tokens(lm: LanguageModel, tokens: Tensor) -> None:
+    """Raise UserError unless every id has a row in the model's embedding."""
+    rows = lm.embedding_rows
+    if rows is not None and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < rows:
+        number = int(tokens.max()) if tokens.max() >= rows else int(tokens.min())
+        token = lm.tokenizer.convert_ids_to_tokens(number) if number >= 0 else None
+        raise UserError(
+            f"the token {token!r} has id {number}, but the embedding of {lm.name} has {rows} rows: use the tokenizer "
+            "that belongs to the model"
+        )
+
+
 def activations(lm: LanguageModel, tokens: Tensor, layer: int) -> Tensor:
     """The residual stream after block `layer` (SAELens's `blocks.{layer}.hook_resid_post`).
 
@@ -49,11 +61,12 @@ def activations(lm: LanguageModel, tokens: Tensor, layer: int) -> Tensor:
     layer: blocks counted from 0.
     out: [N, P + T, d] in the block's dtype, which is the model's (Mamba's residual stream can be float32), on its
         device, detached.
-    Raises UserError if the layer does not exist, the tokens are more than the model takes at once, or the block puts
-    out no activations [N, P + T, d].
+    Raises UserError if the layer does not exist, the tokens are more than the model takes at once, a token's id has no
+    row in the embedding, or the block puts out no activations [N, P + T, d].
     """
     check_layer(lm, layer)
     check_context(lm, tokens.shape[1])
+    check_tokens(lm, tokens)
 
     def stop(module: nn.Module, inputs: Any, output: Any) -> None:
         raise _Reached(_Output(lm, layer, output, tokens).hidden)
@@ -81,6 +94,7 @@ def logits_with(
     """
     check_layer(lm, layer)
     check_context(lm, tokens.shape[1])
+    check_tokens(lm, tokens)
 
     def substitute(module: nn.Module, inputs: Any, output: Any) -> Any:
         if replace is None:

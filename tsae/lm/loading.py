@@ -19,7 +19,7 @@ from tsae.errors import UserError, reason
 from tsae.lm import gemma_package
 from tsae.lm.blocks import find_blocks
 from tsae.lm.context import context_limit
-from tsae.lm.tokenizer import prefix_token
+from tsae.lm.tokenizer import fit_to_model, is_empty, prefix_token
 from tsae.lm.weights import check_weights
 from tsae.utils.hub import hub_is_reachable
 
@@ -66,9 +66,20 @@ class LanguageModel:
         return context_limit(self.model)
 
     @property
+    def embedding_rows(self) -> int | None:
+        """How many ids it has an embedding for; None if it has no table of them."""
+        return _embedding_rows(self.model)
+
+    @property
     def prefix_id(self) -> int | None:
         """The token that starts every sequence (see `tsae.lm.tokenizer.prefix_token`)."""
         return prefix_token(self.tokenizer)
+
+
+def _embedding_rows(model: nn.Module) -> int | None:
+    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    weight = getattr(table, "weight", None)
+    return None if weight is None else weight.shape[0]
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
@@ -116,7 +127,6 @@ def load_language_model(
     if name == gemma_package.NAME:
         source = str(gemma_package.model_folder())
     elif name and path.is_dir():
-        _check_folder(path)
         source = str(path)
     elif not name or path.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise UserError(f"no model at {name!r}: expected a folder with a model in it, or the id of a hub model")
@@ -140,9 +150,19 @@ def _load(
 
     local_only = not hub or not hub_is_reachable()
     options: dict[str, Any] = {"local_files_only": local_only, "revision": revision or "main"}
+    tokenizer: PreTrainedTokenizerBase | None = None
+    failed: Exception | None = None
     try:
         with _quiet(bar=hub):
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:
+        failed = error
+    if not hub:
+        _check_folder(Path(source), tokenizer, failed)
+    try:
+        if failed is not None:
+            raise failed
+        with _quiet(bar=hub):
             config = AutoConfig.from_pretrained(source, **options)
             given, _ = type(config).get_config_dict(source, **options)
             if _caps_attention_scores(config):
@@ -157,8 +177,12 @@ def _load(
                 "not in its cache, so connect to the network or name a local folder"
             ) from error
         raise UserError(f"cannot load the model {source!r}: {reason(error)}") from error
+    if tokenizer is None or is_empty(tokenizer):
+        raise UserError(f"cannot load the model {source!r}: it has no tokenizer")
     check_weights(model, found, source)
     _name_defaults(config, given, source)
+    bos = getattr(config.get_text_config(decoder=True), "bos_token_id", None)
+    fit_to_model(tokenizer, _embedding_rows(model), bos, source)
     return model, tokenizer
 
 
@@ -204,13 +228,18 @@ def _quiet(*, bar: bool) -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, tokenizer: PreTrainedTokenizerBase | None, failed: Exception | None) -> None:
+    """Raise UserError naming what a folder lacks.
+
+    tokenizer, failed: what transformers found in the folder, or its error: it decides which files are a tokenizer
+    """
     missing = []
     if not (folder / "config.json").is_file():
         missing.append("config.json")
     if not any((*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"))):
         missing.append("weights (model.safetensors)")
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    has_files = any((folder / name).is_file() for name in _TOKENIZER_FILES)
+    if (failed is not None and not has_files) or (tokenizer is not None and is_empty(tokenizer)):
         missing.append("a tokenizer (tokenizer.json)")
     if missing:
         raise UserError(

@@ -13,7 +13,7 @@ import torch
 from tsae.data.documents import Document
 from tsae.data.sections import Section
 from tsae.data.sequences import TokenBatch
-from tsae.lm.tokenizer import prefix_token
+from tsae.lm.tokenizer import encode, prefix_token
 from tsae.probe.token_classes import CLASSES
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def document_of_tokens(
     pieces: list[list[int]] = []
     for start in range(0, len(documents), 64):
         texts = [document.text for document in documents[start : start + 64]]
-        pieces += tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        pieces += encode(tokenizer, texts)
         if sum(map(len, pieces)) >= content.size:
             break
     flat = np.concatenate([np.array(piece, dtype=np.int64) for piece in pieces])[: content.size]
