@@ -33,7 +33,7 @@ from tsae.lm.hooks import logits_with
 from tsae.lm.loading import LanguageModel
 from tsae.rundir import layout
 from tsae.sae.model import SparseAutoencoder
-from tsae.utils.atomic import atomic_write, write_json
+from tsae.utils.atomic import atomic_write, write_json, writing
 from tsae.utils.nested import flatten
 from tsae.utils.progress import bar
 
@@ -302,7 +302,8 @@ def write_eval(result: EvaluationResult, run_dir: str | Path, source: dict[str, 
     floor of 1e-10.
     """
     run_dir = Path(run_dir)
-    (run_dir / layout.AUTOENCODER).mkdir(parents=True, exist_ok=True)
+    with writing(run_dir / layout.EVALUATION):
+        (run_dir / layout.AUTOENCODER).mkdir(parents=True, exist_ok=True)
     sparsity = result.density.clamp(min=1e-10).log10().to(torch.float32).contiguous()
     with atomic_write(run_dir / layout.SPARSITY) as temporary:
         save_file({"sparsity": sparsity}, temporary)

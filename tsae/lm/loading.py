@@ -17,6 +17,7 @@ from tsae.errors import UserError, reason
 from tsae.lm import gemma_package
 from tsae.lm.tokenizer import prefix_token
 from tsae.utils.hub import hub_is_reachable
+from tsae.utils.paths import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -128,7 +129,7 @@ def load_language_model(
         raise UserError(f"dtype must be auto, {', '.join(_DTYPES)}, not {dtype!r}")
     torch_dtype = default_dtype(device) if dtype == "auto" else _DTYPES[dtype]
 
-    path = Path(name).expanduser()
+    path = expanded(name)
     if name == gemma_package.NAME:
         source = str(gemma_package.model_folder())
     elif name and path.is_dir():
@@ -145,7 +146,7 @@ def load_language_model(
 
 def absolute_name(name: str) -> str:
     """The model's name in a form that is valid in every working directory."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     return str(path.absolute()) if name and name != gemma_package.NAME and path.is_dir() else name
 
 

@@ -6,7 +6,7 @@ from tsae.config import LENGTH
 from tsae.data.buffer import ActivationBuffer
 from tsae.training.assemble import Setup
 from tsae.training.memory import BUFFER, check_memory, memory_parts
-from tsae.utils.progress import console
+from tsae.utils.output import console
 
 
 def announce(setup: Setup, buffer: ActivationBuffer) -> None:
