@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from read_only import read_only
 
 from tsae.utils import lock as module
 from tsae.utils.lock import HeldError, Lock, holder
@@ -136,6 +137,11 @@ def test_a_file_that_is_no_record_does_not_matter(record: str, tmp_path: Path) -
     assert holder(tmp_path / "lock") is None
     with Lock(tmp_path / "lock"):
         pass
+
+
+def test_a_directory_that_cannot_be_written_to(tmp_path: Path) -> None:
+    with read_only(tmp_path), pytest.raises(PermissionError):
+        Lock(tmp_path / "lock").acquire()
 
 
 class TestWithoutFlock:

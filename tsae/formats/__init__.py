@@ -92,7 +92,7 @@ def load(
             (*(file for known in formats for file in known.files), *OPTIONAL),
             revision=revision,
             token=token,
-            cache_dir=cache_dir,
+            cache_dir=None if cache_dir is None else expanded(cache_dir),
             local_files_only=local_files_only,
         )
     return _read(path, str(source), formats).to(device)

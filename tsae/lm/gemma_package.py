@@ -56,8 +56,17 @@ _CONTROL, _USER_DEFINED = 3, 4  # GGUF token types that are matched before the t
 
 
 def cache_folder() -> Path:
-    """The folder of converted models: $TSAE_CACHE, or else ~/.cache/tsae."""
-    return expanded(os.environ.get("TSAE_CACHE") or "~/.cache/tsae")
+    """The folder of converted models: $TSAE_CACHE, or else ~/.cache/tsae. Raises UserError without a home directory."""
+    asked = os.environ.get("TSAE_CACHE")
+    try:
+        return expanded(asked or "~/.cache/tsae")
+    except UserError as error:
+        if asked:
+            raise UserError(f"TSAE_CACHE: {error}") from None
+        raise UserError(
+            f"{NAME} cannot be kept in ~/.cache/tsae, since HOME is not set to a folder; set HOME, or set TSAE_CACHE "
+            "to a folder with 1 GB of space."
+        ) from None
 
 
 def model_folder() -> Path:

@@ -18,6 +18,7 @@ from tsae.reports.records import History, Records, read_records
 from tsae.rundir import layout
 from tsae.sae.kinds import KINDS, Kind
 from tsae.utils.atomic import atomic_write
+from tsae.utils.paths import expanded
 
 # Okabe and Ito's palette, safe for color-blind readers.
 BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
@@ -55,7 +56,7 @@ def write_report(run_dir: str | Path) -> Path:
     Reads metrics.jsonl, eval.json, eval_source.json, config.json and sae/sparsity.safetensors; a panel whose file is
     missing says so. The same files give the same bytes. Raises UserError for a directory or a file that cannot be read.
     """
-    records, path = read_records(run_dir), Path(run_dir) / layout.REPORT
+    records, path = read_records(run_dir), expanded(run_dir) / layout.REPORT
     with matplotlib.rc_context(STYLE):
         figure = draw(records)
         with atomic_write(path) as temporary:

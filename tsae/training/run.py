@@ -29,6 +29,7 @@ from tsae.training.assemble import Setup, prepare
 from tsae.training.job import Job
 from tsae.training.loop import Outcome, train
 from tsae.utils.interrupts import Interrupted
+from tsae.utils.paths import expanded
 from tsae.utils.torchrun import is_rank0
 
 
@@ -44,7 +45,7 @@ def run(cfg: TrainConfig, directory: Path, *, resume: bool = False) -> Evaluatio
     Raises:
         UserError: bad values, or a model or a text that cannot be used, before anything is written.
     """
-    outcome = run_job(Job({"": cfg}, directory), resume=resume)[""]
+    outcome = run_job(Job({"": cfg}, expanded(directory)), resume=resume)[""]
     if outcome.error is not None and is_rank0():
         raise outcome.error
     return outcome.evaluation

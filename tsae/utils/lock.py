@@ -208,8 +208,10 @@ def _open(path: Path) -> int:
     flags = os.O_CREAT | os.O_CLOEXEC
     try:
         return os.open(path, os.O_RDWR | flags, 0o666)
-    except PermissionError:  # another user's, left by a killed process
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except PermissionError:
+        if not path.exists():
+            raise
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # another user's, left by a killed process
 
 
 def _flock(descriptor: int, *, exclusive: bool) -> bool:

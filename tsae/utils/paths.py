@@ -31,10 +31,7 @@ def expanded(path: str | Path) -> Path:
 def _no_home(path: Path, first: str) -> UserError:
     if first == "~":
         return UserError(f"{path} cannot be found, since HOME is not set to a folder; set it, or write the whole path.")
-    return UserError(
-        f"{path} cannot be found, since there is no user {first[1:]!r}; write the whole path, or ./{path} if {first} "
-        "is a folder here."
-    )
+    return UserError(f"{path} cannot be found, since there is no user {first[1:]!r}; write the whole path.")
 
 
 def with_expanded_paths(values: T) -> T:
