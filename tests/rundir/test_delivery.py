@@ -149,7 +149,10 @@ def check_complete(name: str, place: Place) -> None:
     assert not left
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+ALL = [pytest.param(name, marks=[pytest.mark.slow] * (name == "reproduce")) for name in COMMANDS]
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_nobody_reads_what_is_printed(name: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """`2>&1 | true`: stdout and stderr fail from the first character on."""
     with monkeypatch.context() as patch:
@@ -159,7 +162,7 @@ def test_nobody_reads_what_is_printed(name: str, place: Place, monkeypatch: pyte
     check_complete(name, place)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", ALL)
 def test_the_files_are_there_before_anything_is_printed(
     name: str, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from tsae.evaluation.catalogue import METRICS, lookup
@@ -88,7 +89,7 @@ def _header(head: SubFigure, records: Records) -> None:
     """The run's name, and its configuration in two lines."""
     config, history = records.config, records.history
     sae, objective = config.get("sae", {}), config.get("objective", {})
-    head.text(0.012, 0.83, records.name, fontsize=17, fontweight="bold", va="center")
+    plain(head.text(0.012, 0.83, records.name, fontsize=17, fontweight="bold", va="center"))
     what, how = [], []
     if "model" in config:
         what.append(str(config["model"]).rstrip("/").rsplit("/", 1)[-1])
@@ -120,7 +121,13 @@ def _header(head: SubFigure, records: Records) -> None:
     if "seed" in config:
         how.append(f"seed {config['seed']}")
     for y, parts in ((0.9, what), (0.74, how)):
-        head.text(0.988, y, "  ·  ".join(parts), fontsize=10, color=GREY, va="center", ha="right")
+        plain(head.text(0.988, y, "  ·  ".join(parts), fontsize=10, color=GREY, va="center", ha="right"))
+
+
+def plain(text: Text) -> None:
+    """Draw a text that holds names as it is: `$` begins no formula, and what is not Unicode is drawn as "?"."""
+    text.set_parse_math(False)
+    text.set_text(text.get_text().encode("utf-8", "replace").decode("utf-8"))
 
 
 def _numbers(head: SubFigure, evaluation: dict[str, Any]) -> None:

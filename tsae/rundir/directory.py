@@ -15,6 +15,7 @@ from tsae.rundir import layout
 from tsae.rundir.fingerprint import check_unchanged, fingerprint
 from tsae.utils.atomic import write_json, writing
 from tsae.utils.config_json import from_dict, load_json, to_dict
+from tsae.utils.paths import check_unicode
 
 
 def new_directory(
@@ -46,6 +47,7 @@ def is_new(directory: Path) -> bool:
 
 def check_writable(directory: Path) -> None:
     """Raise `UserError` unless files can be created in ``directory``, or in the parent where it would be."""
+    check_unicode(directory)
     try:
         place = next(p for p in (directory, *directory.absolute().parents) if p.exists())
         with TemporaryFile(dir=place):

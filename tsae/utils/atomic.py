@@ -16,7 +16,8 @@ import torch
 import xxhash
 
 from tsae.errors import UserError, WriteError
-from tsae.utils.lock import HeldError, Lock
+from tsae.utils.lock import HeldError, Lock, claim_file
+from tsae.utils.paths import check_unicode
 
 _CHUNK = 1 << 20  # bytes read at once for a checksum
 
@@ -39,7 +40,8 @@ def writing(path: Path) -> Iterator[None]:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that replaces it when the block ends without an error.
 
-    The temporary name is fixed, so that the next write overwrites what a killed one left; ``path`` has one writer.
+    The temporary name is fixed, so that the next write overwrites what a killed one left, unless another process is
+    writing ``path`` now.
     A failed write raises `WriteError` and leaves ``path`` unchanged. A link stays one, and gets its target replaced; a
     device or a pipe is written to.
     """
@@ -52,12 +54,17 @@ def atomic_write(path: Path) -> Iterator[Path]:
             return
         target = path.resolve() if path.is_symlink() else path
         temporary = target.with_name(f".{target.name}.tmp")
+        claim = claim_file(temporary)
+        if claim is None:
+            temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             yield temporary
             sync(temporary)
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
+            if claim is not None:
+                os.close(claim)
 
 
 @contextmanager
@@ -68,6 +75,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     Raises:
         UserError: it cannot be written, or another process is writing it.
     """
+    check_unicode(path)
     whole = path.absolute()
     temporary = whole.with_name(f".{whole.name}.tmp")
     lock = Lock(whole.with_name(f".{whole.name}.lock"))

@@ -191,6 +191,24 @@ def holder(path: Path) -> Holder | None:
         os.close(descriptor)
 
 
+def claim_file(path: Path) -> int | None:
+    """Open a file, made if it is missing, that no other process has claimed; None if one has.
+
+    The claim ends when the descriptor returned is closed. On a file system without `flock` all claims are granted.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            free = _flock(descriptor, exclusive=True)
+        except OSError:
+            return descriptor
+        if free and _is_at(descriptor, path):
+            return descriptor
+        os.close(descriptor)
+        if not free:
+            return None
+
+
 _held: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 

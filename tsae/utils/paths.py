@@ -34,6 +34,14 @@ def _no_home(path: Path, first: str) -> UserError:
     return UserError(f"{path} cannot be found, since there is no user {first[1:]!r}; write the whole path.")
 
 
+def check_unicode(path: Path) -> None:
+    """Raise `UserError` if a path is not Unicode: safetensors writes such files and cannot read them."""
+    try:
+        str(path.absolute()).encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{path} has a name that is not UTF-8, which safetensors cannot read; name another.") from None
+
+
 def with_expanded_paths(values: T) -> T:
     """A dataclass with every `Path` in it, also in tuples and nested dataclasses, `expanded`."""
     changes = {field.name: _expand(getattr(values, field.name)) for field in dataclasses.fields(values)}  # type: ignore
