@@ -56,6 +56,7 @@ class Tolerant:
         self.failure: OSError | None = None
 
     def write(self, text: str) -> int:
+        """Write, or drop, all of the text; its length."""
         if self.failure is None:
             try:
                 self._write(text)
@@ -64,10 +65,12 @@ class Tolerant:
         return len(text)
 
     def writelines(self, lines: Any) -> None:
+        """`write` every line."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
+        """Flush the stream, unless it has failed."""
         if self.failure is None:
             try:
                 self._stream.flush()
