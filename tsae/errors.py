@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import re
+from pathlib import Path
 
 _STATUS = re.compile(r"\d+ \w+ Error\b.{0,99}$")
 
@@ -15,6 +17,23 @@ class UserError(ValueError):
 
     on_all_ranks = False
     """With several processes, whether all of them raise it."""
+
+
+class WriteError(UserError):
+    """A file could not be written, for example on a full disk.
+
+    path: the file
+    reason: the message of the operating system
+    number: its error number, which decides about the advice; or give the advice
+    """
+
+    def __init__(self, path: Path, reason: str, number: int | None = None, *, advice: str | None = None) -> None:
+        if advice is None:
+            full = number in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            advice = "make room there" if full else "see that it can be written to"
+            advice += ", and start or resume again"
+        super().__init__(f"{path} cannot be written ({reason}); what was complete is kept: {advice}.")
+        self.path, self.reason = path, reason
 
 
 def reason(error: BaseException) -> str:

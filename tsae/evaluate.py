@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
 
 from tsae.config import LENGTH
 from tsae.errors import UserError
@@ -30,9 +29,12 @@ from tsae.integrations.sae_bench_output import core_output
 from tsae.reports.figure import write_report
 from tsae.reports.table import print_comparison, print_table
 from tsae.rundir import layout
+from tsae.rundir.ownership import check_output, owning_runs
 from tsae.sae.release import check_has_thresholds, with_release_ratio
 from tsae.utils.atomic import write_json
-from tsae.utils.cli import check_counts, parse, report_errors
+from tsae.utils.cli import check_counts, deliver, parse, report_errors
+from tsae.utils.output import tables
+from tsae.utils.paths import expanded
 
 
 @dataclass
@@ -85,7 +87,12 @@ class Arguments:
     @property
     def run(self) -> Path:
         """The first path, which is a run's if `rewrites`."""
-        return Path(self.saes[0])
+        return expanded(self.saes[0])
+
+    @property
+    def writes_into(self) -> list[Path]:
+        """The directories in which files are written."""
+        return ([self.run] if self.rewrites else []) + ([] if self.out is None else [self.out.parent])
 
 
 @dataclass
@@ -157,12 +164,29 @@ def _check(arguments: Arguments) -> None:
         raise UserError("--format saebench describes one autoencoder; name them one by one.")
     if arguments.format == "saebench" and arguments.out is None and not arguments.rewrites:
         raise UserError("--format saebench needs --out FILE for an autoencoder that is not a run.")
+    if arguments.out is not None:
+        check_output(arguments.out, own=layout.SAEBENCH if arguments.format == "saebench" else None)
 
 
 def report(arguments: Arguments, measured: Measured) -> None:
-    """Print the metrics and write the files that ``arguments`` ask for."""
-    console, results, data = Console(), measured.results, measured.subject.config.data
-    of, written = f" of {data}", ""
+    """Write the files that ``arguments`` ask for, and print the metrics.
+
+    Raises:
+        WriteError: a file could not be written; the metrics have been printed.
+    """
+    deliver(
+        lambda: (
+            _write_run(arguments.run, next(iter(measured.results.values())), measured) if arguments.rewrites else ""
+        ),
+        lambda: _write_out(arguments, measured),
+        show=lambda written, _: _print(arguments, measured, written),
+    )
+
+
+def _print(arguments: Arguments, measured: Measured, written: str | None) -> None:
+    """Print the metrics, and what was written into the run's directory, if anything."""
+    results, data = measured.results, measured.subject.config.data
+    of, console = f" of {data}", tables(160 if len(results) > 1 else 0)
     if len(results) > 1:
         title = f"{measured.subject.config.model}, layer {measured.subject.config.layer}"
         rows = {name: {"metrics": result.metrics, "error": result.not_finite()} for name, result in results.items()}
@@ -173,9 +197,8 @@ def report(arguments: Arguments, measured: Measured) -> None:
         print_table(result.metrics, console, text=other and other["data"])
         if arguments.rewrites:
             of = f" of {other['data']} ({other['part']})" if other else ""
-            written = f" Wrote {_write_run(arguments.run, result, measured)}."
-    _write_out(arguments, measured)
-    console.print(f"{measured.tokens:,} tokens{of}.{written}", markup=False, highlight=False, soft_wrap=bool(written))
+    said = f" Wrote {written}." if written else ""
+    console.print(f"{measured.tokens:,} tokens{of}.{said}", soft_wrap=bool(said))
 
 
 def _write_run(run: Path, result: EvaluationResult, measured: Measured) -> str:
@@ -209,7 +232,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     with report_errors() as status:
         arguments = parse(Arguments, sys.argv[1:] if argv is None else argv, None, "python -m tsae.evaluate")
-        report(arguments, measure(arguments))
+        with owning_runs(*arguments.writes_into):
+            report(arguments, measure(arguments))
     return status.code
 
 

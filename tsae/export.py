@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,12 +17,14 @@ from tsae.evaluation.subject import open_run
 from tsae.formats import dictionary_learning, load
 from tsae.formats.forms import common_architecture, without_hysteresis
 from tsae.rundir import layout
+from tsae.rundir.ownership import owning_runs
 from tsae.sae.model import SparseAutoencoder
 from tsae.sae.release import with_release_ratio
-from tsae.utils.atomic import WriteError
+from tsae.utils.atomic import atomic_directory
 from tsae.utils.cli import parse, report_errors
 from tsae.utils.config_json import load_json
-from tsae.utils.progress import console
+from tsae.utils.output import say
+from tsae.utils.paths import expanded
 
 
 @dataclass
@@ -54,7 +53,12 @@ def export(arguments: Arguments) -> Path:
     out, library = arguments.out, {"saelens": "SAELens"}.get(arguments.to, arguments.to)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not an empty directory; name a new one.")
-    source = Path(arguments.source).expanduser()
+    source = expanded(arguments.source)
+    with owning_runs(source):
+        return _export(arguments, source, out, library)
+
+
+def _export(arguments: Arguments, source: Path, out: Path, library: str) -> Path:
     sae = load(arguments.source)
     run = source if (source / layout.CONFIG).is_file() and (source / layout.AUTOENCODER).is_dir() else None
     dropping = arguments.drop_hysteresis and sae.cfg.kind.release
@@ -62,7 +66,7 @@ def export(arguments: Arguments) -> Path:
     if dropping and run is None:
         raise UserError(f"{source} is not a run directory, which --drop-hysteresis needs to measure the metrics again.")
     metadata = _metadata(source if run is None else run / layout.AUTOENCODER)
-    with _new_directory(out) as directory:
+    with atomic_directory(out) as directory:
         if dropping:
             sae, factor = _measured_without_hysteresis(run, directory)
             metadata |= {"hysteresis_dropped": {"threshold_factor": factor}}
@@ -111,27 +115,11 @@ def _measured_without_hysteresis(run: Path, directory: Path) -> tuple[SparseAuto
     return plain.cpu(), factor
 
 
-@contextmanager
-def _new_directory(out: Path) -> Iterator[Path]:
-    """A temporary directory beside ``out``, renamed to it when the block ends without an error."""
-    temporary = out.absolute().with_name(f".{out.absolute().name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed export
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.replace(temporary, out.absolute())
-    except (OSError, WriteError) as error:
-        reason = error.reason if isinstance(error, WriteError) else error.strerror
-        raise UserError(f"{out} cannot be written ({reason}); name another directory.") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit status, 2 for bad input."""
     with report_errors() as status:
         arguments = parse(Arguments, sys.argv[1:] if argv is None else argv, None, "python -m tsae.export")
-        console.print(f"Written: {export(arguments)}", soft_wrap=True)
+        say(f"Written: {export(arguments)}")
     return status.code
 
 

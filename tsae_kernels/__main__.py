@@ -1,6 +1,8 @@
 """`python -m tsae_kernels` lists the backends and what is available."""
 # ruff: noqa: T201
 
+import os
+import sys
 from importlib.metadata import version
 
 import torch
@@ -35,5 +37,17 @@ def main() -> None:
             print(f"default on {device}: {chosen} (set {BACKEND_VARIABLE} or backend= to change it)")
 
 
+def run() -> None:
+    """`main` for the command line: what nobody reads, or stdout's encoding lacks, is no error."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        main()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails to flush it at the end
+
+
 if __name__ == "__main__":
-    main()
+    run()

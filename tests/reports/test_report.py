@@ -103,6 +103,14 @@ def test_an_empty_run_still_has_a_page(tmp_path):
     assert size(write_report(tmp_path)) == (1600, 1080)
 
 
+@pytest.mark.parametrize("name", [r"a $\no$ b", "$", "run\udcff", "日本"])
+def test_any_name_of_the_run_its_model_and_its_text(run_dir, name):
+    """`$` begins no formula, and a name that is not Unicode is drawn."""
+    config = json.loads((run_dir / "config.json").read_text())
+    (run_dir / "config.json").write_text(json.dumps(config | {"model": name, "data": name}))
+    assert size(write_report(run_dir.rename(run_dir.with_name(name)))) == (1600, 1080)
+
+
 def test_any_key_may_be_missing_or_odd(run_dir):
     lines = [
         {"step": 1},

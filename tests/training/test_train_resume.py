@@ -90,6 +90,27 @@ def test_interrupted_while_a_run_that_is_resumed_loads_its_model(
     assert "--resume" in capfd.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("name", ["läufe 日本", "a[b]", "[red] :smile:", "$\\alpha$ 100%"])
+def test_any_name_and_a_schedule(
+    name: str,
+    argv_of: Callable[..., list[str]],
+    at_step: Callable[..., None],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Killed in the decay of the learning rate, after a warm-up."""
+    scheduled = ("--optimizer.schedule", "cosine", "--optimizer.warmup-steps", 6, "--steps", 14)
+    assert main(argv_of(tmp_path / "whole", *scheduled)) == 0
+    out = tmp_path / name / name
+    at_step(9, die)
+    with pytest.raises(Killed):
+        main([str(out) if word == "OUT" else word for word in argv_of("OUT", *scheduled)])
+    at_step()
+    assert main(["--resume", str(out)]) == 0
+    same(tmp_path / "whole", out)
+    assert capfd.readouterr().err.splitlines()[-1] == f"Written: {out}"
+
+
 @pytest.mark.slow
 def test_resume_after_kill_9(uninterrupted: Path, tiny_gemma2: Path, text_file: Path, tmp_path: Path) -> None:
     """A real process, really killed, three times at moments nobody chose."""

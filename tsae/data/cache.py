@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -23,6 +22,7 @@ from tsae.data.sequences import TokenBatch
 from tsae.errors import UserError
 from tsae.utils.atomic import WriteError, atomic_write, checksum, checksum_of, write_json
 from tsae.utils.config_json import from_dict
+from tsae.utils.lock import HeldError, Lock
 
 FORMAT = 2
 MANIFEST, LOCK = "manifest.json", "lock"
@@ -60,7 +60,7 @@ class ActivationCache:
         self.directory, self.group = directory, group
         self._key: dict[str, Any] = json.loads(json.dumps(key))
         self._made_with = made_with
-        self._lock: FileLock | None = None
+        self._lock: Lock | None = None
         self._pending: list[tuple[TokenBatch, ActivationBatch]] = []  # groups not yet written
         self._pending_stream: dict[str, Any] = {}  # state of the token stream after them
         self._intact: set[int] = set()  # shards whose checksum was verified
@@ -125,14 +125,14 @@ class ActivationCache:
         """
         if self._lock is not None:
             return
-        lock = FileLock(self.directory / LOCK)
+        lock = Lock(self.directory / LOCK, keep=True)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except Timeout:
+            lock.acquire()
+        except HeldError as error:
             raise UserError(
-                f"The cache {self.directory} is being written by another process; wait until it has ended, or name "
-                "another directory with --cache."
+                f"The cache {self.directory} is being written by {error}; wait until that has ended, or name another "
+                "directory with --cache."
             ) from None
         except OSError as error:
             raise self._failed(error.strerror or str(error)) from None
@@ -215,8 +215,10 @@ class ActivationCache:
         """Raise `UserError` unless the directory is missing, or empty but for files of a start that was killed."""
         if self.directory.exists() and not self.directory.is_dir():
             raise UserError(f"The cache {self.directory} is a file; name a directory with --cache.")
-        own = (LOCK, f".{MANIFEST}.tmp")
-        if self.directory.is_dir() and any(path.name not in own for path in self.directory.iterdir()):
+        if self.directory.is_dir() and any(
+            path.name not in (LOCK, f".{MANIFEST}.tmp") and not path.name.startswith(f"{LOCK}.")
+            for path in self.directory.iterdir()
+        ):
             raise UserError(f"{self.directory} is not empty and holds no cache; name a new directory with --cache.")
 
     def _check_key(self, got: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import platform
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from tsae.data.folders import find_files
 from tsae.data.text import PYTHON_DOCS
 from tsae.lm.loading import LanguageModel
 from tsae.lm.site import site_width
+from tsae.utils.paths import expanded
 
 _SAMPLES = 64  # values hashed per weight
 _ENDS = 1 << 16  # bytes hashed at each end of a file
@@ -80,7 +80,7 @@ def _fingerprint_text(source: str) -> str | None:
     """Hash of the names, sizes and ends of local files; None for a hub dataset."""
     if source == PYTHON_DOCS:
         return f"Python {platform.python_version()}"
-    root = Path(source).expanduser()
+    root = expanded(source)
     if not root.exists():
         return None
     digest = hashlib.sha256()

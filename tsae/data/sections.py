@@ -11,6 +11,7 @@ from tsae.data.documents import Document
 from tsae.data.folders import TXT, find_files, has_suffix
 from tsae.data.text import PYTHON_DOCS
 from tsae.data.text_files import TextFiles, read_files
+from tsae.utils.paths import expanded
 
 _HEADING = re.compile(r"^[ \t]*= (?!=)(\S.*?) =[ \t]*$", re.MULTILINE)  # a title, not its subheadings `= = ... = =`
 
@@ -36,8 +37,8 @@ def sections(source: str, documents: Iterable[Document]) -> dict[str, Section]:
     names = {document.name for document in documents}
     if source == PYTHON_DOCS:
         found = {name: _in_module(name) for name in names}
-    elif Path(source).expanduser().exists():
-        paths = [path for path in find_files(Path(source).expanduser()) if has_suffix(path, TXT)]
+    elif expanded(source).exists():
+        paths = [path for path in find_files(expanded(source)) if has_suffix(path, TXT)]
         found = _in_files(paths, names)
     else:
         found = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 from tsae.config import TextConfig
 from tsae.data import python_docs
@@ -15,6 +14,7 @@ from tsae.data.hub_datasets import read_hub
 from tsae.data.split import Part, Split, decide_split, find_threshold, hash_fraction
 from tsae.data.text_files import choose_files, read_files
 from tsae.errors import UserError
+from tsae.utils.paths import expanded
 from tsae.utils.ranges import check_ranges
 
 PYTHON_DOCS = "python-docs"
@@ -102,18 +102,18 @@ def open_unseen(
 def is_same_source(a: str, b: str) -> bool:
     """Whether two sources are the same, however their paths are spelled."""
     if _is_local(a) and _is_local(b) and PYTHON_DOCS not in (a, b):
-        return Path(a).expanduser().resolve() == Path(b).expanduser().resolve()
+        return expanded(a).resolve() == expanded(b).resolve()
     return a == b
 
 
 def absolute_source(source: str) -> str:
     """The source under a name that is valid in every working directory."""
-    return str(Path(source).expanduser().absolute()) if source != PYTHON_DOCS and _is_local(source) else source
+    return str(expanded(source).absolute()) if source != PYTHON_DOCS and _is_local(source) else source
 
 
 def _is_local(source: str) -> bool:
     try:
-        return source == PYTHON_DOCS or bool(source and Path(source).expanduser().exists())
+        return source == PYTHON_DOCS or bool(source and expanded(source).exists())
     except OSError as error:  # a folder on the way that may not be entered, a name that is too long
         raise UserError(f"cannot read {source!r}: {error.strerror or error}") from error
 
@@ -131,7 +131,7 @@ def _split_texts(source: str, config: TextConfig) -> Iterator[str] | None:
         return (unit.text for unit in python_docs.units())
     if not _is_local(source):
         return None
-    return (document.text for document in read_files(choose_files(Path(source).expanduser(), config.column)))
+    return (document.text for document in read_files(choose_files(expanded(source), config.column)))
 
 
 def _read(source: str, wanted: Callable[[str], bool], seed: int, epoch: int, config: TextConfig) -> Iterator[Document]:
@@ -143,7 +143,7 @@ def _read(source: str, wanted: Callable[[str], bool], seed: int, epoch: int, con
     if _is_local(source):
         if config.subset is not None:
             raise UserError(f"subset {config.subset!r} applies to hub datasets only, but {source!r} is a local path")
-        files = choose_files(Path(source).expanduser(), config.column)
+        files = choose_files(expanded(source), config.column)
         rng.shuffle(files.paths)
         return shuffle(_select(read_files(files), wanted), rng, config.shuffle_buffer)
     if not _is_hub_id(source):

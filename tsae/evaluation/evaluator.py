@@ -34,8 +34,9 @@ from tsae.lm.hooks import logits_with
 from tsae.lm.loading import LanguageModel
 from tsae.rundir import layout
 from tsae.sae.model import SparseAutoencoder
-from tsae.utils.atomic import atomic_write, write_json
+from tsae.utils.atomic import atomic_write, write_json, writing
 from tsae.utils.nested import flatten
+from tsae.utils.paths import expanded
 from tsae.utils.progress import bar
 
 logger = logging.getLogger(__name__)
@@ -317,8 +318,9 @@ def write_eval(result: EvaluationResult, run_dir: str | Path, source: dict[str, 
     `sparsity.safetensors` is SAELens's optional file: `sparsity` [d_sae] float32, log10 of the firing frequency with a
     floor of 1e-10.
     """
-    run_dir = Path(run_dir)
-    (run_dir / layout.AUTOENCODER).mkdir(parents=True, exist_ok=True)
+    run_dir = expanded(run_dir)
+    with writing(run_dir / layout.EVALUATION):
+        (run_dir / layout.AUTOENCODER).mkdir(parents=True, exist_ok=True)
     sparsity = result.density.clamp(min=1e-10).log10().to(torch.float32).contiguous()
     with atomic_write(run_dir / layout.SPARSITY) as temporary:
         save_file({"sparsity": sparsity}, temporary)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +33,7 @@ from tsae.data.text import (
 )
 from tsae.errors import UserError
 from tsae.lm.loading import LanguageModel
+from tsae.utils.paths import expanded
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def held_out(source: Source, lm: LanguageModel, sequences: int, seed: int) -> He
     # What lies below the lowest threshold is on the evaluation side of every split.
     thresholds = [split_threshold(run.data, run.text) for run in source.runs]
     other = replace(text, threshold=min(thresholds, default=text.evaluation_share))
-    if Path(data).expanduser().exists():
+    if expanded(data).exists():
         other = replace(other, subset=None)  # the run's, of a hub dataset
     try:
         opened = open_text(data, part="evaluation", seed=seed, config=other)

@@ -20,6 +20,7 @@ from tsae.rundir import layout
 from tsae.rundir.directory import read_config
 from tsae.sae.model import SparseAutoencoder
 from tsae.utils.device import resolve_device
+from tsae.utils.paths import expanded
 
 Place = TypeVar("Place", str, Path)
 
@@ -120,7 +121,7 @@ def by_name(places: Sequence[Place], names: Sequence[str]) -> dict[str, Place]:
 
 def _config_of(source: str) -> TrainConfig | None:
     """The configuration of the run that ``source``, or its parent directory, is; None if neither is a run."""
-    place = Path(source).expanduser()
+    place = expanded(source)
     for run in (place, place.parent):
         if (run / layout.CONFIG).is_file() and layout.has_autoencoder(run):
             return read_config(run)

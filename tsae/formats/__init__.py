@@ -14,6 +14,7 @@ import torch
 from tsae.errors import UserError
 from tsae.formats import dictionary_learning, gemma_scope, hub, saelens, sparsify
 from tsae.sae.model import SparseAutoencoder
+from tsae.utils.paths import expanded
 
 __all__ = ["load"]
 
@@ -82,7 +83,7 @@ def load(
             or the autoencoder computes something that this version cannot.
     """
     formats = tuple(known for known in FORMATS if pickles or not known.pickled)
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not path.exists():
         if not hub.is_hub_id(str(source)):
             raise UserError(f"There is no {source}; name a directory, or a repository on the hub, OWNER/NAME/FOLDER.")
@@ -91,7 +92,7 @@ def load(
             (*(file for known in formats for file in known.files), *OPTIONAL),
             revision=revision,
             token=token,
-            cache_dir=cache_dir,
+            cache_dir=None if cache_dir is None else expanded(cache_dir),
             local_files_only=local_files_only,
         )
     return _read(path, str(source), formats).to(device)

@@ -7,8 +7,10 @@ from pathlib import Path
 from tsae.errors import UserError
 from tsae.hub.transfer import prepare, push
 from tsae.rundir import layout
+from tsae.rundir.ownership import owning_runs
 from tsae.sae.model import SparseAutoencoder
-from tsae.utils.progress import console
+from tsae.utils.atomic import atomic_directory
+from tsae.utils.output import say
 
 
 def publish(
@@ -28,12 +30,15 @@ def publish(
     Raises:
         UserError: the directory is not a run's, the folder is not empty, or the hub refuses.
     """
-    sae = SparseAutoencoder.load(run / layout.AUTOENCODER)
-    if folder is None:
-        where = push(sae, repo, run=run, private=private or None, license=license, revision=revision)
-        console.print(f"Uploaded: {where}", soft_wrap=True)
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not an empty folder; name a new one.")
-    prepare(sae, folder, repo, run=run, license=license)
-    console.print(f"Written: {folder}", soft_wrap=True)
+    with owning_runs(run):
+        sae = SparseAutoencoder.load(run / layout.AUTOENCODER)
+        if folder is None:
+            where = push(sae, repo, run=run, private=private or None, license=license, revision=revision)
+            said = f"Uploaded: {where}"
+        else:
+            with atomic_directory(folder) as temporary:
+                prepare(sae, temporary, repo, run=run, license=license)
+            said = f"Written: {folder}"
+    say(said)

@@ -19,6 +19,7 @@ from tsae.sae.saving import CONFIG
 from tsae.utils.atomic import write_json
 from tsae.utils.config_json import load_json
 from tsae.utils.hub import hub_is_reachable
+from tsae.utils.paths import expanded
 
 
 def push(
@@ -87,7 +88,7 @@ def prepare(
     metadata: dict[str, Any] = {}
     text = None
     if run is not None:
-        run = Path(run)
+        run = expanded(run)
         if not run.is_dir():
             raise UserError(f"There is no run directory {run}; name the directory that training wrote.")
         training = load_json(run / layout.CONFIG)

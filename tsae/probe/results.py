@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from tsae.probe.probes import CHANCE, KS, Score, difference
 from tsae.probe.problems import Problem
+from tsae.utils.output import tables
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def as_json(results: Results, run: str) -> dict[str, Any]:
 
 def print_results(results: Results, console: Console | None = None) -> None:
     """Print the table, in several parts if the terminal is too narrow, and below it the text."""
-    console = console or Console()
+    console = console or tables()
     runs = list(results.sparse)
     beside = len(runs)
     if console.is_terminal:
@@ -75,18 +76,18 @@ def _table(results: Results, runs: list[str], first: str) -> Table:
     table.add_column("label", no_wrap=True)
     table.add_column("probe on", no_wrap=True)
     for run in runs:
-        table.add_column(escape(run), justify="right", overflow="fold")
+        table.add_column(Text(run), justify="right", overflow="fold")
     for problem in results.problems:
         table.add_section()
-        heading = [f"[bold]{problem.name}[/bold]", f"[dim]{len(problem.labels)} of them[/dim]"]
+        heading = [Text(problem.name, "bold"), Text(f"{len(problem.labels)} of them", "dim")]
         for k in KS:
             cells = []
             for run in runs:
                 score = results.sparse[run][problem.name][k]
-                cells.append(f"{score.auc:.3f} ± {score.stderr:.3f}")
+                cells.append(Text(f"{score.auc:.3f} ± {score.stderr:.3f}"))
                 if run != first:
                     change, error = difference(score, results.sparse[first][problem.name][k])
-                    cells[-1] += f"\n[dim]{change:+.3f} ± {error:.3f}[/dim]"
+                    cells[-1].append(f"\n{change:+.3f} ± {error:.3f}", "dim")
             table.add_row(heading.pop(0) if heading else "", f"{k} feature{'s' * (k > 1)}", *cells)
         bound = results.dense[problem.name]
         table.add_row("", "activations, all", *[f"{bound.auc:.3f} ± {bound.stderr:.3f}"] * len(runs))

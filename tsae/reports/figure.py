@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from tsae.evaluation.catalogue import METRICS, lookup
@@ -18,6 +20,7 @@ from tsae.reports.records import History, Records, read_records
 from tsae.rundir import layout
 from tsae.sae.kinds import KINDS, Kind
 from tsae.utils.atomic import atomic_write
+from tsae.utils.paths import expanded
 
 # Okabe and Ito's palette, safe for color-blind readers.
 BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
@@ -55,8 +58,9 @@ def write_report(run_dir: str | Path) -> Path:
     Reads metrics.jsonl, eval.json, eval_source.json, config.json and sae/sparsity.safetensors; a panel whose file is
     missing says so. The same files give the same bytes. Raises UserError for a directory or a file that cannot be read.
     """
-    records, path = read_records(run_dir), Path(run_dir) / layout.REPORT
-    with matplotlib.rc_context(STYLE):
+    records, path = read_records(run_dir), expanded(run_dir) / layout.REPORT
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of a name; it is drawn as a box
         figure = draw(records)
         with atomic_write(path) as temporary:
             figure.savefig(temporary, format="png", metadata={"Software": None})
@@ -87,7 +91,7 @@ def _header(head: SubFigure, records: Records) -> None:
     """The run's name, and its configuration in two lines."""
     config, history = records.config, records.history
     sae, objective = config.get("sae", {}), config.get("objective", {})
-    head.text(0.012, 0.83, records.name, fontsize=17, fontweight="bold", va="center")
+    plain(head.text(0.012, 0.83, records.name, fontsize=17, fontweight="bold", va="center"))
     what, how = [], []
     if "model" in config:
         what.append(str(config["model"]).rstrip("/").rsplit("/", 1)[-1])
@@ -119,7 +123,13 @@ def _header(head: SubFigure, records: Records) -> None:
     if "seed" in config:
         how.append(f"seed {config['seed']}")
     for y, parts in ((0.9, what), (0.74, how)):
-        head.text(0.988, y, "  ·  ".join(parts), fontsize=10, color=GREY, va="center", ha="right")
+        plain(head.text(0.988, y, "  ·  ".join(parts), fontsize=10, color=GREY, va="center", ha="right"))
+
+
+def plain(text: Text) -> None:
+    """Draw a text that holds names as it is: `$` begins no formula, and what is not Unicode is drawn as "?"."""
+    text.set_parse_math(False)
+    text.set_text(text.get_text().encode("utf-8", "replace").decode("utf-8"))
 
 
 def _numbers(head: SubFigure, evaluation: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from tsae.errors import UserError
 from tsae.rundir import layout
+from tsae.utils.paths import expanded
 
 History = dict[str, tuple[np.ndarray, np.ndarray]]
 """Steps and values of each numeric key of a metrics.jsonl."""
@@ -34,7 +35,7 @@ class Records:
 
 def read_records(run_dir: str | Path) -> Records:
     """Everything a run directory records. Raises UserError for a directory or a file that cannot be read."""
-    run_dir = Path(run_dir)
+    run_dir = expanded(run_dir)
     if not run_dir.is_dir():
         raise UserError(f"There is no run directory {run_dir}; name the directory that training wrote.")
     sparsity = run_dir / layout.SPARSITY

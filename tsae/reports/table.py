@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from tsae.evaluation.catalogue import GROUPS, METRICS, lookup
+from tsae.utils.output import tables
 
 # Columns of the side-by-side table.
 COMPARED = (
@@ -25,7 +26,9 @@ def print_comparison(
 
     title, what: of the table, and of its first column
     """
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(
+        title=Text(title, "table.title"), title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     table.add_column(f"\n{what}", overflow="fold")
     metrics, above = [METRICS[key] for key in COMPARED], ""
     for metric in metrics:
@@ -35,10 +38,8 @@ def print_comparison(
         table.add_column(heading, justify="right", no_wrap=True, min_width=width)
         above = first
     for name, run in runs.items():
-        table.add_row(name, *(metric.short(lookup(run["metrics"] or {}, metric.key)) for metric in metrics))
-    console = console or Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 160)  # a file needs no folding
+        table.add_row(Text(name), *(metric.short(lookup(run["metrics"] or {}, metric.key)) for metric in metrics))
+    console = console or tables(160)
     console.print(table)
     for name, run in runs.items():
         if run["error"]:
@@ -50,14 +51,14 @@ def print_table(metrics: dict[str, Any], console: Console | None = None, text: s
 
     text: the text that was measured, if it is not the evaluation part of the run's own
     """
-    title = "Evaluation" if text is None else f"Evaluation on other text: {escape(text)}"
-    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    title = "Evaluation" if text is None else f"Evaluation on other text: {text}"
+    table = Table(title=Text(title, "table.title"), title_justify="left", show_edge=False, pad_edge=False)
     table.add_column("metric", no_wrap=True)
     table.add_column("value", justify="right")
     table.add_column("unit", style="dim", no_wrap=True)
     for group, listed in GROUPS.items():
         table.add_section()
-        table.add_row(f"[bold]{group}[/bold]", "", "")
+        table.add_row(Text(group, "bold"), "", "")
         for metric in listed:
             value = lookup(metrics, metric.key)
             if isinstance(value, dict):
@@ -65,4 +66,4 @@ def print_table(metrics: dict[str, Any], console: Console | None = None, text: s
                     table.add_row(f"{metric.row}, {metric.at(part).label}", metric.full(entry), metric.unit)
             else:
                 table.add_row(metric.row, metric.full(value), metric.unit)
-    (console or Console()).print(table)
+    (console or tables()).print(table)

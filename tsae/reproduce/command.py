@@ -16,11 +16,12 @@ from tsae.reproduce.results import collect, explained_variance, markdown, print_
 from tsae.rundir import layout
 from tsae.sae.model import SparseAutoencoder
 from tsae.training.job import Job
-from tsae.training.sweep import resume_sweep, run_sweep, sweep_directory
+from tsae.training.run import owning_on_rank0
+from tsae.training.sweep import read_runs, run_sweep, sweep_directory
 from tsae.utils.atomic import atomic_write, write_json
-from tsae.utils.cli import check_counts
+from tsae.utils.cli import check_counts, deliver
 from tsae.utils.config_json import from_dict, load_json
-from tsae.utils.progress import console
+from tsae.utils.output import say
 
 
 def reproduce(paper: str, out: Path | None, overwrite: bool, resume: Path | None, **options: Any) -> None:
@@ -34,26 +35,38 @@ def reproduce(paper: str, out: Path | None, overwrite: bool, resume: Path | None
         UserError: bad options, a model or text that cannot be read, or a directory that cannot be used.
     """
     began = time.perf_counter()
-    if resume is not None:
-        _check_resumable(resume, paper)
-        resume_sweep(resume)
-        directory = resume
-    else:
+    if resume is None:
         check_counts(steps=options["steps"], d_sae=options["d_sae"])
-        cfgs = configurations(PAPERS[paper], **options)
-        directory = sweep_directory(f"reproduce-{paper}", out, overwrite=overwrite)
-        run_sweep(Job(cfgs, directory))
-    runs = load_json(directory / layout.SWEEP)["runs"]
-    cfg = from_dict(TrainConfig, next(iter(runs.values()))["config"])
-    explained = _explained_variance(directory, cfg, [name for name, run in runs.items() if run["metrics"]])
-    seconds = None if resume is not None else time.perf_counter() - began
-    results = collect(PAPERS[paper], cfg, runs, explained, seconds)
-    write_json(directory / layout.REPRODUCTION, results)
+        job = Job(configurations(PAPERS[paper], **options), _new_directory(paper, out, overwrite))
+    else:
+        _check_resumable(resume, paper)
+        job = Job(read_runs(resume), resume)
+    directory = job.directory
+    with owning_on_rank0(directory):
+        if resume is None and out is not None:
+            _new_directory(paper, out, overwrite)  # again: another process may have made it since
+        run_sweep(job, resume=resume is not None)
+        runs = load_json(directory / layout.SWEEP)["runs"]
+        cfg = from_dict(TrainConfig, next(iter(runs.values()))["config"])
+        explained = _explained_variance(directory, cfg, [name for name, run in runs.items() if run["metrics"]])
+        seconds = None if resume is not None else time.perf_counter() - began
+        results = collect(PAPERS[paper], cfg, runs, explained, seconds)
+        deliver(
+            lambda: write_json(directory / layout.REPRODUCTION, results),
+            lambda: _write_table(results, directory),
+            lambda: write_figure(results, directory),
+            show=lambda *_: print_results(results),
+        )
+    say(f"Written: {directory}")
+
+
+def _new_directory(paper: str, out: Path | None, overwrite: bool) -> Path:
+    return sweep_directory(f"reproduce-{paper}", out, overwrite=overwrite)
+
+
+def _write_table(results: dict[str, Any], directory: Path) -> None:
     with atomic_write(directory / layout.REPRODUCTION_TABLE) as temporary:
-        temporary.write_text(markdown(results), encoding="utf-8")
-    write_figure(results, directory)
-    print_results(results)
-    console.print(f"Written: {directory}", soft_wrap=True)
+        temporary.write_text(markdown(results), encoding="utf-8", errors="replace")
 
 
 def _explained_variance(directory: Path, cfg: TrainConfig, finished: list[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from tsae.evaluation.catalogue import METRICS
-from tsae.reports.figure import BLUE, GREY, INK, RED, STYLE
+from tsae.reports.figure import BLUE, GREY, INK, RED, STYLE, plain
 from tsae.reports.records import read_history
 from tsae.reproduce.papers import INPUTS
 from tsae.rundir import layout
@@ -31,12 +31,8 @@ def write_figure(results: dict[str, Any], directory: Path) -> Path:
         FigureCanvasAgg(figure)
         top, bottom = figure.subfigures(2, 1, height_ratios=(1.0, 1.0))
         model = str(results["model"]).rstrip("/").rsplit("/", 1)[-1]
-        top.suptitle(
-            f"(a) Metrics across runs, {model} layer {results['layer']}, {results['steps']} steps",
-            x=0.01,
-            ha="left",
-            fontweight="bold",
-        )
+        title = f"(a) Metrics across runs, {model} layer {results['layer']}, {results['steps']} steps"
+        plain(top.suptitle(title, x=0.01, ha="left", fontweight="bold"))
         for ax, key in zip(top.subplots(1, len(PANELS)), PANELS, strict=True):
             _bars(ax, results, key)
         top.legend(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from tsae.config import TrainConfig
@@ -21,6 +22,7 @@ from tsae.lm.hooks import activations
 from tsae.lm.loading import LanguageModel
 from tsae.reproduce.papers import INPUTS, Paper
 from tsae.sae.model import SparseAutoencoder
+from tsae.utils.output import tables
 
 # Columns of the table; all but the second are metrics of eval.json.
 COLUMNS = (
@@ -206,14 +208,18 @@ def markdown(results: dict[str, Any]) -> str:
 
 def print_results(results: dict[str, Any], console: Console | None = None) -> None:
     """Print the table and the notes."""
-    table = Table(title=results["title"], title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(
+        title=Text(results["title"], "table.title"),
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     for i, heading in enumerate(("run", "", *(metric.column for metric in COLUMNS), "steps")):
         table.add_column(heading, justify="left" if i < 2 else "right", no_wrap=i > 1)
     for cells in _cells(results):
         table.add_row(*cells, style="dim" if cells[1] == "paper" else "")
-    console = console or Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 120)  # a file needs no folding
+    console = console or tables(120)
     console.print(table)
     for note in _notes(results):
         console.print(note, markup=False, highlight=False)

@@ -6,15 +6,16 @@ import os
 import shutil
 from datetime import datetime
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 from tsae.config import TrainConfig
 from tsae.errors import UserError
 from tsae.rundir import layout
 from tsae.rundir.fingerprint import check_unchanged, fingerprint
-from tsae.utils.atomic import write_json
+from tsae.utils.atomic import write_json, writing
 from tsae.utils.config_json import from_dict, load_json, to_dict
+from tsae.utils.paths import check_unicode
 
 
 def new_directory(
@@ -33,14 +34,20 @@ def new_directory(
     check_writable(out)
     if (out / marker).exists() and not overwrite:
         raise UserError(f"{out} already has a {what}; continue it with --resume {out}, or replace it with --overwrite.")
-    foreign = [path for path in out.glob("*") if path.name != f".{marker}.tmp"]  # left by a killed start
-    if foreign and not (out / marker).exists():
+    if not (out / marker).exists() and not is_new(out):
         raise UserError(f"{out} is not empty and holds no {what}; name a new directory.")
     return out
 
 
+def is_new(directory: Path) -> bool:
+    """Whether a directory is missing, or empty but for a lock and what a killed start left."""
+    own = {layout.LOCK, f".{layout.CONFIG}.tmp", f".{layout.SWEEP}.tmp"}
+    return all(path.name in own or path.name.startswith(f"{layout.LOCK}.") for path in directory.glob("*"))
+
+
 def check_writable(directory: Path) -> None:
     """Raise `UserError` unless files can be created in ``directory``, or in the parent where it would be."""
+    check_unicode(directory)
     try:
         place = next(p for p in (directory, *directory.absolute().parents) if p.exists())
         with TemporaryFile(dir=place):
@@ -137,7 +144,7 @@ def link_latest(directory: Path) -> None:
     if directory.parent.parent != Path("runs"):
         return
     link = Path("runs") / "latest"
-    temporary = link.with_name("latest.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(directory.relative_to("runs"))
-    os.replace(temporary, link)
+    with writing(link), TemporaryDirectory(prefix=".latest-", dir=link.parent) as own:  # others may start now too
+        temporary = Path(own) / link.name
+        temporary.symlink_to(directory.relative_to("runs"))
+        os.replace(temporary, link)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 CONFIG = "config.json"  # makes a directory a run's
 SWEEP = "sweep.json"  # makes a directory a sweep's
+LOCK = ".lock"  # held by the process that owns the directory, and removed when that ends; `.lock.*` without flock
 
 CHECKPOINTS = "checkpoint"  # folder
 AUTOENCODER = "sae"  # folder, in SAELens's format

@@ -17,6 +17,7 @@ from tsae.sae.hysteresis import exact_threshold, mask_two_sided
 from tsae.sae.sparse_linear import decode_sparse, encode_linear, use_sparse_products
 from tsae.sae.straight_through import learned_thresholds, straight_through
 from tsae.sae.thresholds import batch_topk_threshold, mean_l0, topk_threshold
+from tsae.utils.paths import expanded
 from tsae_kernels import TemporalStats, activate_with_stats
 
 NO_BANDS = ((1, 1),)  # the cheapest statistics, for callers that need only the features
@@ -333,7 +334,7 @@ class SparseAutoencoder(nn.Module):
         """
         if self.training:
             self.update_threshold_buffers()
-        saving.save(Path(directory), self.cfg, self.state_dict(), metadata)
+        saving.save(expanded(directory), self.cfg, self.state_dict(), metadata)
 
     @classmethod
     def load(cls, directory: str | Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
@@ -345,7 +346,7 @@ class SparseAutoencoder(nn.Module):
         Raises:
             UserError: a file is missing, damaged or was written by SAELens, or a tensor has the wrong shape.
         """
-        cfg, tensors = saving.load(Path(directory))
+        cfg, tensors = saving.load(expanded(directory))
         sae = cls(cfg).eval()
         sae.load_state_dict(tensors, strict=False)  # without the parameters of learned thresholds
         sae.update_threshold_parameters()

@@ -8,7 +8,7 @@ from tsae.data.harvest import ActivationBatch
 from tsae.data.norms import report_norms
 from tsae.training.assemble import Setup
 from tsae.training.memory import BUFFER, check_memory, memory_parts
-from tsae.utils.progress import console
+from tsae.utils.output import console
 
 
 def announce(setup: Setup, buffer: ActivationBuffer) -> None:

@@ -30,6 +30,7 @@ from tsae.parallel.processes import check_mesh, check_on_all_ranks, local_rank0_
 from tsae.training.job import Job, prefix_errors
 from tsae.training.sparse_step import check_steps
 from tsae.utils.device import resolve_device
+from tsae.utils.paths import expanded
 from tsae.utils.progress import bar
 from tsae.utils.torchrun import world_size
 
@@ -94,7 +95,7 @@ def prepare(job: Job) -> Setup:
         job.shared,
         data=absolute_source(job.shared.data),
         model=absolute_name(job.shared.model),
-        cache=None if job.shared.cache is None else str(Path(job.shared.cache).expanduser().absolute()),
+        cache=None if job.shared.cache is None else str(expanded(job.shared.cache).absolute()),
     )
     next(iter(_text(common, "train")(0)))  # unusable text is reported before the model is loaded
     common = replace(common, text=replace(common.text, threshold=split_threshold(common.data, common.text)))

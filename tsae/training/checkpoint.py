@@ -67,7 +67,7 @@ def save(
         raise WriteError(
             final,
             error.reason,
-            f"{left}; make room, and continue with python -m tsae.train --resume {directory.parent}",
+            advice=f"{left}; make room, and continue with python -m tsae.train --resume {directory.parent}",
         ) from None
     return final
 

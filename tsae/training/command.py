@@ -14,12 +14,12 @@ from tsae.rundir import layout
 from tsae.rundir.directory import new_directory
 from tsae.training.dry_run import dry_run, print_estimate
 from tsae.training.job import Job
-from tsae.training.run import run
+from tsae.training.run import owning_on_rank0, run_job
 from tsae.training.sweep import print_sweep, read_runs, run_sweep, sweep_directory
 from tsae.training.sweep_file import read_sweep
 from tsae.utils.cli import only_options
 from tsae.utils.config_json import from_dict, load_json
-from tsae.utils.progress import console
+from tsae.utils.output import say
 from tsae.utils.torchrun import is_rank0, world_size
 
 if TYPE_CHECKING:
@@ -36,21 +36,41 @@ def train(cfg: TrainConfig, asked: Command, argv: list[str]) -> None:
     Raises:
         UserError: options that do not go together, or a model or text that cannot be used.
     """
-    runs, resume = _runs(cfg, asked, argv), asked.resume is not None
+    runs = _runs(cfg, asked, argv)
     with processes(max(each.parallel.timeout for each in runs.values())):
         job = Job(runs, asked.resume or broadcast_from_rank0(lambda: _new_directory(cfg, asked)))
         if asked.dry_run:
             print_estimate(dry_run(job), job)
             return
-        if job.is_sweep:
-            run_sweep(job, resume=resume)
-            if is_rank0():
-                print_sweep(job.directory)
-        else:
-            result = run(job.shared, job.directory, resume=resume)
-            if result is not None:
-                print_table(result.metrics)
-        console.print(f"Written: {job.directory}", soft_wrap=True)
+        with owning_on_rank0(job.directory):
+            broadcast_from_rank0(lambda: _check_as_before(job, cfg, asked, argv))
+            _train(job, resume=asked.resume is not None)
+    say(f"Written: {job.directory}")
+
+
+def _check_as_before(job: Job, cfg: TrainConfig, asked: Command, argv: list[str]) -> None:
+    """Raise `UserError` if the directory, which this process now owns, is not as it was when the command was read."""
+    if asked.resume is None:
+        if asked.out is not None:
+            _new_directory(cfg, asked)
+    elif _runs(cfg, asked, argv) != job.runs:
+        raise UserError(f"Another process has just changed the run {job.directory}; start again.")
+
+
+def _train(job: Job, *, resume: bool) -> None:
+    """Train and evaluate, and then print; figures that cannot be written are printed and the error raised."""
+    if job.is_sweep:
+        run_sweep(job, resume=resume)
+        if is_rank0():
+            print_sweep(job.directory)
+        return
+    outcome = run_job(job, resume=resume)[""]
+    if not is_rank0():
+        return
+    if outcome.evaluation is not None:
+        print_table(outcome.evaluation.metrics)
+    if outcome.error is not None:
+        raise outcome.error
 
 
 def _runs(cfg: TrainConfig, asked: Command, argv: list[str]) -> dict[str, TrainConfig]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from tsae.config import LENGTH, TrainConfig
@@ -22,6 +21,7 @@ from tsae.training.assemble import Setup, make_buffer, make_feed, open_cache, pr
 from tsae.training.job import Job
 from tsae.training.memory import cache_bytes, checkpoint_bytes, memory_parts
 from tsae.training.trainer import Trainer
+from tsae.utils.output import tables
 from tsae.utils.torchrun import world_size
 
 _GROUPS = 2  # forward passes that are timed, after one more to warm up
@@ -140,7 +140,7 @@ def print_estimate(estimate: Estimate, job: Job) -> None:
     tokens = job.sequences_trained * LENGTH
     total = sum(estimate.seconds.values())
     table.add_row("time, in all", _duration(total), f"{tokens:,} tokens; without evaluation and report", style="bold")
-    Console().print(table)
+    tables().print(table)
 
 
 def _size(size: float) -> str:

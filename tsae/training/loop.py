@@ -17,7 +17,7 @@ from tsae.parallel.axis import Ranks
 from tsae.parallel.buffer import BatchShard
 from tsae.parallel.processes import broadcast_from_rank0, check_on_all_ranks, raise_on_all_ranks
 from tsae.rundir import layout
-from tsae.rundir.directory import check_resumable, start_runs
+from tsae.rundir.directory import check_resumable, is_new, start_runs
 from tsae.rundir.metrics_log import MetricsLog, NoLog
 from tsae.rundir.trackers import open_trackers
 from tsae.sae.normalization import InputNormalizer
@@ -29,7 +29,8 @@ from tsae.training.trainer import DivergedError, Trainer
 from tsae.utils.atomic import write_json
 from tsae.utils.config_json import to_dict
 from tsae.utils.interrupts import AtSafePoint, Interrupted, deferred
-from tsae.utils.progress import bar, console
+from tsae.utils.output import say
+from tsae.utils.progress import bar
 
 
 @dataclass
@@ -39,9 +40,9 @@ class Outcome:
     steps: int
     """Optimizer steps completed."""
     evaluation: EvaluationResult | None = None
-    """None with ``evaluation.final`` off, and if there is an error."""
+    """None with ``evaluation.final`` off, and if training diverged or the evaluation is not finite."""
     error: UserError | None = None
-    """Training diverged, or the evaluation is not finite."""
+    """Training diverged, the evaluation is not finite, or it could not be written."""
 
 
 class ActiveRun:
@@ -123,7 +124,7 @@ class TrainingLoop:
         try:
             first = self.stream.buffer.first(self.job.shared.buffer.estimate_sequences)
         except AtSafePoint as stop:
-            empty = not directory.exists() or not any(directory.iterdir())
+            empty = is_new(directory)
             if empty and self.ranks.is_rank0:
                 start_runs(self.job.runs, directory)  # so that there is something to resume
             raise Interrupted(stop.number, _advice(0, directory if resume or empty else None)) from None
@@ -143,7 +144,7 @@ class TrainingLoop:
         state = found.state
         raise_on_all_ranks(lambda: check_resumable(self.job.runs, state["configs"], self.job.directory))
         for sentence in found.damaged:
-            console.print(sentence, soft_wrap=True)
+            say(sentence)
         self.stream.buffer.load_state_dict(state["buffer"], found.buffer)
         self.stream.feed.load_state_dict(state["feed"])
         for name, values in state["trainers"].items():
@@ -153,7 +154,7 @@ class TrainingLoop:
         for name, (steps, message) in state["diverged"].items():
             self.outcomes[name] = Outcome(steps, error=DivergedError(message))
         self.step = self.saved_step = state["step"]
-        console.print(f"Resuming {self.job.directory} after step {self.step}.", soft_wrap=True)
+        say(f"Resuming {self.job.directory} after step {self.step}.")
 
     def _new_trainer(self, name: str, normalizer: InputNormalizer) -> Trainer:
         cfg, autocast = self.job.runs[name], self.setup.uses_autocast(self.job.runs[name])

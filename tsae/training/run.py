@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from tsae.config import LENGTH, TrainConfig
-from tsae.errors import UserError
+from tsae.errors import UserError, WriteError
 from tsae.evaluation.evaluator import (
     EvaluationResult,
     evaluate_all,
@@ -20,12 +22,14 @@ from tsae.reports.figure import write_report
 from tsae.rundir import layout
 from tsae.rundir.directory import check_writable
 from tsae.rundir.fingerprint import fingerprint
+from tsae.rundir.ownership import owning
 from tsae.rundir.trackers import check_trackers, track_evaluation
 from tsae.sae.model import SparseAutoencoder
 from tsae.training.assemble import Setup, prepare
 from tsae.training.job import Job
 from tsae.training.loop import Outcome, train
 from tsae.utils.interrupts import Interrupted
+from tsae.utils.paths import expanded
 from tsae.utils.torchrun import is_rank0
 
 
@@ -41,14 +45,30 @@ def run(cfg: TrainConfig, directory: Path, *, resume: bool = False) -> Evaluatio
     Raises:
         UserError: bad values, or a model or a text that cannot be used, before anything is written.
     """
-    outcome = run_job(Job({"": cfg}, directory), resume=resume)[""]
+    outcome = run_job(Job({"": cfg}, expanded(directory)), resume=resume)[""]
     if outcome.error is not None and is_rank0():
         raise outcome.error
     return outcome.evaluation
 
 
 def run_job(job: Job, *, resume: bool = False) -> dict[str, Outcome]:
-    """Train, evaluate and report the autoencoders of a job; the outcomes by name. Otherwise as `run`."""
+    """Train, evaluate and report the autoencoders of a job; the outcomes by name. Otherwise as `run`.
+
+    What has been measured but cannot be written is in the outcome, with the error.
+    """
+    with owning_on_rank0(job.directory):
+        return _run_job(job, resume=resume)
+
+
+@contextmanager
+def owning_on_rank0(directory: Path) -> Iterator[None]:
+    """`tsae.rundir.ownership.owning` by rank 0 for all processes; all raise its error."""
+    with ExitStack() as stack:
+        broadcast_from_rank0(lambda: stack.enter_context(owning(directory)))
+        yield
+
+
+def _run_job(job: Job, *, resume: bool) -> dict[str, Outcome]:
     check_trackers(name for cfg in job.runs.values() for name in cfg.log)
     broadcast_from_rank0(lambda: check_writable(job.directory))
     try:
@@ -64,8 +84,18 @@ def run_job(job: Job, *, resume: bool = False) -> dict[str, Outcome]:
         if job.shared.evaluation.final and saes:
             _evaluate(saes, setup, outcomes)
         for name in job.runs:
-            write_report(job.directory / name)
+            with _noting_errors(outcomes[name]):
+                write_report(job.directory / name)
     return outcomes
+
+
+@contextmanager
+def _noting_errors(outcome: Outcome) -> Iterator[None]:
+    """A failed write within the block becomes the outcome's error, if it has none: what was measured is not lost."""
+    try:
+        yield
+    except WriteError as error:
+        outcome.error = outcome.error or error
 
 
 def _save(sae: SparseAutoencoder, setup: Setup, name: str) -> None:
@@ -96,5 +126,8 @@ def _evaluate(saes: dict[str, SparseAutoencoder], setup: Setup, outcomes: dict[s
             outcomes[name].error = error
         else:
             outcomes[name].evaluation = result
-            write_eval(result, job.directory / name)
-            track_evaluation(job.directory / name, job.runs[name], outcomes[name].steps, result.metrics)
+            with _noting_errors(outcomes[name]):
+                write_eval(result, job.directory / name)
+    for name in saes:
+        if outcomes[name].evaluation is not None:
+            track_evaluation(job.directory / name, job.runs[name], outcomes[name].steps, results[name].metrics)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from tsae.config import TrainConfig
-from tsae.errors import UserError
+from tsae.errors import UserError, WriteError
 from tsae.reports.table import print_comparison
 from tsae.rundir import layout
 from tsae.rundir.directory import new_directory, start_run
 from tsae.training.job import Job
 from tsae.training.loop import Outcome
-from tsae.training.run import run_job
+from tsae.training.run import owning_on_rank0, run_job
 from tsae.utils.atomic import write_json
 from tsae.utils.config_json import from_dict, load_json
 from tsae.utils.torchrun import is_rank0
@@ -26,25 +26,40 @@ def run_sweep(job: Job, *, resume: bool = False) -> dict[str, Outcome]:
     """Train, evaluate and compare; `sweep.json` gets the steps, the metrics and the error of every run.
 
     job: its directory comes from `sweep_directory`, or with ``resume`` is that of an existing sweep
+
+    Raises:
+        WriteError: a file could not be written; the metrics have been printed.
     """
-    if resume and is_rank0():
-        for name, cfg in job.runs.items():  # a start that was killed may not have reached all of them
-            if not (job.directory / name / layout.CONFIG).exists():
-                start_run(job.directory / name, cfg)
-    outcomes = run_job(job, resume=resume)
-    if is_rank0():
-        old = load_json(job.directory / layout.SWEEP)["runs"]
-        rows = {
-            name: {
-                "config": old[name]["config"],
-                "steps": outcome.steps,
-                "error": None if outcome.error is None else str(outcome.error),
-                "metrics": None if outcome.evaluation is None else outcome.evaluation.metrics,
-            }
-            for name, outcome in outcomes.items()
-        }
-        write_json(job.directory / layout.SWEEP, {"runs": rows})
+    with owning_on_rank0(job.directory):
+        if resume and is_rank0():
+            for name, cfg in job.runs.items():  # a start that was killed may not have reached all of them
+                if not (job.directory / name / layout.CONFIG).exists():
+                    start_run(job.directory / name, cfg)
+        outcomes = run_job(job, resume=resume)
+        if is_rank0():
+            _write(job, outcomes)
     return outcomes
+
+
+def _write(job: Job, outcomes: dict[str, Outcome]) -> None:
+    old = load_json(job.directory / layout.SWEEP)["runs"]
+    rows = {
+        name: {
+            "config": old[name]["config"],
+            "steps": outcome.steps,
+            "error": None if outcome.error is None else str(outcome.error),
+            "metrics": None if outcome.evaluation is None else outcome.evaluation.metrics,
+        }
+        for name, outcome in outcomes.items()
+    }
+    unwritten = [outcome.error for outcome in outcomes.values() if isinstance(outcome.error, WriteError)]
+    try:
+        write_json(job.directory / layout.SWEEP, {"runs": rows})
+    except WriteError as error:
+        unwritten.insert(0, error)
+    if unwritten:
+        print_comparison(rows)
+        raise unwritten[0]
 
 
 def read_runs(directory: Path) -> dict[str, TrainConfig]:

@@ -60,7 +60,7 @@ from tsae.training.temporal_objectives import (
 )
 from tsae.utils.device import runs_behind
 from tsae.utils.nested import flatten
-from tsae.utils.progress import console
+from tsae.utils.output import say
 from tsae_kernels import TemporalStats, count_positions, within_sequence_variance
 
 
@@ -445,10 +445,9 @@ class Trainer:
         lost = self.lists.check()
         self._lost += lost
         if lost:
-            console.print(
+            say(
                 f"Up to step {self.step}, {lost} steps changed no weight, because a token had more active features "
-                f"than its list has places; from now on it has {self.lists.capacity}.",
-                soft_wrap=True,
+                f"than its list has places; from now on it has {self.lists.capacity}."
             )
         return {"list_capacity": self.lists.capacity, "lost_steps": self._lost}
 

@@ -5,28 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import xxhash
 
-from tsae.errors import UserError
+from tsae.errors import UserError, WriteError
+from tsae.utils.lock import HeldError, Lock, claim_file
+from tsae.utils.paths import check_unicode
 
 _CHUNK = 1 << 20  # bytes read at once for a checksum
-
-
-class WriteError(UserError):
-    """A file could not be written, for example on a full disk.
-
-    reason: the message of the operating system
-    """
-
-    def __init__(self, path: Path, reason: str, advice: str = "make room there, and start or resume again") -> None:
-        super().__init__(f"{path} cannot be written ({reason}); what was complete is kept: {advice}.")
-        self.reason = reason
 
 
 @contextmanager
@@ -35,29 +28,74 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise WriteError(path, error.strerror or str(error)) from None
+        raise WriteError(path, error.strerror or str(error), error.errno) from None
     except Exception as error:
-        said = re.search(r"(?:.*: )?(.*) \(os error \d+\)", str(error))  # of a library in Rust
+        said = re.search(r"(?:.*: )?(.*) \(os error (\d+)\)", str(error))  # of a library in Rust
         if said is None:
             raise
-        raise WriteError(path, said[1]) from None
+        raise WriteError(path, said[1], int(said[2])) from None
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that replaces it when the block ends without an error.
 
-    The temporary name is fixed, so that the next write overwrites what a killed one left; ``path`` has one writer.
-    A failed write raises `WriteError` and leaves ``path`` unchanged.
+    The temporary name is fixed, so that the next write overwrites what a killed one left, unless another process is
+    writing ``path`` now.
+    A failed write raises `WriteError` and leaves ``path`` unchanged. A link stays one, and gets its target replaced; a
+    device or a pipe is written to.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            with TemporaryDirectory() as folder:
+                yield Path(folder) / "file"
+                with (Path(folder) / "file").open("rb") as file, path.open("wb") as device:
+                    shutil.copyfileobj(file, device)
+            return
+        target = path.resolve() if path.is_symlink() else path
+        temporary = target.with_name(f".{target.name}.tmp")
+        claim = claim_file(temporary)
+        if claim is None:
+            temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             yield temporary
             sync(temporary)
-            os.replace(temporary, path)
+            os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
+            if claim is not None:
+                os.close(claim)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary directory beside ``path``, which is missing or empty, and rename it to ``path`` when the block
+    ends without an error.
+
+    Raises:
+        UserError: it cannot be written, or another process is writing it.
+    """
+    check_unicode(path)
+    whole = path.absolute()
+    temporary = whole.with_name(f".{whole.name}.tmp")
+    lock = Lock(whole.with_name(f".{whole.name}.lock"))
+    try:
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        with lock:
+            shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
+            try:
+                temporary.mkdir()
+                yield temporary
+                for written in (*temporary.rglob("*"), temporary):
+                    sync(written)
+                os.replace(temporary, whole)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    except HeldError as error:
+        raise UserError(f"{path} is being written by {error}; wait until that has ended, or name another.") from None
+    except (OSError, WriteError) as error:
+        reason = error.reason if isinstance(error, WriteError) else error.strerror or str(error)
+        raise UserError(f"{path} cannot be written ({reason}); name another directory.") from None
 
 
 def sync(path: Path) -> None:

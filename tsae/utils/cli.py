@@ -7,18 +7,24 @@ import errno
 import io
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import tyro
 
-from tsae.errors import UserError
+from tsae.errors import UserError, WriteError
 from tsae.utils.interrupts import Interrupted, at_once
+from tsae.utils.output import Tolerant, tolerant_streams
+from tsae.utils.paths import with_expanded_paths
 from tsae.utils.torchrun import is_rank0
 
 T = TypeVar("T")
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+CANNOT_WRITE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM),
+    *(errno.ENAMETOOLONG, errno.ESTALE),
+)
 RESUME = "; continue with --resume and the run's directory"  # advice of commands that have --resume
 
 
@@ -30,15 +36,16 @@ class Status:
 
 
 def parse(cls: type[T], argv: list[str], default: T | None, prog: str) -> T:
-    """Parse ``argv`` into the dataclass ``cls``; ``--help`` prints and exits.
+    """Parse ``argv`` into the dataclass ``cls``, its paths `expanded`; ``--help`` prints and exits.
 
     Raises:
-        UserError: an unknown option or a value of the wrong type; tyro's message on one line.
+        UserError: an unknown option or a value of the wrong type, tyro's message on one line; or a path in a home
+            directory that does not exist.
     """
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
-            return tyro.cli(cls, args=argv, default=default, prog=prog)
+            return with_expanded_paths(tyro.cli(cls, args=argv, default=default, prog=prog))
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -71,17 +78,70 @@ def check_counts(**options: int | None) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
 
 
+def deliver(*writes: Callable[[], Any], show: Callable[..., None]) -> None:
+    """Call all of ``writes``, and then ``show`` with what they returned: a result is on disk before it is printed.
+
+    A write that fails is shown as None. Its error is raised at the end, the first one if there are several, so that
+    figures that cannot be written are printed.
+
+    Raises:
+        WriteError: a file could not be written.
+    """
+    results, errors = [], []
+    for write in writes:
+        try:
+            results.append(write())
+        except WriteError as error:
+            results.append(None)
+            errors.append(error)
+        except OSError as error:
+            if error.errno not in CANNOT_WRITE:
+                raise
+            results.append(None)
+            errors.append(WriteError(Path(error.filename or "A file"), error.strerror or str(error), error.errno))
+    show(*results)
+    if errors:
+        raise errors[0]
+
+
 @contextlib.contextmanager
 def report_errors(advice: str = "") -> Iterator[Status]:
     """Turn a `UserError`, a full or failing disk, and lack of memory into a sentence on stderr and status 2, and an
     interruption into status 130 or 143. With several processes only rank 0 prints.
 
+    stdout and stderr are `tsae.utils.output.Tolerant` within the block. That nobody reads them any more, as in
+    ``| head``, changes neither what a command does nor its status; any other failure of stdout gives status 2.
+
     advice: printed after an interruption that has no advice
     """
     status = Status()
+    with tolerant_streams() as out:
+        try:
+            with _sentences(status, advice):
+                yield status
+        except SystemExit:  # --help
+            if _lost(out):
+                raise SystemExit(2) from None
+            raise
+        if _lost(out):
+            status.code = status.code or 2
+
+
+def _lost(out: Tolerant) -> bool:
+    """Whether what was printed got lost although somebody wants to read it, which is said on stderr."""
+    out.flush()
+    if out.failure is None or out.failure.errno == errno.EPIPE:
+        return False
+    why = out.failure.strerror or str(out.failure)
+    sys.stderr.write(f"error: What is printed on stdout cannot be written ({why}); the files written are complete.\n")
+    return True
+
+
+@contextlib.contextmanager
+def _sentences(status: Status, advice: str) -> Iterator[None]:
     try:
         with at_once():
-            yield status
+            yield
     except UserError as error:
         if is_rank0():
             sys.stderr.write(f"error: {error}\n")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
@@ -17,7 +16,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-console = Console(stderr=True)
+from tsae.utils.output import console
 
 
 class _Rate(ProgressColumn):

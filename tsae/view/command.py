@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
 
 from tsae.config import LENGTH
 from tsae.data.harvest import content_activations
-from tsae.errors import UserError
 from tsae.evaluation.held_out import evaluation_batches
 from tsae.evaluation.subject import open_run
 from tsae.rundir import layout
+from tsae.rundir.ownership import check_output, owning_runs
 from tsae.utils.cli import check_counts
-from tsae.utils.progress import bar, console
+from tsae.utils.output import say
+from tsae.utils.progress import bar
 from tsae.view.data import content_tokens, page_data, token_texts
 from tsae.view.features import Activity
-from tsae.view.page import write_page
+from tsae.view.page import cannot_write_page, write_page
 
 
 def view(run: Path, out: Path | None = None, tokens: int | None = None) -> None:
@@ -30,11 +32,24 @@ def view(run: Path, out: Path | None = None, tokens: int | None = None) -> None:
     Raises:
         UserError: the directory is not a run's, the model or the text cannot be read, or the file cannot be written.
     """
-    if out is not None and not out.absolute().parent.is_dir():
-        raise UserError(f"There is no directory {out.parent} for the page; create it, or name another file.")
+    if out is not None:
+        check_output(out, own=layout.PAGE)
     out = run / layout.PAGE if out is None else out
-    size = write_page(collect(run, tokens), out)
-    console.print(f"Written: {out} ({size / 1e6:.1f} MB)", soft_wrap=True)
+    with owning_runs(run, out.parent):
+        _check_writable(out)
+        size = write_page(collect(run, tokens), out)
+    say(f"Written: {out} ({size / 1e6:.1f} MB)")
+
+
+def _check_writable(page: Path) -> None:
+    """Raise `UserError` now, rather than once the features are computed, if the file cannot be created."""
+    place = page.absolute().parent
+    if place.is_dir() and not page.exists():
+        try:
+            with TemporaryFile(dir=place):
+                pass
+        except OSError as error:
+            raise cannot_write_page(page, error.strerror or str(error)) from None
 
 
 @torch.no_grad()

@@ -47,8 +47,13 @@ def write_page(data: dict[str, Any], path: Path) -> int:
         with atomic_write(path) as temporary:
             temporary.write_bytes(text)
     except WriteError as error:
-        raise UserError(f"The page cannot be written to {path} ({error.reason}); name another file.") from None
+        raise cannot_write_page(path, error.reason) from None
     return len(text)
+
+
+def cannot_write_page(path: Path, reason: str) -> UserError:
+    """The error of a page that cannot be written, with the system's reason."""
+    return UserError(f"The page cannot be written to {path} ({reason}); name another file with --out.")
 
 
 def _read(name: str) -> str:
