@@ -111,10 +111,12 @@ class SparseAutoencoder(nn.Module):
     def pre_activation(self, x: Tensor, features: Tensor | None = None) -> Tensor:
         """``(x - b_dec) / s W_enc``, without ``b_enc``.
 
-        x: (..., d_in) floating point, in the units of training (raw activations for a saved autoencoder)
+        x: (..., d_in) floating point, in the units of training (raw activations for a saved autoencoder); converted to
+            the dtype of the parameters
         features: (n) int64, the features to compute; None: all
-        out: (..., d_sae) or (..., n), in the autocast dtype if autocast is on
+        out: (..., d_sae) or (..., n), in the dtype of the parameters, or of autocast if it is on
         """
+        x = x.to(self.W_enc.dtype)
         if self.cfg.apply_b_dec_to_input:
             x = x - self.ranks.features.identity_sum_grad(self.b_dec)
         if self.cfg.input_scale != 1.0:
@@ -224,10 +226,11 @@ class SparseAutoencoder(nn.Module):
     def encode(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
         """Features of activations. The second-to-last dimension is the sequence, along which hysteresis runs.
 
-        x: (..., T, d_in) floating point, or (d_in) for one token; units as in `pre_activation`
+        x: (..., T, d_in) floating point, or (d_in) for one token; units as in `pre_activation`. Any dimension but the
+            last may be 0.
         segments: (..., T) integers or None; hysteresis is reset at every new id, and negative ids are excluded
-        out: (..., T, d_sae), in the units of ``x``; for gelu in those of the normalized input of training; unitless
-            with layer normalization
+        out: (..., T, d_sae), in the dtype of the parameters and the units of ``x``; for gelu in those of the normalized
+            input of training; unitless with layer normalization
 
         Raises:
             UserError: the last dimension is not ``cfg.d_in``.
@@ -236,15 +239,18 @@ class SparseAutoencoder(nn.Module):
             raise UserError(f"The input's last dimension is {x.shape[-1]}; this autoencoder takes {self.cfg.d_in}.")
         lead = x.shape[:-1]
         tokens = lead[-1] if lead else 1
-        pre = self.pre_activation(x).reshape(-1, tokens, self.cfg.d_sae)
+        pre = self.pre_activation(x)
+        if pre.numel() == 0:
+            return pre  # no token, so no feature; the kernels take sequences of at least one
+        pre = pre.reshape(-1, tokens, self.cfg.d_sae)
         h, _ = self.activate(pre, segments=None if segments is None else segments.reshape(-1, tokens))
         return h.reshape(*lead, self.cfg.d_sae)
 
     def decode(self, h: Tensor) -> Tensor:
         """Reconstruction from features.
 
-        h: (..., d_sae), from `encode`
-        out: (..., d_in), in the units of the input
+        h: (..., d_sae), from `encode`; any floating-point dtype
+        out: (..., d_in), in the units of the input and the dtype of the parameters
         """
         return self._rescale(self._sum_over_shards(self._decode_product(h, self.W_dec)))
 
@@ -272,6 +278,8 @@ class SparseAutoencoder(nn.Module):
         return self.ranks.features.sum_identity_grad(product, torch.float32)
 
     def _decode_product(self, h: Tensor, W_dec: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(h.device.type):  # which converts by itself
+            h = h.to(W_dec.dtype)
         # Learned thresholds need the gradient of features that are 0, which the sparse product skips.
         full_gradient = self.thresholds_learned and self.training and torch.is_grad_enabled()
         sparse = self._sparse_features and not full_gradient and len(W_dec) > 0 and use_sparse_products(h)
