@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,9 @@ class SparseAutoencoder(nn.Module):
     batch, and learned thresholds come from their parameters. In ``eval()`` mode all thresholds come from the buffers,
     which are updated on leaving ``train()``.
 
+    ``metadata`` is what a file says of the activations and the model it was trained on, under SAELens's names
+    (`tsae.sae.metadata`); `save` writes it again.
+
     Args:
         cfg: the architecture; ``cfg.d_in`` must be positive.
         generator: source of the initial weights.
@@ -53,6 +57,7 @@ class SparseAutoencoder(nn.Module):
             raise UserError(f"sae.d_in is {cfg.d_in}; set it to the width of the activations.")
         self.cfg = dataclasses.replace(cfg)
         self.ranks: Ranks = SINGLE_PROCESS
+        self.metadata: dict[str, Any] = {}
         W_enc, W_dec = _initial_weights(cfg, generator)
         # [d_in, d_sae], but stored feature by feature: its gradient comes in that layout (see sparse_linear).
         self.W_enc = nn.Parameter(W_enc.T.clone(memory_format=torch.contiguous_format).T)
@@ -74,6 +79,14 @@ class SparseAutoencoder(nn.Module):
     def parameter_dict(self) -> dict[str, nn.Parameter]:
         """The parameters, under the names that this class documents."""
         return dict(self.named_parameters())
+
+    def not_finite(self) -> str | None:
+        """A clause naming the first tensor with NaN or infinity; None if there is none. Thresholds may be +inf."""
+        for name, tensor in self.state_dict().items():
+            bad = int((~(tensor.isfinite() | ((tensor == torch.inf) & ("threshold" in name)))).sum())
+            if bad:
+                return f"{name} has {bad} values that are not finite"
+        return None
 
     @property
     def thresholds_learned(self) -> bool:
@@ -330,18 +343,19 @@ class SparseAutoencoder(nn.Module):
         out.threshold.copy_(self.threshold * gain)
         out.release.copy_(self.release * gain)
         out.update_threshold_parameters()
+        out.metadata = dict(self.metadata)
         return out
 
     def save(self, directory: str | Path, **metadata: object) -> None:
         """Write SAELens's directory format: `cfg.json` and `sae_weights.safetensors`, each file atomically.
 
         directory: created if it does not exist
-        metadata: JSON values for `cfg.json`'s `metadata`; SAELens reads `model_name`, `hook_name`, `context_size`,
-            `prepend_bos`, `dataset_path`
+        metadata: JSON values for `cfg.json`'s `metadata`, added to ``self.metadata``; SAELens reads `model_name`,
+            `hook_name`, `context_size`, `prepend_bos`, `dataset_path`
         """
         if self.training:
             self.update_threshold_buffers()
-        saving.save(Path(directory), self.cfg, self.state_dict(), metadata)
+        saving.save(Path(directory), self.cfg, self.state_dict(), self.metadata | metadata)
 
     @classmethod
     def load(cls, directory: str | Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
@@ -353,8 +367,9 @@ class SparseAutoencoder(nn.Module):
         Raises:
             UserError: a file is missing, damaged or was written by SAELens, or a tensor has the wrong shape.
         """
-        cfg, tensors = saving.load(Path(directory))
+        cfg, tensors, metadata = saving.load(Path(directory))
         sae = cls(cfg).eval()
+        sae.metadata = metadata
         sae.load_state_dict(tensors, strict=False)  # without the parameters of learned thresholds
         sae.update_threshold_parameters()
         return sae.to(device)

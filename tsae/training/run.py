@@ -60,7 +60,7 @@ def run_job(job: Job, *, resume: bool = False) -> dict[str, Outcome]:
     saes = {name: trainer.finished() for name, trainer in trainers.items()}
     if setup.ranks.is_rank0:
         for name, sae in saes.items():
-            _save(sae, setup.job, name)
+            _save(sae, setup, name)
         if job.shared.evaluation.final and saes:
             _evaluate(saes, setup, outcomes)
         for name in job.runs:
@@ -68,15 +68,15 @@ def run_job(job: Job, *, resume: bool = False) -> dict[str, Outcome]:
     return outcomes
 
 
-def _save(sae: SparseAutoencoder, job: Job, name: str) -> None:
-    cfg = job.runs[name]
+def _save(sae: SparseAutoencoder, setup: Setup, name: str) -> None:
+    cfg = setup.job.runs[name]
     sae.save(
-        job.directory / name / layout.AUTOENCODER,
+        setup.job.directory / name / layout.AUTOENCODER,
         model_name=cfg.model,
         hook_name=f"blocks.{cfg.layer}.hook_resid_post",
         hook_layer=cfg.layer,
         context_size=LENGTH + 1,
-        prepend_bos=True,
+        prepend_bos=setup.lm.prefix_id is not None,
         dataset_path=cfg.data,
         trained_with=fingerprint(cfg),
     )
