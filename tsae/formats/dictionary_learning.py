@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tsae.errors import UserError
-from tsae.formats.build import build
+from tsae.formats.build import build, ungated
 from tsae.formats.fields import read as field
 from tsae.formats.fields import require_no_others
 from tsae.formats.forms import common_architecture
@@ -151,9 +151,9 @@ def _read_linear(path: Path, tensors: Tensors, kind: str, trainer: dict[str, Any
     weights = _weights(path, tensors, shapes, kind, others)
     ours = {"W_enc": weights["encoder.weight"].T, "W_dec": weights["decoder.weight"].T, "b_dec": weights[LINEAR[kind]]}
     if gated:  # derived in `tsae.formats.saelens`
-        gain, b_enc = weights["r_mag"].exp(), weights["mag_bias"]
-        ours["W_enc"] = ours["W_enc"] * gain
-        return build("jumprelu", **ours, b_enc=b_enc, threshold=b_enc - gain * weights["gate_bias"])
+        gate = (weights[name] for name in ("r_mag", "gate_bias", "mag_bias"))
+        ours["W_enc"], b_enc, threshold = ungated(path, ours["W_enc"], *gate)
+        return build("jumprelu", **ours, b_enc=b_enc, threshold=threshold)
     ours["b_enc"] = weights["encoder.bias"]
     if kind in ("AutoEncoder", "AutoEncoderNew"):
         return build("relu", **ours, subtract_b_dec=kind == "AutoEncoder")
@@ -196,6 +196,8 @@ def _groups(path: Path, tensors: Tensors, d_sae: int) -> tuple[int, ...]:
 
 
 def _check_threshold(path: Path, threshold: Tensor) -> None:
+    if not threshold.isfinite():
+        raise UserError(f"{path}: threshold is {threshold.item()}; the training diverged, or the file is damaged.")
     if threshold < 0:
         raise UserError(
             f"{path}: threshold is {threshold.item()}: training ended before it was set, so which features are active "

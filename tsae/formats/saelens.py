@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tsae.errors import UserError
-from tsae.formats.build import build
+from tsae.formats.build import build, ungated
 from tsae.formats.fields import read as field
 from tsae.formats.fields import require_known, require_no_others, shortened
 from tsae.formats.saelens_fields import COMPUTED, METADATA, RENAMED, TRAINING
@@ -67,8 +67,8 @@ def read(path: Path) -> SparseAutoencoder:
     W_enc, W_dec = weights["W_enc"], weights["W_dec"]
     threshold = weights.get("threshold", weights.get("topk_threshold"))
     if kind == "gated":
-        gain, b_enc = weights["r_mag"].exp(), weights["b_mag"]
-        W_enc, threshold = W_enc * gain, b_enc - gain * weights["b_gate"]
+        gate = (weights[name] for name in ("r_mag", "b_gate", "b_mag"))
+        W_enc, b_enc, threshold = ungated(directory / WEIGHTS, W_enc, *gate)
     else:
         b_enc = weights["b_enc"]
     if _rescales(path, values, kind):
@@ -177,6 +177,10 @@ def _weights(path: Path, tensors: Tensors, kind: str, d_in: int, d_sae: int) -> 
         shapes["topk_threshold"] = ()
     weights = require_tensors(path, tensors, shapes)
     require_no_others(path, tensors, (*shapes, *FACTORS), f"the architecture {kind}")
+    if kind in CHECKPOINTS and not weights["topk_threshold"].isfinite():
+        raise UserError(
+            f"{path}: topk_threshold is {weights['topk_threshold'].item()}; train again, or restore the file."
+        )
     if logarithm:
         weights["threshold"] = weights.pop("log_threshold").exp()
     return weights

@@ -26,6 +26,7 @@ from tsae.utils.tensor_files import Tensors, read_safetensors, require_tensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 CHECKSUM = "xxh3_128"  # key in the header of the weights; covers the weights and `metadata.tsae`
+ALWAYS = ("activation", "apply_b_dec_to_input", "input_scale", "layer_norm")  # fields that every version has written
 SAELENS_VERSION = "6.54.0"  # of the format written; SAELens reads versions below 6 through a legacy path
 
 
@@ -120,6 +121,9 @@ def load(directory: Path) -> tuple[SAEConfig, Tensors, dict[str, Any]]:
             f"{path} is damaged, or metadata.tsae in {CONFIG} was edited: the checksum does not match; restore both "
             "files, or train again."
         )
+    for name in () if checksum is not None else ALWAYS:  # all of ours have a checksum; others save them again without
+        if name not in own:
+            raise UserError(f"{directory / CONFIG} has no metadata.tsae.{name}; restore the file.")
     for name in found.keys() - shapes.keys():
         raise UserError(
             f"{path} has the tensor {name}, which the activation {cfg.activation} does not have; restore the file."
