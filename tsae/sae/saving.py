@@ -135,6 +135,8 @@ def load(directory: Path) -> tuple[SAEConfig, Tensors, dict[str, Any]]:
                 f"{directory / CONFIG} has {name} = {values[name]!r}, but its metadata.tsae means {value!r}; restore "
                 "the file."
             )
+    if cfg.kind.release and bool(((tensors["release"] > tensors["threshold"]) | (tensors["release"] < 0)).any()):
+        raise UserError(f"{path}: release must be from 0 to threshold for every feature; restore the file.")
     said = {name: value for name, value in values["metadata"].items() if name != "tsae"}
     said = metadata.checked(directory / CONFIG, said)
     if "hook_layer" in said:  # ours without a hook_name are of a block's output
