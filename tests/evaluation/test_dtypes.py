@@ -80,8 +80,8 @@ def test_weights_that_are_not_finite_are_named_though_the_metrics_are(lm, tiny_g
     results = evaluate_all({"bad": sae, "good": good}, lm, [batch(lm)], layer=LAYER, ce_sequences=1)
     assert results["good"].not_finite() is None
     assert results["bad"].not_finite() == (
-        "threshold has 1 values that are not finite, so the metrics mean nothing; its training diverged, or the file is "
-        "damaged."
+        "threshold has 1 values that are not finite, so the metrics mean nothing; its training diverged, or the file "
+        "is damaged."
     )
     with pytest.raises(tsae.UserError, match="threshold has 1 values that are not finite"):
         evaluate(sae, lm, [batch(lm)], layer=LAYER, ce_sequences=1)

@@ -398,6 +398,15 @@ def test_several_fields_at_once(name: str, tmp_path: Path) -> None:
     check()
 
 
+@pytest.mark.parametrize("kind", ["schmitt", "jumprelu_schmitt"])
+def test_a_release_above_its_threshold(kind: str, tmp_path: Path) -> None:
+    """Which the kernels refuse with an error of their own."""
+    for release in (2.0, -0.1):
+        changed = copy.deepcopy(DIRECTORIES[f"own {kind}"])
+        changed.tensors["release"][3] = release
+        assert "release must be from 0 to threshold for every feature" in features(changed.write(tmp_path))
+
+
 @pytest.mark.parametrize("content", ["[]", "3", '"x"', "null", "", "{", '{"a": NaN', "\ufeff{}"])
 @pytest.mark.parametrize("name", [name for name, good in DIRECTORIES.items() if good.files])
 def test_files_that_are_no_object(name: str, content: str, tmp_path: Path) -> None:

@@ -82,8 +82,9 @@ class SparseAutoencoder(nn.Module):
 
     def not_finite(self) -> str | None:
         """A clause naming the first tensor with NaN or infinity; None if there is none. Thresholds may be +inf."""
-        for name, tensor in self.state_dict().items():
-            bad = int((~(tensor.isfinite() | ((tensor == torch.inf) & ("threshold" in name)))).sum())
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "release"):
+            tensor = getattr(self, name)
+            bad = int((~(tensor.isfinite() | ((tensor == torch.inf) & (name == "threshold")))).sum())
             if bad:
                 return f"{name} has {bad} values that are not finite"
         return None
