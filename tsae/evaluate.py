@@ -43,8 +43,8 @@ class Arguments:
 
     With --release-ratio R, write eval-release-R.json instead.
 
-    With --model and --layer, evaluate autoencoders of other libraries; several are printed side by side. Nothing is
-    rewritten.
+    With --model, and --layer where their files do not say it, evaluate autoencoders of other libraries; several are
+    printed side by side. Nothing is rewritten.
     """
 
     saes: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|SAE ...")]
@@ -52,7 +52,7 @@ class Arguments:
     model: str | None = None
     """Language model that the autoencoders encode, as for training. Default: from the runs among them."""
     layer: int | None = None
-    """Block whose output they encode, counted from 0. Default: from the runs among them."""
+    """Block whose output they encode, counted from 0. Default: what the autoencoders or their runs say."""
     format: Literal["tsae", "saebench"] = "tsae"
     """`saebench` also writes SAEBench's core output: to saebench_core.json in the run, or to --out."""
     out: Path | None = None
@@ -136,7 +136,7 @@ def measure(arguments: Arguments) -> Measured:
     if arguments.massive_ratio is not None:
         sizes = replace(sizes, massive_ratio=arguments.massive_ratio)
     seed = trained.stream_seed if arguments.seed is None else arguments.seed
-    text = held_out(source, lm, sizes.sequences, seed)
+    text = held_out(source, lm, sizes.sequences, seed, bos=subject.bos)
     release = None
     if ratio is not None:
         released = with_release_ratio(subject.sae, ratio, training_sample(trained, lm))

@@ -22,7 +22,6 @@ from tsae.sae.model import SparseAutoencoder
 from tsae.sae.release import with_release_ratio
 from tsae.utils.atomic import atomic_directory
 from tsae.utils.cli import parse, report_errors
-from tsae.utils.config_json import load_json
 from tsae.utils.output import say
 from tsae.utils.paths import expanded
 
@@ -65,31 +64,22 @@ def _export(arguments: Arguments, source: Path, out: Path, library: str) -> Path
     common_architecture(without_hysteresis(sae) if dropping else sae, library)
     if dropping and run is None:
         raise UserError(f"{source} is not a run directory, which --drop-hysteresis needs to measure the metrics again.")
-    metadata = _metadata(source if run is None else run / layout.AUTOENCODER)
+    extra: dict[str, Any] = {}
     with atomic_directory(out) as directory:
         if dropping:
             sae, factor = _measured_without_hysteresis(run, directory)
-            metadata |= {"hysteresis_dropped": {"threshold_factor": factor}}
+            extra = {"hysteresis_dropped": {"threshold_factor": factor}}
         elif run is not None:
             _copy_metrics(run, directory)
         if arguments.to == "saelens":
-            without_hysteresis(sae).save(directory, **metadata)
+            without_hysteresis(sae).save(directory, **extra)
         else:
-            dictionary_learning.write(without_hysteresis(sae), directory, metadata)
+            dictionary_learning.write(without_hysteresis(sae), directory, extra)
         sparsity = directory / layout.SPARSITY
         if arguments.to == "saelens" and sparsity.is_file():  # SAELens keeps it beside the weights
             sparsity.rename(directory / sparsity.name)
         shutil.rmtree(directory / layout.AUTOENCODER, ignore_errors=True)
     return out
-
-
-def _metadata(directory: Path) -> dict[str, Any]:
-    """The model and text that a directory in SAELens's format names; empty for other formats."""
-    if not (directory / "cfg.json").is_file():
-        return {}
-    metadata = load_json(directory / "cfg.json").get("metadata") or {}
-    own = ("tsae", "sae_lens_version", "sae_lens_training_version")
-    return {name: value for name, value in metadata.items() if name not in own}
 
 
 def _copy_metrics(run: Path, directory: Path) -> None:

@@ -27,7 +27,7 @@ from tsae.lm import gemma_package
 from tsae.lm.gguf_file import GGUFFile
 from tsae.lm.hooks import activations
 from tsae.lm.loading import load_language_model
-from tsae.lm.site import site_width
+from tsae.lm.trial_run import site_width
 from tsae.train import main
 
 

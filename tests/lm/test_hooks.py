@@ -11,7 +11,7 @@ import torch
 from tsae.errors import UserError
 from tsae.lm.hooks import activations, check_layer, logits_with
 from tsae.lm.loading import LanguageModel, load_language_model
-from tsae.lm.site import site_width
+from tsae.lm.trial_run import site_width
 
 N, LENGTH = 3, 17
 

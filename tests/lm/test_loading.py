@@ -18,7 +18,7 @@ from tsae.errors import UserError
 from tsae.lm import loading
 from tsae.lm.blocks import find_blocks
 from tsae.lm.loading import default_dtype, load_language_model
-from tsae.lm.site import site_width
+from tsae.lm.trial_run import site_width
 
 TINY = ["tiny_gemma2", "tiny_gemma3", "tiny_neox", "tiny_llama"]
 

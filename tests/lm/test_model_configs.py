@@ -15,7 +15,7 @@ from torch import Tensor
 from tsae.errors import UserError
 from tsae.lm.hooks import activations, logits_with
 from tsae.lm.loading import load_language_model
-from tsae.lm.site import check_site
+from tsae.lm.trial_run import check_site
 
 TOKENS = torch.randint(3, 300, (2, 20), generator=torch.Generator().manual_seed(0))
 # Where another value, or the default, means another model, and the weights do not tell which is right.

@@ -15,7 +15,7 @@ from tsae.config import LENGTH, TrainConfig
 from tsae.data.folders import find_files
 from tsae.data.text import PYTHON_DOCS
 from tsae.lm.loading import LanguageModel
-from tsae.lm.site import site_width
+from tsae.lm.trial_run import site_width
 from tsae.utils.paths import expanded
 
 _SAMPLES = 64  # values hashed per weight

@@ -11,7 +11,7 @@ from torch import Tensor
 from tsae.data.sequences import SequenceStream, TokenBatch
 from tsae.lm.hooks import activations
 from tsae.lm.loading import LanguageModel
-from tsae.lm.site import site_width
+from tsae.lm.trial_run import site_width
 
 
 class ActivationBatch(NamedTuple):

@@ -63,6 +63,7 @@ class SequenceStream:
     tokenizer: a transformers tokenizer; no special tokens are added, and those spelled in the text are plain text.
     length: T, content tokens per row, at least 1.
     repeat: continue with the next epoch when the text ends.
+    prefix: begin every row with BOS, if the tokenizer has one; else its first token is text, whose position is dropped.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class SequenceStream:
         length: int = 128,
         *,
         repeat: bool = True,
+        prefix: bool = True,
     ) -> None:
         if length < 1:
             raise ValueError(f"length must be at least 1, not {length}")
@@ -79,7 +81,7 @@ class SequenceStream:
         self.repeat = repeat
         self._documents = documents
         self._tokenizer = tokenizer
-        self._prefix = prefix_token(tokenizer)
+        self._prefix = prefix_token(tokenizer) if prefix else None
         self._row = length + (self._prefix is None)  # tokens of text per row
         self._shortest = self._row - self.length + max(1, length // 4)  # least tokens of a last, padded row
         self._special = special_tokens(tokenizer)

@@ -29,6 +29,7 @@ from tsae.evaluation.metrics import (
     TemporalMetrics,
     shuffle_within_segments,
 )
+from tsae.evaluation.places import common_block, stated_block
 from tsae.evaluation.subject import check_width
 from tsae.lm.hooks import logits_with
 from tsae.lm.loading import LanguageModel
@@ -63,12 +64,16 @@ class EvaluationResult:
     """Mean L2 norm of the activations and of their reconstruction."""
     tokens_per_sequence: Tensor | None = None
     """[d_sae] float64 on the CPU: active tokens per sequence of each feature, over sequences in which it is active."""
+    weights: str | None = None
+    """What in the weights is not finite (`SparseAutoencoder.not_finite`); a threshold can hide it from the metrics."""
 
     def not_finite(self) -> str | None:
-        """A sentence naming the first metric that is not finite; None if all are."""
+        """A sentence naming the first metric that is not finite, or the weights that are not; None if all are."""
         for name, value in flatten(self.metrics).items():
             if not math.isfinite(value):
                 return f"The metric {name} is {value}: the activations or the autoencoder's weights are not finite."
+        if self.weights:
+            return f"{self.weights}, so the metrics mean nothing; its training diverged, or the file is damaged."
         return None
 
     def check_finite(self) -> None:
@@ -128,7 +133,8 @@ def evaluate(
     (20.5 nats after layer 9), so `ce_loss_score` is higher than SAEBench's; `ce_loss_score_mean_ablation` (7.3 nats
     with BOS, 7.5 without) does not depend on the choice.
 
-    Raises UserError if the autoencoder's width is not the model's, the set has no token, or a metric is not finite.
+    Raises UserError if the autoencoder's width is not the model's, it says that it encodes something else than the
+    output of `layer`, the set has no token, or a metric is not finite.
     """
     (result,) = evaluate_all(
         {"": sae},
@@ -173,11 +179,13 @@ def evaluate_all(
         `evaluate`
     out: by the same names
 
-    Raises UserError if an autoencoder's width is not the model's, or the set has no token.
+    Raises UserError if an autoencoder's width is not the model's, it says that it encodes something else than the
+    output of `layer`, or the set has no token.
     """
     for name, sae in saes.items():
         if isinstance(sae, SparseAutoencoder):  # any other module with encode and decode has no configuration
             check_width(sae, lm, layer, name)
+            common_block({name: stated_block(name, sae)[0]}, layer, {name: sae})
     parts = [part for batch in batches for part in batch.split(harvest_batch)]
     report = progress or (lambda *_: None)
     settings = _Settings(layer, ce_sequences, lm_batch, seed, reference_mean, report, massive_ratio)
@@ -250,7 +258,11 @@ def _measure(
 
     mean = inputs.mean() if settings.reference_mean is None else settings.reference_mean
     predictions = _predictions(saes, lm, parts, replace(settings, reference_mean=mean))
-    return {name: features[name].result(predictions[name]) for name in saes}
+    results = {name: features[name].result(predictions[name]) for name in saes}
+    for name, sae in saes.items():
+        if isinstance(sae, SparseAutoencoder):
+            results[name].weights = sae.not_finite()
+    return results
 
 
 def _predictions(

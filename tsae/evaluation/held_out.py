@@ -74,10 +74,11 @@ def choose_source(runs: Iterable[TrainConfig], data: str | None = None, column: 
     return Source(absolute_source(data or PYTHON_DOCS), TextConfig(column=column), distinct)
 
 
-def held_out(source: Source, lm: LanguageModel, sequences: int, seed: int) -> HeldOut:
+def held_out(source: Source, lm: LanguageModel, sequences: int, seed: int, *, bos: bool = True) -> HeldOut:
     """At most ``sequences`` sequences of a text that no run trained on.
 
     seed: of the order of the documents
+    bos: whether the sequences begin with BOS, if the tokenizer has one
 
     Raises:
         UserError: the text cannot be read, or has less than one sequence that was not trained on.
@@ -92,7 +93,7 @@ def held_out(source: Source, lm: LanguageModel, sequences: int, seed: int) -> He
                 documents.append(document)
                 yield document
 
-        batch = SequenceStream(recorded, lm.tokenizer, LENGTH, repeat=False).next_batch(sequences)
+        batch = SequenceStream(recorded, lm.tokenizer, LENGTH, repeat=False, prefix=bos).next_batch(sequences)
         named = None if part is None else {"data": data, "column": text.column, "part": part}
         return HeldOut(batch, documents, named)
 

@@ -6,16 +6,18 @@ the language model loaded, its layer, its context and the widths. No text goes t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from tsae.config import LENGTH, TrainConfig
 from tsae.errors import UserError
+from tsae.evaluation.places import bos_warnings, common_block, stated_block, use_bos, warnings_about
 from tsae.formats import load
 from tsae.lm.loading import LanguageModel, load_language_model
-from tsae.lm.site import check_site, site_width
+from tsae.lm.trial_run import check_site, site_width
 from tsae.rundir import layout
 from tsae.rundir.directory import read_config
 from tsae.sae.model import SparseAutoencoder
@@ -23,6 +25,7 @@ from tsae.utils.device import resolve_device
 from tsae.utils.paths import expanded
 
 Place = TypeVar("Place", str, Path)
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -35,6 +38,9 @@ class Subject:
     """The language model, layer, text and sizes to measure with."""
     runs: dict[str, TrainConfig]
     """The configurations of those that are runs, by the same names."""
+
+    bos: bool = True
+    """Whether the sequences they are measured on begin with BOS, if the tokenizer has one."""
 
     @property
     def sae(self) -> SparseAutoencoder:
@@ -57,6 +63,8 @@ class Subject:
         where = resolve_device(device)
         lm = load_language_model(config.model, device=where, dtype=config.lm_dtype, revision=config.revision)
         check_site(lm, config.layer, 1 + LENGTH)
+        others = {name: sae for name, sae in self.saes.items() if name not in self.runs}
+        _warn(bos_warnings(others, lm.prefix_id, lm.name))
         for name, sae in self.saes.items():
             check_width(sae, lm, config.layer, name)
             sae.to(lm.device)
@@ -82,36 +90,66 @@ def open_run(run: Path) -> Subject:
     if not layout.has_autoencoder(run):
         raise UserError(f"{run} has no trained autoencoder in sae/; let training finish, or resume it.")
     name = run.absolute().name
-    return Subject({name: SparseAutoencoder.load(run / layout.AUTOENCODER)}, config, {name: config})
+    saes = {name: SparseAutoencoder.load(run / layout.AUTOENCODER)}
+    return _subject(saes, config, {name: config}, config.layer)
+
+
+def _subject(
+    saes: dict[str, SparseAutoencoder], config: TrainConfig, runs: dict[str, TrainConfig], layer: int | None
+) -> Subject:
+    """A subject measured at ``layer``, or where the autoencoders say, after a comparison with what they say."""
+    blocks: dict[str, int | None] = {}
+    for name, sae in saes.items():
+        blocks[name], warnings = stated_block(name, sae)
+        _warn(warnings)
+        if blocks[name] is None and name in runs:
+            blocks[name] = runs[name].layer
+    if layer is None and all(block is None for block in blocks.values()):
+        raise UserError(f"{next(iter(saes))} does not say which layer it encodes; name it with --layer.")
+    config = replace(config, layer=common_block(blocks, layer, saes))
+    if layer is None:
+        silent = [name for name, block in blocks.items() if block is None]
+        _warn(f"{name} does not say which layer it encodes; taken as {config.layer}, as the others" for name in silent)
+    bos, warnings = use_bos(saes)
+    _warn(warnings)
+    for name, sae in saes.items():
+        _warn(warnings_about(name, sae.metadata, config.model))
+    return Subject(saes, config, runs, bos)
+
+
+def _warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        logger.warning("%s.", warning)
 
 
 def open_autoencoders(sources: Sequence[str], model: str | None = None, layer: int | None = None) -> Subject:
     """Autoencoders in any known format, named by the last part of their paths, or by all of it where two share that.
 
     sources: run directories, other directories, or `OWNER/NAME/FOLDER` on the hub
-    model, layer: what they encode; None takes the value of the runs among them
+    model, layer: what they encode; None takes the model of the runs among them, and the layer that they name
 
     Raises:
-        UserError: an autoencoder is named twice or cannot be read, or what they encode is unknown or differs.
+        UserError: an autoencoder is named twice or cannot be read, what they encode is unknown or differs, it is no
+            block's output, or it is another layer than was asked for.
     """
     if len(set(sources)) < len(sources):
         raise UserError(f"{next(s for s in sources if sources.count(s) > 1)} is named twice; name each once.")
     places = by_name(sources, [Path(source).absolute().name for source in sources])
-    saes = {name: load(source) for name, source in places.items()}
+    saes = {name: load(source, finite=False) for name, source in places.items()}
     found = {name: _config_of(source) for name, source in places.items()}
     runs = {name: config for name, config in found.items() if config is not None}
-    given = {name: value for name, value in (("model", model), ("layer", layer)) if value is not None}
-    missing = {"model", "layer"} - given.keys()
-    if missing and not runs:
-        wanted = " and ".join(f"--{name}" for name in ("model", "layer") if name in missing)
-        raise UserError(f"{sources[0]} is not a run, so it does not say what it encodes; name it with {wanted}.")
-    for field in missing:
-        values = {name: getattr(config, field) for name, config in runs.items()}
-        if len(set(values.values())) > 1:
-            said = ", ".join(f"{name}: {value}" for name, value in values.items())
-            raise UserError(f"The runs differ in their {field} ({said}); compare only runs with the same {field}.")
-    config = replace(next(iter(runs.values()), TrainConfig()), **given)
-    return Subject(saes, config if model is None else replace(config, revision=None), runs)
+    if model is None and not runs:
+        said = next((sae.metadata["model_name"] for sae in saes.values() if "model_name" in sae.metadata), None)
+        hint = f" (its file says {said})" if said else ""
+        raise UserError(f"{sources[0]} is not a run, so its model must be named; name it with --model{hint}.")
+    models = {name: config.model for name, config in runs.items()}
+    if model is None and len(set(models.values())) > 1:
+        each = ", ".join(f"{name}: {value}" for name, value in models.items())
+        raise UserError(f"The runs differ in their model ({each}); compare only runs with the same model.")
+    config = next(iter(runs.values()), TrainConfig())
+    if model is not None:
+        config = replace(config, model=model, revision=None)
+    return _subject(saes, config, runs, layer)
 
 
 def by_name(places: Sequence[Place], names: Sequence[str]) -> dict[str, Place]:

@@ -61,6 +61,7 @@ def load(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     pickles: bool = True,
+    finite: bool = True,
 ) -> SparseAutoencoder:
     """A sparse autoencoder in any known format, in ``eval()`` mode, on raw activations.
 
@@ -77,10 +78,11 @@ def load(
     local_files_only: use only the cache, never the network
     pickles: also read dictionary_learning's `ae.pt`, from which only tensors are unpickled; False never opens or
         downloads one
+    finite: refuse an autoencoder with NaN or infinity in its weights; False leaves that to the caller
 
     Raises:
         UserError: there is no such place, no known format is in it, a file is damaged, a tensor has the wrong shape,
-            or the autoencoder computes something that this version cannot.
+            a field or a tensor is not understood, or the autoencoder computes something that this version cannot.
     """
     formats = tuple(known for known in FORMATS if pickles or not known.pickled)
     path = expanded(source)
@@ -95,7 +97,10 @@ def load(
             cache_dir=None if cache_dir is None else expanded(cache_dir),
             local_files_only=local_files_only,
         )
-    return _read(path, str(source), formats).to(device)
+    sae = _read(path, str(source), formats)
+    if finite and (what := sae.not_finite()):
+        raise UserError(f"{source}: {what}; its training diverged, or the file is damaged.")
+    return sae.to(device)
 
 
 def _read(path: Path, source: str, formats: tuple[Format, ...]) -> SparseAutoencoder:

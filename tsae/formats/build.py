@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from tsae.config import SAEConfig
+from tsae.errors import UserError
 from tsae.sae.kinds import Activation
 from tsae.sae.model import SparseAutoencoder
 
@@ -45,6 +48,26 @@ def build(
     for name, value in (("W_enc", W_enc), ("b_enc", b_enc), ("W_dec", W_dec), ("b_dec", b_dec)):
         getattr(sae, name).copy_(value)
     if threshold is not None:
-        sae.threshold.copy_(threshold.clamp(min=0.0).expand(d_sae))  # every format applies a ReLU first
+        # Every format applies a ReLU first. What is not finite stays, to be found by `not_finite`.
+        positive = torch.where(threshold.isfinite(), threshold.clamp(min=0.0), threshold)
+        sae.threshold.copy_(positive.expand(d_sae))
         sae.update_threshold_parameters()
     return sae
+
+
+def ungated(path: Path, W_enc: Tensor, r_mag: Tensor, b_gate: Tensor, b_mag: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Encoder, bias and threshold of the JumpReLU autoencoder that a gated one is (`tsae.formats.saelens`).
+
+    W_enc (d_in, d_sae), the others (d_sae), float32
+
+    Raises:
+        UserError: a bias is not finite, or ``exp(r_mag)`` is 0 or infinite, so that gate and magnitude are no functions
+            of one number.
+    """
+    gain = r_mag.exp()
+    if not (b_gate.isfinite() & b_mag.isfinite() & gain.isfinite() & (gain > 0)).all():
+        raise UserError(
+            f"{path}: the gate's biases or exp(r_mag) are not finite, or exp(r_mag) is 0; the training diverged, or "
+            "the file is damaged."
+        )
+    return W_enc * gain, b_mag, b_mag - gain * b_gate

@@ -14,12 +14,22 @@ import torch
 from torch import Tensor
 
 from tsae.errors import UserError
-from tsae.formats.build import build
+from tsae.formats.build import build, ungated
+from tsae.formats.fields import read as field
+from tsae.formats.fields import require_no_others
 from tsae.formats.forms import common_architecture
+from tsae.lm.site import Site, from_hook_name, from_submodule, submodule_name
+from tsae.sae import metadata
 from tsae.sae.model import SparseAutoencoder
 from tsae.utils.atomic import atomic_write, save_pickle, write_json
 from tsae.utils.config_json import load_json
-from tsae.utils.tensor_files import Tensors, matrix_shape, positive_integer, read_pickle, require_tensors
+from tsae.utils.tensor_files import (
+    Tensors,
+    matrix_shape,
+    positive_integer,
+    read_pickle,
+    require_tensors,
+)
 
 WEIGHTS, CONFIG, TRAINER = "ae.pt", "config.json", "trainer_0"
 
@@ -40,18 +50,53 @@ def read(path: Path) -> SparseAutoencoder:
     """The autoencoder of an `ae.pt`, in ``eval()`` mode; its class is in the `config.json` beside it.
 
     Raises:
-        UserError: the file is damaged or holds more than tensors, a tensor has the wrong shape, the class is unknown
-            or ambiguous, or the threshold of a BatchTopK class was never set.
+        UserError: the file is damaged or holds more than tensors, a field has the wrong type, a tensor has the wrong
+            shape or belongs to another class, the class is unknown or ambiguous, or the threshold of a BatchTopK class
+            was never set.
     """
     tensors = read_pickle(path)
     config = path.with_name(CONFIG)
-    trainer = load_json(config).get("trainer", {}) if config.is_file() else {}
-    kind = trainer.get("dict_class") or _infer_class(path, tensors)
+    values = load_json(config) if config.is_file() else {}
+    trainer = field(config, values, "trainer", dict, {})
+    kind = field(config, trainer, "dict_class", str) or _infer_class(path, tensors)
     if kind not in CLASSES:
         raise UserError(f"{config} names the class {kind!r}; this version reads {', '.join(CLASSES)}.")
-    if kind in LINEAR:
-        return _read_linear(path, tensors, kind, trainer)
-    return _read_matrices(path, tensors, kind)
+    said = _metadata(config, values, trainer)
+    sae = _read_linear(path, tensors, kind, trainer) if kind in LINEAR else _read_matrices(path, tensors, kind, trainer)
+    for name, size in (("activation_dim", sae.cfg.d_in), ("dict_size", sae.cfg.d_sae)):
+        if field(config, trainer, name, int, size) != size:
+            raise UserError(f"{config} has {name} = {trainer[name]}, but the tensors of {path.name} have {size}.")
+    sae.metadata = said
+    return sae
+
+
+def _metadata(config: Path, values: dict[str, Any], trainer: dict[str, Any]) -> dict[str, Any]:
+    """Place, model and text. What we wrote ourselves is in `metadata`; else `trainer` and `buffer` say it."""
+    buffer = field(config, values, "buffer", dict) or {}
+    own = field(config, values, "metadata", dict) or {}
+    said: dict[str, Any] = {
+        "model_name": field(config, trainer, "lm_name", str),
+        "context_size": field(config, buffer, "ctx_len", int),
+        "hook_layer": field(config, trainer, "layer", int),
+    }
+    name, io = field(config, trainer, "submodule_name", str), field(config, buffer, "io", str) or "out"
+    if io not in ("in", "out"):
+        raise UserError(f"{config} has buffer.io = {io!r}; this version reads 'out' and 'in', of autoencoders.")
+    if name is not None:
+        site = from_submodule(name) if io == "out" else Site("other", said["hook_layer"], f"the input of {name}")
+        said["hook_name"] = site.hook_name
+    elif io == "in" and said["hook_layer"] is not None:
+        said["hook_name"] = Site("resid_pre", said["hook_layer"], "").hook_name
+    own = metadata.checked(config, own)
+    for name, value in said.items():
+        here, there = value, own.get(name)
+        if name == "hook_name" and None not in (here, there):  # `own` may have a module's path
+            here, there = from_hook_name(value).hook_name, from_hook_name(there).hook_name
+        if None not in (here, there) and here != there:
+            raise UserError(
+                f"{config} says twice what {name} is, {value!r} and in metadata {own[name]!r}; correct one of them."
+            )
+    return metadata.checked(config, {name: value for name, value in said.items() if value is not None} | own)
 
 
 def _infer_class(path: Path, tensors: Tensors) -> str:
@@ -67,9 +112,9 @@ def _infer_class(path: Path, tensors: Tensors) -> str:
         return "AutoEncoder"
     if {"encoder.weight", "decoder.bias"} <= names:
         return "AutoEncoderNew"
-    if "k" in names and "threshold" not in names:
+    if "k" in names and "threshold" not in names and "encoder.weight" in names:
         return "AutoEncoderTopK"
-    if "k" in names:
+    if {"k", "encoder.weight"} <= names:
         raise UserError(
             f"{path} may be an AutoEncoderTopK or a BatchTopKSAE, which have the same tensors; put its {CONFIG} beside "
             "it, which names the class (trainer.dict_class)."
@@ -77,23 +122,18 @@ def _infer_class(path: Path, tensors: Tensors) -> str:
     raise UserError(f"{path} matches no class that this version reads; it has the tensors {sorted(tensors)}.")
 
 
-def _read_matrices(path: Path, tensors: Tensors, kind: str) -> SparseAutoencoder:
+def _read_matrices(path: Path, tensors: Tensors, kind: str, trainer: dict[str, Any]) -> SparseAutoencoder:
     """The classes with tensors W_enc, b_enc, W_dec, b_dec."""
     d_in, d_sae = matrix_shape(path, tensors, "W_enc")
     jumprelu = kind == "JumpReluAutoEncoder"
     shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in)}
     shapes |= {"b_dec": (d_in,), "threshold": (d_sae,) if jumprelu else ()}
-    weights = require_tensors(path, tensors, shapes)
+    weights = _weights(path, tensors, shapes, kind, () if jumprelu else ("k", "group_sizes"))
     if jumprelu:
         return build("jumprelu", **weights, subtract_b_dec=False)
-    groups: tuple[int, ...] = ()
-    if "group_sizes" in tensors:
-        groups = tuple(itertools.accumulate(tensors["group_sizes"].flatten().tolist()))
-        if not groups or groups[-1] != d_sae:
-            total = groups[-1] if groups else 0
-            raise UserError(f"{path}: group_sizes sums to {total}; expected the number of features, {d_sae}.")
+    groups = _groups(path, tensors, d_sae)
     _check_threshold(path, weights["threshold"])
-    k = positive_integer(path, "k", tensors.get("k"), d_sae)
+    k = _k(path, tensors, trainer, d_sae)
     return build("batchtopk", **weights, k=k, groups=groups if len(groups) > 1 else ())
 
 
@@ -106,23 +146,58 @@ def _read_linear(path: Path, tensors: Tensors, kind: str, trainer: dict[str, Any
     shapes |= dict.fromkeys(("r_mag", "gate_bias", "mag_bias") if gated else ("encoder.bias",), (d_sae,))
     if kind in BATCHTOPK:
         shapes["threshold"] = ()
-    weights = require_tensors(path, tensors, shapes)
+    # AutoEncoderTopK has a threshold too, for an encoding that is not its default.
+    others = ("k", "threshold") if kind == "AutoEncoderTopK" or kind in BATCHTOPK else ()
+    weights = _weights(path, tensors, shapes, kind, others)
     ours = {"W_enc": weights["encoder.weight"].T, "W_dec": weights["decoder.weight"].T, "b_dec": weights[LINEAR[kind]]}
     if gated:  # derived in `tsae.formats.saelens`
-        gain, b_enc = weights["r_mag"].exp(), weights["mag_bias"]
-        ours["W_enc"] = ours["W_enc"] * gain
-        return build("jumprelu", **ours, b_enc=b_enc, threshold=b_enc - gain * weights["gate_bias"])
+        gate = (weights[name] for name in ("r_mag", "gate_bias", "mag_bias"))
+        ours["W_enc"], b_enc, threshold = ungated(path, ours["W_enc"], *gate)
+        return build("jumprelu", **ours, b_enc=b_enc, threshold=threshold)
     ours["b_enc"] = weights["encoder.bias"]
     if kind in ("AutoEncoder", "AutoEncoderNew"):
         return build("relu", **ours, subtract_b_dec=kind == "AutoEncoder")
-    k = positive_integer(path, "k", tensors.get("k", trainer.get("k")), d_sae)
+    k = _k(path, tensors, trainer, d_sae)
     if kind == "AutoEncoderTopK":
         return build("topk", **ours, k=k)
     _check_threshold(path, weights["threshold"])
     return build("batchtopk", **ours, threshold=weights["threshold"], k=k)
 
 
+def _weights(
+    path: Path, tensors: Tensors, shapes: dict[str, tuple[int, ...]], kind: str, others: tuple[str, ...]
+) -> Tensors:
+    """The tensors of a class, float32, after a check that there are no more than these and ``others``."""
+    weights = require_tensors(path, tensors, shapes)
+    require_no_others(path, tensors, (*shapes, *others), f"the class {kind}")
+    return weights
+
+
+def _k(path: Path, tensors: Tensors, trainer: dict[str, Any], d_sae: int) -> int:
+    """Features per token, from the tensors and the configuration, which must agree."""
+    found = [positive_integer(path, "k", source["k"], d_sae) for source in (tensors, trainer) if "k" in source]
+    if not found:
+        raise UserError(f"{path} has no k, and neither has its {CONFIG} (trainer.k); add it.")
+    if found[0] != found[-1]:
+        raise UserError(f"{path} has k = {found[0]}, but its {CONFIG} has {found[-1]}; correct one of them.")
+    return found[0]
+
+
+def _groups(path: Path, tensors: Tensors, d_sae: int) -> tuple[int, ...]:
+    """The ends of the Matryoshka groups."""
+    if "group_sizes" not in tensors:
+        return ()
+    sizes = tensors["group_sizes"].flatten().tolist()
+    if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
+        raise UserError(f"{path}: group_sizes is {sizes}; expected positive integers.")
+    if sum(sizes) != d_sae:
+        raise UserError(f"{path}: group_sizes sums to {sum(sizes)}; expected the number of features, {d_sae}.")
+    return tuple(itertools.accumulate(sizes))
+
+
 def _check_threshold(path: Path, threshold: Tensor) -> None:
+    if not threshold.isfinite():
+        raise UserError(f"{path}: threshold is {threshold.item()}; the training diverged, or the file is damaged.")
     if threshold < 0:
         raise UserError(
             f"{path}: threshold is {threshold.item()}: training ended before it was set, so which features are active "
@@ -131,14 +206,17 @@ def _check_threshold(path: Path, threshold: Tensor) -> None:
 
 
 @torch.no_grad()
-def write(sae: SparseAutoencoder, directory: Path, metadata: dict[str, Any]) -> None:
+def write(sae: SparseAutoencoder, directory: Path, extra: dict[str, Any]) -> None:
     """Write ``sae`` as `trainer_0/ae.pt` and `trainer_0/config.json` under ``directory``.
 
     relu becomes AutoEncoder and topk AutoEncoderTopK. If all features share one threshold, the others become
     BatchTopKSAE, or MatryoshkaBatchTopKSAE with groups; else JumpReluAutoEncoder, which does not subtract `b_dec` from
     its input, so its effect goes into the encoder bias.
 
-    metadata: `model_name`, `hook_layer`, `context_size` and others, for the configuration
+    Place and model come from ``sae.metadata``, under dictionary_learning's names; all of it is written as `metadata`
+    too, which dictionary_learning ignores and `read` reads.
+
+    extra: more values for `metadata`
 
     Raises:
         UserError: dictionary_learning has no equivalent class.
@@ -148,7 +226,8 @@ def write(sae: SparseAutoencoder, directory: Path, metadata: dict[str, Any]) -> 
     out.mkdir(parents=True, exist_ok=True)
     with atomic_write(out / WEIGHTS) as temporary:
         save_pickle(_state(sae, kind), temporary)
-    cfg, layer = sae.cfg, metadata.get("hook_layer")
+    cfg, said = sae.cfg, sae.metadata | extra
+    site = metadata.site_of(said)
     trainer = {
         "trainer_class": "tsae",
         "dict_class": kind,
@@ -156,12 +235,12 @@ def write(sae: SparseAutoencoder, directory: Path, metadata: dict[str, Any]) -> 
         "dict_size": cfg.d_sae,
         "k": cfg.k,
         "device": "cpu",
-        "layer": layer,
-        "lm_name": metadata.get("model_name"),
-        "submodule_name": f"resid_post_layer_{layer}",
+        "layer": said.get("hook_layer") if site is None else site.layer,
+        "lm_name": said.get("model_name"),
+        "submodule_name": None if site is None else submodule_name(site),
     }
-    buffer = {"d_submodule": cfg.d_in, "io": "out", "ctx_len": metadata.get("context_size"), "device": "cpu"}
-    write_json(out / CONFIG, {"trainer": trainer, "buffer": buffer})
+    buffer = {"d_submodule": cfg.d_in, "io": "out", "ctx_len": said.get("context_size"), "device": "cpu"}
+    write_json(out / CONFIG, {"trainer": trainer, "buffer": buffer, "metadata": said})
 
 
 def _class_of(sae: SparseAutoencoder) -> str:

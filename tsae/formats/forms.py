@@ -47,4 +47,5 @@ def without_hysteresis(sae: SparseAutoencoder, factor: float = 1.0) -> SparseAut
         getattr(plain, name).copy_(getattr(sae, name))
     plain.threshold.copy_(sae.threshold * factor)
     plain.update_threshold_parameters()
+    plain.metadata = dict(sae.metadata)
     return plain

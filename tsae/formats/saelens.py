@@ -13,65 +13,69 @@ Normalization by each token's own norm or mean cannot be folded and is refused.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tsae.errors import UserError
-from tsae.formats.build import build
-from tsae.sae import saving
+from tsae.formats.build import build, ungated
+from tsae.formats.fields import read as field
+from tsae.formats.fields import require_known, require_no_others, shortened
+from tsae.formats.saelens_fields import COMPUTED, METADATA, RENAMED, TRAINING
+from tsae.sae import metadata, saving
 from tsae.sae.kinds import Activation
 from tsae.sae.model import SparseAutoencoder
 from tsae.utils.config_json import load_json
 from tsae.utils.tensor_files import Tensors, positive_integer, read_safetensors, require_tensors
 
 CONFIG, WEIGHTS, SCALER = saving.CONFIG, saving.WEIGHTS, "activation_scaler.json"
-TRAINING = ("batchtopk", "matryoshka_batchtopk")  # only in checkpoints; SAELens saves the result as jumprelu
+CHECKPOINTS = ("batchtopk", "matryoshka_batchtopk")  # SAELens saves the result of a training as jumprelu
 ARCHITECTURES: dict[str, Activation] = {
     "standard": "relu",
     "topk": "topk",
-    **dict.fromkeys(("jumprelu", "gated", *TRAINING), "jumprelu"),
+    **dict.fromkeys(("jumprelu", "gated", *CHECKPOINTS), "jumprelu"),
 }
+RESCALED = ("topk", *CHECKPOINTS)  # architectures that have rescale_acts_by_decoder_norm
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+FACTORS = ("scaling_factor", "finetuning_scaling_factor")  # names of one tensor
 
 
 def read(path: Path) -> SparseAutoencoder:
     """The autoencoder of a directory, given its `cfg.json`, in ``eval()`` mode.
 
     Raises:
-        UserError: a file is missing or damaged, a tensor has the wrong shape, or SAELens computes something that this
-            version cannot.
+        UserError: a file is missing or damaged, a field has the wrong type or is unknown, a tensor has the wrong shape
+            or belongs to another architecture, or SAELens computes something that this version cannot.
     """
     directory = path.parent
     if saving.saved_config(directory) is not None:
         return SparseAutoencoder.load(directory)
-    values = load_json(path)
-    kind, k = _architecture(path, values)
+    values = _current_names(path, load_json(path))
+    require_known(path, values, COMPUTED | METADATA | TRAINING | {"metadata"})
+    said = metadata.checked(path, _metadata(path, values))
+    kind = _architecture(path, values)
+    k = _k(path, values, kind)
     d_in, d_sae = (positive_integer(path, name, values.get(name)) for name in ("d_in", "d_sae"))
-    if values.get("reshape_activations") == "hook_z" or "hook_z" in str(values.get("hook_name", "")):
-        raise UserError(f"{path} encodes attention heads (hook_z); only autoencoders of a block's output can be read.")
+    _check_input(path, values, said)
     tensors = read_safetensors(directory / WEIGHTS)
     scale = _input_scale(path, values)
 
-    shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    shapes |= dict.fromkeys(("r_mag", "b_gate", "b_mag") if kind == "gated" else ("b_enc",), (d_sae,))
-    if kind == "jumprelu":
-        shapes["threshold"] = (d_sae,)
-    if kind in TRAINING:
-        shapes["topk_threshold"] = ()
-    weights = require_tensors(directory / WEIGHTS, tensors, shapes)
+    weights = _weights(directory / WEIGHTS, tensors, kind, d_in, d_sae)
     W_enc, W_dec = weights["W_enc"], weights["W_dec"]
     threshold = weights.get("threshold", weights.get("topk_threshold"))
     if kind == "gated":
-        gain, b_enc = weights["r_mag"].exp(), weights["b_mag"]
-        W_enc, threshold = W_enc * gain, b_enc - gain * weights["b_gate"]
+        gate = (weights[name] for name in ("r_mag", "b_gate", "b_mag"))
+        W_enc, b_enc, threshold = ungated(directory / WEIGHTS, W_enc, *gate)
     else:
         b_enc = weights["b_enc"]
-    if values.get("rescale_acts_by_decoder_norm", kind in TRAINING) and kind in ("topk", *TRAINING):
+    if _rescales(path, values, kind):
         norm = W_dec.norm(dim=1).clamp(min=1e-8)
         W_enc, b_enc, W_dec = W_enc * norm, b_enc * norm, W_dec / norm[:, None]
-    W_dec = W_dec * _finetuning_factor(directory, values, tensors, d_sae)[:, None]
-    return build(
+    W_dec = W_dec * _finetuning_factor(path, values, tensors, d_sae)[:, None]
+    sae = build(
         ARCHITECTURES[kind],
         W_enc=W_enc * scale,
         b_enc=b_enc,
@@ -79,53 +83,165 @@ def read(path: Path) -> SparseAutoencoder:
         b_dec=weights["b_dec"] / scale,
         threshold=threshold,
         k=positive_integer(path, "k", k, d_sae) if kind == "topk" else None,
-        subtract_b_dec=bool(values.get("apply_b_dec_to_input", True)),
+        subtract_b_dec=bool(field(path, values, "apply_b_dec_to_input", bool, True)),
     )
+    sae.metadata = said
+    return sae
 
 
-def _architecture(path: Path, values: dict[str, Any]) -> tuple[str, object]:
-    """The architecture, and k for topk, which before version 6 was an activation function of `standard`."""
-    kind = values.get("architecture") or "standard"
-    function = values.get("activation_fn") or values.get("activation_fn_str") or "relu"
-    k = values.get("k") or (values.get("activation_fn_kwargs") or {}).get("k")
+def _current_names(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """The fields under the names of today."""
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        _put(path, out, RENAMED.get(name, name), value)
+    return out
+
+
+def _put(path: Path, out: dict[str, Any], name: str, value: object) -> None:
+    """Add a field to ``out``, unless it is there already; raises `UserError` if it is there with another value."""
+    if out.get(name) is not None and value is not None and out[name] != value:
+        raise UserError(
+            f"{path} says twice what {name} is, {shortened(out[name])} and {shortened(value)}; correct one of them."
+        )
+    if out.get(name) is None:
+        out[name] = value
+
+
+def _metadata(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """What the file says of model and text: `metadata`, and before version 6 fields beside the others."""
+    out = dict(field(path, values, "metadata", dict, {}) or {})
+    for name in METADATA & values.keys():
+        _put(path, out, name, values[name])
+    return out
+
+
+def _architecture(path: Path, values: dict[str, Any]) -> str:
+    """The architecture; before version 6 topk was an activation function of `standard`, which was the default."""
+    kind = field(path, values, "architecture", str, None if "metadata" in values else "standard")
+    function = field(path, values, "activation_fn", str) or "relu"
+    if function not in ("relu", "topk"):
+        raise UserError(f"{path} has the activation function {function!r}; this version reads relu and topk.")
     if kind == "standard" and function == "topk":
         kind = "topk"
     if kind not in tuple(ARCHITECTURES):
         raise UserError(f"{path} has the architecture {kind!r}; this version reads {', '.join(ARCHITECTURES)}.")
-    if function not in ("relu", "topk"):
-        raise UserError(f"{path} has the activation function {function!r}; this version reads relu and topk.")
-    return kind, k
+    if function == "topk" and kind != "topk":
+        raise UserError(
+            f"{path} has the architecture {kind} and the activation function topk, which contradict each other; "
+            "correct one of them."
+        )
+    return kind
+
+
+def _k(path: Path, values: dict[str, Any], kind: str) -> object:
+    """``k``, of the architectures that have it."""
+    options = dict(field(path, values, "activation_fn_kwargs", dict) or {})
+    found = {"k": values.get("k")}
+    _put(path, found, "k", options.pop("k", None))
+    for name, value in options.items():
+        if value not in (None, False):
+            raise UserError(
+                f"{path} has activation_fn_kwargs.{name} = {shortened(value)}, which this version does not know; "
+                "remove it if it does not change what the autoencoder computes."
+            )
+    k = found["k"]
+    if k is not None and kind not in RESCALED:
+        raise UserError(
+            f"{path} has k = {shortened(k)}, which the architecture {kind} does not have; correct the architecture."
+        )
+    if k is not None and (isinstance(k, bool) or not isinstance(k, (int, float))):
+        raise UserError(f"{path} has k = {shortened(k)}; expected a number.")
+    return k
+
+
+def _check_input(path: Path, values: dict[str, Any], said: dict[str, Any]) -> None:
+    """Raise `UserError` for input that is not a block's activations, and for a dtype that is none."""
+    reshaped = field(path, values, "reshape_activations", str) or "none"
+    if reshaped == "hook_z" or "hook_z" in said.get("hook_name", ""):
+        raise UserError(f"{path} encodes attention heads (hook_z); only autoencoders of a block's output can be read.")
+    if reshaped != "none":
+        raise UserError(f"{path} has reshape_activations = {reshaped!r}; this version reads 'none'.")
+    dtype = field(path, values, "dtype", str)
+    if dtype is not None and dtype.removeprefix("torch.") not in DTYPES:
+        raise UserError(f"{path} has the dtype {dtype!r}; expected one of {', '.join(DTYPES)}.")
+
+
+def _weights(path: Path, tensors: Tensors, kind: str, d_in: int, d_sae: int) -> Tensors:
+    """The tensors of an architecture, float32; a checkpoint's `log_threshold` as `threshold`."""
+    shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    shapes |= dict.fromkeys(("r_mag", "b_gate", "b_mag") if kind == "gated" else ("b_enc",), (d_sae,))
+    logarithm = kind == "jumprelu" and "threshold" not in tensors and "log_threshold" in tensors
+    if kind == "jumprelu":
+        shapes["log_threshold" if logarithm else "threshold"] = (d_sae,)
+    if kind in CHECKPOINTS:
+        shapes["topk_threshold"] = ()
+    weights = require_tensors(path, tensors, shapes)
+    require_no_others(path, tensors, (*shapes, *FACTORS), f"the architecture {kind}")
+    if kind in CHECKPOINTS and not weights["topk_threshold"].isfinite():
+        raise UserError(
+            f"{path}: topk_threshold is {weights['topk_threshold'].item()}; train again, or restore the file."
+        )
+    if logarithm:
+        weights["threshold"] = weights.pop("log_threshold").exp()
+    return weights
+
+
+def _rescales(path: Path, values: dict[str, Any], kind: str) -> bool:
+    rescales = bool(field(path, values, "rescale_acts_by_decoder_norm", bool, kind in CHECKPOINTS))
+    if rescales and kind not in RESCALED:
+        raise UserError(
+            f"{path} sets rescale_acts_by_decoder_norm, which the architecture {kind} does not have; correct one of "
+            "them."
+        )
+    return rescales
 
 
 def _input_scale(path: Path, values: dict[str, Any]) -> float:
     """The factor on the input, before everything else."""
     normalization = values.get("normalize_activations")
-    if normalization in (None, False, "none"):
+    scaler = path.with_name(SCALER)
+    scaling = load_json(scaler) if scaler.is_file() else {}
+    factor = scaling.get("scaling_factor")
+    if normalization is None or normalization is False or normalization == "none":
+        if factor is not None or scaling.get("has_whitening"):
+            raise UserError(
+                f"{scaler} has a factor for the input, but {CONFIG} does not use it (normalize_activations = "
+                f"{normalization!r}); remove {SCALER}, or set normalize_activations."
+            )
         return 1.0
-    if normalization not in (True, "expected_average_only_in"):
+    if normalization is not True and normalization != "expected_average_only_in":
         raise UserError(
             f"{path} normalizes each token separately (normalize_activations = {normalization!r}), which fixed weights "
             "cannot do; only 'none' and a folded 'expected_average_only_in' can be read."
         )
-    scaler = path.with_name(SCALER)
-    factor = load_json(scaler).get("scaling_factor") if scaler.is_file() else None
-    if isinstance(factor, (int, float)) and factor > 0:
+    number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
+    if number and 0 < factor < math.inf and not scaling.get("has_whitening"):
         return float(factor)
+    if factor is not None:
+        raise UserError(
+            f"{scaler} is not a positive factor alone (scaling_factor = {shortened(factor)}); restore the file."
+        )
     raise UserError(
         f"{path} scales its input by a factor that the directory does not contain (normalize_activations = "
         f"{normalization!r}); fold the factor into the weights in SAELens and save again."
     )
 
 
-def _finetuning_factor(directory: Path, values: dict[str, Any], tensors: Tensors, d_sae: int) -> torch.Tensor:
+def _finetuning_factor(path: Path, values: dict[str, Any], tensors: Tensors, d_sae: int) -> Tensor:
     """(d_sae), the factor on features before the decoder."""
-    for name in ("scaling_factor", "finetuning_scaling_factor"):
-        if name in tensors:
-            factor = require_tensors(directory / WEIGHTS, tensors, {name: (d_sae,)})[name]
-            if not values.get("finetuning_scaling_factor") and not torch.allclose(factor, torch.ones_like(factor)):
-                raise UserError(
-                    f"{directory / WEIGHTS} has a {name}, but {CONFIG} does not set finetuning_scaling_factor; set it "
-                    "to true to apply the factor, or remove the tensor."
-                )
-            return factor
-    return torch.ones(d_sae)
+    file, said = path.with_name(WEIGHTS), field(path, values, "finetuning_scaling_factor", bool)
+    found = [name for name in FACTORS if name in tensors]
+    if not found:
+        if said:
+            raise UserError(f"{file} has no scaling_factor, which {CONFIG} says it has; restore the file.")
+        return torch.ones(d_sae)
+    factors = require_tensors(file, tensors, dict.fromkeys(found, (d_sae,)))
+    factor = factors[found[0]]
+    if not said and not torch.allclose(factor, torch.ones_like(factor)):
+        raise UserError(
+            f"{file} has a {found[0]}, but {CONFIG} does not set finetuning_scaling_factor; set it to true to apply "
+            "the factor, or remove the tensor."
+        )
+    if len(found) > 1 and not torch.equal(factor, factors[found[1]]):
+        raise UserError(f"{file} has both {' and '.join(FACTORS)}, with different values; remove one of them.")
+    return factor

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tsae.errors import UserError
+from tsae.sae.metadata import site_of
 from tsae.sae.model import SparseAutoencoder
 
 try:
@@ -38,10 +39,11 @@ class SAEBenchSAE(BaseSAE):
         model_name: TransformerLens's name of the language model.
         hook_layer: block whose output it encodes, counted from 0.
         device, dtype: of the weights.
-        hook_name: default `blocks.{hook_layer}.hook_resid_post`.
+        hook_name: default what ``sae.metadata`` says, or else `blocks.{hook_layer}.hook_resid_post`.
 
     Raises:
-        UserError: decoder rows do not have norm 1 and cannot be rescaled.
+        UserError: ``sae.metadata`` says another layer than ``hook_layer``, or decoder rows do not have norm 1 and
+            cannot be rescaled.
     """
 
     def __init__(
@@ -53,7 +55,11 @@ class SAEBenchSAE(BaseSAE):
         dtype: torch.dtype = torch.float32,
         hook_name: str | None = None,
     ) -> None:
-        cfg = sae.cfg
+        cfg, site = sae.cfg, site_of(sae.metadata)
+        if hook_name is None and site is not None:
+            if site.layer != hook_layer and site.block != hook_layer:
+                raise UserError(f"The autoencoder encodes {site.name}, but hook_layer is {hook_layer}; correct it.")
+            hook_name = site.hook_name
         super().__init__(cfg.d_in, cfg.d_sae, model_name, hook_layer, torch.device("cpu"), torch.float32, hook_name)
         inner = _unit_norm(sae)
         self.inner = inner

@@ -119,7 +119,8 @@ def _eval_config(config: TrainConfig, predicted: int, tokens: int) -> dict[str, 
 
 
 def _origin(name: str, sae: SparseAutoencoder, config: TrainConfig) -> dict[str, Any]:
-    hook = {"hook_name": f"blocks.{config.layer}.hook_resid_post", "hook_layer": config.layer}
+    measured = f"blocks.{config.layer}.hook_resid_post"
+    hook = {"hook_name": sae.metadata.get("hook_name", measured), "hook_layer": config.layer}
     return {
         "sae_bench_commit_hash": f"tsae {_version()}",
         "sae_lens_id": name,

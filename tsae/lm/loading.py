@@ -41,7 +41,7 @@ class LanguageModel:
     model: in evaluation mode; no parameter requires a gradient.
     name: as given to `load_language_model`, for records and messages.
     dtype, device: of its weights and activations.
-    widths: width of the output of each block that `tsae.lm.site.site_width` has measured.
+    widths: width of the output of each block that `tsae.lm.trial_run.site_width` has measured.
     """
 
     model: PreTrainedModel

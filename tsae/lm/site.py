@@ -1,102 +1,123 @@
-"""The place that is encoded, a block's output: how wide it is, and whether the model can be run there.
+"""Where in a language model an autoencoder's activations are: the kind of place and its block.
 
-A forward pass of a few made-up tokens finds both before any text goes through the model. The width is not always that
-of the embedding: some models project between the two (OPT-350m, Electra).
+One function per library reads that library's name of a place. What none of them knows keeps its name, so that it can be
+refused by that name and is never written under another.
 """
 
 from __future__ import annotations
 
-import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
 
-import torch
-from torch import Tensor
+KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_in", "mlp_out")
+"""The places of a block that have a name in SAELens, `blocks.N.hook_KIND`, and in `Site.kind`."""
+MEASURABLE = "a block's output (blocks.N.hook_resid_post, or blocks.N.hook_resid_pre from N = 1)"
+"""What `Site.block` is not None for, in words."""
 
-from tsae.errors import UserError, reason
-from tsae.lm.hooks import activations, check_context, check_layer, logits_with
-from tsae.lm.loading import LanguageModel
-
-log = logging.getLogger(__name__)
-
-_PROBE = (2, 3)  # sequences and tokens, so that shapes with other orders of axes differ
+_HOOK = re.compile(rf"blocks\.(\d+)\.hook_({'|'.join(KINDS)})")
+_ANY_BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)(?:\.|$)")
+_MODULE = re.compile(r"(?:[a-zA-Z_]\w*\.)*(?:layers|h|block|blocks)[._](\d+)(?:\.([\w.]+))?")
+_SUBMODULE = re.compile(r"(resid_post|resid_out|resid_pre|resid_mid|resid|mlp_out|attn_out|attention_out)_layer_?(\d+)")
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 
 
-def site_width(lm: LanguageModel, layer: int) -> int:
-    """Width d of the output of block `layer`, from a forward pass of a few tokens, made once for each layer.
+@dataclass(frozen=True)
+class Site:
+    """A place in a language model.
 
-    Raises UserError if the layer does not exist, the model cannot be run, or its block puts out anything else than
-    activations [N, T, d].
+    kind: one of `KINDS`, or `other`
+    layer: the block it belongs to, counted from 0; None if the name does not tell
+    name: how the file that names it spells it
     """
-    if layer not in lm.widths:
-        _probe(lm, layer, *_PROBE)
-    return lm.widths[layer]
+
+    kind: str
+    layer: int | None
+    name: str
+
+    @property
+    def block(self) -> int | None:
+        """The block whose output these activations are; None if they are no block's output."""
+        if self.kind == "resid_post":
+            return self.layer
+        if self.kind == "resid_pre" and self.layer:  # the input of block 0 is the embedding's output
+            return self.layer - 1
+        return None
+
+    @property
+    def hook_name(self) -> str:
+        """SAELens's name, or the file's own where SAELens has none."""
+        return f"blocks.{self.layer}.hook_{self.kind}" if self.kind in KINDS else self.name
 
 
-def check_site(lm: LanguageModel, layer: int, tokens: int, *, predictions: bool = False) -> None:
-    """Raise UserError, one sentence, unless the model can be run on sequences of `tokens` tokens up to block `layer`.
+def from_hook_name(name: str) -> Site:
+    """SAELens: `hook_name`, of TransformerLens (`blocks.3.hook_mlp_out`) or a module's path (`model.layers.3.mlp`)."""
+    match = _HOOK.fullmatch(name)
+    if match:
+        return Site(match[2], int(match[1]), name)
+    block = _ANY_BLOCK.search(name)
+    return Site("other", int(block[1]), name) if block else from_module(name)
 
-    layer:       counted from 0
-    tokens:      the prefix (BOS) included
-    predictions: also run it to the end, for its logits
+
+def from_module(path: str) -> Site:
+    """The path of a module in transformers, whose output is meant unless it ends in `.input`.
+
+    sparsify's folders are named so (`layers.3`, `layers.3.mlp`), and Gemma Scope 2's `hf_hook_point_in`.
     """
-    check_layer(lm, layer)
-    check_context(lm, tokens)
-    _probe(lm, layer, _PROBE[0], tokens)
-    if predictions:
-        _check_predictions(lm, layer)
+    match = _MODULE.fullmatch(path)
+    if match is None:
+        return Site("other", None, path)
+    layer, part = int(match[1]), match[2] or ""
+    kind = {"": "resid_post", "output": "resid_post", "input": "resid_pre"}.get(part)
+    if kind is None:
+        part = part.removesuffix(".output")
+        kind = "mlp_out" if part in ("mlp", "post_feedforward_layernorm") else "other"
+        kind = "attn_out" if part in _ATTENTION else kind
+    return Site(kind, layer, path)
 
 
-def _probe(lm: LanguageModel, layer: int, sequences: int, tokens: int) -> None:
-    made_up = _made_up(lm, sequences, tokens)
-    made_up[-1, -1] += 1  # changes what a causal model puts out at the last position alone
-    try:
-        x = activations(lm, made_up, layer)
-    except UserError:
-        raise
-    except Exception as error:  # any module of the model may fail, for instance on a bad value of its config.json
-        raise _cannot_run(lm, f"up to layer {layer} on {sequences} sequences of {tokens} tokens", error) from error
-    _check_finite(lm, f"Block {layer} of {lm.name} puts out activations", x)
-    if layer not in lm.widths and not torch.allclose(x[0, :-1].float(), x[-1, :-1].float(), rtol=0.05, equal_nan=True):
-        log.warning(
-            "%s is not causal: a token's activations depend on later tokens, so its cross-entropy is no prediction "
-            "(a model of BERT's kind needs is_decoder in its config.json)",
-            lm.name,
-        )
-    lm.widths[layer] = x.shape[-1]
+def from_submodule(name: str) -> Site:
+    """dictionary_learning: `submodule_name`, such as `resid_post_layer_3`, or a module's path."""
+    match = _SUBMODULE.fullmatch(name)
+    if match is None:
+        return from_module(name)
+    kind = {"resid": "resid_post", "resid_out": "resid_post", "attention_out": "attn_out"}.get(match[1], match[1])
+    return Site(kind, int(match[2]), name)
 
 
-def _check_predictions(lm: LanguageModel, layer: int) -> None:
-    made_up = _made_up(lm, *_PROBE)
-    try:
-        logits = logits_with(lm, made_up, layer, lambda x: x)
-    except UserError:
-        raise
-    except Exception as error:
-        raise _cannot_run(lm, "to its predictions", error) from error
-    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != made_up.shape:
-        found = f"logits {list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        raise UserError(
-            f"{lm.name} puts out {found} for {list(made_up.shape)} tokens, but cross-entropy needs logits [N, T, "
-            "vocabulary]; name a causal language model, or leave the evaluation out with --evaluation.no-final."
-        )
-
-    _check_finite(lm, f"{lm.name} puts out logits", logits)
+def submodule_name(site: Site) -> str:
+    """What dictionary_learning calls a place; the inverse of `from_submodule`."""
+    return f"{site.kind}_layer_{site.layer}" if site.kind in KINDS else site.name
 
 
-def _check_finite(lm: LanguageModel, what: str, values: Tensor) -> None:
-    """Raise UserError if no value at all is finite: single ones may be at the first position, which is dropped."""
-    if not bool(values.isfinite().any()):
-        dtype = str(lm.dtype).removeprefix("torch.")
-        raise UserError(f"{what} that are not finite in {dtype}; check its weights, or take another --lm-dtype.")
+def from_sparsify_folder(folder: Path) -> Site | None:
+    """sparsify: a folder named after its module, with one per seed in it if there are several; None for other names."""
+    name = folder.parent.name if re.fullmatch(r"seed\d+", folder.name) else folder.name
+    site = from_module(name)
+    return site if site.layer is not None or "embed" in name else None
 
 
-def _made_up(lm: LanguageModel, sequences: int, tokens: int) -> Tensor:
-    """Token 0, or 1 where 0 is the padding token: RoBERTa counts no position for that."""
-    padding = getattr(getattr(lm.model, "config", None), "pad_token_id", None)
-    return torch.full((sequences, tokens), int(padding == 0), dtype=torch.int64)
+def from_gemma_scope_folder(folder: Path) -> tuple[Site | None, str | None]:
+    """Gemma Scope: the place and the model, from the path of a folder, each None if the path does not tell.
 
-
-def _cannot_run(lm: LanguageModel, how: str, error: Exception) -> UserError:
-    return UserError(
-        f"{lm.name} cannot be run {how}: {type(error).__name__}: {reason(error)}; check its config.json and weights, "
-        "and that it takes nothing but tokens."
-    )
+    Gemma Scope has a repository per place, `gemma-scope-2b-pt-res/layer_12/width_16k/...`; Gemma Scope 2 a folder,
+    `gemma-scope-2-1b-pt/resid_post/layer_12_width_16k_l0_big`.
+    """
+    path = folder.absolute().as_posix()
+    repository = re.search(r"gemma-scope-(2-)?(\d+\w)-(pt|it)(?:-(res|mlp|att))?(?![\w-])", path)
+    layer = re.search(r"(?:^|/)layer_(\d+)(?:_|/|$)", path)
+    named = re.search(r"(?:^|/)(resid_post|mlp_out|attn_out|transcoder|clt|crosscoder)(?:_all)?(?:/|$)", path)
+    kind = named[1] if named else None
+    model = None
+    if repository:
+        kind = kind or {"res": "resid_post", "mlp": "mlp_out", "att": "hook_z"}.get(repository[4] or "")
+        generation = "3" if repository[1] else "2"
+        base = repository[3] == "pt" and not repository[1]  # Gemma 2's base models have no suffix
+        model = f"google/gemma-{generation}-{repository[2]}{'' if base else '-' + repository[3]}"
+    if kind is None or layer is None:
+        return None, model
+    number = int(layer[1])
+    if kind in ("hook_z", "attn_out"):  # both are trained on the input of the attention's output projection
+        return Site("other", number, f"blocks.{number}.attn.hook_z"), model
+    name = f"blocks.{number}.hook_{kind}" if kind in KINDS else kind
+    return Site(kind if kind in KINDS else "other", number, name), model

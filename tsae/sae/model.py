@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,9 @@ class SparseAutoencoder(nn.Module):
     batch, and learned thresholds come from their parameters. In ``eval()`` mode all thresholds come from the buffers,
     which are updated on leaving ``train()``.
 
+    ``metadata`` is what a file says of the activations and the model it was trained on, under SAELens's names
+    (`tsae.sae.metadata`); `save` writes it again.
+
     Args:
         cfg: the architecture; ``cfg.d_in`` must be positive.
         generator: source of the initial weights.
@@ -54,6 +58,7 @@ class SparseAutoencoder(nn.Module):
             raise UserError(f"sae.d_in is {cfg.d_in}; set it to the width of the activations.")
         self.cfg = dataclasses.replace(cfg)
         self.ranks: Ranks = SINGLE_PROCESS
+        self.metadata: dict[str, Any] = {}
         W_enc, W_dec = _initial_weights(cfg, generator)
         # [d_in, d_sae], but stored feature by feature: its gradient comes in that layout (see sparse_linear).
         self.W_enc = nn.Parameter(W_enc.T.clone(memory_format=torch.contiguous_format).T)
@@ -75,6 +80,15 @@ class SparseAutoencoder(nn.Module):
     def parameter_dict(self) -> dict[str, nn.Parameter]:
         """The parameters, under the names that this class documents."""
         return dict(self.named_parameters())
+
+    def not_finite(self) -> str | None:
+        """A clause naming the first tensor with NaN or infinity; None if there is none. Thresholds may be +inf."""
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "release"):
+            tensor = getattr(self, name)
+            bad = int((~(tensor.isfinite() | ((tensor == torch.inf) & (name == "threshold")))).sum())
+            if bad:
+                return f"{name} has {bad} values that are not finite"
+        return None
 
     @property
     def thresholds_learned(self) -> bool:
@@ -112,10 +126,12 @@ class SparseAutoencoder(nn.Module):
     def pre_activation(self, x: Tensor, features: Tensor | None = None) -> Tensor:
         """``(x - b_dec) / s W_enc``, without ``b_enc``.
 
-        x: (..., d_in) floating point, in the units of training (raw activations for a saved autoencoder)
+        x: (..., d_in) floating point, in the units of training (raw activations for a saved autoencoder); converted to
+            the dtype of the parameters
         features: (n) int64, the features to compute; None: all
-        out: (..., d_sae) or (..., n), in the autocast dtype if autocast is on
+        out: (..., d_sae) or (..., n), in the dtype of the parameters, or of autocast if it is on
         """
+        x = x.to(self.W_enc.dtype)
         if self.cfg.apply_b_dec_to_input:
             x = x - self.ranks.features.identity_sum_grad(self.b_dec)
         if self.cfg.input_scale != 1.0:
@@ -225,10 +241,11 @@ class SparseAutoencoder(nn.Module):
     def encode(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
         """Features of activations. The second-to-last dimension is the sequence, along which hysteresis runs.
 
-        x: (..., T, d_in) floating point, or (d_in) for one token; units as in `pre_activation`
+        x: (..., T, d_in) floating point, or (d_in) for one token; units as in `pre_activation`. Any dimension but the
+            last may be 0.
         segments: (..., T) integers or None; hysteresis is reset at every new id, and negative ids are excluded
-        out: (..., T, d_sae), in the units of ``x``; for gelu in those of the normalized input of training; unitless
-            with layer normalization
+        out: (..., T, d_sae), in the dtype of the parameters and the units of ``x``; for gelu in those of the normalized
+            input of training; unitless with layer normalization
 
         Raises:
             UserError: the last dimension is not ``cfg.d_in``.
@@ -237,15 +254,18 @@ class SparseAutoencoder(nn.Module):
             raise UserError(f"The input's last dimension is {x.shape[-1]}; this autoencoder takes {self.cfg.d_in}.")
         lead = x.shape[:-1]
         tokens = lead[-1] if lead else 1
-        pre = self.pre_activation(x).reshape(-1, tokens, self.cfg.d_sae)
+        pre = self.pre_activation(x)
+        if pre.numel() == 0:
+            return pre  # no token, so no feature; the kernels take sequences of at least one
+        pre = pre.reshape(-1, tokens, self.cfg.d_sae)
         h, _ = self.activate(pre, segments=None if segments is None else segments.reshape(-1, tokens))
         return h.reshape(*lead, self.cfg.d_sae)
 
     def decode(self, h: Tensor) -> Tensor:
         """Reconstruction from features.
 
-        h: (..., d_sae), from `encode`
-        out: (..., d_in), in the units of the input
+        h: (..., d_sae), from `encode`; any floating-point dtype
+        out: (..., d_in), in the units of the input and the dtype of the parameters
         """
         return self._rescale(self._sum_over_shards(self._decode_product(h, self.W_dec)))
 
@@ -273,6 +293,8 @@ class SparseAutoencoder(nn.Module):
         return self.ranks.features.sum_identity_grad(product, torch.float32)
 
     def _decode_product(self, h: Tensor, W_dec: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(h.device.type):  # which converts by itself
+            h = h.to(W_dec.dtype)
         # Learned thresholds need the gradient of features that are 0, which the sparse product skips.
         full_gradient = self.thresholds_learned and self.training and torch.is_grad_enabled()
         sparse = self._sparse_features and not full_gradient and len(W_dec) > 0 and use_sparse_products(h)
@@ -323,18 +345,19 @@ class SparseAutoencoder(nn.Module):
         out.threshold.copy_(self.threshold * gain)
         out.release.copy_(self.release * gain)
         out.update_threshold_parameters()
+        out.metadata = dict(self.metadata)
         return out
 
     def save(self, directory: str | Path, **metadata: object) -> None:
         """Write SAELens's directory format: `cfg.json` and `sae_weights.safetensors`, each file atomically.
 
         directory: created if it does not exist
-        metadata: JSON values for `cfg.json`'s `metadata`; SAELens reads `model_name`, `hook_name`, `context_size`,
-            `prepend_bos`, `dataset_path`
+        metadata: JSON values for `cfg.json`'s `metadata`, added to ``self.metadata``; SAELens reads `model_name`,
+            `hook_name`, `context_size`, `prepend_bos`, `dataset_path`
         """
         if self.training:
             self.update_threshold_buffers()
-        saving.save(expanded(directory), self.cfg, self.state_dict(), metadata)
+        saving.save(expanded(directory), self.cfg, self.state_dict(), self.metadata | metadata)
 
     @classmethod
     def load(cls, directory: str | Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
@@ -346,8 +369,9 @@ class SparseAutoencoder(nn.Module):
         Raises:
             UserError: a file is missing, damaged or was written by SAELens, or a tensor has the wrong shape.
         """
-        cfg, tensors = saving.load(expanded(directory))
+        cfg, tensors, metadata = saving.load(expanded(directory))
         sae = cls(cfg).eval()
+        sae.metadata = metadata
         sae.load_state_dict(tensors, strict=False)  # without the parameters of learned thresholds
         sae.update_threshold_parameters()
         return sae.to(device)

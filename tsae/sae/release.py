@@ -60,6 +60,7 @@ def with_release_ratio(
     cfg = sae.cfg
     check_has_thresholds(cfg)
     out = SparseAutoencoder(dataclasses.replace(cfg, activation="schmitt", release_ratio=ratio)).to(sae.b_dec.device)
+    out.metadata = dict(sae.metadata)
     out.eval().load_state_dict(sae.state_dict(), strict=False)  # without the parameters of learned thresholds
     unit = sae.threshold.clamp(min=torch.finfo(torch.float32).tiny)
     batches = [(x.to(unit.device), segments.to(unit.device)) for x, segments in batches]

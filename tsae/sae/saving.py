@@ -19,12 +19,14 @@ from safetensors.torch import save_file
 
 from tsae.config import SAEConfig
 from tsae.errors import UserError
+from tsae.sae import metadata
 from tsae.utils.atomic import atomic_write, checksum_of, write_json
 from tsae.utils.config_json import from_dict, load_json
 from tsae.utils.tensor_files import Tensors, read_safetensors, require_tensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 CHECKSUM = "xxh3_128"  # key in the header of the weights; covers the weights and `metadata.tsae`
+ALWAYS = ("activation", "apply_b_dec_to_input", "input_scale", "layer_norm")  # fields that every version has written
 SAELENS_VERSION = "6.54.0"  # of the format written; SAELens reads versions below 6 through a legacy path
 
 
@@ -48,36 +50,40 @@ def tensor_shapes(cfg: SAEConfig) -> dict[str, tuple[int, ...]]:
     return shapes | ({"release": (d_sae,)} if cfg.kind.release else {})
 
 
-def save(directory: Path, cfg: SAEConfig, tensors: Tensors, metadata: dict[str, object]) -> None:
+def save(directory: Path, cfg: SAEConfig, tensors: Tensors, said: dict[str, Any]) -> None:
     """Write an autoencoder to ``directory``, each file atomically.
 
     tensors: at least those of `tensor_shapes`; others are not saved
-    metadata: more values for `cfg.json`'s `metadata`
+    said: more values for `cfg.json`'s `metadata`
     """
     directory.mkdir(parents=True, exist_ok=True)
     own = dataclasses.asdict(cfg)
-    values: dict[str, Any] = {
-        "architecture": architecture(cfg),
-        "d_in": cfg.d_in,
-        "d_sae": cfg.d_sae,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": cfg.apply_b_dec_to_input,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "metadata": {
-            "sae_lens_version": SAELENS_VERSION,
-            "sae_lens_training_version": None,
-            **metadata,
-            "tsae": own,
-        },
+    values = {"dtype": "float32", "device": "cpu", **_saelens_fields(cfg)}
+    values["metadata"] = {
+        "sae_lens_version": SAELENS_VERSION,
+        "sae_lens_training_version": None,
+        **said,
+        "tsae": own,
     }
-    if values["architecture"] == "topk":
-        values |= {"k": cfg.k, "rescale_acts_by_decoder_norm": False}
     weights = {name: tensors[name].detach().float().cpu().contiguous() for name in tensor_shapes(cfg)}
     with atomic_write(directory / WEIGHTS) as temporary:
         save_file(weights, temporary, metadata={CHECKSUM: _checksum(own, weights)})
     write_json(directory / CONFIG, values)
+
+
+def _saelens_fields(cfg: SAEConfig) -> dict[str, Any]:
+    """The fields from which SAELens takes what it computes; it ignores `metadata.tsae`."""
+    values: dict[str, Any] = {
+        "architecture": architecture(cfg),
+        "d_in": cfg.d_in,
+        "d_sae": cfg.d_sae,
+        "apply_b_dec_to_input": cfg.apply_b_dec_to_input,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+    }
+    if values["architecture"] == "topk":
+        values |= {"k": cfg.k, "rescale_acts_by_decoder_norm": False}
+    return values
 
 
 def saved_config(directory: Path) -> dict[str, Any] | None:
@@ -89,11 +95,12 @@ def saved_config(directory: Path) -> dict[str, Any] | None:
     return metadata.get("tsae") if isinstance(metadata, dict) else None
 
 
-def load(directory: Path) -> tuple[SAEConfig, Tensors]:
-    """Configuration and tensors of an autoencoder written by `save`.
+def load(directory: Path) -> tuple[SAEConfig, Tensors, dict[str, Any]]:
+    """Configuration, tensors and metadata of an autoencoder written by `save`.
 
     Raises:
-        UserError: a file is missing, damaged or edited, another library wrote it, or a tensor has the wrong shape.
+        UserError: a file is missing, damaged or edited, another library wrote it, a tensor has the wrong shape or is
+            unknown, or a field of the metadata has the wrong type.
     """
     own = saved_config(directory)
     if own is None:
@@ -105,7 +112,8 @@ def load(directory: Path) -> tuple[SAEConfig, Tensors]:
     cfg.check()
     path = directory / WEIGHTS
     found = read_safetensors(path)
-    tensors = require_tensors(path, found, tensor_shapes(cfg))
+    shapes = tensor_shapes(cfg)
+    tensors = require_tensors(path, found, shapes)
     with safe_open(path, framework="pt") as file:
         checksum = (file.metadata() or {}).get(CHECKSUM)
     if checksum is not None and checksum != _checksum(own, found):
@@ -113,7 +121,27 @@ def load(directory: Path) -> tuple[SAEConfig, Tensors]:
             f"{path} is damaged, or metadata.tsae in {CONFIG} was edited: the checksum does not match; restore both "
             "files, or train again."
         )
-    return cfg, tensors
+    for name in () if checksum is not None else ALWAYS:  # all of ours have a checksum; others save them again without
+        if name not in own:
+            raise UserError(f"{directory / CONFIG} has no metadata.tsae.{name}; restore the file.")
+    for name in found.keys() - shapes.keys():
+        raise UserError(
+            f"{path} has the tensor {name}, which the activation {cfg.activation} does not have; restore the file."
+        )
+    values = load_json(directory / CONFIG)
+    for name, value in _saelens_fields(cfg).items():
+        if name in values and values[name] != value:
+            raise UserError(
+                f"{directory / CONFIG} has {name} = {values[name]!r}, but its metadata.tsae means {value!r}; restore "
+                "the file."
+            )
+    if cfg.kind.release and bool(((tensors["release"] > tensors["threshold"]) | (tensors["release"] < 0)).any()):
+        raise UserError(f"{path}: release must be from 0 to threshold for every feature; restore the file.")
+    said = {name: value for name, value in values["metadata"].items() if name != "tsae"}
+    said = metadata.checked(directory / CONFIG, said)
+    if "hook_layer" in said:  # ours without a hook_name are of a block's output
+        said.setdefault("hook_name", f"blocks.{said['hook_layer']}.hook_resid_post")
+    return cfg, tensors, said
 
 
 def _checksum(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:

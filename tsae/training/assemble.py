@@ -23,7 +23,7 @@ from tsae.data.text import Document, Part, absolute_source, open_text, split_thr
 from tsae.errors import UserError
 from tsae.evaluation.held_out import evaluation_batches
 from tsae.lm.loading import LanguageModel, absolute_name, default_dtype, load_language_model
-from tsae.lm.site import check_site, site_width
+from tsae.lm.trial_run import check_site, site_width
 from tsae.parallel.axis import SINGLE_PROCESS, Ranks
 from tsae.parallel.buffer import DistributedActivationBuffer
 from tsae.parallel.processes import check_mesh, check_on_all_ranks, local_rank0_first, raise_on_all_ranks

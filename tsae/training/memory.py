@@ -11,7 +11,7 @@ from tsae.data.buffer import ActivationBuffer
 from tsae.data.cache import SHARD_BYTES, sequence_bytes
 from tsae.errors import UserError
 from tsae.lm.loading import LanguageModel
-from tsae.lm.site import site_width
+from tsae.lm.trial_run import site_width
 from tsae_kernels.sparse import sparse_products_available
 
 MODEL, BUFFER, AHEAD, SAE, STEP, CACHE = (

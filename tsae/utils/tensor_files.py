@@ -32,7 +32,7 @@ def read_safetensors(path: Path) -> Tensors:
 
 
 def read_pickle(path: Path) -> Tensors:
-    """The tensors of a state dict written by `torch.save`, on the CPU.
+    """The tensors of a state dict written by `torch.save`, on the CPU; numbers as tensors without dimensions.
 
     Only tensors and plain values are unpickled. A file that asks for anything else, which is how a pickle executes
     code, is refused and nothing in it runs.
@@ -52,7 +52,12 @@ def read_pickle(path: Path) -> Tensors:
         ) from None
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} holds a {type(state).__name__}, not a state dict of tensors.")
-    return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors: Tensors = {}
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, (Tensor, int, float)):
+            raise UserError(f"{path} has {name!r}, a {type(value).__name__}; expected a state dict of tensors only.")
+        tensors[name] = value.detach() if isinstance(value, Tensor) else torch.tensor(value)
+    return tensors
 
 
 def read_npz(path: Path) -> Tensors:
@@ -75,15 +80,18 @@ def matrix_shape(path: Path, tensors: Tensors, name: str) -> tuple[int, int]:
 
 
 def require_tensors(path: Path, tensors: Tensors, shapes: dict[str, tuple[int, ...]]) -> Tensors:
-    """The tensors named in ``shapes``, as float32, after a check of their shapes."""
+    """The tensors named in ``shapes``, as float32, after a check of their shapes and dtypes."""
     for name, expected in shapes.items():
         if name not in tensors:
             raise UserError(f"{path} has no tensor {name}; it has {sorted(tensors)}.")
-        shape = tuple(tensors[name].shape)
+        tensor = tensors[name]
+        shape = tuple(tensor.shape)
         if shape != expected:
             raise UserError(f"{path}: {name} has the shape {shape}; expected {expected}.")
-        if not tensors[name].is_floating_point():
-            raise UserError(f"{path}: {name} has the dtype {tensors[name].dtype}; expected floating point.")
+        if not tensor.is_floating_point():
+            raise UserError(f"{path}: {name} has the dtype {tensor.dtype}; expected floating point.")
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            raise UserError(f"{path}: {name} is sparse or without values; expected a dense tensor.")
     return {name: tensors[name].float() for name in shapes}
 
 

@@ -15,7 +15,7 @@ from tsae.errors import UserError
 from tsae.lm.blocks import find_blocks
 from tsae.lm.hooks import activations, logits_with
 from tsae.lm.loading import LanguageModel, load_language_model
-from tsae.lm.site import check_site, site_width
+from tsae.lm.trial_run import check_site, site_width
 
 
 def tokens() -> Tensor:

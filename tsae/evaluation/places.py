@@ -1,0 +1,143 @@
+"""Whether autoencoders are measured where, and with what, their files say they were trained.
+
+A place that cannot be measured, or another one than was asked for, is refused. A model under another name, and text
+that begins otherwise, are measured with a warning: names are compared loosely, since one model has several.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tsae.errors import UserError
+from tsae.lm.site import MEASURABLE, Site
+from tsae.sae.metadata import site_of
+from tsae.sae.model import SparseAutoencoder
+
+# Options of TransformerLens and transformers that leave a block's output as it is.
+_WITHOUT_EFFECT = frozenset(
+    """
+    fold_ln center_unembed fold_value_biases refactor_factored_attn_matrices device device_map n_devices move_to_device
+    dtype torch_dtype trust_remote_code token cache_dir local_files_only low_cpu_mem_usage attn_implementation
+    default_padding_side default_prepend_bos
+    """.split()  # noqa: SIM905
+)
+_ALIASES = {"gpt2-small": "gpt2"}  # TransformerLens's name, and the hub's
+
+
+def stated_block(name: str, sae: SparseAutoencoder) -> tuple[int | None, list[str]]:
+    """The block whose output an autoencoder says it encodes, None if it says nothing, and warnings.
+
+    name: of the autoencoder, for messages
+
+    Raises:
+        UserError: it encodes something else than a block's output.
+    """
+    site, layer = site_of(sae.metadata), sae.metadata.get("hook_layer")
+    if site is None:
+        if layer is None:
+            return None, []
+        return layer, [f"{name} names layer {layer}, but not which of its activations; taken as the block's output"]
+    if site.block is None:
+        raise UserError(
+            f"{called(name)} encodes {_spelt(sae.metadata, site)}, which this version cannot measure; it measures "
+            f"{MEASURABLE}."
+        )
+    return site.block, []
+
+
+def common_block(blocks: Mapping[str, int | None], asked: int | None, saes: Mapping[str, SparseAutoencoder]) -> int:
+    """The block to measure at.
+
+    blocks: what each autoencoder says, None for nothing
+    asked: `--layer`; None takes what they say
+
+    Raises:
+        UserError: they say different blocks, or another than was asked for, or none does and none was asked for.
+    """
+    said = {name: block for name, block in blocks.items() if block is not None}
+    if asked is None and len(set(said.values())) > 1:
+        each = ", ".join(f"{name}: {block}" for name, block in said.items())
+        raise UserError(f"The autoencoders encode different layers ({each}); measure those of one layer at a time.")
+    if asked is None:
+        return next(iter(said.values()))  # the caller has made sure that there is one
+    for name, block in said.items():
+        if block != asked:
+            site = site_of(saes[name].metadata)
+            what = f"{_spelt(saes[name].metadata, site)}, " if site else ""
+            raise UserError(
+                f"{called(name)} encodes {what}the output of block {block}, not of block {asked} (--layer); leave out "
+                "--layer to measure it there."
+            )
+    return asked
+
+
+def called(name: str) -> str:
+    """An autoencoder in a sentence; its name may be empty."""
+    return name or "The autoencoder"
+
+
+def _spelt(metadata: dict[str, Any], site: Site) -> str:
+    """A place as its file spells it, and in SAELens's spelling if that is another."""
+    own = metadata.get("hf_hook_name") or site.name
+    return own if own == site.hook_name else f"{own} ({site.hook_name})"
+
+
+def warnings_about(name: str, metadata: dict[str, Any], model: str) -> list[str]:
+    """What is different when ``model`` is measured instead of the model that the metadata names.
+
+    Raises:
+        UserError: the activations are those of a model whose weights were changed so that they are centred.
+    """
+    found, trained = [], metadata.get("model_name")
+    if trained is not None and not same_model(trained, model):
+        found.append(f"{name} says that it was trained on {trained}, and is measured on {model}")
+    options = metadata.get("model_from_pretrained_kwargs") or {}
+    if options.get("center_writing_weights"):
+        raise UserError(
+            f"{name} encodes the activations of a model with center_writing_weights (model_from_pretrained_kwargs), "
+            "whose mean over dimensions is 0; this version measures models as they are."
+        )
+    options = {
+        key: value for key, value in options.items() if key not in _WITHOUT_EFFECT and value not in (None, False)
+    }
+    if options:
+        each = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        found.append(f"{name} was trained on a model loaded with {each}, which is not done here")
+    return found
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two names, of the hub, of TransformerLens or of folders, may be those of one model."""
+    return _key(one) == _key(other)
+
+
+def _key(name: str) -> str:
+    cached = re.search(r"models--(?:.*--)?([^/]+)/snapshots/", Path(name).as_posix())  # in the hub's cache
+    last = (cached[1] if cached else Path(name).name).lower()
+    last = _ALIASES.get(last, last).replace("gemma-v3", "gemma-3").removesuffix("-hf")
+    return last.removesuffix("-pt")  # Gemma 3's smallest base model has no suffix on the hub
+
+
+def use_bos(saes: Mapping[str, SparseAutoencoder]) -> tuple[bool, list[str]]:
+    """Whether sequences begin with BOS: unless all autoencoders were trained without; and warnings."""
+    without = [name for name, sae in saes.items() if sae.metadata.get("prepend_bos") is False]
+    if not without:
+        return True, []
+    if len(without) == len(saes):
+        return False, []
+    return True, [f"{name} was trained without BOS, and is measured with BOS, as the others were" for name in without]
+
+
+def bos_warnings(saes: Mapping[str, SparseAutoencoder], prefix: int | None, model: str) -> list[str]:
+    """Warnings about a tokenizer without the BOS that autoencoders were trained with.
+
+    prefix: the token that begins sequences; None if the tokenizer has none
+    """
+    if prefix is not None:
+        return []
+    wanted = [name for name, sae in saes.items() if sae.metadata.get("prepend_bos")]
+    why = f"the tokenizer of {model} has none; the first token's activation is left out"
+    return [f"{name} was trained with BOS, but {why}" for name in wanted]

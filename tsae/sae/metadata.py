@@ -1,0 +1,65 @@
+"""What an autoencoder says of the activations it was trained on, under SAELens's names of the fields.
+
+Every format's reader puts what its files say into `SparseAutoencoder.metadata`, and every writer writes it, so that it
+survives loading and export. Values of any other name are kept and not interpreted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tsae.errors import UserError
+from tsae.lm.site import Site, from_hook_name
+
+TYPES: dict[str, tuple[type, ...]] = {
+    "model_name": (str,),
+    "hook_name": (str,),
+    "hook_layer": (int,),
+    "hook_head_index": (int,),
+    "hook_name_out": (str,),
+    "hf_hook_name": (str,),
+    "context_size": (int,),
+    "prepend_bos": (bool,),
+    "model_from_pretrained_kwargs": (dict,),
+}
+"""Fields that are interpreted, and their types; all may be null or absent."""
+VERSIONS = ("sae_lens_version", "sae_lens_training_version")  # of the writer; not kept
+
+
+def checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """The metadata in ``values``, without those that are null.
+
+    path: of the file, for messages
+
+    Raises:
+        UserError: a field of `TYPES` has another type, the place contradicts the layer, or it is one head of an
+            attention layer or a transcoder's.
+    """
+    out = {name: value for name, value in values.items() if value is not None and name not in VERSIONS}
+    for name, types in TYPES.items():
+        value = out.get(name)
+        if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
+            raise UserError(f"{path} has {name} = {value!r}; expected {types[0].__name__} or null.")
+    if "hook_head_index" in out:
+        raise UserError(
+            f"{path} encodes head {out['hook_head_index']} of an attention layer (hook_head_index); only autoencoders "
+            "of all of a place's activations can be read."
+        )
+    if out.get("hook_name_out", out.get("hook_name")) != out.get("hook_name"):
+        raise UserError(
+            f"{path} predicts {out['hook_name_out']} from {out.get('hook_name')} (hook_name_out), so it is a "
+            "transcoder; only autoencoders can be read."
+        )
+    site = site_of(out)
+    if site is not None and site.layer is not None and out.get("hook_layer", site.layer) != site.layer:
+        raise UserError(
+            f"{path} has the hook_name {site.name} and the hook_layer {out['hook_layer']}, which contradict each "
+            "other; correct one of them."
+        )
+    return out
+
+
+def site_of(metadata: dict[str, Any]) -> Site | None:
+    """The place that checked ``metadata`` names; None if it names none."""
+    return from_hook_name(metadata["hook_name"]) if metadata.get("hook_name") is not None else None
