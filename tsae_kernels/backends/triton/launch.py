@@ -153,7 +153,7 @@ def _constants(x: Tensor, block: int, *tensors: Tensor | None, chunk: int = _CHU
     """Constants of all kernels, and the launch option `num_warps`.
 
     tensors: the others that are walked along T
-    chunk: fewer rows at a time for a kernel that would spill registers
+    chunk: rows at a time; fewer for a kernel that would spill registers or take long to compile
     """
     return {
         "ROUNDING": _rounding(x),
@@ -274,7 +274,7 @@ def activate_with_stats_backward(
             ACTIVATION=activation.name,
             HAS_SUMS=not training,
             SCALE=sum_scale(saved.dtype),
-            **_constants(saved, block, grads.h, chunk=_CHUNK // 2 if activation.name == "gelu" else _CHUNK),
+            **_constants(saved, block, grads.h, chunk=_CHUNK // 2),
             enable_fp_fusion=True,
         )  # fmt: skip
     return grad_pre, grad_bias.sum(0)
