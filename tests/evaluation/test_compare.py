@@ -81,13 +81,10 @@ def test_the_language_model_runs_once_for_all(options, tmp_path, monkeypatch) ->
     assert len(calls) == 1  # 4 sequences, one batch
 
 
-def test_a_width_that_does_not_fit_is_found_before_any_forward_pass(
-    options, tmp_path, tiny_gemma3, capsys, monkeypatch
+@pytest.mark.usefixtures("no_forward")
+def test_a_width_that_does_not_fit_is_found_before_any_forward_pass_of_text(
+    options, tmp_path, tiny_gemma3, capsys
 ) -> None:
-    def forward(*args: object, **kwargs: object) -> None:
-        raise AssertionError("the language model ran")
-
-    monkeypatch.setattr("transformers.Gemma3ForCausalLM.forward", forward)
     sources = [write_saelens(tmp_path / "right"), write_saelens(tmp_path / "wrong", d_in=20)]
     assert main([*map(str, sources), *options]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]

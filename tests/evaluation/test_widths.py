@@ -16,22 +16,6 @@ from tsae.evaluation.evaluator import evaluate
 SAID = "takes activations of width 20, but the blocks of {} put out 32"
 
 
-@pytest.fixture
-def no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails on any forward pass of text through a language model, at its embedding.
-
-    Made-up tokens, of at most two kinds, may pass: they measure the width.
-    """
-    real = torch.nn.Embedding.forward
-
-    def forward(self: torch.nn.Embedding, tokens: torch.Tensor) -> torch.Tensor:
-        if len(tokens) > 2 or len(tokens.unique()) > 2:
-            pytest.fail("text went through the language model")
-        return real(self, tokens)
-
-    monkeypatch.setattr(torch.nn.Embedding, "forward", forward)
-
-
 @pytest.mark.usefixtures("no_forward")
 @pytest.mark.parametrize("command", ["evaluate", "compare", "export", "view", "probe"])
 def test_every_command_says_it_before_any_text_is_read(

@@ -64,10 +64,11 @@ def test_the_start_up_line_states_the_buffers_bound(
 
 @pytest.mark.usefixtures("blank_report")
 def test_mean_and_scale_come_from_positions_that_count(tiny_neox: Path, tmp_path: Path) -> None:
-    text = tmp_path / "special.txt"
-    text.write_text("".join(f"the river ran {'<eos>' * (i % 4)} under a bridge {i}.\n\n" for i in range(3000)))
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"the river ran under a bridge {i}.\n\n" for i in range(3000)))
     out = tmp_path / "run"
-    assert main(options(tiny_neox, text, out, "--steps", "4", "--evaluation.no-final")) == 0
+    left_out = ["--buffer.max-norm-ratio", "1.1"]
+    assert main(options(tiny_neox, text, out, "--steps", "4", "--evaluation.no-final", *left_out)) == 0
     held = load_file(out / "checkpoint" / "buffer-0001.safetensors")  # everything harvested
     kept = held["segments"] >= 0
     assert int((~kept).sum()) > 0

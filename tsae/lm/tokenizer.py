@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SAMPLE = "The river ran under a stone bridge"
+_UNKNOWN = "\ue000\U0010fffd"  # private characters: UNK, unless the tokenizer falls back to bytes
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -99,7 +100,8 @@ def _check_ids(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) -> None
     """The part of `fit_to_model` about ids beyond the embedding's rows."""
     beyond = {i: token for token, i in sorted(tokenizer.get_vocab().items(), reverse=True) if i >= rows}
     prefix = prefix_token(tokenizer)
-    made = [i for i in (prefix, tokenizer.unk_token_id) if i is not None and i >= rows]
+    unknown = tokenizer.unk_token_id if tokenizer.unk_token_id in encode(tokenizer, [_UNKNOWN])[0] else None
+    made = [i for i in (prefix, unknown) if i is not None and i >= rows]
     made += sorted(set(beyond).difference(special_tokens(tokenizer).tolist()))
     if made:
         token = beyond.get(made[0], tokenizer.convert_ids_to_tokens(made[0]))
