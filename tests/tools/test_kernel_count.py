@@ -39,6 +39,19 @@ def test_a_loop_is_followed_and_each_issued_instruction_counts():
     assert thread.registers["R0"] == 7
 
 
+def test_predicates_go_to_a_byte_of_a_register_and_back():
+    _, thread = executed(
+        "MOV R5, 0x11220144",
+        "ISETP.EQ.AND P1, PT, RZ, RZ, PT",
+        "P2R.B1 R5, PR, R5, 0x2",
+        "ISETP.NE.AND P1, PT, RZ, RZ, PT",
+        "R2P PR, R5.B1, 0x2",
+        "@P1 MOV R3, 0x5",
+    )
+    assert thread.registers["R5"] == 0x11220344
+    assert thread.registers["R3"] == 5
+
+
 def test_instructions_that_are_predicated_off_take_an_issue_slot_and_do_nothing():
     count, thread = executed("ISETP.NE.AND P1, PT, RZ, RZ, PT", "@P1 MOV R3, 0x5")
     assert count.issued == 3
@@ -140,7 +153,7 @@ def test_times_of_the_model():
     assert found["memory"] == pytest.approx(2048 * 2304 / 2 * 512 / (0.92 * 3.35e12) * 1e6)
 
 
-def test_budgets_of_segments_and_lengths_follow_from_that_of_one_segment():
+def test_budgets_of_segments_and_lengths():
     base = budget("cuda", "forward", "one run", 128)
     assert budget("cuda", "forward", "3 runs", 128) > base
     assert budget("cuda", "forward", "one run", 512) > base

@@ -5,20 +5,28 @@ Lower a budget when a kernel gets faster. Raise one only with a measurement that
 
 from __future__ import annotations
 
+OPERATIONS = ("statistics", "forward", "trigger", "backward", "mask")
+
 BUDGETS = {
-    "cuda": {"statistics": 12.8, "forward": 20.0, "trigger": 21.2, "mask": 22.0, "backward": 25.8},
-    "triton": {"statistics": 25.3, "forward": 30.5, "trigger": 32.8, "backward": 50.2},
+    "cuda": {
+        ("one run", 128): (12.8, 20.0, 21.2, 25.8, 22.0),
+        ("3 runs", 128): (17.3, 24.7, 26.0, 34.0, 27.2),
+        ("20 runs", 128): (20.3, 29.1, 30.9, 47.5, 33.9),
+        ("one run", 512): (21.4, 31.6, 32.7, 47.8, 33.2),
+        ("one run", 2048): (21.6, 31.8, 32.9, 44.6, 33.3),
+    },
+    "triton": {
+        ("one run", 128): (26.7, 35.3, 35.3, 60.0, 47.9),
+        ("3 runs", 128): (37.2, 47.6, 47.6, 67.5, 63.1),
+        ("20 runs", 128): (60.4, 83.8, 83.8, 108.5, 94.5),
+        ("one run", 512): (35.1, 42.9, 42.9, 75.6, 73.6),
+        ("one run", 2048): (36.7, 44.4, 44.4, 76.6, 81.2),
+    },
 }
-"""Of one segment of 128 positions."""
-
-PACKED = {"cuda": {"3 runs": 1.35, "20 runs": 1.85}, "triton": {"3 runs": 1.95, "20 runs": 3.05}}
-"""Of a sequence of several segments, in multiples of `BUDGETS`."""
-
-LONGER = {"cuda": {512: 1.90, 2048: 1.78}, "triton": {512: 1.28, 2048: 1.31}}
-"""Of one segment of T positions, in multiples of `BUDGETS`."""
+"""Of one backend, by text and number of positions: one number for each of `OPERATIONS`."""
 
 
 def budget(backend: str, operation: str, text: str, T: int) -> float | None:
     """None where there is none."""
-    base = BUDGETS[backend].get(operation)
-    return None if base is None else base * PACKED[backend].get(text, 1.0) * LONGER[backend].get(T, 1.0)
+    limits = BUDGETS[backend].get((text, T), ())
+    return dict(zip(OPERATIONS, limits, strict=False)).get(operation)

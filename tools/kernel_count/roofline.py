@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from budgets import OPERATIONS
 from sass import Launch
 
 B, K = 2048, 2304
@@ -51,14 +52,14 @@ def markdown(results: dict[str, dict[tuple[str, str, int], Launch]]) -> str:
             numbers = f"{launch.per_element:.1f} | {launch.registers} | {launch.warps}"
             lines.append(f"| {backend} {name} | {text} | {T} | {numbers} |")
     names = " | ".join(device.name for device in DEVICES)
-    lines += ["", f"| kernel, T = 128 | {names} |", "| --- |" + " --- |" * len(DEVICES)]
+    lines += ["", f"| kernel, one run | T | {names} |", "| --- | --- |" + " --- |" * len(DEVICES)]
     for backend, found in results.items():
-        for (name, text, T), launch in found.items():
-            if text != "one run" or T != 128:
+        for (name, text, T), launch in sorted(found.items(), key=lambda item: OPERATIONS.index(item[0][0])):
+            if text != "one run":
                 continue
             cells = []
             for device in DEVICES:
-                by_part = times(launch, T, device)
+                by_part = times(launch, T, device, B * K * 128 // T)  # the same number of elements
                 cells.append(" / ".join(f"{us:.0f}" for us in by_part.values()))
-            lines.append(f"| {backend} {name} | {' | '.join(cells)} |")
+            lines.append(f"| {backend} {name} | {T} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
