@@ -236,8 +236,8 @@ def test_statistics_of_awkward_features_cuda(dtype, kind, T):
         "early": noise * torch.where(time < 16, 1.0, 2e-4),
     }[kind].to(DEVICE, dtype)
     got, reference = (temporal_stats(h, backend=name) for name in ("cuda", "reference"))
-    # The window's sum over a ramp grows with T, and its rounding with it (docs/mathematics.md, section 4). Groups of rows
-    # take differences after the products (docs/kernels.md).
+    # The window's sum over a ramp grows with T, and its rounding with it (docs/mathematics.md, section 4).
+    # Groups of rows take differences after the products (docs/kernels.md).
     rtol = 5e-5 if kind == "ramp" or (kind == "early" and dtype == torch.bfloat16) else 1e-5
     for ours, wanted in zip(got, reference, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=rtol, atol=1e-9)
