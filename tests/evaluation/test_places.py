@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,15 @@ from tsae.evaluation.places import same_model
 from tsae.evaluation.subject import open_autoencoders
 from tsae.export import main as export
 from tsae.lm.loading import load_language_model
-from tsae.lm.site import Site, from_gemma_scope_folder, from_hook_name, from_module, from_submodule, submodule_name
+from tsae.lm.site import (
+    Site,
+    contradict,
+    from_gemma_scope_folder,
+    from_hook_name,
+    from_module,
+    from_submodule,
+    submodule_name,
+)
 
 
 @pytest.fixture
@@ -370,6 +379,107 @@ def test_the_names_of_places() -> None:
         assert found is not None
         assert ((found.kind, found.layer), named) == (site, model)
     assert from_gemma_scope_folder(Path("/data/layer_12/x")) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "name", ["encoder.layers.1", "encoder.block.1", "vision_tower.encoder.layers.1", "model.visual.blocks.1"]
+)
+def test_blocks_of_another_stack_are_not_the_decoders(name, options, tmp_path, capsys) -> None:
+    for sae in (saelens(tmp_path / "a", hook_name=name), sparsify(tmp_path / name)):
+        assert main([str(sae), *options, "--layer", "1"]) == 2
+        assert f"encodes {name}, which this version cannot measure" in capsys.readouterr().err
+    for path in ("model.decoder.layers.1", "decoder.block.1", "transformer.blocks.1"):
+        assert from_hook_name(path).block == 1
+
+
+def test_older_names_of_the_place_within_metadata(tmp_path) -> None:
+    sae = tsae.load(saelens(tmp_path / "sae", hook_point="blocks.2.hook_mlp_out", hook_point_layer=2))
+    assert sae.metadata == {"hook_name": "blocks.2.hook_mlp_out", "hook_layer": 2}
+
+
+def test_a_module_path_alone_names_the_place(options, tmp_path, capsys) -> None:
+    sae = saelens(tmp_path / "mlp", hf_hook_name="model.layers.2.mlp")
+    assert main([str(sae), *options, "--layer", "1"]) == 2
+    assert "encodes model.layers.2.mlp (blocks.2.hook_mlp_out), which" in capsys.readouterr().err
+    sae = saelens(tmp_path / "block", hf_hook_name="model.layers.2")
+    assert open_autoencoders([str(sae)], "any").config.layer == 2
+
+
+def test_two_names_of_one_place_must_agree(tmp_path) -> None:
+    for number, (name, module) in enumerate(
+        [
+            ("blocks.1.hook_resid_post", "model.layers.2"),
+            ("blocks.1.hook_resid_post", "model.layers.1.mlp"),
+            ("blocks.1.hook_mlp_out", "model.layers.2.mlp"),
+            ("blocks.1.attn.hook_z", "model.layers.2.self_attn.o_proj.input"),
+            ("blocks.1.hook_resid_pre", "model.layers.1"),
+        ]
+    ):
+        contradicts = contradict(from_hook_name(name), from_module(module))
+        assert contradicts, (name, module)
+        if "hook_z" not in name:
+            with pytest.raises(tsae.UserError, match=f"the hf_hook_name {module}, which contradict each other"):
+                tsae.load(saelens(tmp_path / str(number), hook_name=name, hf_hook_name=module))
+    for name, module in (
+        ("blocks.1.hook_resid_post", "model.layers.1.output"),
+        ("blocks.1.hook_resid_pre", "model.layers.0"),
+        ("blocks.1.hook_resid_pre", "model.layers.1.input"),
+        ("blocks.1.hook_mlp_out", "model.layers.1.post_feedforward_layernorm.output"),
+        ("blocks.1.hook_mlp_in", "model.layers.1.pre_feedforward_layernorm.output"),
+        ("blocks.1.hook_resid_post", "transformer.something"),
+    ):
+        assert not contradict(from_hook_name(name), from_module(module)), (name, module)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"hook_layer_out": 3}, "hook_layer_out = 3 and hook_layer = None, so it is a transcoder"),
+        ({"hf_hook_name_out": "layers.1.mlp"}, "hf_hook_name_out = 'layers.1.mlp' and hf_hook_name = None, so it is a"),
+        ({"cfg": {"hook_name": "blocks.1.hook_mlp_out"}}, "hook_name = 'blocks.1.hook_mlp_out' inside metadata.cfg"),
+        ({"cfg": {"hook_point": "x"}}, "hook_name = 'x' inside metadata.cfg, where it is not read; move it into"),
+        ({"architecture": "transcoder"}, "architecture = 'transcoder' inside metadata, where it is not read"),
+        ({"normalize_activations": "layer_norm"}, "normalize_activations = 'layer_norm' inside metadata, where"),
+    ],
+)
+def test_what_is_told_elsewhere_is_not_passed_over(said, message, tmp_path) -> None:
+    sae = saelens(tmp_path / "sae", hook_name="blocks.1.hook_resid_post", **said)
+    with pytest.raises(tsae.UserError, match=re.escape(message)):
+        tsae.load(sae)
+    assert tsae.load(saelens(tmp_path / "same", hook_name="a", cfg={"hook_name": "a", "lr": 1}, d_in=D_IN))
+
+
+def test_positions_that_training_left_out_are_named(tmp_path, caplog) -> None:
+    hook = {"hook_name": "blocks.1.hook_resid_post"}
+    with caplog.at_level(logging.WARNING):
+        open_autoencoders([str(saelens(tmp_path / "all", seqpos_slice=[None], **hook))], "any")
+        assert not caplog.messages
+        open_autoencoders([str(saelens(tmp_path / "a", seqpos_slice=[5, 10], **hook))], "any")
+    assert caplog.messages == ["a was trained on the positions [5, 10] alone, and is measured on all."]
+
+
+def test_a_link_names_the_place_of_its_folder(tmp_path) -> None:
+    for number, folder in enumerate(
+        (
+            sparsify(tmp_path / "layers.1.mlp"),
+            sparsify(tmp_path / "seeds" / "layers.1.mlp" / "seed0"),
+            gemma_scope(tmp_path / "gemma-scope-2b-pt-mlp/layer_1/width_16k/average_l0_7"),
+        )
+    ):
+        link = tmp_path / f"link{number}"
+        link.symlink_to(folder)
+        assert tsae.load(link).metadata["hook_name"] == "blocks.1.hook_mlp_out"
+
+
+def test_gemma_scopes_other_folders(tmp_path) -> None:
+    for folder in ("gemma-scope-2b-pt-transcoders/layer_1/width_16k/average_l0_7", "gemma-scope-2-1b-pt/clt/layer_1_w"):
+        with pytest.raises(tsae.UserError, match="by the name of its folder; only autoencoders can be read"):
+            tsae.load(gemma_scope(tmp_path / folder))
+    embedding = gemma_scope(tmp_path / "gemma-scope-2b-pt-res/embedding/width_4k/average_l0_7")
+    assert tsae.load(embedding).metadata["hook_name"] == "hook_embed"
+    canonical = gemma_scope(tmp_path / "gemma-scope-2b-pt-mlp-canonical/layer_1/width_16k/canonical")
+    said = {"model_name": "google/gemma-2-2b", "hook_name": "blocks.1.hook_mlp_out"}
+    assert tsae.load(canonical).metadata == said
 
 
 def test_names_of_one_model() -> None:

@@ -415,3 +415,14 @@ def test_files_that_are_no_object(name: str, content: str, tmp_path: Path) -> No
         directory = good.write(tmp_path)
         (directory / file).write_text(content, encoding="utf-8")
         assert isinstance(features(directory), str)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu])
+def test_weights_of_eight_bits(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Quantized weights are multiplied by a scale, which no format here has."""
+    for name in ("saelens standard", "sparsify", "gemma scope 2"):
+        changed = copy.deepcopy(DIRECTORIES[name])
+        changed.tensors = {tensor: value.to(dtype) for tensor, value in changed.tensors.items()}
+        found = features(changed.write(tmp_path))
+        assert isinstance(found, str)
+        assert "whose scale is not known; save it as float32" in found

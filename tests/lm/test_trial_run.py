@@ -178,6 +178,31 @@ def test_experts_are_not_blocks() -> None:
         ("mamba", {"max_position_embeddings": 64}, None),
         ("falcon", {"alibi": True, "max_position_embeddings": 64}, None),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}, 640),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, 640),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "rope_theta": 1e4,
+                    "original_max_position_embeddings": 160,
+                }
+            },
+            640,
+        ),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "rope_theta": 1e4,
+                    "original_max_position_embeddings": 40,
+                }
+            },
+            160,
+        ),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, 320),
         ("gpt2", {"n_ctx": 64}, 160),  # nothing reads it
     ],

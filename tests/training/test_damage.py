@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,14 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tsae import load
+from tsae.config import TrainConfig
 from tsae.errors import UserError
 from tsae.presets import preset
+from tsae.rundir import fingerprint as fingerprint_module
 from tsae.rundir.directory import check_resumable, read_config
 from tsae.rundir.fingerprint import fingerprint
 from tsae.sae.model import SparseAutoencoder
 from tsae.training.sweep import resume_sweep
-from tsae.utils.atomic import write_json
-from tsae.utils.config_json import load_json, to_dict
+from tsae.utils.atomic import checksum_of, write_json
+from tsae.utils.config_json import from_dict, load_json, to_dict
+from tsae.utils.nested import flatten
 
 flips = st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 7))
 
@@ -128,3 +132,49 @@ def test_runs_that_are_not_the_checkpoints_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"sweep.json is not what the run was trained with: steps is"):
         check_resumable({"a": cfg}, {"a": to_dict(cfg) | {"steps": 3}}, tmp_path)
     check_resumable({"": cfg}, {"": to_dict(cfg) | {"model": "elsewhere"}}, tmp_path)
+
+
+NEWER = ("buffer.max_norm_ratio", "evaluation.massive_ratio")  # fields that the first runs do not have
+
+
+def without_newer_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as an older version wrote it."""
+    groups = {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
+    for name in NEWER:
+        group, _, field = name.partition(".")
+        del groups[group][field]
+    return groups
+
+
+def test_a_run_of_an_older_version_is_what_it_was(run: Path, tmp_path: Path) -> None:
+    """Without the newer fields, or with them at the values that it was trained with."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    values = load_json(copy / "config.json")
+    older, editable = without_newer_fields(values), fingerprint_module._EDITABLE
+    fixed = flatten({name: value for name, value in older.items() if name not in editable})
+    SparseAutoencoder.load(copy / "sae").save(copy / "sae", trained_with=checksum_of(fixed))
+    for config in (older, values):
+        write_json(copy / "config.json", config)
+        found = read_config(copy)
+        check_resumable({"": found}, {"": older}, copy)
+        check_resumable({"": found}, {"": values}, copy)
+
+
+@pytest.mark.parametrize(("name", "value"), list(zip(NEWER, (3.0, 5.0), strict=True)))
+def test_a_newer_field_may_not_be_edited_either(name: str, value: float, run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    group, _, field = name.partition(".")
+    values = load_json(copy / "config.json")
+    changed = values | {group: values[group] | {field: value}}
+    write_json(copy / "config.json", changed)
+    with pytest.raises(UserError, match="another fingerprint"):
+        read_config(copy)
+    for now, then in ((changed, without_newer_fields(values)), (values, changed)):
+        with pytest.raises(UserError, match=f"{name} is .* there and was"):
+            check_resumable({"": from_dict(TrainConfig, now)}, {"": then}, copy)
+
+
+def test_every_new_field_leaves_the_fingerprint_of_older_runs_as_it_is() -> None:
+    """A new field goes into `fingerprint._ADDED`; then this number is the same."""
+    names = fingerprint_module._fixed(to_dict(TrainConfig()))
+    assert checksum_of(sorted(names)) == "d8b571de73878b8a07b4154535b717dd"

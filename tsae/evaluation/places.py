@@ -94,6 +94,8 @@ def warnings_about(name: str, metadata: dict[str, Any], model: str) -> list[str]
     found, trained = [], metadata.get("model_name")
     if trained is not None and not same_model(trained, model):
         found.append(f"{name} says that it was trained on {trained}, and is measured on {model}")
+    if any(metadata.get("seqpos_slice") or ()):
+        found.append(f"{name} was trained on the positions {metadata['seqpos_slice']} alone, and is measured on all")
     options = metadata.get("model_from_pretrained_kwargs") or {}
     if options.get("center_writing_weights"):
         raise UserError(

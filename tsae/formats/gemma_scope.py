@@ -12,7 +12,7 @@ from tsae.errors import UserError
 from tsae.formats.build import build
 from tsae.formats.fields import read as field
 from tsae.formats.fields import refuse, require_known, require_no_others
-from tsae.lm.site import from_gemma_scope_folder, from_module
+from tsae.lm.site import TRANSCODERS, from_gemma_scope_folder, from_module
 from tsae.sae import metadata
 from tsae.sae.model import SparseAutoencoder
 from tsae.utils.config_json import load_json
@@ -74,6 +74,8 @@ def _check_config(config: Path, values: dict[str, Any]) -> None:
 def _metadata(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Place and model, from `config.json`, and what it leaves out from the path."""
     site, model = from_gemma_scope_folder(path.parent)
+    if site is not None and site.name in TRANSCODERS:
+        raise UserError(f"{path} is a {site.name}, by the name of its folder; only autoencoders can be read.")
     module = values.get("hf_hook_point_in")
     if module is not None:
         named = from_module(module)

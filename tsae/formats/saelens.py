@@ -108,10 +108,27 @@ def _put(path: Path, out: dict[str, Any], name: str, value: object) -> None:
 
 
 def _metadata(path: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """What the file says of model and text: `metadata`, and before version 6 fields beside the others."""
-    out = dict(field(path, values, "metadata", dict, {}) or {})
+    """What the file says of model and text: `metadata`, and before version 6 fields beside the others.
+
+    Raises `UserError` for what is told only inside another object.
+    """
+    out = _current_names(path, field(path, values, "metadata", dict, {}) or {})
     for name in METADATA & values.keys():
         _put(path, out, name, values[name])
+    for name in (COMPUTED - {"dtype"}) & out.keys():
+        if out[name] not in (None, values.get(name)):
+            raise UserError(
+                f"{path} has {name} = {shortened(out[name])} inside metadata, where it is not read; move it out of "
+                "metadata, or remove it."
+            )
+    for name, inner in out.items():
+        for key, value in inner.items() if isinstance(inner, dict) else ():
+            key = RENAMED.get(key, key)
+            if key in metadata.TYPES and value is not None and value != out.get(key):
+                raise UserError(
+                    f"{path} has {key} = {shortened(value)} inside metadata.{name}, where it is not read; move it into "
+                    "metadata."
+                )
     return out
 
 

@@ -70,12 +70,13 @@ def _width(config: Path, values: dict[str, Any], d_in: int, stored: int) -> int:
 
 def _metadata(config: Path) -> dict[str, Any]:
     """The hookpoint, from the name of the folder, and the model, from the training's `config.json` above it."""
-    folder = config.absolute().parent
+    folder = config.parent
     site = from_sparsify_folder(folder)
     said: dict[str, Any] = {}
     if site is not None:
         said = {"hook_name": site.hook_name, "hf_hook_name": site.name}
-    above = folder.parents[1] if re.fullmatch(r"seed\d+", folder.name) else folder.parent
+    above = folder.resolve()
+    above = above.parents[1] if re.fullmatch(r"seed\d+", above.name) else above.parent
     training = above / TRAINING
     values = load_json(training) if training.is_file() else {}
     if "hookpoints" in values and "sae" in values:  # sparsify's, and nobody else's

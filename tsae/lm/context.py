@@ -32,7 +32,7 @@ def context_limit(model: nn.Module) -> int | None:
         found = (getattr(config, name, None) for name in _FIELDS)
         number = next((value for value in found if _is_count(value)), None)
         if number is not None:
-            limits.append(int(number * _rotary_factor(config)))
+            limits.append(_rotary_limit(config, number))
     return min(limits, default=None)
 
 
@@ -66,15 +66,21 @@ def _has_positions(model: nn.Module, config: object) -> bool:
     return any(map(_POSITIONS.search, modules)) or any(_POSITIONS.search(name) for name, _ in model.named_buffers())
 
 
-def _rotary_factor(config: object) -> float:
-    """By how much a rotary scaling extends the configuration's number of positions; 1 without one."""
+def _rotary_limit(config: object, number: int) -> int:
+    """The number of positions, from the configuration's `number` and its rotary scaling.
+
+    A scaling that gives the number before it, as YaRN's does, extends that: `number` may be the one before (Qwen 2.5)
+    or the extended one (DeepSeek V3).
+    """
     scaling = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None)
     if not isinstance(scaling, dict):
-        return 1.0
+        return number
     nested = [value for value in scaling.values() if isinstance(value, dict)]  # by kind of layer
-    factors = []
+    limits = []
     for each in nested or [scaling]:
         factor, kind = each.get("factor"), each.get("rope_type", each.get("type", "default"))
         usable = isinstance(factor, (int, float)) and not isinstance(factor, bool) and factor >= 1
-        factors.append(float(factor) if usable and kind not in _NOT_MULTIPLIED else 1.0)
-    return min(factors)
+        factor = float(factor) if usable and kind not in _NOT_MULTIPLIED else 1.0
+        before = each.get("original_max_position_embeddings")
+        limits.append(max(number, int(before * factor)) if _is_count(before) else int(number * factor))
+    return min(limits)

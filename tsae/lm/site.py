@@ -19,6 +19,8 @@ _HOOK = re.compile(rf"blocks\.(\d+)\.hook_({'|'.join(KINDS)})")
 _ANY_BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)(?:\.|$)")
 _MODULE = re.compile(r"(?:[a-zA-Z_]\w*\.)*(?:layers|h|block|blocks)[._](\d+)(?:\.([\w.]+))?")
 _SUBMODULE = re.compile(r"(resid_post|resid_out|resid_pre|resid_mid|resid|mlp_out|attn_out|attention_out)_layer_?(\d+)")
+# Modules that have blocks of their own beside the decoder's.
+_OTHER_STACK = re.compile(r"(^|[._])(encoder|vision|visual|image|audio|speech)|mtp|draft", re.IGNORECASE)
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 
 
@@ -55,18 +57,21 @@ def from_hook_name(name: str) -> Site:
     match = _HOOK.fullmatch(name)
     if match:
         return Site(match[2], int(match[1]), name)
-    block = _ANY_BLOCK.search(name)
-    return Site("other", int(block[1]), name) if block else from_module(name)
+    site, block = from_module(name), _ANY_BLOCK.search(name)
+    return Site("other", int(block[1]), name) if block and site.layer is None else site
 
 
 def from_module(path: str) -> Site:
     """The path of a module in transformers, whose output is meant unless it ends in `.input`.
 
-    sparsify's folders are named so (`layers.3`, `layers.3.mlp`), and Gemma Scope 2's `hf_hook_point_in`.
+    sparsify's folders are named so (`layers.3`, `layers.3.mlp`), and Gemma Scope 2's `hf_hook_point_in`. Blocks of an
+    encoder or a vision tower are no blocks of the decoder.
     """
     match = _MODULE.fullmatch(path)
     if match is None:
         return Site("other", None, path)
+    if _OTHER_STACK.search(path[: match.start(1)]):
+        return Site("other", int(match[1]), path)
     layer, part = int(match[1]), match[2] or ""
     kind = {"": "resid_post", "output": "resid_post", "input": "resid_pre"}.get(part)
     if kind is None:
@@ -90,30 +95,58 @@ def submodule_name(site: Site) -> str:
     return f"{site.kind}_layer_{site.layer}" if site.kind in KINDS else site.name
 
 
+def contradict(one: Site, other: Site) -> bool:
+    """Whether two names that should be of one place cannot be."""
+    if one.block is not None and other.block is not None:
+        return one.block != other.block
+    if "other" in (one.kind, other.kind):
+        return None not in (one.layer, other.layer) and one.block is other.block is None and one.layer != other.layer
+    return (one.kind, one.layer) != (other.kind, other.layer)
+
+
 def from_sparsify_folder(folder: Path) -> Site | None:
-    """sparsify: a folder named after its module, with one per seed in it if there are several; None for other names."""
-    name = folder.parent.name if re.fullmatch(r"seed\d+", folder.name) else folder.name
-    site = from_module(name)
-    return site if site.layer is not None or "embed" in name else None
+    """sparsify: a folder named after its module, with one per seed in it if there are several; None for other names.
+
+    A link is read as the folder that it points to, unless its own name tells.
+    """
+    for path in (folder.absolute(), folder.resolve()):
+        name = path.parent.name if re.fullmatch(r"seed\d+", path.name) else path.name
+        site = from_module(name)
+        if site.layer is not None or "embed" in name:
+            return site
+    return None
+
+
+_GEMMA_SCOPE_KINDS = {"res": "resid_post", "mlp": "mlp_out", "att": "hook_z", "transcoders": "transcoder"}
+TRANSCODERS = ("transcoder", "clt", "crosscoder")
+"""What Gemma Scope calls dictionaries that are no autoencoders."""
 
 
 def from_gemma_scope_folder(folder: Path) -> tuple[Site | None, str | None]:
     """Gemma Scope: the place and the model, from the path of a folder, each None if the path does not tell.
 
     Gemma Scope has a repository per place, `gemma-scope-2b-pt-res/layer_12/width_16k/...`; Gemma Scope 2 a folder,
-    `gemma-scope-2-1b-pt/resid_post/layer_12_width_16k_l0_big`.
+    `gemma-scope-2-1b-pt/resid_post/layer_12_width_16k_l0_big`. A link is read as the folder that it points to, unless
+    its own path tells.
     """
-    path = folder.absolute().as_posix()
-    repository = re.search(r"gemma-scope-(2-)?(\d+\w)-(pt|it)(?:-(res|mlp|att))?(?![\w-])", path)
+    site, model = _from_gemma_scope_path(folder.absolute().as_posix())
+    return (site, model) if site is not None else _from_gemma_scope_path(folder.resolve().as_posix())
+
+
+def _from_gemma_scope_path(path: str) -> tuple[Site | None, str | None]:
+    kinds = "|".join(_GEMMA_SCOPE_KINDS)
+    repository = re.search(rf"gemma-scope-(2-)?(\d+\w)-(pt|it)(?:-({kinds})(?:-canonical|-all)?)?(?![\w-])", path)
     layer = re.search(r"(?:^|/)layer_(\d+)(?:_|/|$)", path)
     named = re.search(r"(?:^|/)(resid_post|mlp_out|attn_out|transcoder|clt|crosscoder)(?:_all)?(?:/|$)", path)
     kind = named[1] if named else None
     model = None
     if repository:
-        kind = kind or {"res": "resid_post", "mlp": "mlp_out", "att": "hook_z"}.get(repository[4] or "")
+        kind = kind or _GEMMA_SCOPE_KINDS.get(repository[4] or "")
         generation = "3" if repository[1] else "2"
         base = repository[3] == "pt" and not repository[1]  # Gemma 2's base models have no suffix
         model = f"google/gemma-{generation}-{repository[2]}{'' if base else '-' + repository[3]}"
+    if kind == "resid_post" and layer is None and re.search(r"/embedding(?:/|$)", path):
+        return Site("other", None, "hook_embed"), model
     if kind is None or layer is None:
         return None, model
     number = int(layer[1])

@@ -13,6 +13,9 @@ from tsae.utils.nested import flatten
 
 # Fields that may be edited after training: where things are, and settings that no result depends on.
 _EDITABLE = ("model", "revision", "data", "device", "lm_device", "cache", "log", "checkpoint", "parallel")
+# Fields that the first runs do not have, and the values that those were trained with. At these values a field counts as
+# absent, so that the runs stay what they were. Every new field belongs here.
+_ADDED: dict[str, Any] = {"buffer.max_norm_ratio": 0.0, "evaluation.massive_ratio": 4.0}
 
 
 def fingerprint(config: TrainConfig) -> str:
@@ -27,15 +30,17 @@ def check_unchanged(config: TrainConfig, trained: dict[str, Any], path: Path) ->
     trained: what the run was trained with, from `to_dict`
     """
     then = _fixed(trained)
+    now = _fixed(to_dict(config))
     changed = ", ".join(
-        f"{name} is {value!r} there and was {then.get(name)!r}"
-        for name, value in _fixed(to_dict(config)).items()
-        if value != then.get(name)
+        f"{name} is {now.get(name, _ADDED.get(name))!r} there and was {then.get(name, _ADDED.get(name))!r}"
+        for name in {**now, **_ADDED}
+        if now.get(name) != then.get(name)
     )
     if changed:
         raise UserError(f"{path} is not what the run was trained with: {changed}; put that back, or train again.")
 
 
 def _fixed(values: dict[str, Any]) -> dict[str, Any]:
-    """The fields that may not be edited, by dotted name."""
-    return flatten({name: value for name, value in values.items() if name not in _EDITABLE})
+    """The fields that may not be edited, by dotted name, without those of `_ADDED` at the values there."""
+    fixed = flatten({name: value for name, value in values.items() if name not in _EDITABLE})
+    return {name: value for name, value in fixed.items() if name not in _ADDED or value != _ADDED[name]}

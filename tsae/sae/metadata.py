@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tsae.errors import UserError
-from tsae.lm.site import Site, from_hook_name
+from tsae.lm.site import Site, contradict, from_hook_name, from_module
 
 TYPES: dict[str, tuple[type, ...]] = {
     "model_name": (str,),
@@ -51,7 +51,19 @@ def checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
             f"{path} predicts {out['hook_name_out']} from {out.get('hook_name')} (hook_name_out), so it is a "
             "transcoder; only autoencoders can be read."
         )
-    site = site_of(out)
+    for name in ("hook_layer", "hook_head_index", "hf_hook_name"):
+        here, there = out.get(name), out.get(f"{name}_out", out.get(name))
+        if here != there:
+            raise UserError(
+                f"{path} has {name}_out = {there!r} and {name} = {here!r}, so it is a transcoder; only autoencoders "
+                "can be read."
+            )
+    site, module = site_of(out), out.get("hf_hook_name")
+    if site is not None and module is not None and contradict(site, from_module(module)):
+        raise UserError(
+            f"{path} has the hook_name {site.name} and the hf_hook_name {module}, which contradict each other; correct "
+            "one of them."
+        )
     if site is not None and site.layer is not None and out.get("hook_layer", site.layer) != site.layer:
         raise UserError(
             f"{path} has the hook_name {site.name} and the hook_layer {out['hook_layer']}, which contradict each "
@@ -61,5 +73,8 @@ def checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def site_of(metadata: dict[str, Any]) -> Site | None:
-    """The place that checked ``metadata`` names; None if it names none."""
-    return from_hook_name(metadata["hook_name"]) if metadata.get("hook_name") is not None else None
+    """The place that checked ``metadata`` names, by SAELens's name or else its module's path; None if it names none."""
+    name, module = metadata.get("hook_name"), metadata.get("hf_hook_name")
+    if name is not None:
+        return from_hook_name(name)
+    return None if module is None else from_module(module)

@@ -90,6 +90,10 @@ def require_tensors(path: Path, tensors: Tensors, shapes: dict[str, tuple[int, .
             raise UserError(f"{path}: {name} has the shape {shape}; expected {expected}.")
         if not tensor.is_floating_point():
             raise UserError(f"{path}: {name} has the dtype {tensor.dtype}; expected floating point.")
+        if tensor.dtype.itemsize < 2:
+            raise UserError(
+                f"{path}: {name} has the dtype {tensor.dtype}, whose scale is not known; save it as float32."
+            )
         if tensor.layout is not torch.strided or tensor.is_meta:
             raise UserError(f"{path}: {name} is sparse or without values; expected a dense tensor.")
     return {name: tensors[name].float() for name in shapes}
