@@ -77,7 +77,8 @@ def test_choose_column(columns: dict[str, Kind], requested: str | None, chosen: 
         ({"id": Kind.TEXT, "messages": Kind.CHAT}, None, "'messages' of x holds chats"),
         ({"id": Kind.TEXT, "messages": Kind.CHAT}, "messages", "'messages' of x holds chats"),
         ({"text": Kind.CHAT, "body": Kind.TEXT}, None, "'text' of x holds chats"),
-        ({"a\nb": Kind.OTHER}, None, r"one of 'a\\nb'"),
+        ({"text": Kind.NESTED, "n": Kind.OTHER}, None, "no column of x holds text, .* are text, n"),
+        ({"a\nb": Kind.OTHER}, None, r"are 'a\\nb'"),
         ({f"c{i}": Kind.OTHER for i in range(50)}, None, "c19 and 30 more"),
     ],
 )
@@ -229,6 +230,22 @@ class TestFolders:
         write_jsonl(tmp_path / "b.jsonl", [{"body": 3}])
         with pytest.raises(UserError, match=r"'body' of .*b\.jsonl' does not hold text"):
             read(tmp_path, column="body")
+
+    def test_a_requested_column_that_no_file_has(self, tmp_path: Path) -> None:
+        """Plain text beside the tables, such as a licence, is not read in its place."""
+        (tmp_path / "licence.txt").write_text("the river ran. " * 1000)
+        write_jsonl(tmp_path / "a.jsonl", [{"body": text} for text in PROSE])
+        with pytest.raises(UserError, match=r"no column 'boby' in .*: the columns are body"):
+            read(tmp_path, column="boby")
+
+    def test_a_requested_column_of_plain_text(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        (tmp_path / "a.txt").write_text("the river ran. " * 1000)
+        with caplog.at_level(logging.WARNING):
+            assert read(tmp_path / "a.txt", column="text") == read(tmp_path / "a.txt")
+            assert not caplog.messages
+            assert read(tmp_path / "a.txt", column="body") == read(tmp_path / "a.txt")
+        (message,) = caplog.messages
+        assert "the column 'body' is not looked for" in message
 
     def test_empty_files_say_nothing(self, tmp_path: Path) -> None:
         write_jsonl(tmp_path / "a.jsonl", [])
