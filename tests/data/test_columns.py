@@ -142,6 +142,17 @@ class TestRows:
         path = write_jsonl(tmp_path / "x.jsonl", rows + [{"text": text} for text in PROSE])
         assert read(path) == sorted(PROSE)
 
+    @pytest.mark.parametrize("column", [None, "text"])
+    @pytest.mark.parametrize("first", [{"url": "u"}, {"url": "https://example.org/a b"}, {}])
+    def test_more_than_the_first_row_decides(self, tmp_path: Path, first: dict[str, Any], column: str | None) -> None:
+        rows = [first] * 20 + [{"text": text, "url": "u"} for text in PROSE]
+        assert read(write_jsonl(tmp_path / "x.jsonl", rows), column=column) == sorted(PROSE)
+
+    def test_more_than_the_first_row_decides_a_guess(self, path: Path) -> None:
+        rows: list[dict[str, Any]] = [{"body": None, "note": None, "n": 1}, {"body": "Untitled", "note": None, "n": 1}]
+        write(path, [*rows, *({"body": text, "note": None, "n": 1} for text in PROSE)])
+        assert read(path) == sorted(["Untitled", *PROSE])
+
     def test_a_guess_is_said_once(self, path: Path, caplog: pytest.LogCaptureFixture) -> None:
         write(path, [{"n": i, "body": text} for i, text in enumerate(PROSE)])
         with caplog.at_level(logging.WARNING):
