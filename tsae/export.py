@@ -17,7 +17,7 @@ from tsae.evaluation.subject import open_run
 from tsae.formats import dictionary_learning, load
 from tsae.formats.forms import common_architecture, without_hysteresis
 from tsae.rundir import layout
-from tsae.rundir.ownership import owning_runs
+from tsae.rundir.ownership import check_output_directory, owning_runs
 from tsae.sae.model import SparseAutoencoder
 from tsae.sae.release import with_release_ratio
 from tsae.utils.atomic import atomic_directory
@@ -52,6 +52,7 @@ def export(arguments: Arguments) -> Path:
     out, library = arguments.out, {"saelens": "SAELens"}.get(arguments.to, arguments.to)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not an empty directory; name a new one.")
+    check_output_directory(out)
     source = expanded(arguments.source)
     with owning_runs(source):
         return _export(arguments, source, out, library)

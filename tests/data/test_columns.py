@@ -77,7 +77,8 @@ def test_choose_column(columns: dict[str, Kind], requested: str | None, chosen: 
         ({"id": Kind.TEXT, "messages": Kind.CHAT}, None, "'messages' of x holds chats"),
         ({"id": Kind.TEXT, "messages": Kind.CHAT}, "messages", "'messages' of x holds chats"),
         ({"text": Kind.CHAT, "body": Kind.TEXT}, None, "'text' of x holds chats"),
-        ({"a\nb": Kind.OTHER}, None, r"one of 'a\\nb'"),
+        ({"text": Kind.NESTED, "n": Kind.OTHER}, None, "no column of x holds text, .* are text, n"),
+        ({"a\nb": Kind.OTHER}, None, r"are 'a\\nb'"),
         ({f"c{i}": Kind.OTHER for i in range(50)}, None, "c19 and 30 more"),
     ],
 )
@@ -140,6 +141,17 @@ class TestRows:
         rows: list[dict[str, Any]] = [{"text": None, "url": "https://example.org/a b"}] * 3000
         path = write_jsonl(tmp_path / "x.jsonl", rows + [{"text": text} for text in PROSE])
         assert read(path) == sorted(PROSE)
+
+    @pytest.mark.parametrize("column", [None, "text"])
+    @pytest.mark.parametrize("first", [{"url": "u"}, {"url": "https://example.org/a b"}, {}])
+    def test_more_than_the_first_row_decides(self, tmp_path: Path, first: dict[str, Any], column: str | None) -> None:
+        rows = [first] * 20 + [{"text": text, "url": "u"} for text in PROSE]
+        assert read(write_jsonl(tmp_path / "x.jsonl", rows), column=column) == sorted(PROSE)
+
+    def test_more_than_the_first_row_decides_a_guess(self, path: Path) -> None:
+        rows: list[dict[str, Any]] = [{"body": None, "note": None, "n": 1}, {"body": "Untitled", "note": None, "n": 1}]
+        write(path, [*rows, *({"body": text, "note": None, "n": 1} for text in PROSE)])
+        assert read(path) == sorted(["Untitled", *PROSE])
 
     def test_a_guess_is_said_once(self, path: Path, caplog: pytest.LogCaptureFixture) -> None:
         write(path, [{"n": i, "body": text} for i, text in enumerate(PROSE)])
@@ -229,6 +241,22 @@ class TestFolders:
         write_jsonl(tmp_path / "b.jsonl", [{"body": 3}])
         with pytest.raises(UserError, match=r"'body' of .*b\.jsonl' does not hold text"):
             read(tmp_path, column="body")
+
+    def test_a_requested_column_that_no_file_has(self, tmp_path: Path) -> None:
+        """Plain text beside the tables, such as a licence, is not read in its place."""
+        (tmp_path / "licence.txt").write_text("the river ran. " * 1000)
+        write_jsonl(tmp_path / "a.jsonl", [{"body": text} for text in PROSE])
+        with pytest.raises(UserError, match=r"no column 'boby' in .*: the columns are body"):
+            read(tmp_path, column="boby")
+
+    def test_a_requested_column_of_plain_text(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        (tmp_path / "a.txt").write_text("the river ran. " * 1000)
+        with caplog.at_level(logging.WARNING):
+            assert read(tmp_path / "a.txt", column="text") == read(tmp_path / "a.txt")
+            assert not caplog.messages
+            assert read(tmp_path / "a.txt", column="body") == read(tmp_path / "a.txt")
+        (message,) = caplog.messages
+        assert "the column 'body' is not looked for" in message
 
     def test_empty_files_say_nothing(self, tmp_path: Path) -> None:
         write_jsonl(tmp_path / "a.jsonl", [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,18 @@ def test_before_training_also_in_the_last_file_of_a_folder(tmp_path: Path) -> No
 
 def test_nul_spelled_in_json_is_text(tmp_path: Path) -> None:
     assert read(write(tmp_path, "x.jsonl", b'{"text": "a \\u0000 b"}\n')) == ["a \0 b"]
+
+
+@pytest.mark.parametrize(
+    ("spelled", "text", "said"),
+    [("a \\u0000 b", "a \0 b", "the character NUL"), ("a \\ud800 b", "a ? b", "lone surrogates")],
+)
+def test_what_json_spells_and_no_file_of_text_may_hold(
+    tmp_path: Path, spelled: str, text: str, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path, "x.jsonl", f'{{"text": "{spelled}"}}\n'.encode() * 3)
+    with caplog.at_level(logging.WARNING):
+        assert read(path) == [text] * 3
+    (message,) = caplog.messages
+    assert said in message
+    assert "x.jsonl" in message

@@ -11,8 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AddedToken, AutoTokenizer, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AddedToken,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from tsae.data.documents import Document
 from tsae.data.sequences import SequenceStream
@@ -62,6 +71,18 @@ def test_byt5(tmp_path: Path) -> None:
     assert encode(lm.tokenizer, ["hé</s>"]) == [[ord("h") + 3, 0xC3 + 3, 0xA9 + 3, *(ord(c) + 3 for c in "</s>")]]
     assert lm.prefix_id == lm.tokenizer.eos_token_id
     assert activations(lm, padded_row(lm), 0).shape == (1, 33, 16)
+
+
+def test_a_vocabulary_that_lacks_words_and_has_no_unknown_token(folder: Path) -> None:
+    vocabulary = Tokenizer(WordLevel({"river": 0, "ran": 1, "du": 2}, unk_token="<unk>"))
+    vocabulary.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary)
+    tokenizer.save_pretrained(folder)
+    assert encode(tokenizer, ["river ran"]) == [[0, 1]]
+    with pytest.raises(UserError, match=r"the tokenizer cannot read the text \(.*UNK"):
+        encode(tokenizer, ["river ran", "river walked"])
+    with pytest.raises(UserError, match=r"the tokenizer cannot read the text \(.*UNK"):
+        load_language_model(str(folder))
 
 
 class TestIdsBeyondTheEmbedding:

@@ -174,7 +174,16 @@ def test_files_for_another_run(
     with Lock(other / layout.LOCK):
         assert call([str(run), "--out", str(other / "mine.json")]) == 2
     assert f"The run {other} is in use by" in capsys.readouterr().err
-    for name in ("config.json", "metrics.jsonl", "eval.json", "eval-release-0.5.json", ".lock"):
+    own = (
+        "config.json",
+        "metrics.jsonl",
+        "eval.json",
+        "eval-release-0.5.json",
+        ".lock",
+        "sae/cfg.json",
+        "sae/new.json",
+    )
+    for name in own:
         assert call([str(run), "--out", str(other / name)]) == 2
         assert f"{other / name} is a file of the run in {other}; name another file." in capsys.readouterr().err
     assert content(tmp_path) == before
@@ -257,6 +266,32 @@ def test_where_results_may_go(tmp_path: Path) -> None:
         check_output(tmp_path)
     with pytest.raises(UserError, match="There is no directory"):
         check_output(tmp_path / "none" / "eval.json")
+
+
+@pytest.mark.parametrize("name", ["cfg.json", "model.safetensors", "ae.pt", "params.npz"])
+def test_results_do_not_replace_an_autoencoder_or_a_model(tmp_path: Path, name: str) -> None:
+    check_output(tmp_path / name)
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match="is part of an autoencoder or a model; name another file"):
+        check_output(tmp_path / name)
+
+
+@pytest.mark.parametrize("place", ["sae/x", "checkpoint", "eval-release-1.json", "view.html/deep/er"])
+@pytest.mark.parametrize("command", ["tsae.train", "tsae.export", "tsae.hub.__main__"])
+def test_directories_in_the_place_of_files_of_a_run(
+    command: str, place: str, tiny_gemma3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The next `--overwrite` would remove them."""
+    run, folder = write_run(tmp_path / "run", tiny_gemma3), tmp_path / "run" / place
+    before = content(run)
+    argv = {
+        "tsae.train": ["--model", str(tiny_gemma3), "--layer", "1", "--out", str(folder)],
+        "tsae.export": [str(run), "--to", "saelens", "--out", str(folder)],
+        "tsae.hub.__main__": [str(run), "name", "--folder", str(folder)],
+    }[command]
+    assert importlib.import_module(command).main(argv) == 2
+    assert capsys.readouterr().err.startswith(f"error: {folder} is in the place of a file of the run in {run};")
+    assert content(run) == before
 
 
 def test_several_processes_of_one_run(

@@ -170,6 +170,18 @@ def test_text_that_changed_under_its_name_is_refused(
     assert "data_files is" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("place", ["checkpoint", "sae/activations"])
+def test_one_in_the_place_of_files_of_the_run_is_refused(
+    place: str, argv_of: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run would remove it."""
+    run = tmp_path / "run"
+    assert main(argv_of(run, f"--cache={run / place}")) == 2
+    said = capsys.readouterr().err
+    assert f"error: {run / place} is in the place of a file of the run in {run}; name another directory." in said
+    assert not run.exists()
+
+
 def test_a_sweep_and_a_run_share_one(cache: Path, uninterrupted: Path, tmp_path: Path, harvested: list[int]) -> None:
     config = json.loads((uninterrupted / "config.json").read_text()) | {"cache": str(cache)}
     config["text"].pop("threshold")

@@ -111,6 +111,8 @@ def choose_column(columns: Mapping[str, Kind], requested: str | None, source: st
         if kind == Kind.CHAT:
             raise UserError(_chat(name, source))
     strings = [name for name, kind in columns.items() if kind in (Kind.WORD, Kind.TEXT)]
+    if not any(kind.is_text for kind in columns.values()):
+        raise UserError(f"no column of {source} holds text, one string a row: the columns are {names}")
     if len(strings) != 1 or columns[strings[0]] != Kind.TEXT:
         raise UserError(f"cannot tell which column of {source} holds the text: name one of {names}")
     return strings[0]

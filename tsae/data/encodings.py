@@ -5,12 +5,16 @@ from __future__ import annotations
 import codecs
 import gzip
 import io
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from tsae.errors import UserError
+from tsae.utils.notices import warn_once
+
+log = logging.getLogger(__name__)
 
 # UTF-32 before UTF-16: its little-endian mark begins with that of UTF-16.
 _MARKS = (
@@ -53,6 +57,23 @@ def lines(path: Path) -> Iterator[str]:
     with open_decoded(path) as file:
         for line in file:
             yield _without_nul(line, path)
+
+
+def row_text(text: str, source: str) -> str:
+    """The text of a row, whose format can spell what no file of text may hold; a warning names it.
+
+    Lone surrogates, which tokenizers reject, become "?"; NUL is kept.
+
+    source: for the warnings, as in "the dataset 'x'"
+    """
+    if "\0" in text:
+        warn_once(log, f"{source} has text with the character NUL, which is kept: was it UTF-16?")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        warn_once(log, f"{source} has text with lone surrogates, halves of characters: each is read as '?'")
+        return text.encode("utf-8", "replace").decode("utf-8")
+    return text
 
 
 def _without_nul(text: str, path: Path) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from tsae.config import TextConfig
 from tsae.data.columns import TEXT, Kind, choose_column, guess, kind_of_arrow, sample
 from tsae.data.documents import Document
+from tsae.data.encodings import row_text
 from tsae.errors import UserError, reason
 from tsae.utils.hub import hub_is_reachable
 from tsae.utils.notices import warn_once
@@ -78,4 +79,4 @@ def _documents(rows: Iterable[dict[str, Any]], column: str, source: str) -> Iter
         text = row.get(column)
         if text is not None and not isinstance(text, str):
             raise UserError(f"row {number} of the dataset {source!r}: the column {column!r} does not hold text")
-        yield Document(f"{source}#{number}", (text or "").encode("utf-8", "replace").decode("utf-8"))
+        yield Document(f"{source}#{number}", row_text(text or "", f"the dataset {source!r}"))

@@ -14,7 +14,7 @@ from typing import Any
 
 from tsae.data.columns import SAMPLE, TEXT, Kind, choose_column, guess, kind_of_arrow, listed, merge, sample
 from tsae.data.documents import Document, cut
-from tsae.data.encodings import lines, pieces
+from tsae.data.encodings import lines, pieces, row_text
 from tsae.data.folders import PARQUET, TXT, find_files, has_suffix
 from tsae.errors import UserError
 from tsae.utils.notices import warn_once
@@ -40,7 +40,8 @@ def choose_files(source: Path, requested: str | None) -> TextFiles:
     """The files of a source (see `tsae.data.folders.find_files`), and their text column.
 
     A folder has one text column: the requested one, or "text", or, if there are no other files, the only column of
-    strings in it (see `choose_column`). If there is other text in the folder, files without that column are left out.
+    strings in it (see `choose_column`). If there is other text in the folder, files without that column are left out,
+    but some file must have one that was requested.
     A warning names the column that was not requested, and the files left out. The first rows of each file decide.
 
     Raises UserError if a file cannot be read, or if there is no text column.
@@ -54,14 +55,17 @@ def choose_files(source: Path, requested: str | None) -> TextFiles:
     for path in chosen:
         if requested is not None:
             choose_column(tables[path], requested, repr(str(path)))  # refuses one that holds something else
-    guessed = not chosen and any(tables.values()) and not any(path.stat().st_size for path in plain)
-    if guessed:
+    is_named = requested not in (None, TEXT)  # on purpose: presets for the hub name "text"
+    guessed = not chosen and any(tables.values()) and (is_named or not any(path.stat().st_size for path in plain))
+    if guessed:  # or refused
         column = _guess_column(tables, requested, repr(str(source)))
         chosen = [path for path, columns in tables.items() if column in columns]
     for path, columns in tables.items():
         if path not in chosen and columns:
             why = f"it has no text in a column {column!r}, only {listed(columns)}"
             warn_once(log, f"ignored {str(path)!r}, because {why}")
+    if is_named and not tables:
+        warn_once(log, f"the column {requested!r} is not looked for in {str(source)!r}, which is plain text")
     return TextFiles(sorted([*plain, *chosen]), column if chosen else None, guessed)
 
 
@@ -112,8 +116,7 @@ def _read(path: Path, files: TextFiles) -> Iterator[Document]:
             continue
         if not isinstance(text, str):
             raise UserError(f"line {number} of {str(path)!r}: the column {files.column!r} does not hold text")
-        # JSON can contain lone surrogates, which tokenizers reject.
-        yield Document(f"{path}#{number}", text.encode("utf-8", "replace").decode("utf-8"))
+        yield Document(f"{path}#{number}", row_text(text, repr(str(path))))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 from tsae.errors import UserError
 from tsae.hub.transfer import prepare, push
 from tsae.rundir import layout
-from tsae.rundir.ownership import owning_runs
+from tsae.rundir.ownership import check_output_directory, owning_runs
 from tsae.sae.model import SparseAutoencoder
 from tsae.utils.atomic import atomic_directory
 from tsae.utils.output import say
@@ -32,6 +32,8 @@ def publish(
     """
     if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not an empty folder; name a new one.")
+    if folder is not None:
+        check_output_directory(folder)
     with owning_runs(run):
         sae = SparseAutoencoder.load(run / layout.AUTOENCODER)
         if folder is None:

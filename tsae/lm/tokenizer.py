@@ -24,18 +24,24 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
     """The ids of each text: no special token is added, and one that the text spells, such as "<bos>", is plain text.
 
     A warning names the spelled ones that have a role (BOS, EOS, padding, ...).
+    Raises UserError if the tokenizer has no token for a part of a text.
     """
     for token in tokenizer.all_special_tokens:
         if any(token in text for text in texts):
             warn_once(log, f"the text spells the special token {token!r}: it is read as plain text, here and elsewhere")
-    return tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
+    try:
+        return tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+    except Exception as error:
+        if type(error) is not Exception:  # which the library `tokenizers` raises for all its errors
+            raise
+        raise UserError(f"the tokenizer cannot read the text ({reason(error)}): use the model's own") from error
 
 
 def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int | None:

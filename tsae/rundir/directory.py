@@ -13,6 +13,7 @@ from tsae.config import TrainConfig
 from tsae.errors import UserError
 from tsae.rundir import layout
 from tsae.rundir.fingerprint import check_unchanged, fingerprint
+from tsae.rundir.ownership import check_output_directory
 from tsae.utils.atomic import write_json, writing
 from tsae.utils.config_json import from_dict, load_json, to_dict
 from tsae.utils.paths import check_unicode
@@ -26,11 +27,13 @@ def new_directory(
     marker, what: `config.json` and "run", or `sweep.json` and "sweep"
 
     Raises:
-        UserError: the directory has a run and ``overwrite`` is off, or it contains something else or is not writable.
+        UserError: the directory has a run and ``overwrite`` is off, or it contains something else, is in the place of
+            a file of another run, or is not writable.
     """
     if out is None:
         # To the microsecond: two runs may start in the same second.
         return Path("runs") / group / datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")
+    check_output_directory(out)
     check_writable(out)
     if (out / marker).exists() and not overwrite:
         raise UserError(f"{out} already has a {what}; continue it with --resume {out}, or replace it with --overwrite.")

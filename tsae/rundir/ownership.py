@@ -16,6 +16,10 @@ from tsae.errors import UserError
 from tsae.rundir import layout
 from tsae.utils.lock import HeldError, Lock, holder
 
+_OWN = (*layout.OUTPUTS, layout.CONFIG, layout.SWEEP, layout.LOCK)
+_CONFIGURATIONS = ("cfg.json", "config.json")  # of every library's autoencoders, and of models
+_WEIGHTS = (".safetensors", ".pt", ".npz", ".bin", ".gguf")
+
 _owned: ContextVar[frozenset[Path]] = ContextVar("owned", default=frozenset())  # by the commands around this call
 
 if hasattr(os, "register_at_fork"):
@@ -64,7 +68,7 @@ def owning_runs(*directories: Path, advice: str = "end it first") -> Iterator[No
 
 def check_output(path: Path, *, own: str | None = None) -> None:
     """Raise `UserError` unless ``path`` is where the file of a result may be: in a directory that exists, and in the
-    place of no other file of a run.
+    place of no other file of a run, an autoencoder or a model.
 
     own: the name in `layout` of the file that the command writes into a run by default
     """
@@ -72,9 +76,31 @@ def check_output(path: Path, *, own: str | None = None) -> None:
         raise UserError(f"{path} is a directory; name a file.")
     if not path.absolute().parent.is_dir():
         raise UserError(f"There is no directory {path.parent} for {path.name}; create it, or name another file.")
-    kept = any(path.match(pattern) for pattern in (*layout.OUTPUTS, layout.CONFIG, layout.SWEEP, layout.LOCK))
-    if kept and path.name != own and is_run(path.absolute().parent):
-        raise UserError(f"{path} is a file of the run in {path.parent}; name another file.")
+    run = _run_with(path)
+    if run is not None and (path.name != own or run != path.absolute().parent.resolve()):
+        raise UserError(f"{path} is a file of the run in {run}; name another file.")
+    if path.exists() and (path.name in _CONFIGURATIONS or path.suffix in _WEIGHTS):
+        raise UserError(f"{path} is part of an autoencoder or a model; name another file.")
+
+
+def check_output_directory(directory: Path, *runs: Path) -> None:
+    """Raise `UserError` if ``directory`` is, or is in, the place of a file or folder of a run.
+
+    runs: directories that are about to be runs
+    """
+    run = _run_with(directory, *runs)
+    if run is not None:
+        raise UserError(f"{directory} is in the place of a file of the run in {run}; name another directory.")
+
+
+def _run_with(path: Path, *runs: Path) -> Path | None:
+    """The run, also of ``runs``, that ``path``, which need not exist, is a file of, at any depth; None if none is."""
+    whole, new = path.absolute().parent.resolve() / path.name, [run.resolve() for run in runs]
+    for directory in whole.parents:
+        first = Path(whole.relative_to(directory).parts[0])
+        if any(first.match(pattern) for pattern in _OWN) and (directory in new or is_run(directory)):
+            return directory
+    return None
 
 
 def is_run(directory: Path) -> bool:

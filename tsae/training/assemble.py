@@ -27,6 +27,7 @@ from tsae.lm.trial_run import check_site, site_width
 from tsae.parallel.axis import SINGLE_PROCESS, Ranks
 from tsae.parallel.buffer import DistributedActivationBuffer
 from tsae.parallel.processes import check_mesh, check_on_all_ranks, local_rank0_first, raise_on_all_ranks
+from tsae.rundir.ownership import check_output_directory
 from tsae.training.job import Job, prefix_errors
 from tsae.training.sparse_step import check_steps
 from tsae.utils.device import resolve_device
@@ -82,7 +83,7 @@ def prepare(job: Job) -> Setup:
     """Check and complete the configurations and load the language model. Writes nothing.
 
     Raises:
-        UserError: a value makes no sense, or the model or the text cannot be used.
+        UserError: a value makes no sense, or the model, the text or the place of the cache cannot be used.
     """
     job.check()
     check_mesh(job.runs.values())
@@ -97,6 +98,8 @@ def prepare(job: Job) -> Setup:
         model=absolute_name(job.shared.model),
         cache=None if job.shared.cache is None else str(expanded(job.shared.cache).absolute()),
     )
+    if common.cache is not None:
+        check_output_directory(Path(common.cache), job.directory, *(job.directory / name for name in job.runs))
     next(iter(_text(common, "train")(0)))  # unusable text is reported before the model is loaded
     common = replace(common, text=replace(common.text, threshold=split_threshold(common.data, common.text)))
     lm = local_rank0_first(
