@@ -23,6 +23,7 @@ from tsae.data.sequences import SequenceStream
 from tsae.data.text import open_text
 from tsae.integrations.sae_lens import SequenceBatches, TemporalTopKTrainingSAE, TemporalTopKTrainingSAEConfig
 from tsae.lm.loading import load_language_model
+from tsae.lm.trial_run import site_width
 from tsae.sae.normalization import InputNormalizer
 
 
@@ -51,7 +52,7 @@ def main() -> None:
 
     sae = TemporalTopKTrainingSAE(
         TemporalTopKTrainingSAEConfig(
-            d_in=lm.d_model,
+            d_in=site_width(lm, options.layer),
             d_sae=options.d_sae,
             k=options.k,
             temporal=options.temporal,
