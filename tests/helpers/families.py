@@ -8,6 +8,14 @@ from typing import Any
 
 import torch
 from tiny import make_tokenizer
+from torch import Tensor
+
+from tsae.errors import UserError
+from tsae.lm.hooks import activations, logits_with
+from tsae.lm.loading import load_language_model
+from tsae.lm.trial_run import check_site
+
+TOKENS = torch.randint(3, 300, (2, 20), generator=torch.Generator().manual_seed(0))
 
 _LLAMA = {
     "hidden_size": 32,
@@ -114,3 +122,13 @@ def edit_config(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
+
+
+def outcome(folder: Path) -> str | tuple[Tensor, Tensor]:
+    """Activations after block 1 [2, 20, d] and logits [2, 20, vocabulary] of `TOKENS`, or the error's sentence."""
+    try:
+        lm = load_language_model(str(folder), dtype="float32")
+        check_site(lm, 1, 129, predictions=True)
+        return activations(lm, TOKENS, 1), logits_with(lm, TOKENS, 1)
+    except UserError as error:
+        return str(error)

@@ -9,15 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import save_family
-from torch import Tensor
+from families import outcome, save_family
 
-from tsae.errors import UserError
-from tsae.lm.hooks import activations, logits_with
-from tsae.lm.loading import load_language_model
-from tsae.lm.trial_run import check_site
-
-TOKENS = torch.randint(3, 300, (2, 20), generator=torch.Generator().manual_seed(0))
 # Where another value, or the default, means another model, and the weights do not tell which is right.
 MEANT = {
     *("layer_norm_epsilon", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "hidden_act"),
@@ -27,15 +20,6 @@ MEANT = {
     *("use_sliding_window", "max_window_layers", "sliding_window_pattern", "is_decoder", "alibi", "parallel_attn"),
     *("qk_layernorm", "use_bidirectional_attention", "partial_rotary_factor", "rotary_pct", "num_kv_heads"),
 }
-
-
-def outcome(folder: Path) -> str | tuple[Tensor, Tensor]:
-    try:
-        lm = load_language_model(str(folder), dtype="float32")
-        check_site(lm, 1, 129, predictions=True)
-        return activations(lm, TOKENS, 1), logits_with(lm, TOKENS, 1)
-    except UserError as error:
-        return str(error)
 
 
 def changes(config: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:

@@ -7,27 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import edit_config, save_family
+from families import edit_config, outcome, save_family
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tsae.errors import UserError
-from tsae.lm.hooks import activations, logits_with
-from tsae.lm.loading import load_language_model
-from tsae.lm.trial_run import check_site
-
-TOKENS = torch.randint(3, 300, (2, 20), generator=torch.Generator().manual_seed(0))
 FAMILIES = ("gpt2", "neox", "gemma3", "qwen2", "opt", "bloom", "falcon")
-
-
-def outcome(folder: Path) -> str | tuple[Tensor, Tensor]:
-    """Activations and logits, or the sentence."""
-    try:
-        lm = load_language_model(str(folder), dtype="float32")
-        check_site(lm, 1, 129, predictions=True)
-        return activations(lm, TOKENS, 1), logits_with(lm, TOKENS, 1)
-    except UserError as error:
-        return str(error)
 
 
 def mutations(whole: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:

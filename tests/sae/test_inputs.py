@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_sae import D_IN, D_SAE, make
 from torch import Tensor
 
-from tsae.config import SAEConfig
 from tsae.sae.kinds import KINDS
-from tsae.sae.model import SparseAutoencoder
 from tsae_kernels import available_backends
 
-D_IN, D_SAE = 12, 40
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 BACKENDS = [name for name, state in available_backends().items() if state == "ok"]
 OPTIONS = [{"activation": kind} for kind in KINDS] + [
@@ -20,19 +18,6 @@ OPTIONS = [{"activation": kind} for kind in KINDS] + [
     {"activation": "relu", "layer_norm": "pre"},
     {"activation": "topk", "layer_norm": "post"},
 ]
-
-
-def make(**options: object) -> SparseAutoencoder:
-    cfg = SAEConfig(**({"d_in": D_IN, "d_sae": D_SAE, "k": 5} | options))  # type: ignore[arg-type]
-    sae = SparseAutoencoder(cfg, generator=torch.Generator().manual_seed(0)).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        sae.b_enc.copy_(torch.randn(D_SAE, generator=generator) * 0.3)
-        sae.b_dec.copy_(torch.randn(D_IN, generator=generator) * 0.3)
-        sae.threshold.fill_(0.6)
-        sae.release.fill_(0.2)
-        sae.update_threshold_parameters()
-    return sae
 
 
 def activations(*shape: int) -> Tensor:

@@ -8,27 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_sae import D_IN, D_SAE, make
 
 import tsae
-from tsae.config import SAEConfig
 from tsae.errors import UserError
 from tsae.sae.kinds import KINDS
 from tsae.sae.model import SparseAutoencoder
 from tsae.sae.normalization import InputNormalizer
 
-D_IN, D_SAE, B, T = 12, 40, 3, 17
-
-
-def make(**options: object) -> SparseAutoencoder:
-    cfg = SAEConfig(**({"d_in": D_IN, "d_sae": D_SAE, "k": 5} | options))  # type: ignore[arg-type]
-    sae = SparseAutoencoder(cfg, generator=torch.Generator().manual_seed(0)).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        sae.b_enc.copy_(torch.randn(D_SAE, generator=generator) * 0.3)
-        sae.b_dec.copy_(torch.randn(D_IN, generator=generator) * 0.3)
-        sae.threshold.fill_(0.6)
-        sae.release.fill_(0.2)
-    return sae
+B, T = 3, 17
 
 
 def activations(seed: int = 2) -> torch.Tensor:
