@@ -247,8 +247,8 @@ class BufferConfig:
     estimate_sequences: PositiveInt = 128
     """Sequences at the start of the run from which the input's mean and scale are estimated."""
     max_norm_ratio: Annotated[float, Range("0 or at least 1", lambda ratio: ratio == 0 or ratio >= 1)] = 0.0
-    """Leave tokens out of training whose activation norm is above this multiple of the median norm of those sequences
-    (docs/metrics.md, "Massive activations"); 0: none."""
+    """Leave tokens out of training whose activation norm is above this multiple of the median norm of the first
+    `estimate_sequences` sequences (docs/metrics.md, "Massive activations"); 0 leaves none out."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Storage dtype of activations; `auto` is the language model's."""
     ahead: int = -1

@@ -119,9 +119,9 @@ class ActivationBuffer:
         for slot in slots.tolist():
             self.segments[slot].masked_fill_(large_tokens(self.x[slot : slot + 1], self.norm_limit)[0], -1)
 
-    def memory(self, length: int, d_model: int, dtype: torch.dtype) -> int:
+    def memory(self, length: int, width: int, dtype: torch.dtype) -> int:
         """Bytes the buffer takes; while it refills, a part of the harvest comes on top."""
-        return self.capacity * length * (d_model * dtype.itemsize + torch.int32.itemsize)
+        return self.capacity * length * (width * dtype.itemsize + torch.int32.itemsize)
 
     def state_dict(self) -> dict[str, Any]:
         """State without the activations, which are `contents`."""

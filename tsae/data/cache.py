@@ -29,9 +29,9 @@ MANIFEST, LOCK = "manifest.json", "lock"
 SHARD_BYTES = 64 * 2**20  # of activations; a shard is written when it has this many
 
 
-def sequence_bytes(length: int, d_model: int, dtype: torch.dtype) -> int:
+def sequence_bytes(length: int, width: int, dtype: torch.dtype) -> int:
     """Bytes per sequence in a cache: activations, segment ids (int32) and token ids (int32)."""
-    return length * (d_model * dtype.itemsize + 4) + (length + 1) * 4
+    return length * (width * dtype.itemsize + 4) + (length + 1) * 4
 
 
 @dataclass
@@ -244,7 +244,7 @@ class ActivationCache:
     def _write(self, shard: int, groups: list[tuple[TokenBatch, ActivationBatch]], stream: dict[str, Any]) -> Shard:
         path = self.path(shard)
         tensors = {
-            "x": torch.cat([group.x for _, group in groups]),  # [N, T, d_model]
+            "x": torch.cat([group.x for _, group in groups]),  # [N, T, d]
             "segments": torch.cat([group.segments for _, group in groups]),  # [N, T] int32
             "tokens": torch.cat([tokens.tokens for tokens, _ in groups]).int(),  # [N, 1 + T]
         }

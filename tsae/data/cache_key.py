@@ -37,7 +37,7 @@ def cache_key(cfg: TrainConfig, lm: LanguageModel, storage: torch.dtype, group: 
         "d_model": site_width(lm, cfg.layer),
         "lm_dtype": str(lm.dtype).removeprefix("torch."),
         "tokenizer": _fingerprint_tokenizer(lm.tokenizer),
-        "special_tokens_in_text": "plain text",  # caches without this entry have their ids
+        "special_tokens_in_text": "plain text",  # without this entry: special tokens in text were read as such
         "data": cfg.data,
         "data_files": _fingerprint_text(cfg.data),
         **{f"text.{name}": getattr(cfg.text, name) for name in ("column", "split", "subset", "shuffle_buffer")},

@@ -62,7 +62,7 @@ def _columns(rows: Any, wanted: str) -> dict[str, Kind]:
 
 
 def _only(column: str, row: dict[str, Any]) -> dict[str, Any]:
-    """The row without other columns; rows of a dataset without known columns may lack this one."""
+    """The row with None in all other columns; rows of a dataset without declared columns may lack this one."""
     return dict.fromkeys(row) | {column: row.get(column)}
 
 

@@ -51,11 +51,11 @@ def stated_block(name: str, sae: SparseAutoencoder) -> tuple[int | None, list[st
 def common_block(blocks: Mapping[str, int | None], asked: int | None, saes: Mapping[str, SparseAutoencoder]) -> int:
     """The block to measure at.
 
-    blocks: what each autoencoder says, None for nothing
+    blocks: what each autoencoder says, None for nothing; without `asked` at least one is not None
     asked: `--layer`; None takes what they say
 
     Raises:
-        UserError: they say different blocks, or another than was asked for, or none does and none was asked for.
+        UserError: they say different blocks, or another than was asked for.
     """
     said = {name: block for name, block in blocks.items() if block is not None}
     if asked is None and len(set(said.values())) > 1:

@@ -139,9 +139,9 @@ def open_autoencoders(sources: Sequence[str], model: str | None = None, layer: i
     found = {name: _config_of(source) for name, source in places.items()}
     runs = {name: config for name, config in found.items() if config is not None}
     if model is None and not runs:
-        said = next((sae.metadata["model_name"] for sae in saes.values() if "model_name" in sae.metadata), None)
+        said = next(iter(saes.values())).metadata.get("model_name")  # of sources[0]
         hint = f" (its file says {said})" if said else ""
-        raise UserError(f"{sources[0]} is not a run, so its model must be named; name it with --model{hint}.")
+        raise UserError(f"{sources[0]} is not a run, so its model is not known; name it with --model{hint}.")
     models = {name: config.model for name, config in runs.items()}
     if model is None and len(set(models.values())) > 1:
         each = ", ".join(f"{name}: {value}" for name, value in models.items())

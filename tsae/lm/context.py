@@ -18,7 +18,7 @@ _NOT_MULTIPLIED = ("default", "longrope", "su", "llama3", "mrope", "proportional
 
 
 def context_limit(model: nn.Module) -> int | None:
-    """The most tokens that the model takes, with position 0; None if nothing limits them (ALiBi, Mamba).
+    """The most tokens that the model takes in one sequence; None if nothing limits them (ALiBi, Mamba).
 
     The number is the configuration's, for learned and for rotary positions, times the factor of a rotary scaling that
     extends it. A table of learned positions with fewer usable rows limits it further: some tables have rows before the

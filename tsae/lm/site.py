@@ -96,7 +96,7 @@ def submodule_name(site: Site) -> str:
 
 
 def contradict(one: Site, other: Site) -> bool:
-    """Whether two names that should be of one place cannot be."""
+    """Whether two names, which should be of one place, are of different places; False if that cannot be told."""
     if one.block is not None and other.block is not None:
         return one.block != other.block
     if "other" in (one.kind, other.kind):

@@ -21,10 +21,12 @@ _COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|causal_mask|(a
 
 
 def check_weights(model: nn.Module, found: dict[str, Any], source: str) -> None:
-    """Raise UserError unless the weights belong to the model. A warning names what another part of a model left over.
+    """Raise UserError unless the weights belong to the model.
 
-    found:  transformers' loading info. Missing tensors, of which tied ones are none, are initialized at random;
-            unexpected ones are passed over.
+    A warning names unused tensors that belong to another part, such as a vision tower.
+
+    found:  transformers' loading info: missing tensors (tied ones are not counted), which it initialized at random,
+            tensors of other shapes, and unexpected ones, which it ignored.
     source: the folder or hub id
     """
     for key, what in (

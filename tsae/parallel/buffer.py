@@ -24,7 +24,7 @@ _GATHERED = 64  # sequences gathered at a time for a checkpoint
 class BatchShard(NamedTuple):
     """The shard of a batch of this data rank.
 
-    x: (b, T, d_model); segments: (b, T)
+    x: (b, T, d); segments: (b, T)
     full_segments: (B, T), of the full batch; first: index in it of the first sequence of the shard
     """
 

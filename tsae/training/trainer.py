@@ -565,7 +565,8 @@ class Trainer:
         self.normalizer = InputNormalizer(normalizer["mean"].to(self.device), normalizer["scale"])
         self.step, self.tokens = state["steps"], state["tokens"]
         self.step_on_device.fill_(self.step)
-        self._any_dead = state.get("any_dead", False)  # checkpoints from before there was a list of dead features
+        # Older checkpoints lack it: no auxiliary loss for dead features until the next logged step.
+        self._any_dead = state.get("any_dead", False)
         if self.lists is not None:
             self.lists.forget_copies()
             self.lists.capacity = max(self.lists.capacity, state.get("list_capacity", 0))
