@@ -157,7 +157,7 @@ def _check(arguments: Arguments) -> None:
     check_counts(tokens=arguments.tokens, ce_sequences=arguments.ce_sequences)
     massive, ratio = arguments.massive_ratio, arguments.release_ratio
     if massive is not None and not 1.0 <= massive < math.inf:
-        raise UserError(f"--massive-ratio is {massive}; it must be at least 1.")
+        raise UserError(f"--massive-ratio is {massive}; it must be finite and at least 1.")
     if ratio is not None and not 0.0 <= ratio <= 1.0:
         raise UserError(f"--release-ratio is {ratio}; it must be from 0 to 1.")
     if arguments.format == "saebench" and len(arguments.saes) > 1:

@@ -46,8 +46,9 @@ def export(arguments: Arguments) -> Path:
     """Write ``arguments.out`` and return it. It is complete or absent.
 
     Raises:
-        UserError: the other library has no form for the autoencoder, ``out`` is not empty, or what the measurement
-            needs cannot be read.
+        UserError: the other library has no form for the autoencoder; ``out`` is not empty, is in the place of a run's
+            file or cannot be written; another process uses the run; or the source, or what the measurement needs,
+            cannot be read.
     """
     out, library = arguments.out, {"saelens": "SAELens"}.get(arguments.to, arguments.to)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

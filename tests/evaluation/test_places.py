@@ -320,6 +320,13 @@ def test_what_says_nothing_is_not_given_a_place(to, tmp_path) -> None:
     assert "None" not in text
 
 
+def test_a_layer_alone_is_not_given_a_place(tmp_path) -> None:
+    sae = tsae.load(write_saelens(tmp_path / "a"))
+    sae.metadata = {"hook_layer": 1}
+    sae.save(tmp_path / "b")
+    assert tsae.load(tmp_path / "b").metadata == {"hook_layer": 1}
+
+
 def test_metadata_survives_folding_and_a_dropped_hysteresis(tmp_path, tiny_gemma3) -> None:
     run = write_run(tmp_path / "run", tiny_gemma3, activation="schmitt")
     sae = tsae.load(run)

@@ -1,5 +1,5 @@
 """Every command: its files are complete, or one sentence says that they cannot be written, whatever becomes of what it
-prints; and figures that cannot be written are printed."""
+prints; and metrics that cannot be written are still printed."""
 
 from __future__ import annotations
 

@@ -61,6 +61,30 @@ def test_a_link_and_a_device_stay_what_they_are(tmp_path: Path) -> None:
     assert Path("/dev/null").is_char_device()
 
 
+def test_a_link_to_an_empty_directory_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with atomic_directory(tmp_path / "link") as directory:
+        (directory / "file").write_text("a")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "file").read_text() == "a"
+
+
+def test_another_writers_temporary_file_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one starts right after the first has renamed its file."""
+    target, real = tmp_path / "eval.json", os.replace
+
+    def replace(source: Path, destination: Path) -> None:
+        real(source, destination)
+        Path(source).write_text("another's")
+
+    monkeypatch.setattr(os, "replace", replace)
+    with atomic_write(target) as temporary:
+        temporary.write_text("ours")
+    assert target.read_text() == "ours"
+    assert temporary.read_text() == "another's"
+
+
 def test_a_name_that_is_not_unicode_is_refused() -> None:
     """safetensors would write files there that it cannot read."""
     with pytest.raises(UserError, match="is not UTF-8"), atomic_directory(Path("x\udcff")):

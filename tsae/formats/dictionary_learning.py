@@ -175,7 +175,8 @@ def _weights(
 
 def _k(path: Path, tensors: Tensors, trainer: dict[str, Any], d_sae: int) -> int:
     """Features per token, from the tensors and the configuration, which must agree."""
-    found = [positive_integer(path, "k", source["k"], d_sae) for source in (tensors, trainer) if "k" in source]
+    sources = ((path, tensors), (path.with_name(CONFIG), trainer))
+    found = [positive_integer(file, "k", values["k"], d_sae) for file, values in sources if values.get("k") is not None]
     if not found:
         raise UserError(f"{path} has no k, and neither has its {CONFIG} (trainer.k); add it.")
     if found[0] != found[-1]:

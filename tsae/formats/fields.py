@@ -18,9 +18,10 @@ T = TypeVar("T")
 
 
 def read(path: Path, values: dict[str, Any], name: str, kind: type[T], default: T | None = None) -> T | None:
-    """The value of a field, of the type ``kind``.
+    """The value of a field, of the type ``kind``; None if it is absent and ``default`` is None.
 
-    default: for an absent field, and for a null one if it is None; without it a null field counts as absent
+    default: the value of an absent field. If it is None, a null field counts as absent; otherwise null is refused as
+        another type.
 
     Raises:
         UserError: the field has another type. bool is no int.

@@ -63,12 +63,10 @@ def _check_config(config: Path, values: dict[str, Any]) -> None:
         field(config, values, name, str)
     kind = values.get("type") or "sae"
     source, target = values.get("hf_hook_point_in"), values.get("hf_hook_point_out")
-    if kind != "sae" or target not in (None, source):
-        raise UserError(
-            f"{config} is a {kind} that predicts {target} from {source}; only autoencoders can be read."
-            if kind == "sae"
-            else f"{config} is of the type {kind!r}; only autoencoders ('sae') can be read."
-        )
+    if kind != "sae":
+        raise UserError(f"{config} is of the type {kind!r}; only autoencoders ('sae') can be read.")
+    if target not in (None, source):
+        raise UserError(f"{config} predicts {target} from {source}, as a transcoder; only autoencoders can be read.")
 
 
 def _metadata(path: Path, values: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,8 @@ def publish(
     folder: new or empty
 
     Raises:
-        UserError: the directory is not a run's, the folder is not empty, or the hub refuses.
+        UserError: the directory is not a run's, another process uses it, the folder is not empty, is in the place of a
+            run's file or cannot be written, or the hub refuses.
     """
     if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not an empty folder; name a new one.")

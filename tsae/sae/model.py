@@ -357,7 +357,8 @@ class SparseAutoencoder(nn.Module):
         """
         if self.training:
             self.update_threshold_buffers()
-        saving.save(expanded(directory), self.cfg, self.state_dict(), self.metadata | metadata)
+        unknown = {"hook_name": None} if "hook_layer" in self.metadata else {}  # `saving.load` then adds no place
+        saving.save(expanded(directory), self.cfg, self.state_dict(), unknown | self.metadata | metadata)
 
     @classmethod
     def load(cls, directory: str | Path, device: str | torch.device = "cpu") -> SparseAutoencoder:

@@ -139,7 +139,7 @@ def load(directory: Path) -> tuple[SAEConfig, Tensors, dict[str, Any]]:
         raise UserError(f"{path}: release must be from 0 to threshold for every feature; restore the file.")
     said = {name: value for name, value in values["metadata"].items() if name != "tsae"}
     said = metadata.checked(directory / CONFIG, said)
-    if "hook_layer" in said:  # ours without a hook_name are of a block's output
+    if "hook_layer" in said and "hook_name" not in values["metadata"]:  # our first versions named only the layer
         said.setdefault("hook_name", f"blocks.{said['hook_layer']}.hook_resid_post")
     return cfg, tensors, said
 

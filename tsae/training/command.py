@@ -58,7 +58,7 @@ def _check_as_before(job: Job, cfg: TrainConfig, asked: Command, argv: list[str]
 
 
 def _train(job: Job, *, resume: bool) -> None:
-    """Train and evaluate, and then print; figures that cannot be written are printed and the error raised."""
+    """Train and evaluate, then print; metrics that cannot be written are printed before the error is raised."""
     if job.is_sweep:
         run_sweep(job, resume=resume)
         if is_rank0():

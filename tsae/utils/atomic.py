@@ -61,8 +61,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
             yield temporary
             sync(temporary)
             os.replace(temporary, target)
-        finally:
+        except BaseException:
             temporary.unlink(missing_ok=True)
+            raise
+        finally:  # the name may be another process's from here on
             if claim is not None:
                 os.close(claim)
 
@@ -76,7 +78,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         UserError: it cannot be written, or another process is writing it.
     """
     check_unicode(path)
-    whole = path.absolute()
+    whole = path.resolve()
     temporary = whole.with_name(f".{whole.name}.tmp")
     lock = Lock(whole.with_name(f".{whole.name}.lock"))
     try:

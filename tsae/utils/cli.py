@@ -81,8 +81,8 @@ def check_counts(**options: int | None) -> None:
 def deliver(*writes: Callable[[], Any], show: Callable[..., None]) -> None:
     """Call all of ``writes``, and then ``show`` with what they returned: a result is on disk before it is printed.
 
-    A write that fails is shown as None. Its error is raised at the end, the first one if there are several, so that
-    figures that cannot be written are printed.
+    A write that fails is shown as None. Its error (the first, if there are several) is raised after ``show``, so that
+    metrics that cannot be written are still printed.
 
     Raises:
         WriteError: a file could not be written.
