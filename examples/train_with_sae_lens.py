@@ -17,7 +17,6 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
 import tsae
-from tsae.config import LENGTH
 from tsae.data.harvest import Harvester
 from tsae.data.sequences import SequenceStream
 from tsae.data.text import open_text
@@ -42,9 +41,7 @@ def main() -> None:
     options = parser.parse_args()
 
     lm = load_language_model(options.model)
-    stream = SequenceStream(
-        lambda epoch: open_text(options.data, part="train", seed=0, epoch=epoch), lm.tokenizer, LENGTH
-    )
+    stream = SequenceStream(lambda epoch: open_text(options.data, part="train", seed=0, epoch=epoch), lm.tokenizer, 128)
     harvester = Harvester(lm, options.layer, stream)
     sample = harvester.take(64)
     normalizer = InputNormalizer.estimate(sample.x, sample.segments)
@@ -60,7 +57,7 @@ def main() -> None:
         )
     )
     sae.follow(batches)
-    tokens = options.batch * LENGTH
+    tokens = options.batch * 128
     trainer_config = SAETrainerConfig(
         total_training_samples=options.steps * tokens, train_batch_size_samples=tokens, lr=1e-3, lr_end=1e-4
     )

@@ -15,7 +15,7 @@ from tsae.sae.kinds import KINDS, Activation, Kind
 from tsae.utils.ranges import Range, at_least, between, check_ranges, positive
 from tsae_kernels import MULTISCALE
 
-LENGTH = 128  # content tokens per sequence
+MAX_LENGTH = 4096  # content tokens per sequence, at most
 
 TEMPORAL = ("multiscale", "window", "contrastive", "slow")  # terms that objective.temporal may sum
 
@@ -128,7 +128,7 @@ class ObjectiveConfig:
     """multiscale: weight features by their activation variance (TSAE equation 3)."""
     min_variance: NonNegativeFloat = 0.01
     """multiscale: skip features whose variance is below this (TSAE section 4.1)."""
-    window: Annotated[int, between(2, LENGTH)] = 3
+    window: Annotated[int, between(2, MAX_LENGTH)] = 3
     """window: tokens in the sliding window, at least 2 (TC-SAE section 4)."""
     window_weight: NonNegativeFloat = 0.01
     """window: weight of the term (TC-SAE equation 4, lambda_2)."""
@@ -136,7 +136,7 @@ class ObjectiveConfig:
     """contrastive: weight of the term."""
     slow_weight: NonNegativeFloat = 1.0
     """slow: weight of the term."""
-    offset: Annotated[int, between(1, LENGTH - 1)] = 1
+    offset: Annotated[int, between(1, MAX_LENGTH - 1)] = 1
     """contrastive: maximum distance in tokens within a pair, drawn uniformly from 1 to this; slow: largest
     offset of the differences."""
     temperature: PositiveFloat = 0.1
@@ -340,8 +340,11 @@ class TrainConfig:
     """Text: `python-docs`, a .txt, .jsonl or .parquet file, a folder of them, or a hub dataset id."""
     steps: PositiveInt = 1000
     """Optimizer steps."""
+    length: Annotated[int, between(2, MAX_LENGTH)] = 128
+    """Content tokens per sequence, 2 to 4096: the window along which features are compared. The language model sees
+    one more, the first, whose activation is dropped."""
     batch: PositiveInt = 16
-    """Sequences of 128 tokens per step."""
+    """Sequences per step, each of `length` tokens."""
     chunk: NonNegativeInt = 0
     """Sequences per forward and backward pass, with gradients accumulated over the batch, if the features of a full
     batch do not fit in memory; 0: all. Anything computed over the batch is then computed per chunk: the thresholds
@@ -403,6 +406,12 @@ class TrainConfig:
             raise UserError(
                 f"objective.l0 is {objective.l0}; sae.activation '{sae.activation}' has no learned threshold for it "
                 "to move."
+            )
+        if objective.window > self.length or objective.offset >= self.length:
+            name, most = ("window", self.length) if objective.window > self.length else ("offset", self.length - 1)
+            raise UserError(
+                f"objective.{name} is {getattr(objective, name)}; it must be at most {most}, because sequences have "
+                f"{self.length} tokens (length)."
             )
         if buffer.ahead not in (-1, 0) and buffer.ahead < buffer.harvest_batch:
             raise UserError(

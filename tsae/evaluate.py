@@ -18,7 +18,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-from tsae.config import LENGTH
 from tsae.errors import UserError
 from tsae.evaluation.evaluator import EvaluationResult as EvaluationResult
 from tsae.evaluation.evaluator import evaluate as evaluate
@@ -130,13 +129,13 @@ def measure(arguments: Arguments) -> Measured:
     lm = subject.load_lm(arguments.device)
     trained, sizes = subject.config, subject.config.evaluation
     if arguments.tokens is not None:
-        sizes = replace(sizes, sequences=math.ceil(arguments.tokens / LENGTH))
+        sizes = replace(sizes, sequences=math.ceil(arguments.tokens / trained.length))
     if arguments.ce_sequences is not None:
         sizes = replace(sizes, ce_sequences=arguments.ce_sequences)
     if arguments.massive_ratio is not None:
         sizes = replace(sizes, massive_ratio=arguments.massive_ratio)
     seed = trained.stream_seed if arguments.seed is None else arguments.seed
-    text = held_out(source, lm, sizes.sequences, seed, bos=subject.bos)
+    text = held_out(source, lm, trained.length, sizes.sequences, seed, bos=subject.bos)
     release = None
     if ratio is not None:
         released = with_release_ratio(subject.sae, ratio, training_sample(trained, lm))

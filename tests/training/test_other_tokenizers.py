@@ -12,7 +12,6 @@ import pytest
 from tiny_runs import options, write_text
 from transformers import AutoTokenizer
 
-from tsae.config import LENGTH
 from tsae.evaluation.held_out import evaluation_batches
 from tsae.lm.loading import load_language_model
 from tsae.rundir.directory import read_config
@@ -35,7 +34,7 @@ def test_padding_token_without_a_row_in_the_embedding(tiny_llama: Path, tmp_path
     status, run = train(tiny_llama, tmp_path, lambda t: t.add_special_tokens({"pad_token": "[PAD]"}))
     cfg = read_config(run)
     batches = evaluation_batches(cfg, load_language_model(cfg.model), 500)
-    assert any((batch.segments[:, LENGTH - 1] == -1).any() for batch in batches)
+    assert any((batch.segments[:, cfg.length - 1] == -1).any() for batch in batches)
     assert status == 0
     assert (run / "eval.json").exists()
     assert main([f"--resume={run}"]) == 0

@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from tsae.config import LENGTH, TrainConfig
+from tsae.config import TrainConfig
 from tsae.data.folders import find_files
 from tsae.data.text import PYTHON_DOCS
 from tsae.lm.loading import LanguageModel
@@ -43,7 +43,7 @@ def cache_key(cfg: TrainConfig, lm: LanguageModel, storage: torch.dtype, group: 
         **{f"text.{name}": getattr(cfg.text, name) for name in ("column", "split", "subset", "shuffle_buffer")},
         "text.threshold": cfg.text.threshold,
         "data_seed": cfg.stream_seed,
-        "length": LENGTH,
+        "length": cfg.length,
         "dtype": str(storage).removeprefix("torch."),
         "harvest_batch": group,
     }

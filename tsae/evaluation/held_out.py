@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tsae.config import LENGTH, TrainConfig
+from tsae.config import TrainConfig
 from tsae.data.documents import Document
 from tsae.data.harvest import ActivationBatch, Harvester
 from tsae.data.sequences import SequenceStream, TokenBatch, TooShortError
@@ -74,8 +74,8 @@ def choose_source(runs: Iterable[TrainConfig], data: str | None = None, column: 
     return Source(absolute_source(data or PYTHON_DOCS), TextConfig(column=column), distinct)
 
 
-def held_out(source: Source, lm: LanguageModel, sequences: int, seed: int, *, bos: bool = True) -> HeldOut:
-    """At most ``sequences`` sequences of a text that no run trained on.
+def held_out(source: Source, lm: LanguageModel, length: int, sequences: int, seed: int, *, bos: bool = True) -> HeldOut:
+    """At most ``sequences`` sequences of ``length`` tokens of a text that no run trained on.
 
     seed: of the order of the documents
     bos: whether the sequences begin with BOS, if the tokenizer has one
@@ -93,7 +93,7 @@ def held_out(source: Source, lm: LanguageModel, sequences: int, seed: int, *, bo
                 documents.append(document)
                 yield document
 
-        batch = SequenceStream(recorded, lm.tokenizer, LENGTH, repeat=False, prefix=bos).next_batch(sequences)
+        batch = SequenceStream(recorded, lm.tokenizer, length, repeat=False, prefix=bos).next_batch(sequences)
         named = None if part is None else {"data": data, "column": text.column, "part": part}
         return HeldOut(batch, documents, named)
 
@@ -124,7 +124,7 @@ def evaluation_batches(config: TrainConfig, lm: LanguageModel, sequences: int) -
     Raises:
         UserError: the evaluation part has less than one sequence.
     """
-    batch = held_out(choose_source([config]), lm, sequences, config.stream_seed).batch
+    batch = held_out(choose_source([config]), lm, config.length, sequences, config.stream_seed).batch
     return list(batch.split(config.buffer.harvest_batch))
 
 
@@ -137,6 +137,6 @@ def training_sample(config: TrainConfig, lm: LanguageModel) -> list[ActivationBa
     def documents(epoch: int) -> Iterator[Document]:
         return open_text(config.data, part="train", seed=config.stream_seed, config=config.text, epoch=epoch)
 
-    stream = SequenceStream(documents, lm.tokenizer, LENGTH)
+    stream = SequenceStream(documents, lm.tokenizer, config.length)
     harvester = Harvester(lm, config.layer, stream, batch=config.buffer.harvest_batch, dtype=torch.float32)
     return list(harvester.batches(harvester.tokenize(config.evaluation.sequences)))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from tsae.config import LENGTH, TrainConfig
+from tsae.config import TrainConfig
 from tsae.errors import UserError
 from tsae.evaluation.places import bos_warnings, common_block, stated_block, use_bos, warnings_about
 from tsae.formats import load
@@ -62,7 +62,7 @@ class Subject:
             device = config.device if config.lm_device == "auto" else config.lm_device
         where = resolve_device(device)
         lm = load_language_model(config.model, device=where, dtype=config.lm_dtype, revision=config.revision)
-        check_site(lm, config.layer, 1 + LENGTH)
+        check_site(lm, config.layer, 1 + config.length)
         others = {name: sae for name, sae in self.saes.items() if name not in self.runs}
         _warn(bos_warnings(others, lm.prefix_id, lm.name))
         for name, sae in self.saes.items():

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tsae.config import LENGTH, SAEConfig
+from tsae.config import SAEConfig
 from tsae.evaluation.catalogue import METRICS, lookup
 
 # The metrics in the card's table.
@@ -106,7 +106,7 @@ def _trained(training: dict[str, Any], model: str, data: str) -> str:
         ("model", model),
         ("block", training.get("layer")),
         ("text", data),
-        ("steps", f"{steps:,} of {batch} x {LENGTH} tokens" if steps and batch else None),
+        ("steps", f"{steps:,} of {batch} x {training.get('length', 128)} tokens" if steps and batch else None),
         ("temporal objective", objective.get("temporal")),
         ("L1 weight", objective.get("l1")),
         ("learning rate", optimizer.get("lr")),

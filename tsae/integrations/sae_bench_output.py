@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tsae.config import LENGTH, TrainConfig
+from tsae.config import TrainConfig
 from tsae.evaluation.evaluator import EvaluationResult
 from tsae.sae.model import SparseAutoencoder
 
@@ -37,8 +37,8 @@ def core_output(name: str, sae: SparseAutoencoder, result: EvaluationResult, con
     config: the language model, layer, text and sizes behind `result`
     """
     metrics = result.metrics
-    predicted = min(config.evaluation.ce_sequences * LENGTH, result.tokens)
-    batch_tokens = min(config.buffer.harvest_batch * LENGTH, result.tokens)
+    predicted = min(config.evaluation.ce_sequences * config.length, result.tokens)
+    batch_tokens = min(config.buffer.harvest_batch * config.length, result.tokens)
     encoder, decoder = functional.normalize(sae.W_enc.T.float()), functional.normalize(sae.W_dec.float())
     max_encoder, max_decoder = _max_cosine(encoder), _max_cosine(decoder)
     per_sequence = result.tokens_per_sequence
@@ -107,10 +107,10 @@ def _eval_config(config: TrainConfig, predicted: int, tokens: int) -> dict[str, 
         "model_name": config.model,
         "llm_dtype": config.lm_dtype,
         "batch_size_prompts": batch,
-        "n_eval_reconstruction_batches": math.ceil(predicted / LENGTH / batch),
-        "n_eval_sparsity_variance_batches": math.ceil(tokens / LENGTH / batch),
+        "n_eval_reconstruction_batches": math.ceil(predicted / config.length / batch),
+        "n_eval_sparsity_variance_batches": math.ceil(tokens / config.length / batch),
         "dataset": config.data,
-        "context_size": LENGTH,
+        "context_size": config.length,
         **{f"compute_{name}": True for name in measured},
         **{f"compute_featurewise_{name}": True for name in featurewise},
         "exclude_special_tokens_from_reconstruction": True,

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsae.config import LENGTH
 from tsae.data.harvest import content_activations
 from tsae.data.sections import sections
 from tsae.data.sequences import TokenBatch
@@ -94,9 +93,9 @@ def measure(
     config = subject.config
     seed = config.stream_seed if seed is None else seed
     source = choose_source([config], data, column)
-    sequences = config.evaluation.sequences if tokens is None else math.ceil(tokens / LENGTH)
+    sequences = config.evaluation.sequences if tokens is None else math.ceil(tokens / config.length)
     lm = subject.load_lm(device)
-    batch, documents, named = held_out(source, lm, sequences, seed)
+    batch, documents, named = held_out(source, lm, config.length, sequences, seed)
 
     owner = document_of_tokens(batch, documents, lm.tokenizer)
     classes = token_classes(counted_tokens(batch).numpy(), lm.tokenizer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tsae.config import LENGTH, TrainConfig
+from tsae.config import TrainConfig
 from tsae.data.buffer import ActivationBuffer
 from tsae.data.harvest import ActivationBatch
 from tsae.data.norms import report_norms
@@ -26,7 +26,7 @@ def announce(setup: Setup, buffer: ActivationBuffer) -> None:
     where = f"on {setup.device}" if cfg.lm_device == "auto" else f"on {lm.device}, autoencoder on {setup.device}"
     console.print(
         f"{cfg.preset}: {lm.name} layer {cfg.layer} ({str(lm.dtype).removeprefix('torch.')}) {where}, "
-        f"{what}, {cfg.steps} steps of {cfg.batch} x {LENGTH} tokens."
+        f"{what}, {cfg.steps} steps of {cfg.batch} x {cfg.length} tokens."
     )
     console.print(
         f"Activation buffer: at most {buffer.capacity} sequences, {parts[BUFFER] / 2**20:,.0f} MiB "

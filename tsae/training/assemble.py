@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from tsae.config import LENGTH, TrainConfig
+from tsae.config import TrainConfig
 from tsae.data.buffer import ActivationBuffer
 from tsae.data.cache import ActivationCache
 from tsae.data.cache_key import cache_key, provenance
@@ -105,9 +105,9 @@ def prepare(job: Job) -> Setup:
     lm = local_rank0_first(
         lambda: load_language_model(common.model, device=lm_device, dtype=common.lm_dtype, revision=common.revision)
     )
-    check_site(lm, common.layer, 1 + LENGTH, predictions=common.evaluation.final)
+    check_site(lm, common.layer, 1 + common.length, predictions=common.evaluation.final)
     # Likewise text that is too short for a forward pass.
-    SequenceStream(_text(common, "train"), lm.tokenizer, LENGTH).next_batch(job.forward_batch)
+    SequenceStream(_text(common, "train"), lm.tokenizer, common.length).next_batch(job.forward_batch)
     if common.evaluation.final:
         evaluation_batches(common, lm, 1)
     runs = {}
@@ -200,7 +200,7 @@ def make_feed(
     groups.
     """
     cfg, world = setup.job.shared, setup.ranks.world
-    stream = SequenceStream(_text(cfg, "train"), setup.lm.tokenizer, LENGTH)
+    stream = SequenceStream(_text(cfg, "train"), setup.lm.tokenizer, cfg.length)
     harvester = Harvester(setup.lm, cfg.layer, stream, batch=setup.job.forward_batch, dtype=setup.storage_dtype)
     checking_bar = partial(_checking_bar, check_on_all_ranks(check, setup.ranks, world.size))
     return ActivationFeed(harvester, cache, checking_bar, world.rank, world.size)

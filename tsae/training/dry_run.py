@@ -12,7 +12,7 @@ from statistics import median
 import torch
 from rich.table import Table
 
-from tsae.config import LENGTH, TrainConfig
+from tsae.config import TrainConfig
 from tsae.data.cache import ActivationCache
 from tsae.data.harvest import ActivationBatch
 from tsae.errors import UserError
@@ -137,7 +137,7 @@ def print_estimate(estimate: Estimate, job: Job) -> None:
     for name, value in estimate.seconds.items():
         measured, unit = estimate.measured[name]
         table.add_row(f"time: {name}", _duration(value), f"{1000 * measured:.1f} ms {unit}, measured")
-    tokens = job.sequences_trained * LENGTH
+    tokens = job.sequences_trained * job.shared.length
     total = sum(estimate.seconds.values())
     table.add_row("time, in all", _duration(total), f"{tokens:,} tokens; without evaluation and report", style="bold")
     tables().print(table)

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tsae.config import LENGTH, TrainConfig
+from tsae.config import TrainConfig
 from tsae.errors import UserError
 from tsae.utils.config_json import to_dict
 from tsae.utils.nested import flatten
 
 # The options that decide the stream of activations, its evaluation and its checkpoints.
 SHARED = (
-    *("model", "revision", "layer", "data", "text", "steps", "batch", "data_seed", "device", "lm_device"),
+    *("model", "revision", "layer", "data", "text", "steps", "length", "batch", "data_seed", "device", "lm_device"),
     *("lm_dtype", "buffer", "evaluation", "checkpoint", "cache", "parallel"),
 )
 
@@ -59,7 +59,7 @@ class Job:
     @property
     def tokens_per_step(self) -> int:
         """Tokens of a batch."""
-        return self.shared.batch * LENGTH
+        return self.shared.batch * self.shared.length
 
     def check(self) -> None:
         """Raise `UserError` for the first invalid value, with the name of the run."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tsae.config import LENGTH, TrainConfig
+from tsae.config import TrainConfig
 from tsae.data.harvest import ActivationBatch
 from tsae.errors import UserError
 from tsae.evaluation.evaluator import EvaluationResult
@@ -188,7 +188,7 @@ class TrainingLoop:
         waited_before, start, buffer.waited = buffer.waited, time.perf_counter(), 0.0
         for run in self.active.values():
             run.restart_clock()
-        tokens = (shared.steps - self.step) * shared.batch * LENGTH * len(self.active)
+        tokens = (shared.steps - self.step) * shared.batch * shared.length * len(self.active)
         with bar("Training", tokens) as advance:
             for number in range(self.step + 1, shared.steps + 1):
                 every = shared.checkpoint.every
@@ -200,7 +200,7 @@ class TrainingLoop:
                     except DivergedError as error:
                         self._drop(name, error)
                     else:
-                        advance(shared.batch * LENGTH)
+                        advance(shared.batch * shared.length)
                 if not self.active:
                     break
                 self.step = number

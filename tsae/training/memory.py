@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from tsae.config import LENGTH, SAEConfig, TrainConfig
+from tsae.config import SAEConfig, TrainConfig
 from tsae.data.buffer import ActivationBuffer
 from tsae.data.cache import SHARD_BYTES, sequence_bytes
 from tsae.errors import UserError
@@ -44,12 +44,12 @@ def memory_parts(
     dense = device.type != "cpu" or not sparse_products_available()
     parts = {
         MODEL: sum(tensor.nbytes for tensor in (*lm.model.parameters(), *lm.model.buffers())),
-        BUFFER: buffer.memory(LENGTH, width, storage),
+        BUFFER: buffer.memory(cfg.length, width, storage),
         SAE: sum(sae_bytes(each.sae) for each in cfgs.values()),
         STEP: max(step_bytes(each, autocast=autocast, dense=dense) for each in cfgs.values()),
     }
     if ahead := cfg.buffer.prefetched(_sequences(cfg), gpu=lm.device.type == "cuda"):
-        parts[AHEAD] = ahead * sequence_bytes(LENGTH, width, storage)
+        parts[AHEAD] = ahead * sequence_bytes(cfg.length, width, storage)
     if cfg.cache is not None:  # the groups of a shard, and their copy in file order
         parts[CACHE] = 2 * min(SHARD_BYTES, cache_bytes(cfg, width, storage))
     return parts
@@ -94,7 +94,7 @@ def step_bytes(cfg: TrainConfig, *, autocast: bool, dense: bool = False) -> int:
     dense: matrix products are dense, as on a GPU (where this was not measured): all feature tensors and the bfloat16
         weights are then assumed to last until the end of the backward pass
     """
-    tokens, width = min(cfg.chunk or cfg.batch, cfg.batch) * LENGTH, 2 if autocast else 4
+    tokens, width = min(cfg.chunk or cfg.batch, cfg.batch) * cfg.length, 2 if autocast else 4
     features, weights = tokens * width * cfg.sae.d_sae, cfg.sae.d_in * cfg.sae.d_sae
     kind = cfg.sae.kind
     forward = backward = kind.feature_tensors[autocast]
@@ -112,7 +112,7 @@ def cache_bytes(cfg: TrainConfig, width: int, storage: torch.dtype) -> int:
     """Bytes of the activation cache that a run fills, without the headers of shards."""
     sequences = _sequences(cfg)
     group = min(cfg.buffer.harvest_batch, sequences)
-    return -(-sequences // group) * group * sequence_bytes(LENGTH, width, storage)
+    return -(-sequences // group) * group * sequence_bytes(cfg.length, width, storage)
 
 
 def checkpoint_bytes(cfgs: dict[str, TrainConfig], buffer: ActivationBuffer, width: int, storage: torch.dtype) -> int:
@@ -124,7 +124,7 @@ def checkpoint_bytes(cfgs: dict[str, TrainConfig], buffer: ActivationBuffer, wid
     state = sum(4 * (3 * sae_parameters(each.sae) + 5 * each.sae.d_sae) for each in cfgs.values())
     checkpoints = cfg.checkpoint.keep + 1
     buffers = 1 if buffer.capacity >= _sequences(cfg) else checkpoints
-    return checkpoints * state + buffers * buffer.memory(LENGTH, width, storage)
+    return checkpoints * state + buffers * buffer.memory(cfg.length, width, storage)
 
 
 def _sequences(cfg: TrainConfig) -> int:

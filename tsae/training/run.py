@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from tsae.config import LENGTH, TrainConfig
+from tsae.config import TrainConfig
 from tsae.errors import UserError, WriteError
 from tsae.evaluation.evaluator import (
     EvaluationResult,
@@ -105,7 +105,7 @@ def _save(sae: SparseAutoencoder, setup: Setup, name: str) -> None:
         model_name=cfg.model,
         hook_name=f"blocks.{cfg.layer}.hook_resid_post",
         hook_layer=cfg.layer,
-        context_size=LENGTH + 1,
+        context_size=cfg.length + 1,
         prepend_bos=setup.lm.prefix_id is not None,
         dataset_path=cfg.data,
         trained_with=fingerprint(cfg),

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from tsae.config import LENGTH
 from tsae.data.harvest import content_activations
 from tsae.evaluation.held_out import evaluation_batches
 from tsae.evaluation.subject import open_run
@@ -59,7 +58,7 @@ def collect(run: Path, tokens: int | None = None) -> dict[str, Any]:
     subject = open_run(run)
     cfg, sae = subject.config, subject.sae
     lm = subject.load_lm()
-    sequences = cfg.evaluation.sequences if tokens is None else math.ceil(tokens / LENGTH)
+    sequences = cfg.evaluation.sequences if tokens is None else math.ceil(tokens / cfg.length)
     batches = evaluation_batches(cfg, lm, sequences)
     activity = Activity(sae.cfg.d_sae)
     with bar("Features", sum(batch.segments.numel() for batch in batches)) as advance:

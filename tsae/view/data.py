@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from tsae.config import LENGTH, TrainConfig
+from tsae.config import TrainConfig
 from tsae.data.sequences import TokenBatch
 from tsae.evaluation.catalogue import METRICS
 from tsae.evaluation.metrics.temporal import CURVE_LAGS, MIN_ACTIVATIONS
@@ -100,7 +100,7 @@ def facts(cfg: TrainConfig, tokens: int) -> list[tuple[str, str]]:
     details += [f"release ratio {sae.release_ratio:g}"] if sae.kind.release else []
     return [
         ("model", f"{_last(cfg.model)}, layer {cfg.layer}"),
-        ("trained on", f"{_last(cfg.data)}, {cfg.steps * cfg.batch * LENGTH:,} tokens in {cfg.steps:,} steps"),
+        ("trained on", f"{_last(cfg.data)}, {cfg.steps * cfg.batch * cfg.length:,} tokens in {cfg.steps:,} steps"),
         ("features", f"{sae.d_sae:,}, {activation}" + (f" ({', '.join(details)})" if details else "")),
         ("temporal objective", str(objective.temporal)),
         ("text on this page", f"{tokens:,} held-out tokens of {_last(cfg.data)}"),
