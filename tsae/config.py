@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from tsae.errors import UserError
+from tsae.lm.site import Site, from_option
 from tsae.sae.kinds import KINDS, Activation, Kind
 from tsae.utils.ranges import Range, at_least, between, check_ranges, positive
 from tsae_kernels import MULTISCALE
@@ -335,7 +336,11 @@ class TrainConfig:
     revision: str | None = None
     """Revision of the model on the hub."""
     layer: int = 9
-    """Block whose output is encoded, counted from 0."""
+    """Block that is encoded, counted from 0."""
+    site: str = "resid_post"
+    """Which of the block's activations are encoded: `resid_post` (its output), `resid_pre` (its input), `resid_mid`,
+    `attn_out`, `mlp_out`, `mlp_in`, or the path of a module in it, such as `model.layers.9.mlp.down_proj` (its output)
+    or `model.layers.9.mlp.down_proj.input`. docs/howto/hook-points.md says what each is."""
     data: str = "python-docs"
     """Text: `python-docs`, a .txt, .jsonl or .parquet file, a folder of them, or a hub dataset id."""
     steps: PositiveInt = 1000
@@ -390,6 +395,14 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @property
+    def place(self) -> Site:
+        """The place of the activations.
+
+        Raises `UserError` if `site` names none, or one of another block than `layer`.
+        """
+        return from_option(self.site, self.layer)
+
+    @property
     def stream_seed(self) -> int:
         """Seed of the activations and their order."""
         return self.seed if self.data_seed is None else self.data_seed
@@ -397,6 +410,7 @@ class TrainConfig:
     def check(self) -> None:
         """Raise `UserError`, one sentence, for the first invalid value."""
         check_ranges(self)
+        _ = self.place
         sae, objective, buffer, parallel = self.sae, self.objective, self.buffer, self.parallel
         sae._check_combinations()
         objective._check_combinations()

@@ -51,7 +51,10 @@ class Arguments:
     model: str | None = None
     """Language model that the autoencoders encode, as for training. Default: from the runs among them."""
     layer: int | None = None
-    """Block whose output they encode, counted from 0. Default: what the autoencoders or their runs say."""
+    """Block that they encode, counted from 0. Default: what the autoencoders or their runs say."""
+    site: str | None = None
+    """Which of the block's activations they encode, as for training. Default: what the autoencoders or their runs say,
+    or else the block's output."""
     format: Literal["tsae", "saebench"] = "tsae"
     """`saebench` also writes SAEBench's core output: to saebench_core.json in the run, or to --out."""
     out: Path | None = None
@@ -81,7 +84,7 @@ class Arguments:
     @property
     def rewrites(self) -> bool:
         """Whether one run is to be evaluated again."""
-        return len(self.saes) == 1 and self.model is None and self.layer is None
+        return len(self.saes) == 1 and (self.model, self.layer, self.site) == (None, None, None)
 
     @property
     def run(self) -> Path:
@@ -122,7 +125,7 @@ def measure(arguments: Arguments) -> Measured:
     if arguments.rewrites:
         subject, ratio = open_run(arguments.run), arguments.release_ratio
     else:
-        subject, ratio = open_autoencoders(arguments.saes, arguments.model, arguments.layer), None
+        subject, ratio = open_autoencoders(arguments.saes, arguments.model, arguments.layer, arguments.site), None
     source = choose_source(subject.runs.values(), arguments.data, arguments.column)
     if ratio is not None:
         check_has_thresholds(subject.sae.cfg)
@@ -187,7 +190,7 @@ def _print(arguments: Arguments, measured: Measured, written: str | None) -> Non
     results, data = measured.results, measured.subject.config.data
     of, console = f" of {data}", tables(160 if len(results) > 1 else 0)
     if len(results) > 1:
-        title = f"{measured.subject.config.model}, layer {measured.subject.config.layer}"
+        title = f"{measured.subject.config.model}, {measured.subject.config.place.described}"
         rows = {name: {"metrics": result.metrics, "error": result.not_finite()} for name, result in results.items()}
         print_comparison(rows, console, title=title, what="autoencoder")
     else:

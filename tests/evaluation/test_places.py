@@ -23,6 +23,7 @@ from tsae.evaluation.evaluator import evaluate
 from tsae.evaluation.places import same_model
 from tsae.evaluation.subject import open_autoencoders
 from tsae.export import main as export
+from tsae.lm.hooks import activations
 from tsae.lm.loading import load_language_model
 from tsae.lm.site import (
     Site,
@@ -108,15 +109,83 @@ def one_of_each(kind: str, layer: int, folder: Path) -> dict[str, Path]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["mlp_out", "attn_out", "resid_mid"])
-def test_another_place_than_the_residual_stream_is_refused(kind, options, tmp_path, capsys) -> None:
-    for sae in one_of_each(kind, 1, tmp_path / "saes").values():
-        for layer in ([], ["--layer", "1"]):
-            assert main([str(sae), *options, *layer]) == 2, sae
+@pytest.mark.parametrize("kind", ["mlp_out", "attn_out", "resid_mid", "mlp_in"])
+def test_every_place_of_a_block_is_measured_where_the_file_says(kind, options, tmp_path, tiny_gemma3, capsys) -> None:
+    """Without --layer, or with the same; with another layer or site it is refused."""
+    lm = load_language_model(str(tiny_gemma3), dtype="float32")
+    tokens = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    for library, sae in one_of_each(kind, 1, tmp_path / "saes").items():
+        for asked in ({}, {"layer": 1}, {"layer": 1, "site": kind}, {"site": kind}):
+            subject = open_autoencoders([str(sae)], str(tiny_gemma3), **asked)
+            assert (subject.config.layer, subject.config.place.kind) == (1, kind), library
+        # Gemma normalizes what its modules put out; libraries that name the module mean what it puts out.
+        path = library.startswith(("saelens, a module", "sparsify"))
+        module = {"mlp_out": "model.layers.1.mlp", "attn_out": "model.layers.1.self_attn"}.get(kind) if path else None
+        place = open_autoencoders([str(sae)], str(tiny_gemma3)).config.place
+        torch.testing.assert_close(
+            activations(lm, tokens, place),
+            activations(lm, tokens, from_hook_name(module or f"blocks.1.hook_{kind}")),
+            rtol=0,
+            atol=0,
+        )
+        for other in (["--layer", "2"], ["--layer", "1", "--site", "resid_post"], ["--site", "resid_pre"]):
+            assert main([str(sae), *options, *other]) == 2, library
             error = capsys.readouterr().err.strip().splitlines()[-1]
-            assert f"blocks.1.hook_{kind}" in error, (sae, error)
-            assert "cannot measure; it measures a block's output (blocks.N.hook_resid_post" in error
-    assert tsae.load(sae).encode(torch.zeros(1, D_IN)).shape == (1, D_SAE)  # but it can be used
+            assert f"blocks.1.hook_{kind}" in error
+            assert "; leave out --site and --layer to measure it there" in error
+    assert main([str(sae), *options, "--out", str(tmp_path / "out.json")]) == 0
+
+
+def test_the_figures_of_another_place_than_the_residual_stream(options, tmp_path) -> None:
+    """The same for a file that names the place, and for one that says nothing and --site."""
+    named, silent = saelens(tmp_path / "named", hook_name="blocks.1.hook_mlp_out"), saelens(tmp_path / "silent")
+    figures = []
+    for sae, asked in ((named, []), (silent, ["--layer", "1", "--site", "mlp_out"]), (silent, ["--layer", "1"])):
+        assert main([str(sae), *options, *asked, "--out", str(tmp_path / "out.json")]) == 0
+        figures.append(json.loads((tmp_path / "out.json").read_text()))
+    assert figures[0] == figures[1] != figures[2]
+    assert main([str(silent), *options, "--site", "mlp_out"]) == 2
+
+
+def test_names_that_mean_two_tensors_in_this_model_are_measured_apart(options, tmp_path, capsys) -> None:
+    hook = saelens(tmp_path / "hook", hook_name="blocks.1.hook_mlp_out")
+    module = saelens(tmp_path / "module", hook_name="model.layers.1.mlp")
+    assert main([str(hook), str(module), *options]) == 2
+    assert "module encodes model.layers.1.mlp, which in" in capsys.readouterr().err
+    normed = saelens(tmp_path / "normed", hook_name="model.layers.1.post_feedforward_layernorm")
+    assert main([str(hook), str(normed), *options]) == 0
+
+
+def test_attention_heads_are_measured_at_the_output_projection(options, tmp_path, tiny_gemma3, capsys) -> None:
+    """SAELens's hook_z, of all heads: [heads, d_head] side by side, as the projection is given them."""
+    lm = load_language_model(str(tiny_gemma3), dtype="float32")
+    tokens = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    seen = []
+    handle = lm.blocks[1].self_attn.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    x = activations(lm, tokens, from_hook_name("blocks.1.attn.hook_z"))
+    handle.remove()
+    torch.testing.assert_close(x, seen[-1], rtol=0, atol=0)
+    for number, said in enumerate(({}, {"reshape_activations": "hook_z"})):
+        sae = saelens(tmp_path / str(number), hook_name="blocks.1.attn.hook_z")
+        cfg = json.loads((sae / "cfg.json").read_text()) | said
+        (sae / "cfg.json").write_text(json.dumps(cfg))
+        status = main([str(sae), *options])
+        if x.shape[-1] == D_IN:
+            assert status == 0
+        else:
+            assert f"blocks.1.attn.hook_z of {tiny_gemma3} has {x.shape[-1]}" in capsys.readouterr().err
+
+
+def test_the_mlps_input_by_saelens_name_is_said(options, tmp_path, caplog) -> None:
+    """TransformerLens's hook of that name comes before the norm."""
+    with caplog.at_level(logging.WARNING):
+        assert main([str(saelens(tmp_path / "sae", hook_name="blocks.1.hook_mlp_in")), *options]) == 0
+    assert any("sae encodes blocks.1.hook_mlp_in, taken as what the MLP is given, after" in m for m in caplog.messages)
+    caplog.clear()
+    module = {"hf_hook_name": "model.layers.1.pre_feedforward_layernorm.output"}
+    with caplog.at_level(logging.WARNING):
+        assert main([str(saelens(tmp_path / "b", hook_name="blocks.1.hook_mlp_in", **module)), *options]) == 0
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize(("kind", "layer"), [("resid_post", 1), ("resid_pre", 2)])
@@ -147,7 +216,6 @@ def test_the_figures_are_of_the_place_that_the_file_names(options, tmp_path) -> 
 @pytest.mark.parametrize(
     "name",
     [
-        "blocks.0.hook_resid_pre",
         "hook_embed",
         "blocks.1.ln1.hook_normalized",
         "blocks.1.attn.hook_q",
@@ -167,11 +235,12 @@ def test_several_must_be_of_one_layer(options, tmp_path, tiny_gemma3, capsys) ->
     second = saelens(tmp_path / "second", hook_name="blocks.2.hook_resid_post")
     assert main([str(first), str(second), *options]) == 2
     assert (
-        "encode different layers (first: 1, second: 2); measure those of one layer at a time" in capsys.readouterr().err
+        "encode different layers (first: layer 1, second: layer 2); measure those of one layer at a time"
+        in capsys.readouterr().err
     )
     run = write_run(tmp_path / "run", tiny_gemma3)  # of layer 1
     assert main([str(run), str(second), *options]) == 2
-    assert "(run: 1, second: 2)" in capsys.readouterr().err
+    assert "(run: layer 1, second: layer 2)" in capsys.readouterr().err
     assert main([str(run), *options, "--layer", "2"]) == 2
     assert "run encodes blocks.1.hook_resid_post, the output of block 1, not of block 2" in capsys.readouterr().err
     same = saelens(tmp_path / "same", hook_name="blocks.2.hook_resid_pre")
@@ -349,7 +418,6 @@ def test_metadata_survives_folding_and_a_dropped_hysteresis(tmp_path, tiny_gemma
         ({"hook_head_index": 3}, "encodes head 3 of an attention layer"),
         ({"hook_name": "blocks.1.hook_resid_post", "hook_layer": 2}, "contradict each other"),
         ({"hook_name": "a", "hook_name_out": "b"}, "predicts b from a (hook_name_out), so it is a transcoder"),
-        ({"hook_name": "blocks.1.attn.hook_z"}, "encodes attention heads (hook_z)"),
     ],
 )
 @pytest.mark.parametrize("legacy", [False, True])
@@ -378,7 +446,7 @@ def test_the_names_of_places() -> None:
     for path, site, model in (
         ("gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82", ("resid_post", 12), "google/gemma-2-2b"),
         ("models--google--gemma-scope-9b-it-res/snapshots/1f/layer_9/w", ("resid_post", 9), "google/gemma-2-9b-it"),
-        ("gemma-scope-9b-pt-att/layer_9/width_16k/x", ("other", 9), "google/gemma-2-9b"),
+        ("gemma-scope-9b-pt-att/layer_9/width_16k/x", ("hook_z", 9), "google/gemma-2-9b"),
         ("gemma-scope-2-1b-pt/mlp_out_all/layer_7_width_16k_l0_big", ("mlp_out", 7), "google/gemma-3-1b-pt"),
         ("gemma-scope-2-1b-it/transcoder/layer_7_width_16k", ("other", 7), "google/gemma-3-1b-it"),
     ):
@@ -407,7 +475,7 @@ def test_older_names_of_the_place_within_metadata(tmp_path) -> None:
 def test_a_module_path_alone_names_the_place(options, tmp_path, capsys) -> None:
     sae = saelens(tmp_path / "mlp", hf_hook_name="model.layers.2.mlp")
     assert main([str(sae), *options, "--layer", "1"]) == 2
-    assert "encodes model.layers.2.mlp (blocks.2.hook_mlp_out), which" in capsys.readouterr().err
+    assert "encodes model.layers.2.mlp (blocks.2.hook_mlp_out), not block 1 (--layer); leave" in capsys.readouterr().err
     sae = saelens(tmp_path / "block", hf_hook_name="model.layers.2")
     assert open_autoencoders([str(sae)], "any").config.layer == 2
 

@@ -66,6 +66,9 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "llama": ("LlamaForCausalLM", "LlamaConfig", _LLAMA),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _LLAMA),
+    "mistral": ("MistralForCausalLM", "MistralConfig", _LLAMA),
+    "granite": ("GraniteForCausalLM", "GraniteConfig", _LLAMA | {"residual_multiplier": 0.22}),
+    "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", _LLAMA),
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", _GEMMA | {"query_pre_attn_scalar": 16}),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", _GEMMA | {"query_pre_attn_scalar": 16}),
     "gemma3n": (

@@ -34,7 +34,8 @@ def cache_key(cfg: TrainConfig, lm: LanguageModel, storage: torch.dtype, group: 
         "revision": cfg.revision,
         "weights": _fingerprint_weights(lm),
         "layer": cfg.layer,
-        "d_model": site_width(lm, cfg.layer),
+        **({} if cfg.place.kind == "resid_post" else {"site": cfg.site}),  # caches of the first versions have none
+        "d_model": site_width(lm, cfg.place),
         "lm_dtype": str(lm.dtype).removeprefix("torch."),
         "tokenizer": _fingerprint_tokenizer(lm.tokenizer),
         "special_tokens_in_text": "plain text",  # without this entry: special tokens in text were read as such

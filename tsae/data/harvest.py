@@ -11,6 +11,7 @@ from torch import Tensor
 from tsae.data.sequences import SequenceStream, TokenBatch
 from tsae.lm.hooks import activations
 from tsae.lm.loading import LanguageModel
+from tsae.lm.site import Site
 from tsae.lm.trial_run import site_width
 
 
@@ -34,19 +35,20 @@ class ActivationBatch(NamedTuple):
         return 0
 
 
-def content_activations(lm: LanguageModel, batch: TokenBatch, layer: int) -> Tensor:
-    """The residual stream after block ``layer`` at content positions: the model sees the prefix (BOS), we do not.
+def content_activations(lm: LanguageModel, batch: TokenBatch, place: int | Site) -> Tensor:
+    """The activations at a place at content positions: the model sees the prefix (BOS), we do not.
 
+    place: a block, for its output, or a `Site`
     out: [N, T, d] in the model's dtype, on its device
     """
-    return activations(lm, batch.tokens, layer)[:, -batch.segments.shape[1] :]
+    return activations(lm, batch.tokens, place)[:, -batch.segments.shape[1] :]
 
 
 class Harvester:
-    """Runs the language model, up to one layer, on the sequences of a stream.
+    """Runs the language model, up to one place, on the sequences of a stream.
 
     Args:
-        lm, layer: the model and the block whose output is kept.
+        lm, place: the model and the place whose activations are kept; a block's number is that of its output.
         stream: source of sequences.
         batch: sequences per forward pass.
         dtype: storage dtype of the activations.
@@ -55,13 +57,13 @@ class Harvester:
     def __init__(
         self,
         lm: LanguageModel,
-        layer: int,
+        place: int | Site,
         stream: SequenceStream,
         *,
         batch: int = 16,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.lm, self.layer, self.stream, self.batch = lm, layer, stream, batch
+        self.lm, self.place, self.stream, self.batch = lm, place, stream, batch
         self.dtype = dtype or lm.dtype
 
     def tokenize(self, n: int) -> TokenBatch:
@@ -75,13 +77,13 @@ class Harvester:
         The position of the prefix (BOS) is fed to the model and dropped here.
         """
         for part in tokens.split(self.batch):
-            x = content_activations(self.lm, part, self.layer)
+            x = content_activations(self.lm, part, self.place)
             yield ActivationBatch(x.to("cpu", self.dtype), part.segments)
 
     def placeholders(self, tokens: TokenBatch) -> Iterator[ActivationBatch]:
         """`batches` without running the model: x has the right shape and dtype, on the meta device."""
         for segments in tokens.segments.split(self.batch):
-            x = torch.empty(*segments.shape, site_width(self.lm, self.layer), dtype=self.dtype, device="meta")
+            x = torch.empty(*segments.shape, site_width(self.lm, self.place), dtype=self.dtype, device="meta")
             yield ActivationBatch(x, segments)
 
     def take(self, n: int) -> ActivationBatch:

@@ -29,10 +29,11 @@ from tsae.evaluation.metrics import (
     TemporalMetrics,
     shuffle_within_segments,
 )
-from tsae.evaluation.places import common_block, stated_block
+from tsae.evaluation.places import common_site, stated_site
 from tsae.evaluation.subject import check_width
 from tsae.lm.hooks import logits_with
 from tsae.lm.loading import LanguageModel
+from tsae.lm.site import Site, as_site
 from tsae.rundir import layout
 from tsae.sae.model import SparseAutoencoder
 from tsae.utils.atomic import atomic_write, write_json, writing
@@ -86,7 +87,7 @@ class EvaluationResult:
 class _Settings:
     """What to measure: the keywords of `evaluate_all`."""
 
-    layer: int
+    place: Site
     ce_sequences: int
     lm_batch: int
     seed: int
@@ -100,7 +101,7 @@ def evaluate(
     lm: LanguageModel,
     batches: Iterable[TokenBatch],
     *,
-    layer: int,
+    layer: int | Site,
     ce_sequences: int = 16,
     lm_batch: int = 4,
     harvest_batch: int = 16,
@@ -114,12 +115,12 @@ def evaluate(
     sae:            the autoencoder; its arithmetic is float32
     lm:             the language model
     batches:        the evaluation set, finite: tokens [N, 1 + T] with BOS first, segments [N, T]
-    layer:          block whose output is encoded, counted from 0
+    layer:          block whose output is encoded, counted from 0, or another place
     ce_sequences:   sequences, from the start of the set, that also go through the complete language model for the
                     cross-entropy and KL metrics (with 0 these are 0.0)
     lm_batch:       sequences per complete pass; two [lm_batch, 1 + T, V] logits are held at once: 1.1 GB for
                     4 sequences, float32 and a vocabulary of 262,144
-    harvest_batch:  sequences per pass up to `layer`
+    harvest_batch:  sequences per pass up to the place
     seed:           of the permutation behind `persistence_excess_shuffled`
     reference_mean: [d] activation for the mean ablation; None takes the mean of the evaluation set
     massive_ratio:  tokens whose norm is above this multiple of the median norm are massive (see `MassiveActivations`)
@@ -133,8 +134,8 @@ def evaluate(
     (20.5 nats after layer 9), so `ce_loss_score` is higher than SAEBench's; `ce_loss_score_mean_ablation` (7.3 nats
     with BOS, 7.5 without) does not depend on the choice.
 
-    Raises UserError if the autoencoder's width is not the model's, it says that it encodes something else than the
-    output of `layer`, the set has no token, or a metric is not finite.
+    Raises UserError if the autoencoder's width is not the model's, it says that it encodes another place than
+    `layer`, the set has no token, or a metric is not finite.
     """
     (result,) = evaluate_all(
         {"": sae},
@@ -159,7 +160,7 @@ def evaluate_all(
     lm: LanguageModel,
     batches: Iterable[TokenBatch],
     *,
-    layer: int,
+    layer: int | Site,
     ce_sequences: int = 16,
     lm_batch: int = 4,
     harvest_batch: int = 16,
@@ -168,7 +169,7 @@ def evaluate_all(
     massive_ratio: float = 4.0,
     progress: ProgressCallback | None = None,
 ) -> dict[str, EvaluationResult]:
-    """`evaluate` for several autoencoders of one layer. Each scores the same as by itself.
+    """`evaluate` for several autoencoders of one place. Each scores the same as by itself.
 
     Activations are harvested once, and the untouched and ablated passes of the language model are shared: each further
     autoencoder costs its own arithmetic and one pass with its reconstruction. Metrics that are not finite are returned
@@ -179,16 +180,17 @@ def evaluate_all(
         `evaluate`
     out: by the same names
 
-    Raises UserError if an autoencoder's width is not the model's, it says that it encodes something else than the
-    output of `layer`, or the set has no token.
+    Raises UserError if an autoencoder's width is not the model's, it says that it encodes another place than
+    `layer`, or the set has no token.
     """
+    place = as_site(layer)
     for name, sae in saes.items():
         if isinstance(sae, SparseAutoencoder):  # any other module with encode and decode has no configuration
-            check_width(sae, lm, layer, name)
-            common_block({name: stated_block(name, sae)[0]}, layer, {name: sae})
+            check_width(sae, lm, place, name)
+            common_site({name: stated_site(name, sae)[0]}, {name: sae}, place)
     parts = [part for batch in batches for part in batch.split(harvest_batch)]
     report = progress or (lambda *_: None)
-    settings = _Settings(layer, ce_sequences, lm_batch, seed, reference_mean, report, massive_ratio)
+    settings = _Settings(place, ce_sequences, lm_batch, seed, reference_mean, report, massive_ratio)
     were_training = {name: sae.training for name, sae in saes.items()}
     for sae in saes.values():
         sae.eval()
@@ -245,7 +247,7 @@ def _measure(
     settings.progress("features", 0, total)  # starts the bar's clock
     for part in parts:
         segments = part.segments.to(device)
-        x = content_activations(lm, part, settings.layer).to(device, torch.float32)  # [N, T, d]
+        x = content_activations(lm, part, settings.place).to(device, torch.float32)  # [N, T, d]
         shuffled = shuffle_within_segments(x, segments, generator)
         for name, sae in saes.items():
             features[name].update(sae, x, shuffled, segments)
@@ -288,10 +290,10 @@ def _predictions(
             (shared, "with_ablation", torch.zeros_like),
             (shared, "with_mean_ablation", lambda x: settings.reference_mean.expand(x.shape)),
         ]
-        untouched = logits_with(lm, tokens, settings.layer, None)
+        untouched = logits_with(lm, tokens, settings.place, None)
         shared.update("without_sae", untouched, tokens, segments)
         for metrics, run, content in runs:
-            logits = logits_with(lm, tokens, settings.layer, _replace_content(content, segments))
+            logits = logits_with(lm, tokens, settings.place, _replace_content(content, segments))
             # KL is reported against zero ablation alone.
             reference = untouched if run != "with_mean_ablation" else None
             metrics.update(run, logits, tokens, segments, reference)
@@ -361,9 +363,9 @@ def evaluation_progress() -> Iterator[ProgressCallback]:
 
 
 def evaluation_options(config: TrainConfig) -> dict[str, Any]:
-    """The keywords of `evaluate` that a run's ``config`` sets: layer, sizes and seed."""
+    """The keywords of `evaluate` that a run's ``config`` sets: place, sizes and seed."""
     return {
-        "layer": config.layer,
+        "layer": config.place,
         "ce_sequences": config.evaluation.ce_sequences,
         "lm_batch": config.evaluation.lm_batch,
         "harvest_batch": config.buffer.harvest_batch,

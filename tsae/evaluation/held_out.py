@@ -138,5 +138,5 @@ def training_sample(config: TrainConfig, lm: LanguageModel) -> list[ActivationBa
         return open_text(config.data, part="train", seed=config.stream_seed, config=config.text, epoch=epoch)
 
     stream = SequenceStream(documents, lm.tokenizer, config.length)
-    harvester = Harvester(lm, config.layer, stream, batch=config.buffer.harvest_batch, dtype=torch.float32)
+    harvester = Harvester(lm, config.place, stream, batch=config.buffer.harvest_batch, dtype=torch.float32)
     return list(harvester.batches(harvester.tokenize(config.evaluation.sequences)))

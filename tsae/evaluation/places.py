@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tsae.errors import UserError
-from tsae.lm.site import MEASURABLE, Site
+from tsae.lm.site import MEASURABLE, Site, as_site
 from tsae.sae.metadata import site_of
 from tsae.sae.model import SparseAutoencoder
 
@@ -27,51 +27,81 @@ _WITHOUT_EFFECT = frozenset(
 _ALIASES = {"gpt2-small": "gpt2"}  # TransformerLens's name, and the hub's
 
 
-def stated_block(name: str, sae: SparseAutoencoder) -> tuple[int | None, list[str]]:
-    """The block whose output an autoencoder says it encodes, None if it says nothing, and warnings.
+def stated_site(name: str, sae: SparseAutoencoder) -> tuple[Site | None, list[str]]:
+    """The place that an autoencoder says it encodes, None if it says nothing, and warnings.
 
     name: of the autoencoder, for messages
 
     Raises:
-        UserError: it encodes something else than a block's output.
+        UserError: it encodes something that is no place of a decoder block.
     """
     site, layer = site_of(sae.metadata), sae.metadata.get("hook_layer")
     if site is None:
         if layer is None:
             return None, []
-        return layer, [f"{name} names layer {layer}, but not which of its activations; taken as the block's output"]
-    if site.block is None:
+        said = f"{name} names layer {layer}, but not which of its activations; taken as the block's output"
+        return as_site(layer), [said]
+    if not site.locatable:
         raise UserError(
             f"{called(name)} encodes {_spelt(sae.metadata, site)}, which this version cannot measure; it measures "
             f"{MEASURABLE}."
         )
-    return site.block, []
+    if site.kind == "mlp_in" and sae.metadata.get("hf_hook_name") is None:
+        return site, [f"{name} encodes {site.name}, taken as what the MLP is given, after the norm before it"]
+    return site, []
 
 
-def common_block(blocks: Mapping[str, int | None], asked: int | None, saes: Mapping[str, SparseAutoencoder]) -> int:
-    """The block to measure at.
+def common_site(
+    sites: Mapping[str, Site | None],
+    saes: Mapping[str, SparseAutoencoder],
+    asked: Site | None = None,
+    layer: int | None = None,
+) -> Site:
+    """The place to measure at.
 
-    blocks: what each autoencoder says, None for nothing; without `asked` at least one is not None
-    asked: `--layer`; None takes what they say
+    sites: what each autoencoder says, None for nothing; without `asked` and `layer` at least one is not None
+    asked: the place that they must agree with; None takes what they say
+    layer: `--layer` without `--site`: the block of what they say, or if they say nothing, the one whose output it is
 
     Raises:
-        UserError: they say different blocks, or another than was asked for.
+        UserError: they say different places, or another than was asked for.
     """
-    said = {name: block for name, block in blocks.items() if block is not None}
-    if asked is None and len(set(said.values())) > 1:
-        each = ", ".join(f"{name}: {block}" for name, block in said.items())
+    said = {name: site for name, site in sites.items() if site is not None}
+    if asked is None and len({site.key for site in said.values()}) > 1:
+        each = ", ".join(
+            f"{name}: {(as_site(site.block) if site.block is not None else site).described}"
+            for name, site in said.items()
+        )
         raise UserError(f"The autoencoders encode different layers ({each}); measure those of one layer at a time.")
+    if asked is None and layer is None:
+        return _canonical(next(iter(said.values())))  # the caller has made sure that there is one
+    for name, site in said.items():
+        wrong = site.key != asked.key if asked is not None else _layer(site) != layer
+        if wrong:
+            raise UserError(_another_place(name, saes[name].metadata, site, asked, layer))
     if asked is None:
-        return next(iter(said.values()))  # the caller has made sure that there is one
-    for name, block in said.items():
-        if block != asked:
-            site = site_of(saes[name].metadata)
-            what = f"{_spelt(saes[name].metadata, site)}, " if site else ""
-            raise UserError(
-                f"{called(name)} encodes {what}the output of block {block}, not of block {asked} (--layer); leave out "
-                "--layer to measure it there."
-            )
+        return _canonical(next(iter(said.values()), as_site(layer)))
     return asked
+
+
+def _canonical(site: Site) -> Site:
+    """The input of a block as the output of the one before."""
+    return site if site.block is None else as_site(site.block)
+
+
+def _layer(site: Site) -> int | None:
+    return site.layer if site.block is None else site.block
+
+
+def _another_place(name: str, metadata: dict[str, Any], site: Site, asked: Site | None, layer: int | None) -> str:
+    """The sentence for an autoencoder of another place than was asked for."""
+    spelt, block = _spelt(metadata, site), layer if asked is None else asked.block
+    if site.block is not None and block is not None:
+        what = f"{spelt}, " if site_of(metadata) else ""
+        what = f"{what}the output of block {site.block}, not of block {block}"
+        return f"{called(name)} encodes {what} (--layer); leave out --layer to measure it there."
+    what = f"not block {layer} (--layer)" if asked is None else f"not {asked.name}"
+    return f"{called(name)} encodes {spelt}, {what}; leave out --site and --layer to measure it there."
 
 
 def called(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What a command measures: autoencoders of one layer, and the language model whose activations they encode.
+"""What a command measures: autoencoders of one place, and the language model whose activations they encode.
 
 Every command opens its subject here, so that all make the same checks in the same order: first the files, then, with
 the language model loaded, its layer, its context and the widths. No text goes through the model.
@@ -14,12 +14,15 @@ from typing import TypeVar
 
 from tsae.config import TrainConfig
 from tsae.errors import UserError
-from tsae.evaluation.places import bos_warnings, common_block, stated_block, use_bos, warnings_about
+from tsae.evaluation.places import bos_warnings, called, common_site, stated_site, use_bos, warnings_about
 from tsae.formats import load
+from tsae.lm.hook_points import find
 from tsae.lm.loading import LanguageModel, load_language_model
+from tsae.lm.site import KINDS, Site, as_site, from_hook_name, from_option
 from tsae.lm.trial_run import check_site, site_width
 from tsae.rundir import layout
 from tsae.rundir.directory import read_config
+from tsae.sae.metadata import site_of
 from tsae.sae.model import SparseAutoencoder
 from tsae.utils.device import resolve_device
 from tsae.utils.paths import expanded
@@ -30,12 +33,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Subject:
-    """Autoencoders of one layer of one language model."""
+    """Autoencoders of one place in one language model."""
 
     saes: dict[str, SparseAutoencoder]
     """By name, in `eval()` mode."""
     config: TrainConfig
-    """The language model, layer, text and sizes to measure with."""
+    """The language model, place, text and sizes to measure with."""
     runs: dict[str, TrainConfig]
     """The configurations of those that are runs, by the same names."""
 
@@ -54,7 +57,7 @@ class Subject:
         device: as on the command line; None takes the configuration's
 
         Raises:
-            UserError: the model or the device cannot be used, the model has no such layer, cannot be run there or
+            UserError: the model or the device cannot be used, the model has no such place, cannot be run there or
                 takes fewer tokens, or a width differs.
         """
         config = self.config
@@ -62,11 +65,12 @@ class Subject:
             device = config.device if config.lm_device == "auto" else config.lm_device
         where = resolve_device(device)
         lm = load_language_model(config.model, device=where, dtype=config.lm_dtype, revision=config.revision)
-        check_site(lm, config.layer, 1 + config.length)
+        check_site(lm, config.place, 1 + config.length)
         others = {name: sae for name, sae in self.saes.items() if name not in self.runs}
         _warn(bos_warnings(others, lm.prefix_id, lm.name))
         for name, sae in self.saes.items():
-            check_width(sae, lm, config.layer, name)
+            _check_module(name, sae, lm, config.place)
+            check_width(sae, lm, config.place, name)
             sae.to(lm.device)
         return lm
 
@@ -91,25 +95,34 @@ def open_run(run: Path) -> Subject:
         raise UserError(f"{run} has no trained autoencoder in sae/; let training finish, or resume it.")
     name = run.absolute().name
     saes = {name: SparseAutoencoder.load(run / layout.AUTOENCODER)}
-    return _subject(saes, config, {name: config}, config.layer)
+    return _subject(saes, config, {name: config}, config.place)
 
 
 def _subject(
-    saes: dict[str, SparseAutoencoder], config: TrainConfig, runs: dict[str, TrainConfig], layer: int | None
+    saes: dict[str, SparseAutoencoder],
+    config: TrainConfig,
+    runs: dict[str, TrainConfig],
+    asked: Site | None = None,
+    layer: int | None = None,
 ) -> Subject:
-    """A subject measured at ``layer``, or where the autoencoders say, after a comparison with what they say."""
-    blocks: dict[str, int | None] = {}
+    """A subject measured at ``asked``, or where the autoencoders say, after a comparison with what they say.
+
+    layer: `--layer` without `--site`
+    """
+    sites: dict[str, Site | None] = {}
     for name, sae in saes.items():
-        blocks[name], warnings = stated_block(name, sae)
+        sites[name], warnings = stated_site(name, sae)
         _warn(warnings)
-        if blocks[name] is None and name in runs:
-            blocks[name] = runs[name].layer
-    if layer is None and all(block is None for block in blocks.values()):
+        if sites[name] is None and name in runs:
+            sites[name] = runs[name].place
+    if asked is None and layer is None and all(site is None for site in sites.values()):
         raise UserError(f"{next(iter(saes))} does not say which layer it encodes; name it with --layer.")
-    config = replace(config, layer=common_block(blocks, layer, saes))
-    if layer is None:
-        silent = [name for name, block in blocks.items() if block is None]
-        _warn(f"{name} does not say which layer it encodes; taken as {config.layer}, as the others" for name in silent)
+    site = common_site(sites, saes, asked, layer)
+    config = replace(config, layer=site.layer, site=site.option)
+    if asked is None and (layer is None or site.kind != "resid_post"):
+        silent = [name for name, said in sites.items() if said is None]
+        taken = config.layer if site.kind == "resid_post" else site.described
+        _warn(f"{name} does not say which layer it encodes; taken as {taken}, as the others" for name in silent)
     bos, warnings = use_bos(saes)
     _warn(warnings)
     for name, sae in saes.items():
@@ -122,15 +135,18 @@ def _warn(warnings: Iterable[str]) -> None:
         logger.warning("%s.", warning)
 
 
-def open_autoencoders(sources: Sequence[str], model: str | None = None, layer: int | None = None) -> Subject:
+def open_autoencoders(
+    sources: Sequence[str], model: str | None = None, layer: int | None = None, site: str | None = None
+) -> Subject:
     """Autoencoders in any known format, named by the last part of their paths, or by all of it where two share that.
 
     sources: run directories, other directories, or `OWNER/NAME/FOLDER` on the hub
-    model, layer: what they encode; None takes the model of the runs among them, and the layer that they name
+    model, layer, site: what they encode, as `--model`, `--layer` and `--site`; None takes the model of the runs among
+        them, and the place that they name; a layer without a site, the place in it that they name
 
     Raises:
         UserError: an autoencoder is named twice or cannot be read, what they encode is unknown or differs, it is no
-            block's output, or it is another layer than was asked for.
+            place of a decoder block, or it is another one than was asked for.
     """
     if len(set(sources)) < len(sources):
         raise UserError(f"{next(s for s in sources if sources.count(s) > 1)} is named twice; name each once.")
@@ -149,7 +165,37 @@ def open_autoencoders(sources: Sequence[str], model: str | None = None, layer: i
     config = next(iter(runs.values()), TrainConfig())
     if model is not None:
         config = replace(config, model=model, revision=None)
-    return _subject(saes, config, runs, layer)
+    return _subject(saes, config, runs, _asked(site, layer, saes), layer)
+
+
+def _asked(site: str | None, layer: int | None, saes: dict[str, SparseAutoencoder]) -> Site | None:
+    """The place that `--site` and `--layer` name; without `--layer` in the block that the path or the first file names.
+
+    None without `--site`.
+    """
+    if site is None:
+        return None
+    if layer is None and site not in KINDS:
+        layer = from_hook_name(site).layer
+    if layer is None:
+        said = site_of(next(iter(saes.values())).metadata)
+        layer = None if said is None else said.layer
+    if layer is None:
+        raise UserError(f"--site {site} names no block; add --layer.")
+    return from_option(site, layer)
+
+
+def _check_module(name: str, sae: SparseAutoencoder, lm: LanguageModel, place: Site) -> None:
+    """Raise `UserError` if the place that an autoencoder names is another tensor of this model than ``place``.
+
+    Names of the same kind may differ: in Gemma `model.layers.3.mlp` is not what the MLP adds to the residual stream.
+    """
+    said = site_of(sae.metadata)
+    if said is not None and said.kind != "mlp_in" and said.block is None and not find(lm, said).same(find(lm, place)):
+        raise UserError(
+            f"{called(name)} encodes {said.name}, which in {lm.name} is another tensor than {place.name}; measure them "
+            "one at a time."
+        )
 
 
 def by_name(places: Sequence[Place], names: Sequence[str]) -> dict[str, Place]:
@@ -166,14 +212,16 @@ def _config_of(source: str) -> TrainConfig | None:
     return None
 
 
-def check_width(sae: SparseAutoencoder, lm: LanguageModel, layer: int, name: str) -> None:
-    """Raise `UserError` unless the autoencoder has the width of what block ``layer`` of the language model puts out.
+def check_width(sae: SparseAutoencoder, lm: LanguageModel, place: int | Site, name: str) -> None:
+    """Raise `UserError` unless the autoencoder has the width of the activations at a place of the language model.
 
+    place: a block, for its output, or a `Site`
     name: of the autoencoder, for the message; may be empty
     """
-    width = site_width(lm, layer)
+    width, site = site_width(lm, place), as_site(place)
     if sae.cfg.d_in != width:
+        where = f"the blocks of {lm.name} put out" if site.kind == "resid_post" else f"{site.name} of {lm.name} has"
         raise UserError(
-            f"{f'The autoencoder {name}'.strip()} takes activations of width {sae.cfg.d_in}, but the blocks of "
-            f"{lm.name} put out {width}; name the model that it was trained on."
+            f"{f'The autoencoder {name}'.strip()} takes activations of width {sae.cfg.d_in}, but "
+            f"{where} {width}; name the model that it was trained on."
         )

@@ -18,7 +18,7 @@ from tsae.formats.build import build, ungated
 from tsae.formats.fields import read as field
 from tsae.formats.fields import require_no_others
 from tsae.formats.forms import common_architecture
-from tsae.lm.site import Site, from_hook_name, from_submodule, submodule_name
+from tsae.lm.site import Site, from_hook_name, from_module, from_submodule, submodule_name
 from tsae.sae import metadata
 from tsae.sae.model import SparseAutoencoder
 from tsae.utils.atomic import atomic_write, save_pickle, write_json
@@ -83,7 +83,8 @@ def _metadata(config: Path, values: dict[str, Any], trainer: dict[str, Any]) -> 
     if io not in ("in", "out"):
         raise UserError(f"{config} has buffer.io = {io!r}; this version reads 'out' and 'in', of autoencoders.")
     if name is not None:
-        site = from_submodule(name) if io == "out" else Site("other", said["hook_layer"], f"the input of {name}")
+        site = from_submodule(name)
+        site = site if io == "out" else _input_of(site, said["hook_layer"])
         said["hook_name"] = site.hook_name
     elif io == "in" and said["hook_layer"] is not None:
         said["hook_name"] = Site("resid_pre", said["hook_layer"], "").hook_name
@@ -97,6 +98,16 @@ def _metadata(config: Path, values: dict[str, Any], trainer: dict[str, Any]) -> 
                 f"{config} says twice what {name} is, {value!r} and in metadata {own[name]!r}; correct one of them."
             )
     return metadata.checked(config, {name: value for name, value in said.items() if value is not None} | own)
+
+
+def _input_of(site: Site, layer: int | None) -> Site:
+    """What the module whose output is ``site`` is given."""
+    if site.module is not None and not site.of_input:
+        return from_module(f"{site.module}.input")
+    kind = {"resid_post": "resid_pre", "mlp_out": "mlp_in"}.get(site.kind)
+    if kind is None or site.layer is None:
+        return Site("other", layer, f"the input of {site.name}")
+    return Site(kind, site.layer, f"blocks.{site.layer}.hook_{kind}")
 
 
 def _infer_class(path: Path, tensors: Tensors) -> str:
@@ -229,6 +240,7 @@ def write(sae: SparseAutoencoder, directory: Path, extra: dict[str, Any]) -> Non
         save_pickle(_state(sae, kind), temporary)
     cfg, said = sae.cfg, sae.metadata | extra
     site = metadata.site_of(said)
+    io = "in" if site is not None and site.kind == "module" and site.of_input else "out"
     trainer = {
         "trainer_class": "tsae",
         "dict_class": kind,
@@ -240,7 +252,7 @@ def write(sae: SparseAutoencoder, directory: Path, extra: dict[str, Any]) -> Non
         "lm_name": said.get("model_name"),
         "submodule_name": None if site is None else submodule_name(site),
     }
-    buffer = {"d_submodule": cfg.d_in, "io": "out", "ctx_len": said.get("context_size"), "device": "cpu"}
+    buffer = {"d_submodule": cfg.d_in, "io": io, "ctx_len": said.get("context_size"), "device": "cpu"}
     write_json(out / CONFIG, {"trainer": trainer, "buffer": buffer, "metadata": said})
 
 

@@ -172,11 +172,12 @@ def _k(path: Path, values: dict[str, Any], kind: str) -> object:
 
 
 def _check_input(path: Path, values: dict[str, Any], said: dict[str, Any]) -> None:
-    """Raise `UserError` for input that is not a block's activations, and for a dtype that is none."""
+    """Raise `UserError` for input that is reshaped in an unknown way, and for a dtype that is none."""
     reshaped = field(path, values, "reshape_activations", str) or "none"
-    if reshaped == "hook_z" or "hook_z" in said.get("hook_name", ""):
-        raise UserError(f"{path} encodes attention heads (hook_z); only autoencoders of a block's output can be read.")
-    if reshaped != "none":
+    heads = "hook_z" in said.get("hook_name", "")  # [..., heads, d_head], which SAELens makes [..., heads * d_head]
+    if reshaped == "hook_z" and not heads:
+        raise UserError(f"{path} has reshape_activations = 'hook_z', but its hook_name is no hook_z; correct one.")
+    if reshaped not in ("none", "hook_z"):
         raise UserError(f"{path} has reshape_activations = {reshaped!r}; this version reads 'none'.")
     dtype = field(path, values, "dtype", str)
     if dtype is not None and dtype.removeprefix("torch.") not in DTYPES:

@@ -9,6 +9,7 @@ from typing import Any
 
 from tsae.config import SAEConfig
 from tsae.evaluation.catalogue import METRICS, lookup
+from tsae.lm.site import from_option
 
 # The metrics in the card's table.
 ROWS = (
@@ -57,7 +58,7 @@ def model_card(
     )
     kind = f"`{cfg.activation}`" + (f", k = {cfg.k}" if cfg.kind.k_sparse else "")
     parts = [f"---\n{head.to_yaml().strip()}\n---\n", f"# {plain(repo_id.split('/')[-1])}\n"]
-    of = f" for {plain(model)}, the output of block {training['layer']}" if model and "layer" in training else ""
+    of = f" for {plain(model)}, {_place(training)}" if model and "layer" in training else ""
     parts.append(f"A sparse autoencoder{of}: {cfg.d_sae:,} features of {cfg.d_in:,} dimensions ({kind}).\n")
     parts.append(
         "```python\n"
@@ -99,12 +100,21 @@ def _measured(evaluation: dict[str, Any], data: str, text: str | None) -> str:
     return "\n".join(lines) + "\n\nAll metrics are in `eval.json`.\n"
 
 
+def _place(training: dict[str, Any]) -> str:
+    """The place in words, from the run's configuration."""
+    site = from_option(training.get("site", "resid_post"), training["layer"])
+    if site.kind == "resid_post":
+        return f"the output of block {site.layer}"
+    return f"`{site.hook_name}`" if site.module is None else f"`{site.name}`"
+
+
 def _trained(training: dict[str, Any], model: str, data: str) -> str:
     steps, batch = training.get("steps"), training.get("batch")
     objective, optimizer = training.get("objective", {}), training.get("optimizer", {})
     rows = [
         ("model", model),
         ("block", training.get("layer")),
+        ("site", training.get("site")),
         ("text", data),
         ("steps", f"{steps:,} of {batch} x {training.get('length', 128)} tokens" if steps and batch else None),
         ("temporal objective", objective.get("temporal")),

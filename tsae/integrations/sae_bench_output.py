@@ -119,7 +119,7 @@ def _eval_config(config: TrainConfig, predicted: int, tokens: int) -> dict[str, 
 
 
 def _origin(name: str, sae: SparseAutoencoder, config: TrainConfig) -> dict[str, Any]:
-    measured = f"blocks.{config.layer}.hook_resid_post"
+    measured = config.place.hook_name
     hook = {"hook_name": sae.metadata.get("hook_name", measured), "hook_layer": config.layer}
     return {
         "sae_bench_commit_hash": f"tsae {_version()}",

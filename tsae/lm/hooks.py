@@ -1,32 +1,29 @@
-"""Reading and replacing a block's output with module hooks.
+"""Reading and replacing activations with module hooks.
 
-A block's output is a tensor [N, T, d], or a tuple or list that starts with one. Gemma 3n's blocks put out several
-streams [A, N, T, d]; the active one is read and replaced. Anything else is refused.
+A place is a block's number, for its output, or a `tsae.lm.site.Site`; `tsae.lm.hook_points` finds its module, and
+`tsae.lm.readout` the activations in what that module is given or puts out.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tsae.errors import UserError
+from tsae.lm.hook_points import HookPoint, check_layer, find
 from tsae.lm.loading import LanguageModel
+from tsae.lm.readout import Activations, forward
+from tsae.lm.site import Site, as_site
+
+__all__ = ["activations", "activations_at", "check_context", "check_layer", "check_tokens", "logits_with", "replacing"]
 
 
-class _Reached(Exception):  # noqa: N818  (not an error: carries the activations out of the forward pass)
-    def __init__(self, hidden: Tensor) -> None:
-        self.hidden = hidden
-
-
-def check_layer(lm: LanguageModel, layer: int) -> None:
-    """Raise UserError unless the model has block `layer`, counted from 0."""
-    if not 0 <= layer < lm.n_layers:
-        raise UserError(f"layer {layer} does not exist: {lm.name} has {lm.n_layers} layers, 0 to {lm.n_layers - 1}")
+class _Reached(Exception):  # noqa: N818  (not an error: the last place has been read)
+    pass
 
 
 def check_context(lm: LanguageModel, tokens: int) -> None:
@@ -51,123 +48,139 @@ def check_tokens(lm: LanguageModel, tokens: Tensor) -> None:
         )
 
 
-def activations(lm: LanguageModel, tokens: Tensor, layer: int) -> Tensor:
-    """The residual stream after block `layer` (SAELens's `blocks.{layer}.hook_resid_post`).
+def activations(lm: LanguageModel, tokens: Tensor, place: int | Site) -> Tensor:
+    """The activations at a place; for a block's number the residual stream after it (`blocks.N.hook_resid_post`).
 
-    The forward pass stops there: no later block, no language-model head, no key-value cache. It runs in inference
+    The forward pass stops there: no later module, no language-model head, no key-value cache. It runs in inference
     mode; the result is cloned outside it, because autograd cannot save tensors created inside.
 
     tokens: [N, P + T] int64, moved to the model's device if necessary.
-    layer: blocks counted from 0.
-    out: [N, P + T, d] in the block's dtype, which is the model's (Mamba's residual stream can be float32), on its
-        device, detached.
-    Raises UserError if the layer does not exist, the tokens are more than the model takes at once, a token's id has no
-    row in the embedding, or the block puts out no activations [N, P + T, d].
+    place: a block, counted from 0, or a `Site`.
+    out: [N, P + T, d] in the dtype of the activations, which is the model's (Mamba's residual stream can be float32),
+        on its device, detached.
+    Raises UserError if the place does not exist, the tokens are more than the model takes at once, a token's id has no
+    row in the embedding, or there are no activations [N, P + T, d].
     """
-    check_layer(lm, layer)
-    check_context(lm, tokens.shape[1])
-    check_tokens(lm, tokens)
+    (x,) = activations_at(lm, tokens, place)
+    return x
 
-    def stop(module: nn.Module, inputs: Any, output: Any) -> None:
-        raise _Reached(_Output(lm, layer, output, tokens).hidden)
 
-    with _hook(lm.blocks[layer], stop):
+def activations_at(lm: LanguageModel, tokens: Tensor, *places: int | Site) -> tuple[Tensor, ...]:
+    """The activations at several places in one forward pass, which stops once all have been read.
+
+    tokens, places: as in `activations`; the places in any order
+    out: one [N, P + T, d] for each place; widths may differ
+    Raises UserError as `activations`.
+    """
+    sites, points = _check(lm, tokens, places)
+    found: dict[int, Tensor] = {}
+
+    def keep(number: int, value: Any) -> None:
+        found[number] = _read(lm, sites[number], points[number], value, tokens.shape).hidden
+        if len(found) == len(points):
+            raise _Reached
+        found[number] = found[number].clone()  # later modules may write into it
+
+    with ExitStack() as stack:
+        for number, point in enumerate(points):
+            stack.enter_context(_hook(point, lambda value, number=number: keep(number, value)))
         try:
             with torch.inference_mode():
-                _forward(lm, tokens)
-        except _Reached as reached:
-            return reached.hidden.clone()
-    raise RuntimeError(f"the forward pass of {lm.name} did not reach block {layer}")
+                forward(lm, tokens)
+        except _Reached:
+            return tuple(found[number].clone() for number in range(len(points)))
+    missing = next(site for number, site in enumerate(sites) if number not in found)
+    raise RuntimeError(f"the forward pass of {lm.name} did not reach {missing.name}")
 
 
 @torch.no_grad()
 def logits_with(
-    lm: LanguageModel, tokens: Tensor, layer: int, replace: Callable[[Tensor], Tensor] | None = None
+    lm: LanguageModel, tokens: Tensor, place: int | Site, replace: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """The model's logits with the output of block `layer` replaced.
+    """The model's logits with the activations at a place replaced.
 
     tokens: [N, P + T] int64, moved to the model's device if necessary.
-    replace: the block's output [N, P + T, d] -> its replacement of the same shape, which is cast to its
-        dtype. None leaves the output unchanged.
+    place: as in `activations`.
+    replace: the activations [N, P + T, d] -> their replacement of the same shape, which is cast to their dtype.
+        None leaves them unchanged.
     out: [N, P + T, vocabulary] in the model's dtype, on its device; large for large vocabularies.
     Raises UserError as `activations`, ValueError if `replace` changes the shape.
     """
-    check_layer(lm, layer)
-    check_context(lm, tokens.shape[1])
-    check_tokens(lm, tokens)
-
-    def substitute(module: nn.Module, inputs: Any, output: Any) -> Any:
-        if replace is None:
-            return None
-        found = _Output(lm, layer, output, tokens)
-        hidden = found.hidden
-        new = replace(hidden)
-        if new.shape != hidden.shape:
-            raise ValueError(f"replace must keep the shape {tuple(hidden.shape)}, but gave {tuple(new.shape)}")
-        return found.replaced(new.to(hidden.dtype))
-
-    with _hook(lm.blocks[layer], substitute):
-        return _forward(lm, tokens).logits
-
-
-def _forward(lm: LanguageModel, tokens: Tensor) -> Any:
-    """The model's output, without a key-value cache; some classes have none, and no argument for it (GPT-1)."""
-    accepted = inspect.signature(lm.model.forward).parameters
-    cached = "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    return lm.model(input_ids=tokens.to(lm.device), **({"use_cache": False} if cached else {}))
-
-
-class _Output:
-    """A block's output, and the activations in it.
-
-    tokens: [N, P + T], what the model was given
-    Raises UserError if it has no activations [N, P + T, d].
-    """
-
-    def __init__(self, lm: LanguageModel, layer: int, output: Any, tokens: Tensor) -> None:
-        self.output = output
-        self.tensor = output[0] if type(output) in (tuple, list) and output else output
-        self.stream = _active_stream(lm, self.tensor)
-        if isinstance(self.tensor, Tensor):
-            self.hidden = self.tensor if self.stream is None else self.tensor[self.stream]
-            if self.hidden.ndim == 3 and self.hidden.shape[:2] == tokens.shape and self.hidden.is_floating_point():
-                return
-        N, T = tokens.shape
-        raise UserError(
-            f"Block {layer} of {lm.name} ({type(lm.blocks[layer]).__name__}) puts out {_described(output)} for {N} "
-            f"sequences of {T} tokens; only a model whose blocks put out activations [{N}, {T}, width], alone or first "
-            "in a tuple, can be used."
-        )
-
-    def replaced(self, new: Tensor) -> Any:
-        """The output with `new` [N, P + T, d] in the place of the activations."""
-        if self.stream is not None:
-            tensor = self.tensor.clone()
-            tensor[self.stream] = new
-            new = tensor
-        return type(self.output)((new, *self.output[1:])) if type(self.output) in (tuple, list) else new
-
-
-def _active_stream(lm: LanguageModel, output: Any) -> int | None:
-    """The index, in the output [A, N, T, d] of Gemma 3n's blocks, of the stream they compute on; None for others."""
-    if not isinstance(output, Tensor) or output.ndim != 4 or getattr(lm.model, "config", None) is None:
-        return None
-    config = lm.model.config.get_text_config(decoder=True)
-    streams, active = getattr(config, "altup_num_inputs", None), getattr(config, "altup_active_idx", None)
-    return active if streams == len(output) and isinstance(active, int) else None
-
-
-def _described(output: Any) -> str:
-    if isinstance(output, Tensor):
-        return f"a tensor {list(output.shape)} of {str(output.dtype).removeprefix('torch.')}"
-    if type(output) in (tuple, list) and output:
-        return f"a {type(output).__name__} that starts with {_described(output[0])}"
-    return f"an object of type {type(output).__name__}"
+    _check(lm, tokens, (place,))
+    with ExitStack() as stack:
+        if replace is not None:
+            stack.enter_context(replacing(lm, place, replace))
+        return forward(lm, tokens).logits
 
 
 @contextmanager
-def _hook(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
-    handle = module.register_forward_hook(hook)
+def replacing(lm: LanguageModel, place: int | Site, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While the block runs, every forward pass of the model has the activations at a place replaced.
+
+    Autograd is as outside. Works with `lm.model.generate`, whose passes after the first see one token each.
+
+    place: as in `activations`
+    replace: the activations [N, T, d] of a pass -> their replacement of the same shape, which is cast to their dtype
+    Raises UserError as `activations`, ValueError if `replace` changes the shape.
+    """
+    site = as_site(place)
+    point = find(lm, site)
+    change: list[Tensor] = []
+    shape: list[tuple[int, ...] | None] = [None]
+
+    def note_shape(module: nn.Module, args: Any, kwargs: Any) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        shape[0] = tuple(ids.shape) if isinstance(ids, Tensor) else None
+
+    def substitute(value: Any) -> Any:
+        read = _read(lm, site, point, value, shape[0])
+        new = replace(read.hidden)
+        if new.shape != read.hidden.shape:
+            raise ValueError(f"replace must keep the shape {tuple(read.hidden.shape)}, but gave {tuple(new.shape)}")
+        new = new.to(read.hidden.dtype)
+        change[:] = [new.float() - read.hidden.float()]
+        return read.replaced(new)
+
+    def carry(value: Any) -> Any:  # the residual stream that passed by the module
+        read = Activations(lm, value, shape[0], f"block {site.layer} of {lm.name}")
+        return read.replaced((read.hidden.float() + change.pop()).to(read.hidden.dtype))
+
+    with ExitStack() as stack:
+        stack.callback(lm.model.register_forward_pre_hook(note_shape, with_kwargs=True).remove)
+        stack.enter_context(_hook(point, substitute))
+        if point.block is not None:
+            stack.enter_context(_hook(HookPoint(point.block, "", False), carry))
+        yield
+
+
+def _check(lm: LanguageModel, tokens: Tensor, places: tuple[int | Site, ...]) -> tuple[list[Site], list[HookPoint]]:
+    sites = [as_site(place) for place in places]
+    for site in sites:
+        if site.layer is not None:
+            check_layer(lm, site.layer)
+    check_context(lm, tokens.shape[1])
+    check_tokens(lm, tokens)
+    return sites, [find(lm, site) for site in sites]
+
+
+def _read(lm: LanguageModel, site: Site, point: HookPoint, value: Any, shape: tuple[int, ...] | None) -> Activations:
+    """The activations in a value of the point's module; without `shape`, of any number of sequences and tokens."""
+    of_block = point.module is lm.blocks[site.layer]
+    what = f"Block {site.layer}" if of_block else f"Module {point.path}"
+    what = f"{what} of {lm.name} ({type(point.module).__name__})"
+    return Activations(lm, value, shape, what, of_input=point.of_input, flat=not of_block)
+
+
+@contextmanager
+def _hook(point: HookPoint, use: Callable[[Any], Any]) -> Iterator[None]:
+    """A hook that gives `use` the value at a point: an output, or `(args, kwargs)`. What it returns, if anything,
+    takes the value's place."""
+    if point.of_input:
+        handle = point.module.register_forward_pre_hook(
+            lambda module, args, kwargs: use((args, kwargs)), with_kwargs=True
+        )
+    else:
+        handle = point.module.register_forward_hook(lambda module, args, output: use(output))
     try:
         yield
     finally:

@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from tsae.lm.hook_points import HookPoint
+    from tsae.lm.site import Site
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Numbers of a configuration that no weight's shape depends on.
 _NOT_IN_SHAPES = ("num_attention_heads", "query_pre_attn_scalar")
@@ -42,7 +45,8 @@ class LanguageModel:
     model: in evaluation mode; no parameter requires a gradient.
     name: as given to `load_language_model`, for records and messages.
     dtype, device: of its weights and activations.
-    widths: width of the output of each block that `tsae.lm.trial_run.site_width` has measured.
+    widths: width of each place that `tsae.lm.trial_run.site_width` has measured.
+    points: the modules of each place that `tsae.lm.hook_points.find` has found.
     """
 
     model: PreTrainedModel
@@ -50,7 +54,8 @@ class LanguageModel:
     name: str
     dtype: torch.dtype
     device: torch.device
-    widths: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
+    widths: dict[Site, int] = field(default_factory=dict, repr=False, compare=False)
+    points: dict[Site, HookPoint] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def blocks(self) -> nn.ModuleList:

@@ -10,15 +10,19 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from tsae.errors import UserError
+
 KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_in", "mlp_out")
 """The places of a block that have a name in SAELens, `blocks.N.hook_KIND`, and in `Site.kind`."""
-MEASURABLE = "a block's output (blocks.N.hook_resid_post, or blocks.N.hook_resid_pre from N = 1)"
-"""What `Site.block` is not None for, in words."""
+MEASURABLE = f"blocks.N.hook_KIND with KIND one of {', '.join(KINDS)}, blocks.N.attn.hook_z, and modules within a block"
+"""What `Site.locatable` is true for, in words."""
 
-_HOOK = re.compile(rf"blocks\.(\d+)\.hook_({'|'.join(KINDS)})")
+_HOOK = re.compile(rf"blocks\.(\d+)\.(?:hook_({'|'.join(KINDS)})|attn\.(hook_z))")
 _ANY_BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)(?:\.|$)")
 _MODULE = re.compile(r"(?:[a-zA-Z_]\w*\.)*(?:layers|h|block|blocks)[._](\d+)(?:\.([\w.]+))?")
-_SUBMODULE = re.compile(r"(resid_post|resid_out|resid_pre|resid_mid|resid|mlp_out|attn_out|attention_out)_layer_?(\d+)")
+_SUBMODULE = re.compile(
+    r"(resid_post|resid_out|resid_pre|resid_mid|resid|mlp_in|mlp_out|attn_out|attention_out)_layer_?(\d+)"
+)
 # Modules that have blocks of their own beside the decoder's.
 _OTHER_STACK = re.compile(r"(^|[._])(encoder|vision|visual|image|audio|speech)|mtp|draft", re.IGNORECASE)
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
@@ -28,7 +32,8 @@ _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 class Site:
     """A place in a language model.
 
-    kind: one of `KINDS`, or `other`
+    kind: one of `KINDS`; `hook_z`, the input of attention's output projection; `module`, any other module of a decoder
+        block; or `other`, which this version knows no tensor for
     layer: the block it belongs to, counted from 0; None if the name does not tell
     name: how the file that names it spells it
     """
@@ -36,6 +41,42 @@ class Site:
     kind: str
     layer: int | None
     name: str
+
+    @property
+    def locatable(self) -> bool:
+        """Whether the name says which tensor of a decoder block it is (`tsae.lm.hook_points` finds it in a model)."""
+        return self.kind != "other" and self.layer is not None
+
+    @property
+    def module(self) -> str | None:
+        """The path of the module that the name is, without `.input` or `.output`; None for SAELens's names."""
+        if self.kind == "other" or _HOOK.fullmatch(self.name) or _MODULE.fullmatch(self.name) is None:
+            return None
+        return self.name.removesuffix(".input").removesuffix(".output")
+
+    @property
+    def of_input(self) -> bool:
+        """Whether a module's path means its input."""
+        return self.name.endswith(".input")
+
+    @property
+    def option(self) -> str:
+        """What `--site` calls it."""
+        return self.kind if self.kind in KINDS and self.module is None else self.name
+
+    @property
+    def key(self) -> tuple[str, int | None, str]:
+        """Equal for names of one tensor, as far as names tell."""
+        if self.block is not None:
+            return "resid_post", self.block, ""
+        return self.kind, self.layer, (self.name.split(f".{self.layer}.", 1)[-1] if self.kind == "module" else "")
+
+    @property
+    def described(self) -> str:
+        """The place in words for a line of output, such as `layer 9` or `layer 9, mlp_out`."""
+        if self.kind == "resid_post":
+            return f"layer {self.layer}"
+        return f"layer {self.layer}, {self.option}" if self.module is None else self.name
 
     @property
     def block(self) -> int | None:
@@ -52,11 +93,37 @@ class Site:
         return f"blocks.{self.layer}.hook_{self.kind}" if self.kind in KINDS else self.name
 
 
+def as_site(place: int | Site) -> Site:
+    """A block's number as the place of its output; a `Site` as it is."""
+    return place if isinstance(place, Site) else Site("resid_post", place, f"blocks.{place}.hook_resid_post")
+
+
+def from_option(text: str, layer: int) -> Site:
+    """The place that `--site` names: one of `KINDS` in block ``layer``, SAELens's name, or the path of a module.
+
+    Raises:
+        UserError: it is none of these, or it names another block than ``layer``.
+    """
+    if text in KINDS:
+        return Site(text, layer, f"blocks.{layer}.hook_{text}")
+    site = from_hook_name(text)
+    if not site.locatable:
+        raise UserError(
+            f"the site {text!r} is unknown; use {', '.join(KINDS)}, or the path of a module in a decoder block, such "
+            f"as model.layers.{layer}.mlp.down_proj (its output) or model.layers.{layer}.mlp.down_proj.input."
+        )
+    if site.layer != layer:
+        raise UserError(
+            f"the site {text} is in block {site.layer}, but the layer is {layer}; give --layer {site.layer}."
+        )
+    return site
+
+
 def from_hook_name(name: str) -> Site:
     """SAELens: `hook_name`, of TransformerLens (`blocks.3.hook_mlp_out`) or a module's path (`model.layers.3.mlp`)."""
     match = _HOOK.fullmatch(name)
     if match:
-        return Site(match[2], int(match[1]), name)
+        return Site(match[2] or match[3], int(match[1]), name)
     site, block = from_module(name), _ANY_BLOCK.search(name)
     return Site("other", int(block[1]), name) if block and site.layer is None else site
 
@@ -70,13 +137,13 @@ def from_module(path: str) -> Site:
     match = _MODULE.fullmatch(path)
     if match is None:
         return Site("other", None, path)
-    if _OTHER_STACK.search(path[: match.start(1)]):
+    if _OTHER_STACK.search(path[: match.start(1)]) or path.rpartition(".")[2].startswith("hook_"):  # TransformerLens's
         return Site("other", int(match[1]), path)
     layer, part = int(match[1]), match[2] or ""
     kind = {"": "resid_post", "output": "resid_post", "input": "resid_pre"}.get(part)
     if kind is None:
         part = part.removesuffix(".output")
-        kind = "mlp_out" if part in ("mlp", "post_feedforward_layernorm") else "other"
+        kind = "mlp_out" if part in ("mlp", "post_feedforward_layernorm") else "module"
         kind = "attn_out" if part in _ATTENTION else kind
     return Site(kind, layer, path)
 
@@ -91,7 +158,9 @@ def from_submodule(name: str) -> Site:
 
 
 def submodule_name(site: Site) -> str:
-    """What dictionary_learning calls a place; the inverse of `from_submodule`."""
+    """What dictionary_learning calls a place: the inverse of `from_submodule`, for a module's input with `io` `in`."""
+    if site.kind == "module":
+        return site.module or site.name
     return f"{site.kind}_layer_{site.layer}" if site.kind in KINDS else site.name
 
 
@@ -99,7 +168,7 @@ def contradict(one: Site, other: Site) -> bool:
     """Whether two names, which should be of one place, are of different places; False if that cannot be told."""
     if one.block is not None and other.block is not None:
         return one.block != other.block
-    if "other" in (one.kind, other.kind):
+    if {"other", "module", "hook_z"} & {one.kind, other.kind}:
         return None not in (one.layer, other.layer) and one.block is other.block is None and one.layer != other.layer
     return (one.kind, one.layer) != (other.kind, other.layer)
 
@@ -151,6 +220,6 @@ def _from_gemma_scope_path(path: str) -> tuple[Site | None, str | None]:
         return None, model
     number = int(layer[1])
     if kind in ("hook_z", "attn_out"):  # both are trained on the input of the attention's output projection
-        return Site("other", number, f"blocks.{number}.attn.hook_z"), model
+        return Site("hook_z", number, f"blocks.{number}.attn.hook_z"), model
     name = f"blocks.{number}.hook_{kind}" if kind in KINDS else kind
     return Site(kind if kind in KINDS else "other", number, name), model

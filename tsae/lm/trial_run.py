@@ -1,4 +1,4 @@
-"""The place that is encoded, a block's output: how wide it is, and whether the model can be run there.
+"""The place that is encoded: how wide it is, and whether the model can be run there.
 
 A forward pass of a few made-up tokens finds both before any text goes through the model. The width is not always that
 of the embedding: some models project between the two (OPT-350m, Electra).
@@ -14,68 +14,75 @@ from torch import Tensor
 from tsae.errors import UserError, reason
 from tsae.lm.hooks import activations, check_context, check_layer, logits_with
 from tsae.lm.loading import LanguageModel
+from tsae.lm.readout import made_up
+from tsae.lm.site import Site, as_site
 
 log = logging.getLogger(__name__)
 
 _PROBE = (2, 3)  # sequences and tokens, so that shapes with other orders of axes differ
 
 
-def site_width(lm: LanguageModel, layer: int) -> int:
-    """Width d of the output of block `layer`, from a forward pass of a few tokens, made once for each layer.
+def site_width(lm: LanguageModel, place: int | Site) -> int:
+    """Width d of the activations at a place, from a forward pass of a few tokens, made once for each place.
 
-    Raises UserError if the layer does not exist, the model cannot be run, or its block puts out anything else than
-    activations [N, T, d].
+    place: a block, for its output, or a `Site`
+    Raises UserError if the place does not exist, the model cannot be run, or there is anything else than activations
+    [N, T, d].
     """
-    if layer not in lm.widths:
-        _probe(lm, layer, *_PROBE)
-    return lm.widths[layer]
+    site = as_site(place)
+    if site not in lm.widths:
+        _probe(lm, site, *_PROBE)
+    return lm.widths[site]
 
 
-def check_site(lm: LanguageModel, layer: int, tokens: int, *, predictions: bool = False) -> None:
-    """Raise UserError, one sentence, unless the model can be run on sequences of `tokens` tokens up to block `layer`.
+def check_site(lm: LanguageModel, place: int | Site, tokens: int, *, predictions: bool = False) -> None:
+    """Raise UserError, one sentence, unless the model can be run on sequences of `tokens` tokens up to a place.
 
-    layer:       counted from 0
+    place:       a block, for its output, or a `Site`
     tokens:      the prefix (BOS) included
     predictions: also run it to the end, for its logits
     """
-    check_layer(lm, layer)
+    site = as_site(place)
+    if site.layer is not None:
+        check_layer(lm, site.layer)
     check_context(lm, tokens)
-    _probe(lm, layer, _PROBE[0], tokens)
+    _probe(lm, site, _PROBE[0], tokens)
     if predictions:
-        _check_predictions(lm, layer)
+        _check_predictions(lm, site)
 
 
-def _probe(lm: LanguageModel, layer: int, sequences: int, tokens: int) -> None:
-    made_up = _made_up(lm, sequences, tokens)
-    made_up[-1, -1] += 1  # changes what a causal model puts out at the last position alone
+def _probe(lm: LanguageModel, site: Site, sequences: int, tokens: int) -> None:
+    ids = made_up(lm, sequences, tokens)
+    ids[-1, -1] += 1  # changes what a causal model puts out at the last position alone
     try:
-        x = activations(lm, made_up, layer)
+        x = activations(lm, ids, site)
     except UserError:
         raise
     except Exception as error:  # any module of the model may fail, for instance on a bad value of its config.json
-        raise _cannot_run(lm, f"up to layer {layer} on {sequences} sequences of {tokens} tokens", error) from error
-    _check_finite(lm, f"Block {layer} of {lm.name} puts out activations", x)
-    if layer not in lm.widths and not torch.allclose(x[0, :-1].float(), x[-1, :-1].float(), rtol=0.05, equal_nan=True):
+        raise _cannot_run(lm, f"up to {site.described} on {sequences} sequences of {tokens} tokens", error) from error
+    what = f"Block {site.layer} of {lm.name} puts out" if site.kind == "resid_post" else f"{lm.name} has at {site.name}"
+    _check_finite(lm, f"{what} activations", x)
+    if site not in lm.widths and not torch.allclose(x[0, :-1].float(), x[-1, :-1].float(), rtol=0.05, equal_nan=True):
         log.warning(
             "%s is not causal: a token's activations depend on later tokens, so its cross-entropy is no prediction "
             "(a model of BERT's kind needs is_decoder in its config.json)",
             lm.name,
         )
-    lm.widths[layer] = x.shape[-1]
+    lm.widths[site] = x.shape[-1]
 
 
-def _check_predictions(lm: LanguageModel, layer: int) -> None:
-    made_up = _made_up(lm, *_PROBE)
+def _check_predictions(lm: LanguageModel, site: Site) -> None:
+    ids = made_up(lm, *_PROBE)
     try:
-        logits = logits_with(lm, made_up, layer, lambda x: x)
+        logits = logits_with(lm, ids, site, lambda x: x)
     except UserError:
         raise
     except Exception as error:
         raise _cannot_run(lm, "to its predictions", error) from error
-    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != made_up.shape:
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != ids.shape:
         found = f"logits {list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise UserError(
-            f"{lm.name} puts out {found} for {list(made_up.shape)} tokens, but cross-entropy needs logits [N, T, "
+            f"{lm.name} puts out {found} for {list(ids.shape)} tokens, but cross-entropy needs logits [N, T, "
             "vocabulary]; name a causal language model, or leave the evaluation out with --evaluation.no-final."
         )
 
@@ -87,12 +94,6 @@ def _check_finite(lm: LanguageModel, what: str, values: Tensor) -> None:
     if not bool(values.isfinite().any()):
         dtype = str(lm.dtype).removeprefix("torch.")
         raise UserError(f"{what} that are not finite in {dtype}; check its weights, or take another --lm-dtype.")
-
-
-def _made_up(lm: LanguageModel, sequences: int, tokens: int) -> Tensor:
-    """Token 0, or 1 where 0 is the padding token: RoBERTa counts no position for that."""
-    padding = getattr(getattr(lm.model, "config", None), "pad_token_id", None)
-    return torch.full((sequences, tokens), int(padding == 0), dtype=torch.int64)
 
 
 def _cannot_run(lm: LanguageModel, how: str, error: Exception) -> UserError:

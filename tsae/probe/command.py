@@ -18,6 +18,7 @@ from tsae.errors import UserError
 from tsae.evaluation.held_out import choose_source, held_out
 from tsae.evaluation.subject import Subject, by_name, open_run
 from tsae.lm.loading import LanguageModel
+from tsae.lm.site import Site
 from tsae.probe.probes import check_installed, dense_probes, sparse_probes
 from tsae.probe.problems import counted_tokens, document_of_tokens, pose_problems
 from tsae.probe.results import Results, as_json, print_results
@@ -29,7 +30,7 @@ from tsae.utils.cli import check_counts, deliver
 from tsae.utils.output import say
 from tsae.utils.progress import bar
 
-AGREEING = ("model", "revision", "layer", "lm_dtype", "data", "text")
+AGREEING = ("model", "revision", "layer", "site", "lm_dtype", "data", "text")
 
 
 def probe_and_print(runs: Sequence[Path], **options: str | int | None) -> None:
@@ -104,7 +105,7 @@ def measure(
         raise UserError("The text is too short for any probe; give more text, or more of it with --tokens.")
     owner = owner[owner >= 0]  # [n], of the counted tokens
 
-    batches = _harvest(lm, batch, config.layer, config.buffer.harvest_batch)
+    batches = _harvest(lm, batch, config.place, config.buffer.harvest_batch)
     del lm
     with bar("probing", 1 + len(subject.saes), "probes") as advance:
         counted = torch.cat([x[segments >= 0] for x, segments in batches]).numpy()
@@ -144,11 +145,11 @@ def _open(directories: dict[str, Path]) -> Subject:
     return Subject({name: run.sae for name, run in opened.items()}, subject.config, runs)
 
 
-def _harvest(lm: LanguageModel, batch: TokenBatch, layer: int, size: int) -> list[tuple[Tensor, Tensor]]:
+def _harvest(lm: LanguageModel, batch: TokenBatch, place: Site, size: int) -> list[tuple[Tensor, Tensor]]:
     """Activations [N, T, d] float32 and segments [N, T] on the CPU, ``size`` sequences each."""
     batches = []
     with bar("harvesting", batch.segments.numel()) as advance:
         for part in batch.split(size):
-            batches.append((content_activations(lm, part, layer).to("cpu", torch.float32), part.segments))
+            batches.append((content_activations(lm, part, place).to("cpu", torch.float32), part.segments))
             advance(part.segments.numel())
     return batches

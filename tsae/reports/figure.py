@@ -16,6 +16,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from tsae.evaluation.catalogue import METRICS, lookup
+from tsae.lm.site import from_option
 from tsae.reports.records import History, Records, read_records
 from tsae.rundir import layout
 from tsae.sae.kinds import KINDS, Kind
@@ -96,7 +97,7 @@ def _header(head: SubFigure, records: Records) -> None:
     if "model" in config:
         what.append(str(config["model"]).rstrip("/").rsplit("/", 1)[-1])
     if "layer" in config:
-        what.append(f"layer {config['layer']}")
+        what.append(from_option(config.get("site", "resid_post"), config["layer"]).described)
     if "data" in config:
         what.append(f"trained on {Path(str(config['data'])).name}")
     if records.text is not None:

@@ -73,8 +73,16 @@ def checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def site_of(metadata: dict[str, Any]) -> Site | None:
-    """The place that checked ``metadata`` names, by SAELens's name or else its module's path; None if it names none."""
+    """The place that checked ``metadata`` names; None if it names none.
+
+    By SAELens's name, or by its module's path if there is no other name, or the name is one made from the path, which
+    says exactly which tensor it is: in Gemma `layers.3.mlp` is not what the MLP adds to the residual stream.
+    """
     name, module = metadata.get("hook_name"), metadata.get("hf_hook_name")
-    if name is not None:
-        return from_hook_name(name)
-    return None if module is None else from_module(module)
+    path = None if module is None else from_module(module)
+    if name is None:
+        return path
+    site = from_hook_name(name)
+    if path is None or not path.locatable or path.block is not None:
+        return site
+    return path if not site.locatable or (path.kind, path.layer) == (site.kind, site.layer) else site

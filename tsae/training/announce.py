@@ -25,7 +25,7 @@ def announce(setup: Setup, buffer: ActivationBuffer) -> None:
         what = f"{cfg.sae.d_sae} {cfg.sae.activation} features" + (" (bfloat16 autocast)" if autocast else "")
     where = f"on {setup.device}" if cfg.lm_device == "auto" else f"on {lm.device}, autoencoder on {setup.device}"
     console.print(
-        f"{cfg.preset}: {lm.name} layer {cfg.layer} ({str(lm.dtype).removeprefix('torch.')}) {where}, "
+        f"{cfg.preset}: {lm.name} {cfg.place.described} ({str(lm.dtype).removeprefix('torch.')}) {where}, "
         f"{what}, {cfg.steps} steps of {cfg.batch} x {cfg.length} tokens."
     )
     console.print(

@@ -53,7 +53,7 @@ class Setup:
     @property
     def width(self) -> int:
         """Width of the activations."""
-        return site_width(self.lm, self.job.shared.layer)
+        return site_width(self.lm, self.job.shared.place)
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -105,7 +105,7 @@ def prepare(job: Job) -> Setup:
     lm = local_rank0_first(
         lambda: load_language_model(common.model, device=lm_device, dtype=common.lm_dtype, revision=common.revision)
     )
-    check_site(lm, common.layer, 1 + common.length, predictions=common.evaluation.final)
+    check_site(lm, common.place, 1 + common.length, predictions=common.evaluation.final)
     # Likewise text that is too short for a forward pass.
     SequenceStream(_text(common, "train"), lm.tokenizer, common.length).next_batch(job.forward_batch)
     if common.evaluation.final:
@@ -135,8 +135,8 @@ def resolve_lm_device(cfg: TrainConfig) -> torch.device:
 
 
 def matching_width(cfg: TrainConfig, lm: LanguageModel) -> int:
-    """The width of what the block puts out, which ``sae.d_in`` must equal if it is given."""
-    width = site_width(lm, cfg.layer)
+    """The width of the activations, which ``sae.d_in`` must equal if it is given."""
+    width = site_width(lm, cfg.place)
     if cfg.sae.d_in not in (0, width):
         raise UserError(f"sae.d_in is {cfg.sae.d_in}, but {lm.name} has width {width}; leave sae.d_in out.")
     return width
@@ -201,7 +201,7 @@ def make_feed(
     """
     cfg, world = setup.job.shared, setup.ranks.world
     stream = SequenceStream(_text(cfg, "train"), setup.lm.tokenizer, cfg.length)
-    harvester = Harvester(setup.lm, cfg.layer, stream, batch=setup.job.forward_batch, dtype=setup.storage_dtype)
+    harvester = Harvester(setup.lm, cfg.place, stream, batch=setup.job.forward_batch, dtype=setup.storage_dtype)
     checking_bar = partial(_checking_bar, check_on_all_ranks(check, setup.ranks, world.size))
     return ActivationFeed(harvester, cache, checking_bar, world.rank, world.size)
 

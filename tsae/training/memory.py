@@ -40,7 +40,7 @@ def memory_parts(
     device: of the autoencoders
     """
     cfg = next(iter(cfgs.values()))
-    width = site_width(lm, cfg.layer)
+    width = site_width(lm, cfg.place)
     dense = device.type != "cpu" or not sparse_products_available()
     parts = {
         MODEL: sum(tensor.nbytes for tensor in (*lm.model.parameters(), *lm.model.buffers())),

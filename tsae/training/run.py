@@ -17,6 +17,7 @@ from tsae.evaluation.evaluator import (
     write_eval,
 )
 from tsae.evaluation.held_out import evaluation_batches
+from tsae.lm.hook_points import find
 from tsae.parallel.processes import broadcast_from_rank0, raise_on_all_ranks, ranks_for
 from tsae.reports.figure import write_report
 from tsae.rundir import layout
@@ -100,10 +101,14 @@ def _noting_errors(outcome: Outcome) -> Iterator[None]:
 
 def _save(sae: SparseAutoencoder, setup: Setup, name: str) -> None:
     cfg = setup.job.runs[name]
+    site = cfg.place
+    # The module too, unless the name says it all.
+    module = {} if site.kind == "resid_post" else {"hf_hook_name": find(setup.lm, site).hf_name}
     sae.save(
         setup.job.directory / name / layout.AUTOENCODER,
         model_name=cfg.model,
-        hook_name=f"blocks.{cfg.layer}.hook_resid_post",
+        hook_name=site.hook_name if site.module is None or site.kind == "resid_post" else site.name,
+        **module,
         hook_layer=cfg.layer,
         context_size=cfg.length + 1,
         prepend_bos=setup.lm.prefix_id is not None,

@@ -64,7 +64,7 @@ def collect(run: Path, tokens: int | None = None) -> dict[str, Any]:
     with bar("Features", sum(batch.segments.numel() for batch in batches)) as advance:
         for batch in batches:
             segments = batch.segments.to(lm.device)
-            x = content_activations(lm, batch, cfg.layer).to(lm.device, torch.float32)
+            x = content_activations(lm, batch, cfg.place).to(lm.device, torch.float32)
             activity.update(sae.encode(x, segments), segments)
             advance(segments.numel())
     activity.finish()
