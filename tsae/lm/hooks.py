@@ -137,7 +137,7 @@ def replacing(lm: LanguageModel, place: int | Site, replace: Callable[[Tensor], 
         new = replace(read.hidden)
         if new.shape != read.hidden.shape:
             raise ValueError(f"replace must keep the shape {tuple(read.hidden.shape)}, but gave {tuple(new.shape)}")
-        new = new.to(read.hidden.dtype)
+        new = new.to(read.hidden)
         change[:] = [new.float() - read.hidden.float()]
         return read.replaced(new)
 
