@@ -34,6 +34,9 @@ class SAEConfig:
 
     d_in: NonNegativeInt = 0
     """Width of the activations; 0: that of the language model."""
+    d_out: NonNegativeInt = 0
+    """Width of the activations that a transcoder predicts; 0: an autoencoder, which reconstructs its input, or with a
+    target the width of that."""
     d_sae: PositiveInt = 2560
     """Number of features."""
     activation: Activation = "schmitt"
@@ -68,10 +71,15 @@ class SAEConfig:
     unit_norm_decoder: bool = True
     """Keep decoder rows at norm 1 and remove the gradient's component along them (TC-SAE section 4)."""
     apply_b_dec_to_input: bool = True
-    """Subtract `b_dec` from the input before the encoder."""
+    """Subtract `b_dec` from the input before the encoder; off with a target, to which `b_dec` belongs."""
     input_scale: PositiveFloat = 1.0
     """Divide the input and multiply the output by this. Set when trained weights are folded and the activation is not
     homogeneous (gelu, layer normalization); otherwise 1."""
+
+    @property
+    def width_out(self) -> int:
+        """Width of what the decoder puts out."""
+        return self.d_out or self.d_in
 
     @property
     def kind(self) -> Kind:
@@ -86,6 +94,11 @@ class SAEConfig:
     def _check_combinations(self) -> None:
         if self.activation not in KINDS:
             raise UserError(f"sae.activation is {self.activation!r}; use {', '.join(KINDS)}.")
+        if self.d_out and self.apply_b_dec_to_input:
+            raise UserError(
+                f"sae.d_out is {self.d_out}, of a transcoder, with sae.apply_b_dec_to_input, which would subtract the "
+                "target's bias from the input; turn it off."
+            )
         if self.kind.k_sparse and not 1 <= self.k <= self.d_sae:
             raise UserError(f"sae.k is {self.k}; it must be from 1 to sae.d_sae, which is {self.d_sae}.")
         if self.groups and (
@@ -341,6 +354,9 @@ class TrainConfig:
     """Which of the block's activations are encoded: `resid_post` (its output), `resid_pre` (its input), `resid_mid`,
     `attn_out`, `mlp_out`, `mlp_in`, or the path of a module in it, such as `model.layers.9.mlp.down_proj` (its output)
     or `model.layers.9.mlp.down_proj.input`. docs/howto/hook-points.md says what each is."""
+    target: str | None = None
+    """A transcoder: predict these activations, of the same block, from those at `site`: a name as for `site`, of the
+    same or a later place. A path or SAELens's name may name a later block. None: an autoencoder."""
     data: str = "python-docs"
     """Text: `python-docs`, a .txt, .jsonl or .parquet file, a folder of them, or a hub dataset id."""
     steps: PositiveInt = 1000
@@ -403,14 +419,48 @@ class TrainConfig:
         return from_option(self.site, self.layer)
 
     @property
+    def target_place(self) -> Site | None:
+        """The place of the activations that a transcoder predicts; None for an autoencoder.
+
+        Raises `UserError` if `target` names none.
+        """
+        return None if self.target is None else from_option(self.target, self.layer, any_layer=True)
+
+    @property
+    def described(self) -> str:
+        """The place in words, with the target of a transcoder."""
+        target = self.target_place
+        return self.place.described if target is None else f"{self.place.described}, to {target.described}"
+
+    @property
     def stream_seed(self) -> int:
         """Seed of the activations and their order."""
         return self.seed if self.data_seed is None else self.data_seed
 
+    def _check_places(self) -> None:
+        place, target = self.place, self.target_place
+        if target is None:
+            if self.sae.d_out:
+                raise UserError(f"sae.d_out is {self.sae.d_out}, but there is no target; name one with --target.")
+            return
+        if target.key == place.key:
+            raise UserError(f"target and site are both {place.hook_name}; leave the target out for an autoencoder.")
+        if target.layer < place.layer:
+            raise UserError(f"the target {target.hook_name} comes before the site {place.hook_name}; exchange them.")
+        if self.buffer.max_norm_ratio:
+            raise UserError(
+                f"buffer.max_norm_ratio is {self.buffer.max_norm_ratio} with a target; a token then has two norms, so "
+                "leave it out."
+            )
+        if self.parallel.features > 1:
+            raise UserError(
+                f"parallel.features is {self.parallel.features} with a target; transcoders are trained in one process."
+            )
+
     def check(self) -> None:
         """Raise `UserError`, one sentence, for the first invalid value."""
         check_ranges(self)
-        _ = self.place
+        self._check_places()
         sae, objective, buffer, parallel = self.sae, self.objective, self.buffer, self.parallel
         sae._check_combinations()
         objective._check_combinations()

@@ -126,6 +126,8 @@ def measure(arguments: Arguments) -> Measured:
         subject, ratio = open_run(arguments.run), arguments.release_ratio
     else:
         subject, ratio = open_autoencoders(arguments.saes, arguments.model, arguments.layer, arguments.site), None
+    if arguments.format == "saebench" and subject.sae.cfg.d_out:
+        raise UserError("SAEBench's results are of autoencoders, and this is a transcoder; leave out --format.")
     source = choose_source(subject.runs.values(), arguments.data, arguments.column)
     if ratio is not None:
         check_has_thresholds(subject.sae.cfg)
@@ -190,7 +192,7 @@ def _print(arguments: Arguments, measured: Measured, written: str | None) -> Non
     results, data = measured.results, measured.subject.config.data
     of, console = f" of {data}", tables(160 if len(results) > 1 else 0)
     if len(results) > 1:
-        title = f"{measured.subject.config.model}, {measured.subject.config.place.described}"
+        title = f"{measured.subject.config.model}, {measured.subject.config.described}"
         rows = {name: {"metrics": result.metrics, "error": result.not_finite()} for name, result in results.items()}
         print_comparison(rows, console, title=title, what="autoencoder")
     else:

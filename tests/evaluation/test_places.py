@@ -417,7 +417,7 @@ def test_metadata_survives_folding_and_a_dropped_hysteresis(tmp_path, tiny_gemma
         ({"model_from_pretrained_kwargs": "x"}, "has model_from_pretrained_kwargs = 'x'; expected dict or null"),
         ({"hook_head_index": 3}, "encodes head 3 of an attention layer"),
         ({"hook_name": "blocks.1.hook_resid_post", "hook_layer": 2}, "contradict each other"),
-        ({"hook_name": "a", "hook_name_out": "b"}, "predicts b from a (hook_name_out), so it is a transcoder"),
+        ({"hook_name": "a", "hook_name_out": "b"}, "predicts b from a (hook_name_out), as a transcoder"),
     ],
 )
 @pytest.mark.parametrize("legacy", [False, True])
@@ -509,8 +509,8 @@ def test_two_names_of_one_place_must_agree(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"hook_layer_out": 3}, "hook_layer_out = 3 and hook_layer = None, so it is a transcoder"),
-        ({"hf_hook_name_out": "layers.1.mlp"}, "hf_hook_name_out = 'layers.1.mlp' and hf_hook_name = None, so it is a"),
+        ({"hook_layer_out": 3}, "hook_layer_out = 3 and hook_layer = None, as a transcoder"),
+        ({"hf_hook_name_out": "layers.1.mlp"}, "hf_hook_name_out = 'layers.1.mlp' and hf_hook_name = None, as a"),
         ({"cfg": {"hook_name": "blocks.1.hook_mlp_out"}}, "hook_name = 'blocks.1.hook_mlp_out' inside metadata.cfg"),
         ({"cfg": {"hook_point": "x"}}, "hook_name = 'x' inside metadata.cfg, where it is not read; move it into"),
         ({"architecture": "transcoder"}, "architecture = 'transcoder' inside metadata, where it is not read"),
@@ -547,8 +547,8 @@ def test_a_link_names_the_place_of_its_folder(tmp_path) -> None:
 
 
 def test_gemma_scopes_other_folders(tmp_path) -> None:
-    for folder in ("gemma-scope-2b-pt-transcoders/layer_1/width_16k/average_l0_7", "gemma-scope-2-1b-pt/clt/layer_1_w"):
-        with pytest.raises(tsae.UserError, match="by the name of its folder; only autoencoders can be read"):
+    for folder in ("gemma-scope-2-1b-pt/crosscoder/layer_1_w", "gemma-scope-2-1b-pt/clt/layer_1_w"):
+        with pytest.raises(tsae.UserError, match="by the name of its folder; only autoencoders and transcoders can"):
             tsae.load(gemma_scope(tmp_path / folder))
     embedding = gemma_scope(tmp_path / "gemma-scope-2b-pt-res/embedding/width_4k/average_l0_7")
     assert tsae.load(embedding).metadata["hook_name"] == "hook_embed"

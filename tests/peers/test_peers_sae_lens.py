@@ -12,7 +12,9 @@ from peer_cases import D_IN, D_SAE, K, activations, same_outputs, same_to, train
 from safetensors.torch import load_file, save_file
 
 import tsae
+from tsae.config import SAEConfig
 from tsae.errors import UserError
+from tsae.sae.model import SparseAutoencoder
 
 sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed; make peers")
 
@@ -172,7 +174,28 @@ def test_what_cannot_be_folded_is_refused(options: dict[str, object], message: s
 def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
     theirs_of("standard").save_model(tmp_path)
     values = json.loads((tmp_path / "cfg.json").read_text())
-    for kind in ("transcoder", "matching_pursuit", "temporal"):
+    for kind in ("skip_transcoder", "matching_pursuit", "temporal"):
         (tmp_path / "cfg.json").write_text(json.dumps(values | {"architecture": kind}))
         with pytest.raises(UserError, match=f"architecture '{kind}'"):
             tsae.load(tmp_path)
+
+
+@pytest.mark.parametrize(("activation", "kind"), [("relu", "transcoder"), ("jumprelu", "jumprelu_transcoder")])
+def test_transcoders_load_in_saelens_and_here(activation: str, kind: str, tmp_path: Path) -> None:
+    cfg = SAEConfig(d_in=D_IN, d_out=7, d_sae=D_SAE, k=K, activation=activation, apply_b_dec_to_input=False)
+    sae = SparseAutoencoder(cfg, generator=torch.Generator().manual_seed(0)).eval()
+    sae.b_enc.data.normal_(generator=torch.Generator().manual_seed(1))
+    if activation == "jumprelu":
+        sae.threshold.fill_(0.3)
+        sae.update_threshold_parameters()
+    sae = sae.folded(torch.full((D_IN,), 5.0), 3.0, torch.ones(7), 2.0)
+    sae.save(tmp_path / "ours", model_name="m", hook_name="blocks.1.hook_mlp_in", hook_name_out="blocks.1.hook_mlp_out")
+    theirs = sae_lens.SAE.load_from_disk(tmp_path / "ours")
+    assert theirs.cfg.architecture() == kind
+    assert theirs.cfg.metadata.hook_name_out == "blocks.1.hook_mlp_out"
+    x = activations(mean=5.0, scale=3.0)
+    with torch.no_grad():
+        same_to(theirs.encode(x), sae.encode(x))
+        same_to(theirs(x), sae(x))
+        theirs.save_model(tmp_path / "theirs")
+        same_to(tsae.load(tmp_path / "theirs")(x), sae(x))

@@ -15,7 +15,7 @@ from tsae.config import TrainConfig
 from tsae.data.folders import find_files
 from tsae.data.text import PYTHON_DOCS
 from tsae.lm.loading import LanguageModel
-from tsae.lm.trial_run import site_width
+from tsae.lm.trial_run import width
 from tsae.utils.paths import expanded
 
 _SAMPLES = 64  # values hashed per weight
@@ -35,7 +35,8 @@ def cache_key(cfg: TrainConfig, lm: LanguageModel, storage: torch.dtype, group: 
         "weights": _fingerprint_weights(lm),
         "layer": cfg.layer,
         **({} if cfg.place.kind == "resid_post" else {"site": cfg.site}),  # caches of the first versions have none
-        "d_model": site_width(lm, cfg.place),
+        **({} if cfg.target is None else {"target": cfg.target}),
+        "d_model": width(lm, cfg.place, cfg.target_place),
         "lm_dtype": str(lm.dtype).removeprefix("torch."),
         "tokenizer": _fingerprint_tokenizer(lm.tokenizer),
         "special_tokens_in_text": "plain text",  # without this entry: special tokens in text were read as such

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from tsae.data.sequences import SequenceStream, TokenBatch
-from tsae.lm.hooks import activations
+from tsae.lm.hooks import activations_at
 from tsae.lm.loading import LanguageModel
 from tsae.lm.site import Site
-from tsae.lm.trial_run import site_width
+from tsae.lm.trial_run import width
 
 
 class ActivationBatch(NamedTuple):
     """Activations of complete sequences.
 
-    x: (N, T, d); segments: (N, T) int32, negative ids excluded
+    x: (N, T, d), for a transcoder (N, T, d_in + d_out), its target behind its input
+    segments: (N, T) int32, negative ids excluded
     """
 
     x: Tensor
@@ -35,13 +36,16 @@ class ActivationBatch(NamedTuple):
         return 0
 
 
-def content_activations(lm: LanguageModel, batch: TokenBatch, place: int | Site) -> Tensor:
+def content_activations(lm: LanguageModel, batch: TokenBatch, place: int | Site, target: Site | None = None) -> Tensor:
     """The activations at a place at content positions: the model sees the prefix (BOS), we do not.
 
     place: a block, for its output, or a `Site`
-    out: [N, T, d] in the model's dtype, on its device
+    target: a second place, read in the same forward pass
+    out: [N, T, d] in the model's dtype, on its device; with a target [N, T, d_in + d_out], its activations last
     """
-    return activations(lm, batch.tokens, place)[:, -batch.segments.shape[1] :]
+    found = activations_at(lm, batch.tokens, *((place,) if target is None else (place, target)))
+    x = found[0] if target is None else torch.cat([each.to(found[0]) for each in found], dim=-1)
+    return x[:, -batch.segments.shape[1] :]
 
 
 class Harvester:
@@ -52,6 +56,7 @@ class Harvester:
         stream: source of sequences.
         batch: sequences per forward pass.
         dtype: storage dtype of the activations.
+        target: a second place, whose activations follow along the last dimension.
     """
 
     def __init__(
@@ -62,7 +67,9 @@ class Harvester:
         *,
         batch: int = 16,
         dtype: torch.dtype | None = None,
+        target: Site | None = None,
     ) -> None:
+        self.target = target
         self.lm, self.place, self.stream, self.batch = lm, place, stream, batch
         self.dtype = dtype or lm.dtype
 
@@ -77,13 +84,13 @@ class Harvester:
         The position of the prefix (BOS) is fed to the model and dropped here.
         """
         for part in tokens.split(self.batch):
-            x = content_activations(self.lm, part, self.place)
+            x = content_activations(self.lm, part, self.place, self.target)
             yield ActivationBatch(x.to("cpu", self.dtype), part.segments)
 
     def placeholders(self, tokens: TokenBatch) -> Iterator[ActivationBatch]:
         """`batches` without running the model: x has the right shape and dtype, on the meta device."""
         for segments in tokens.segments.split(self.batch):
-            x = torch.empty(*segments.shape, site_width(self.lm, self.place), dtype=self.dtype, device="meta")
+            x = torch.empty(*segments.shape, width(self.lm, self.place, self.target), dtype=self.dtype, device="meta")
             yield ActivationBatch(x, segments)
 
     def take(self, n: int) -> ActivationBatch:

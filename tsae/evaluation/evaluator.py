@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,10 @@ from tsae.evaluation.metrics import (
 )
 from tsae.evaluation.places import common_site, stated_site
 from tsae.evaluation.subject import check_width
-from tsae.lm.hooks import logits_with
+from tsae.lm.hooks import logits_with, reading
 from tsae.lm.loading import LanguageModel
 from tsae.lm.site import Site, as_site
+from tsae.lm.trial_run import site_width
 from tsae.rundir import layout
 from tsae.sae.model import SparseAutoencoder
 from tsae.utils.atomic import atomic_write, write_json, writing
@@ -88,6 +89,7 @@ class _Settings:
     """What to measure: the keywords of `evaluate_all`."""
 
     place: Site
+    target: Site | None
     ce_sequences: int
     lm_batch: int
     seed: int
@@ -102,6 +104,7 @@ def evaluate(
     batches: Iterable[TokenBatch],
     *,
     layer: int | Site,
+    target: Site | None = None,
     ce_sequences: int = 16,
     lm_batch: int = 4,
     harvest_batch: int = 16,
@@ -116,6 +119,7 @@ def evaluate(
     lm:             the language model
     batches:        the evaluation set, finite: tokens [N, 1 + T] with BOS first, segments [N, T]
     layer:          block whose output is encoded, counted from 0, or another place
+    target:         place that transcoders predict, of the same or a later place; None for autoencoders
     ce_sequences:   sequences, from the start of the set, that also go through the complete language model for the
                     cross-entropy and KL metrics (with 0 these are 0.0)
     lm_batch:       sequences per complete pass; two [lm_batch, 1 + T, V] logits are held at once: 1.1 GB for
@@ -142,6 +146,7 @@ def evaluate(
         lm,
         batches,
         layer=layer,
+        target=target,
         ce_sequences=ce_sequences,
         lm_batch=lm_batch,
         harvest_batch=harvest_batch,
@@ -161,6 +166,7 @@ def evaluate_all(
     batches: Iterable[TokenBatch],
     *,
     layer: int | Site,
+    target: Site | None = None,
     ce_sequences: int = 16,
     lm_batch: int = 4,
     harvest_batch: int = 16,
@@ -176,8 +182,8 @@ def evaluate_all(
     (see `EvaluationResult.check_finite`), so that one broken autoencoder does not lose the others' results.
 
     saes: by name, at least one, all on one device
-    lm, batches, layer, ce_sequences, lm_batch, harvest_batch, seed, reference_mean, massive_ratio, progress: as in
-        `evaluate`
+    lm, batches, layer, target, ce_sequences, lm_batch, harvest_batch, seed, reference_mean, massive_ratio, progress: as
+        in `evaluate`
     out: by the same names
 
     Raises UserError if an autoencoder's width is not the model's, it says that it encodes another place than
@@ -186,11 +192,11 @@ def evaluate_all(
     place = as_site(layer)
     for name, sae in saes.items():
         if isinstance(sae, SparseAutoencoder):  # any other module with encode and decode has no configuration
-            check_width(sae, lm, place, name)
+            check_width(sae, lm, place, name, target)
             common_site({name: stated_site(name, sae)[0]}, {name: sae}, place)
     parts = [part for batch in batches for part in batch.split(harvest_batch)]
     report = progress or (lambda *_: None)
-    settings = _Settings(place, ce_sequences, lm_batch, seed, reference_mean, report, massive_ratio)
+    settings = _Settings(place, target, ce_sequences, lm_batch, seed, reference_mean, report, massive_ratio)
     were_training = {name: sae.training for name, sae in saes.items()}
     for sae in saes.values():
         sae.eval()
@@ -208,12 +214,15 @@ class _Features:
         self.reconstruction, self.temporal, self.shuffled = ReconstructionMetrics(), TemporalMetrics(), Persistence()
         self.massive = MassiveActivations(massive_ratio)
 
-    def update(self, sae: SparseAutoencoder, x: Tensor, shuffled: Tensor, segments: Tensor) -> None:
-        """Count activations x [N, T, d], and `shuffled`: x with the positions of each segment permuted."""
+    def update(self, sae: SparseAutoencoder, x: Tensor, y: Tensor, shuffled: Tensor, segments: Tensor) -> None:
+        """Count activations x [N, T, d], and `shuffled`: x with the positions of each segment permuted.
+
+        y: what is reconstructed: x, or of a transcoder its target [N, T, d_out]
+        """
         h = sae.encode(x, segments)
         xhat = sae.decode(h)
-        self.reconstruction.update(x, xhat, h, segments)
-        self.massive.update(x, xhat, segments)
+        self.reconstruction.update(y, xhat, h, segments)
+        self.massive.update(y, xhat, segments)
         self.temporal.update(x, h, segments)
         del h
         self.shuffled.update_features(sae.encode(shuffled, segments), segments)
@@ -247,10 +256,14 @@ def _measure(
     settings.progress("features", 0, total)  # starts the bar's clock
     for part in parts:
         segments = part.segments.to(device)
-        x = content_activations(lm, part, settings.place).to(device, torch.float32)  # [N, T, d]
+        x = content_activations(lm, part, settings.place, settings.target).to(device, torch.float32)  # [N, T, d]
+        y = x
+        if settings.target is not None:
+            d_in = site_width(lm, settings.place)
+            x, y = x[..., :d_in].contiguous(), x[..., d_in:].contiguous()
         shuffled = shuffle_within_segments(x, segments, generator)
         for name, sae in saes.items():
-            features[name].update(sae, x, shuffled, segments)
+            features[name].update(sae, x, y, shuffled, segments)
         done += segments.numel()
         settings.progress("features", done, total)
     inputs = next(iter(features.values())).reconstruction
@@ -277,29 +290,35 @@ def _predictions(
     done = 0
     if wanted > 0:
         settings.progress("predictions", 0, wanted * parts[0].segments.shape[1])
-    for batch in (small for part in parts for small in part.split(settings.lm_batch)):
-        if done >= wanted:
-            break
-        tokens, segments = batch.tokens[: wanted - done], batch.segments[: wanted - done]
+    where = settings.place if settings.target is None else settings.target
+    with nullcontext([]) if settings.target is None else reading(lm, settings.place) as seen:
+        for batch in (small for part in parts for small in part.split(settings.lm_batch)):
+            if done >= wanted:
+                break
+            tokens, segments = batch.tokens[: wanted - done], batch.segments[: wanted - done]
 
-        def reconstruct(sae: SparseAutoencoder, segments: Tensor = segments) -> Callable[[Tensor], Tensor]:
-            return lambda x: sae(x.to(device, torch.float32), segments.to(device))
+            def reconstruct(sae: SparseAutoencoder, segments: Tensor = segments) -> Callable[[Tensor], Tensor]:
+                def predicted(x: Tensor) -> Tensor:  # of a transcoder from what the same pass has at the site
+                    x = x if settings.target is None else seen[0][:, -segments.shape[1] :]
+                    return sae(x.to(device, torch.float32), segments.to(device))
 
-        runs = [
-            *((own[name], "with_sae", reconstruct(sae)) for name, sae in saes.items()),
-            (shared, "with_ablation", torch.zeros_like),
-            (shared, "with_mean_ablation", lambda x: settings.reference_mean.expand(x.shape)),
-        ]
-        untouched = logits_with(lm, tokens, settings.place, None)
-        shared.update("without_sae", untouched, tokens, segments)
-        for metrics, run, content in runs:
-            logits = logits_with(lm, tokens, settings.place, _replace_content(content, segments))
-            # KL is reported against zero ablation alone.
-            reference = untouched if run != "with_mean_ablation" else None
-            metrics.update(run, logits, tokens, segments, reference)
-            del logits
-        done += len(tokens)
-        settings.progress("predictions", done * segments.shape[1], wanted * segments.shape[1])
+                return predicted
+
+            runs = [
+                *((own[name], "with_sae", reconstruct(sae)) for name, sae in saes.items()),
+                (shared, "with_ablation", torch.zeros_like),
+                (shared, "with_mean_ablation", lambda x: settings.reference_mean.expand(x.shape)),
+            ]
+            untouched = logits_with(lm, tokens, where, None)
+            shared.update("without_sae", untouched, tokens, segments)
+            for metrics, run, content in runs:
+                logits = logits_with(lm, tokens, where, _replace_content(content, segments))
+                # KL is reported against zero ablation alone.
+                reference = untouched if run != "with_mean_ablation" else None
+                metrics.update(run, logits, tokens, segments, reference)
+                del logits
+            done += len(tokens)
+            settings.progress("predictions", done * segments.shape[1], wanted * segments.shape[1])
     for metrics in own.values():
         metrics.merge(shared)
     return own
@@ -366,6 +385,7 @@ def evaluation_options(config: TrainConfig) -> dict[str, Any]:
     """The keywords of `evaluate` that a run's ``config`` sets: place, sizes and seed."""
     return {
         "layer": config.place,
+        "target": config.target_place,
         "ce_sequences": config.evaluation.ce_sequences,
         "lm_batch": config.evaluation.lm_batch,
         "harvest_batch": config.buffer.harvest_batch,

@@ -19,10 +19,10 @@ from tsae.formats import load
 from tsae.lm.hook_points import find
 from tsae.lm.loading import LanguageModel, load_language_model
 from tsae.lm.site import KINDS, Site, as_site, from_hook_name, from_option
-from tsae.lm.trial_run import check_site, site_width
+from tsae.lm.trial_run import check_order, check_site, site_width
 from tsae.rundir import layout
 from tsae.rundir.directory import read_config
-from tsae.sae.metadata import site_of
+from tsae.sae.metadata import site_of, target_of
 from tsae.sae.model import SparseAutoencoder
 from tsae.utils.device import resolve_device
 from tsae.utils.paths import expanded
@@ -66,11 +66,13 @@ class Subject:
         where = resolve_device(device)
         lm = load_language_model(config.model, device=where, dtype=config.lm_dtype, revision=config.revision)
         check_site(lm, config.place, 1 + config.length)
+        if config.target_place is not None:
+            check_order(lm, config.place, config.target_place)
         others = {name: sae for name, sae in self.saes.items() if name not in self.runs}
         _warn(bos_warnings(others, lm.prefix_id, lm.name))
         for name, sae in self.saes.items():
             _check_module(name, sae, lm, config.place)
-            check_width(sae, lm, config.place, name)
+            check_width(sae, lm, config.place, name, config.target_place)
             sae.to(lm.device)
         return lm
 
@@ -118,7 +120,7 @@ def _subject(
     if asked is None and layer is None and all(site is None for site in sites.values()):
         raise UserError(f"{next(iter(saes))} does not say which layer it encodes; name it with --layer.")
     site = common_site(sites, saes, asked, layer)
-    config = replace(config, layer=site.layer, site=site.option)
+    config = replace(config, layer=site.layer, site=site.option, target=_common_target(saes, runs))
     if asked is None and (layer is None or site.kind != "resid_post"):
         silent = [name for name, said in sites.items() if said is None]
         taken = config.layer if site.kind == "resid_post" else site.described
@@ -168,6 +170,28 @@ def open_autoencoders(
     return _subject(saes, config, runs, _asked(site, layer, saes), layer)
 
 
+def _common_target(saes: dict[str, SparseAutoencoder], runs: dict[str, TrainConfig]) -> str | None:
+    """What the transcoders among ``saes`` predict, as `TrainConfig.target`; None if all are autoencoders.
+
+    Raises:
+        UserError: they predict different places, only some are transcoders, or one does not say what it predicts.
+    """
+    targets: dict[str, Site | None] = {}
+    for name, sae in saes.items():
+        targets[name] = target_of(sae.metadata) if sae.cfg.d_out else None
+        if sae.cfg.d_out and targets[name] is None and name in runs:
+            targets[name] = runs[name].target_place
+        if sae.cfg.d_out and targets[name] is None:
+            raise UserError(f"{called(name)} is a transcoder that does not say what it predicts (hook_name_out).")
+        if sae.cfg.d_out and not targets[name].locatable:
+            raise UserError(f"{called(name)} predicts {targets[name].name}, which this version cannot measure.")
+    if len({None if target is None else target.key for target in targets.values()}) > 1:
+        each = ", ".join(f"{name}: {'nothing else' if t is None else t.name}" for name, t in targets.items())
+        raise UserError(f"The autoencoders predict different places ({each}); measure those of one place at a time.")
+    target = next(iter(targets.values()))
+    return None if target is None else target.written
+
+
 def _asked(site: str | None, layer: int | None, saes: dict[str, SparseAutoencoder]) -> Site | None:
     """The place that `--site` and `--layer` name; without `--layer` in the block that the path or the first file names.
 
@@ -212,11 +236,14 @@ def _config_of(source: str) -> TrainConfig | None:
     return None
 
 
-def check_width(sae: SparseAutoencoder, lm: LanguageModel, place: int | Site, name: str) -> None:
+def check_width(
+    sae: SparseAutoencoder, lm: LanguageModel, place: int | Site, name: str, target: Site | None = None
+) -> None:
     """Raise `UserError` unless the autoencoder has the width of the activations at a place of the language model.
 
     place: a block, for its output, or a `Site`
     name: of the autoencoder, for the message; may be empty
+    target: of a transcoder, whose output must have that width
     """
     width, site = site_width(lm, place), as_site(place)
     if sae.cfg.d_in != width:
@@ -224,4 +251,12 @@ def check_width(sae: SparseAutoencoder, lm: LanguageModel, place: int | Site, na
         raise UserError(
             f"{f'The autoencoder {name}'.strip()} takes activations of width {sae.cfg.d_in}, but "
             f"{where} {width}; name the model that it was trained on."
+        )
+    if (target is None) != (sae.cfg.d_out == 0):
+        what = "a transcoder, and no target is named" if sae.cfg.d_out else "no transcoder, but a target is named"
+        raise UserError(f"{called(name)} is {what}; measure transcoders of one site and target together, alone.")
+    if target is not None and sae.cfg.d_out != site_width(lm, target):
+        raise UserError(
+            f"{called(name)} predicts activations of width {sae.cfg.d_out}, but {target.name} of {lm.name} has "
+            f"{site_width(lm, target)}; name the model that it was trained on."
         )

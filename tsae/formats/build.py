@@ -25,6 +25,7 @@ def build(
     k: int | None = None,
     subtract_b_dec: bool = True,
     groups: tuple[int, ...] = (),
+    transcoder: bool = False,
 ) -> SparseAutoencoder:
     """An autoencoder in ``eval()`` mode from float32 tensors whose shapes have been checked.
 
@@ -32,17 +33,19 @@ def build(
     k: features per token, which topk keeps and batchtopk kept in training
     subtract_b_dec: subtract ``b_dec`` from the input first
     groups: Matryoshka groups as in `SAEConfig`
+    transcoder: W_dec is (d_sae, d_out) and b_dec (d_out), of other activations than the input
     """
     d_in, d_sae = W_enc.shape
     sae = SparseAutoencoder(
         SAEConfig(
             d_in=d_in,
+            d_out=W_dec.shape[1] if transcoder else 0,
             d_sae=d_sae,
             activation=activation,
             k=min(32, d_sae) if k is None else k,
             groups=groups,
             unit_norm_decoder=False,
-            apply_b_dec_to_input=subtract_b_dec,
+            apply_b_dec_to_input=subtract_b_dec and not transcoder,
         )
     ).eval()
     for name, value in (("W_enc", W_enc), ("b_enc", b_enc), ("W_dec", W_dec), ("b_dec", b_dec)):

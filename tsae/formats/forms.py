@@ -17,7 +17,9 @@ def common_architecture(sae: SparseAutoencoder, library: str) -> str:
         UserError: there is none, with the reason.
     """
     cfg = sae.cfg
-    if cfg.layer_norm != "none":
+    if cfg.d_out and (library == "dictionary_learning" or cfg.kind.saelens == "topk"):
+        missing = "a transcoder" if library == "dictionary_learning" else f"a transcoder with {cfg.activation}"
+    elif cfg.layer_norm != "none":
         missing = f"layer normalization on features (sae.layer_norm '{cfg.layer_norm}')"
     elif cfg.kind.saelens is None and not cfg.kind.release:
         missing = f"the activation {cfg.activation}"

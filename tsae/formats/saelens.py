@@ -37,7 +37,10 @@ ARCHITECTURES: dict[str, Activation] = {
     "standard": "relu",
     "topk": "topk",
     **dict.fromkeys(("jumprelu", "gated", *CHECKPOINTS), "jumprelu"),
+    "transcoder": "relu",
+    "jumprelu_transcoder": "jumprelu",
 }
+TRANSCODERS = ("transcoder", "jumprelu_transcoder")
 RESCALED = ("topk", *CHECKPOINTS)  # architectures that have rescale_acts_by_decoder_norm
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 FACTORS = ("scaling_factor", "finetuning_scaling_factor")  # names of one tensor
@@ -55,15 +58,16 @@ def read(path: Path) -> SparseAutoencoder:
         return SparseAutoencoder.load(directory)
     values = _current_names(path, load_json(path))
     require_known(path, values, COMPUTED | METADATA | TRAINING | {"metadata"})
-    said = metadata.checked(path, _metadata(path, values))
     kind = _architecture(path, values)
+    said = metadata.checked(path, _metadata(path, values), transcoder=kind in TRANSCODERS)
     k = _k(path, values, kind)
     d_in, d_sae = (positive_integer(path, name, values.get(name)) for name in ("d_in", "d_sae"))
+    d_out = _d_out(path, values, kind, d_in)
     _check_input(path, values, said)
     tensors = read_safetensors(directory / WEIGHTS)
     scale = _input_scale(path, values)
 
-    weights = _weights(directory / WEIGHTS, tensors, kind, d_in, d_sae)
+    weights = _weights(directory / WEIGHTS, tensors, kind, d_in, d_sae, d_out)
     W_enc, W_dec = weights["W_enc"], weights["W_dec"]
     threshold = weights.get("threshold", weights.get("topk_threshold"))
     if kind == "gated":
@@ -79,11 +83,12 @@ def read(path: Path) -> SparseAutoencoder:
         ARCHITECTURES[kind],
         W_enc=W_enc * scale,
         b_enc=b_enc,
-        W_dec=W_dec / scale,
-        b_dec=weights["b_dec"] / scale,
+        W_dec=W_dec if kind in TRANSCODERS else W_dec / scale,
+        b_dec=weights["b_dec"] if kind in TRANSCODERS else weights["b_dec"] / scale,
         threshold=threshold,
         k=positive_integer(path, "k", k, d_sae) if kind == "topk" else None,
-        subtract_b_dec=bool(field(path, values, "apply_b_dec_to_input", bool, True)),
+        subtract_b_dec=bool(field(path, values, "apply_b_dec_to_input", bool, kind not in TRANSCODERS)),
+        transcoder=kind in TRANSCODERS,
     )
     sae.metadata = said
     return sae
@@ -184,12 +189,27 @@ def _check_input(path: Path, values: dict[str, Any], said: dict[str, Any]) -> No
         raise UserError(f"{path} has the dtype {dtype!r}; expected one of {', '.join(DTYPES)}.")
 
 
-def _weights(path: Path, tensors: Tensors, kind: str, d_in: int, d_sae: int) -> Tensors:
+def _d_out(path: Path, values: dict[str, Any], kind: str, d_in: int) -> int:
+    """The width of the decoder's output, which only a transcoder's file names."""
+    if kind in TRANSCODERS:
+        if field(path, values, "apply_b_dec_to_input", bool, False):
+            raise UserError(
+                f"{path} is a transcoder with apply_b_dec_to_input, which would subtract the target's bias from the "
+                "input; correct one of them."
+            )
+        return positive_integer(path, "d_out", values.get("d_out"))
+    if values.get("d_out") not in (None, d_in):
+        raise UserError(f"{path} has d_out = {shortened(values['d_out'])}, which {kind} lacks; correct one of them.")
+    return d_in
+
+
+def _weights(path: Path, tensors: Tensors, kind: str, d_in: int, d_sae: int, d_out: int) -> Tensors:
     """The tensors of an architecture, float32; a checkpoint's `log_threshold` as `threshold`."""
-    shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
     shapes |= dict.fromkeys(("r_mag", "b_gate", "b_mag") if kind == "gated" else ("b_enc",), (d_sae,))
-    logarithm = kind == "jumprelu" and "threshold" not in tensors and "log_threshold" in tensors
-    if kind == "jumprelu":
+    jumprelu = kind in ("jumprelu", "jumprelu_transcoder")
+    logarithm = jumprelu and "threshold" not in tensors and "log_threshold" in tensors
+    if jumprelu:
         shapes["log_threshold" if logarithm else "threshold"] = (d_sae,)
     if kind in CHECKPOINTS:
         shapes["topk_threshold"] = ()
@@ -207,10 +227,7 @@ def _weights(path: Path, tensors: Tensors, kind: str, d_in: int, d_sae: int) -> 
 def _rescales(path: Path, values: dict[str, Any], kind: str) -> bool:
     rescales = bool(field(path, values, "rescale_acts_by_decoder_norm", bool, kind in CHECKPOINTS))
     if rescales and kind not in RESCALED:
-        raise UserError(
-            f"{path} sets rescale_acts_by_decoder_norm, which the architecture {kind} does not have; correct one of "
-            "them."
-        )
+        raise UserError(f"{path} sets rescale_acts_by_decoder_norm, which {kind} lacks; correct one of them.")
     return rescales
 
 

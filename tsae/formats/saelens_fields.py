@@ -19,7 +19,7 @@ def _names(text: str) -> frozenset[str]:
 
 
 COMPUTED = _names("""
-    architecture d_in d_sae dtype apply_b_dec_to_input normalize_activations reshape_activations activation_fn
+    architecture d_in d_out d_sae dtype apply_b_dec_to_input normalize_activations reshape_activations activation_fn
     activation_fn_kwargs k rescale_acts_by_decoder_norm finetuning_scaling_factor
 """)
 """Fields that decide what the autoencoder computes."""

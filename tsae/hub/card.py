@@ -59,13 +59,14 @@ def model_card(
     kind = f"`{cfg.activation}`" + (f", k = {cfg.k}" if cfg.kind.k_sparse else "")
     parts = [f"---\n{head.to_yaml().strip()}\n---\n", f"# {plain(repo_id.split('/')[-1])}\n"]
     of = f" for {plain(model)}, {_place(training)}" if model and "layer" in training else ""
-    parts.append(f"A sparse autoencoder{of}: {cfg.d_sae:,} features of {cfg.d_in:,} dimensions ({kind}).\n")
+    what = "A transcoder" if cfg.d_out else "A sparse autoencoder"
+    parts.append(f"{what}{of}: {cfg.d_sae:,} features of {cfg.d_in:,} dimensions ({kind}).\n")
     parts.append(
         "```python\n"
         "import tsae\n\n"
         f'sae = tsae.load("{repo_id}")\n'
         f"h = sae.encode(x)  # raw activations [batch, tokens, {cfg.d_in}] to features [batch, tokens, {cfg.d_sae}]\n"
-        "xhat = sae.decode(h)\n"
+        f"xhat = sae.decode(h){'  # the predicted activations' if cfg.d_out else ''}\n"
         "```\n"
     )
     if cfg.kind.release:
@@ -102,10 +103,10 @@ def _measured(evaluation: dict[str, Any], data: str, text: str | None) -> str:
 
 def _place(training: dict[str, Any]) -> str:
     """The place in words, from the run's configuration."""
-    site = from_option(training.get("site", "resid_post"), training["layer"])
-    if site.kind == "resid_post":
-        return f"the output of block {site.layer}"
-    return f"`{site.hook_name}`" if site.module is None else f"`{site.name}`"
+    names = [training.get("site", "resid_post"), training.get("target")]
+    sites = [from_option(name, training["layer"], any_layer=True) for name in names if name is not None]
+    each = [f"the output of block {s.layer}" if s.kind == "resid_post" else f"`{s.written}`" for s in sites]
+    return ", predicting ".join(each)
 
 
 def _trained(training: dict[str, Any], model: str, data: str) -> str:
@@ -115,6 +116,7 @@ def _trained(training: dict[str, Any], model: str, data: str) -> str:
         ("model", model),
         ("block", training.get("layer")),
         ("site", training.get("site")),
+        ("target", training.get("target")),
         ("text", data),
         ("steps", f"{steps:,} of {batch} x {training.get('length', 128)} tokens" if steps and batch else None),
         ("temporal objective", objective.get("temporal")),

@@ -56,6 +56,8 @@ class SAEBenchSAE(BaseSAE):
         hook_name: str | None = None,
     ) -> None:
         cfg, site = sae.cfg, site_of(sae.metadata)
+        if cfg.d_out:
+            raise UserError("SAEBench measures autoencoders, and this is a transcoder; use python -m tsae.evaluate.")
         if hook_name is None and site is not None:
             if site.layer != hook_layer and site.block != hook_layer:
                 raise UserError(f"The autoencoder encodes {site.name}, but hook_layer is {hook_layer}; correct it.")

@@ -19,7 +19,16 @@ from tsae.lm.loading import LanguageModel
 from tsae.lm.readout import Activations, forward
 from tsae.lm.site import Site, as_site
 
-__all__ = ["activations", "activations_at", "check_context", "check_layer", "check_tokens", "logits_with", "replacing"]
+__all__ = [
+    "activations",
+    "activations_at",
+    "check_context",
+    "check_layer",
+    "check_tokens",
+    "logits_with",
+    "reading",
+    "replacing",
+]
 
 
 class _Reached(Exception):  # noqa: N818  (not an error: the last place has been read)
@@ -114,6 +123,38 @@ def logits_with(
 
 
 @contextmanager
+def reading(lm: LanguageModel, place: int | Site) -> Iterator[list[Tensor]]:
+    """While the block runs, the list that it is given holds the activations [N, T, d] of the latest forward pass.
+
+    They are there once the pass has reached the place, in the graph of autograd if it records one.
+
+    place: as in `activations`
+    Raises UserError as `activations`.
+    """
+    site = as_site(place)
+    point = find(lm, site)
+    seen: list[Tensor] = []
+    shape: list[tuple[int, ...] | None] = [None]
+
+    def keep(value: Any) -> None:
+        seen[:] = [_read(lm, site, point, value, shape[0]).hidden.clone()]  # later modules may write into it
+
+    def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.clear()
+        shape[0] = _shape(args, kwargs)
+
+    with ExitStack() as stack:
+        stack.callback(lm.model.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        stack.enter_context(_hook(point, keep))
+        yield seen
+
+
+def _shape(args: Any, kwargs: Any) -> tuple[int, ...] | None:
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    return tuple(ids.shape) if isinstance(ids, Tensor) else None
+
+
+@contextmanager
 def replacing(lm: LanguageModel, place: int | Site, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """While the block runs, every forward pass of the model has the activations at a place replaced.
 
@@ -129,8 +170,7 @@ def replacing(lm: LanguageModel, place: int | Site, replace: Callable[[Tensor], 
     shape: list[tuple[int, ...] | None] = [None]
 
     def note_shape(module: nn.Module, args: Any, kwargs: Any) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        shape[0] = tuple(ids.shape) if isinstance(ids, Tensor) else None
+        shape[0] = _shape(args, kwargs)
 
     def substitute(value: Any) -> Any:
         read = _read(lm, site, point, value, shape[0])

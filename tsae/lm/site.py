@@ -60,6 +60,11 @@ class Site:
         return self.name.endswith(".input")
 
     @property
+    def written(self) -> str:
+        """The name in our files: SAELens's, or the path of a module, which says more than a name."""
+        return self.hook_name if self.module is None or self.kind == "resid_post" else self.name
+
+    @property
     def option(self) -> str:
         """What `--site` calls it."""
         return self.kind if self.kind in KINDS and self.module is None else self.name
@@ -98,8 +103,10 @@ def as_site(place: int | Site) -> Site:
     return place if isinstance(place, Site) else Site("resid_post", place, f"blocks.{place}.hook_resid_post")
 
 
-def from_option(text: str, layer: int) -> Site:
+def from_option(text: str, layer: int, *, any_layer: bool = False) -> Site:
     """The place that `--site` names: one of `KINDS` in block ``layer``, SAELens's name, or the path of a module.
+
+    any_layer: whether the latter two may name another block
 
     Raises:
         UserError: it is none of these, or it names another block than ``layer``.
@@ -112,7 +119,7 @@ def from_option(text: str, layer: int) -> Site:
             f"the site {text!r} is unknown; use {', '.join(KINDS)}, or the path of a module in a decoder block, such "
             f"as model.layers.{layer}.mlp.down_proj (its output) or model.layers.{layer}.mlp.down_proj.input."
         )
-    if site.layer != layer:
+    if site.layer != layer and not any_layer:
         raise UserError(
             f"the site {text} is in block {site.layer}, but the layer is {layer}; give --layer {site.layer}."
         )
@@ -188,7 +195,7 @@ def from_sparsify_folder(folder: Path) -> Site | None:
 
 _GEMMA_SCOPE_KINDS = {"res": "resid_post", "mlp": "mlp_out", "att": "hook_z", "transcoders": "transcoder"}
 TRANSCODERS = ("transcoder", "clt", "crosscoder")
-"""What Gemma Scope calls dictionaries that are no autoencoders."""
+"""What Gemma Scope calls dictionaries that are no autoencoders; only the first is of one layer."""
 
 
 def from_gemma_scope_folder(folder: Path) -> tuple[Site | None, str | None]:

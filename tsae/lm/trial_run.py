@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tsae.errors import UserError, reason
-from tsae.lm.hooks import activations, check_context, check_layer, logits_with
+from tsae.lm.hooks import activations, check_context, check_layer, logits_with, reading, replacing
 from tsae.lm.loading import LanguageModel
 from tsae.lm.readout import made_up
 from tsae.lm.site import Site, as_site
@@ -33,6 +33,29 @@ def site_width(lm: LanguageModel, place: int | Site) -> int:
     if site not in lm.widths:
         _probe(lm, site, *_PROBE)
     return lm.widths[site]
+
+
+def width(lm: LanguageModel, place: int | Site, target: Site | None = None) -> int:
+    """Width of the activations at a place, and of those at a target beside them (`tsae.data.harvest`)."""
+    return site_width(lm, place) + (0 if target is None else site_width(lm, target))
+
+
+def check_order(lm: LanguageModel, place: Site, target: Site) -> None:
+    """Raise UserError if a forward pass computes the target before the place that it is to be predicted from."""
+    ids = made_up(lm, *_PROBE, varied=True)
+    try:
+        with reading(lm, place) as seen, replacing(lm, target, lambda y: _after(seen, y)):
+            activations(lm, ids, target)
+    except LookupError:
+        raise UserError(
+            f"the target {target.name} of {lm.name} is computed before the site {place.name}; exchange them."
+        ) from None
+
+
+def _after(seen: list[Tensor], y: Tensor) -> Tensor:
+    if not seen:
+        raise LookupError
+    return y
 
 
 def check_site(lm: LanguageModel, place: int | Site, tokens: int, *, predictions: bool = False) -> None:

@@ -30,7 +30,7 @@ from tsae.utils.cli import check_counts, deliver
 from tsae.utils.output import say
 from tsae.utils.progress import bar
 
-AGREEING = ("model", "revision", "layer", "site", "lm_dtype", "data", "text")
+AGREEING = ("model", "revision", "layer", "site", "target", "lm_dtype", "data", "text")
 
 
 def probe_and_print(runs: Sequence[Path], **options: str | int | None) -> None:

@@ -97,7 +97,9 @@ def _header(head: SubFigure, records: Records) -> None:
     if "model" in config:
         what.append(str(config["model"]).rstrip("/").rsplit("/", 1)[-1])
     if "layer" in config:
-        what.append(from_option(config.get("site", "resid_post"), config["layer"]).described)
+        sites = [config.get("site", "resid_post"), config.get("target")]
+        found = [from_option(name, config["layer"], any_layer=True) for name in sites if name is not None]
+        what.append(", to ".join(site.described for site in found))
     if "data" in config:
         what.append(f"trained on {Path(str(config['data'])).name}")
     if records.text is not None:

@@ -20,6 +20,8 @@ _ADDED: dict[str, Any] = {
     "evaluation.massive_ratio": 4.0,
     "length": 128,
     "site": "resid_post",
+    "target": None,
+    "sae.d_out": 0,
 }
 
 

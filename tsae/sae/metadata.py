@@ -18,6 +18,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "hook_layer": (int,),
     "hook_head_index": (int,),
     "hook_name_out": (str,),
+    "hf_hook_name_out": (str,),
     "hf_hook_name": (str,),
     "context_size": (int,),
     "prepend_bos": (bool,),
@@ -27,14 +28,15 @@ TYPES: dict[str, tuple[type, ...]] = {
 VERSIONS = ("sae_lens_version", "sae_lens_training_version")  # of the writer; not kept
 
 
-def checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+def checked(path: Path, values: dict[str, Any], *, transcoder: bool = False) -> dict[str, Any]:
     """The metadata in ``values``, without those that are null.
 
     path: of the file, for messages
+    transcoder: whether it may name another place that is predicted, `hook_name_out`
 
     Raises:
         UserError: a field of `TYPES` has another type, the place contradicts the layer, or it is one head of an
-            attention layer or a transcoder's.
+            attention layer, or it names a place that is predicted and is no transcoder.
     """
     out = {name: value for name, value in values.items() if value is not None and name not in VERSIONS}
     for name, types in TYPES.items():
@@ -46,18 +48,13 @@ def checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
             f"{path} encodes head {out['hook_head_index']} of an attention layer (hook_head_index); only autoencoders "
             "of all of a place's activations can be read."
         )
-    if out.get("hook_name_out", out.get("hook_name")) != out.get("hook_name"):
+    if not transcoder:
+        _check_no_target(path, out)
+    elif "hook_head_index_out" in out:
         raise UserError(
-            f"{path} predicts {out['hook_name_out']} from {out.get('hook_name')} (hook_name_out), so it is a "
-            "transcoder; only autoencoders can be read."
+            f"{path} predicts head {out['hook_head_index_out']} of an attention layer (hook_head_index_out); only "
+            "transcoders to all of a place's activations can be read."
         )
-    for name in ("hook_layer", "hook_head_index", "hf_hook_name"):
-        here, there = out.get(name), out.get(f"{name}_out", out.get(name))
-        if here != there:
-            raise UserError(
-                f"{path} has {name}_out = {there!r} and {name} = {here!r}, so it is a transcoder; only autoencoders "
-                "can be read."
-            )
     site, module = site_of(out), out.get("hf_hook_name")
     if site is not None and module is not None and contradict(site, from_module(module)):
         raise UserError(
@@ -70,6 +67,27 @@ def checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
             "other; correct one of them."
         )
     return out
+
+
+def _check_no_target(path: Path, said: dict[str, Any]) -> None:
+    if said.get("hook_name_out", said.get("hook_name")) != said.get("hook_name"):
+        raise UserError(
+            f"{path} predicts {said['hook_name_out']} from {said.get('hook_name')} (hook_name_out), as a transcoder, "
+            "but its architecture is an autoencoder's; correct one of them."
+        )
+    for name in ("hook_layer", "hook_head_index", "hf_hook_name"):
+        here, there = said.get(name), said.get(f"{name}_out", said.get(name))
+        if here != there:
+            raise UserError(
+                f"{path} has {name}_out = {there!r} and {name} = {here!r}, as a transcoder, but its architecture is an "
+                "autoencoder's; correct one of them."
+            )
+
+
+def target_of(metadata: dict[str, Any]) -> Site | None:
+    """The place that the ``metadata`` of a transcoder says it predicts; None if it names none."""
+    names = {"hook_name": "hook_name_out", "hf_hook_name": "hf_hook_name_out"}
+    return site_of({ours: metadata[theirs] for ours, theirs in names.items() if metadata.get(theirs) is not None})
 
 
 def site_of(metadata: dict[str, Any]) -> Site | None:

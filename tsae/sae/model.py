@@ -29,9 +29,11 @@ class SparseAutoencoder(nn.Module):
     """A sparse autoencoder over sequences.
 
     ``h = activation((x - b_dec) / s W_enc + b_enc)`` and ``xhat = s (h W_dec) + b_dec``. The input scale ``s`` is 1
-    unless `folded` cannot absorb it into the weights.
+    unless `folded` cannot absorb it into the weights. With ``cfg.d_out`` it is a transcoder: ``xhat``, of that width,
+    predicts other activations than ``x``, and ``b_dec`` is not subtracted from the input.
 
-    Parameters, float32: ``W_enc`` (d_in, d_sae), ``b_enc`` (d_sae), ``W_dec`` (d_sae, d_in), ``b_dec`` (d_in);
+    Parameters, float32: ``W_enc`` (d_in, d_sae), ``b_enc`` (d_sae), ``W_dec`` (d_sae, d_out), ``b_dec`` (d_out), where
+    d_out is d_in for an autoencoder;
     for learned thresholds also ``log_threshold`` (d_sae), and with a release ``release_logit`` (d_sae).
     Buffers: ``threshold`` and ``release`` (d_sae), in the units of the pre-activation; 0 and unused by activations
     that store none (`tsae.sae.kinds`).
@@ -63,8 +65,8 @@ class SparseAutoencoder(nn.Module):
         # [d_in, d_sae], but stored feature by feature: its gradient comes in that layout (see sparse_linear).
         self.W_enc = nn.Parameter(W_enc.T.clone(memory_format=torch.contiguous_format).T)
         self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae))
-        self.W_dec = nn.Parameter(W_dec)  # [d_sae, d_in]
-        self.b_dec = nn.Parameter(torch.zeros(cfg.d_in))
+        self.W_dec = nn.Parameter(W_dec)  # [d_sae, d_out]
+        self.b_dec = nn.Parameter(torch.zeros(cfg.width_out))
         self.threshold: Tensor
         self.release: Tensor
         self.register_buffer("threshold", torch.zeros(cfg.d_sae))
@@ -265,7 +267,7 @@ class SparseAutoencoder(nn.Module):
         """Reconstruction from features.
 
         h: (..., d_sae), from `encode`; any floating-point dtype
-        out: (..., d_in), in the units of the input and the dtype of the parameters
+        out: (..., d_in), for a transcoder (..., d_out), in the units of the activations and the dtype of the parameters
         """
         return self._rescale(self._sum_over_shards(self._decode_product(h, self.W_dec)))
 
@@ -314,7 +316,9 @@ class SparseAutoencoder(nn.Module):
         return self.decode(self.encode(x, segments))
 
     @torch.no_grad()
-    def folded(self, mean: Tensor, scale: float) -> SparseAutoencoder:
+    def folded(
+        self, mean: Tensor, scale: float, target_mean: Tensor | None = None, target_scale: float = 1.0
+    ) -> SparseAutoencoder:
         """A copy that takes raw ``x``, of an autoencoder trained on ``(x - mean) / scale``.
 
         The mean goes into ``b_dec``, which is subtracted from the input first: float32 stays accurate even if the
@@ -322,10 +326,16 @@ class SparseAutoencoder(nn.Module):
         thresholds, so features have the units of the activations. For gelu and layer normalization it becomes
         ``cfg.input_scale``.
 
+        A transcoder's features have the units of its target, so that its decoder rows stay as they are: the encoder is
+        multiplied by ``target_scale / scale``, and ``mean`` goes through it, in float64, into ``b_enc``.
+
         mean: (d_in), float
         scale: positive, in the units of ``x``
+        target_mean, target_scale: (d_out) and positive, of a transcoder's target
         out: on the same device and in the same mode
         """
+        if target_mean is not None:
+            return self._folded_transcoder(mean, scale, target_mean, target_scale)
         mean = mean.to(self.b_dec)
         cfg = dataclasses.replace(self.cfg, apply_b_dec_to_input=True)
         homogeneous = cfg.kind.homogeneous and cfg.layer_norm == "none"
@@ -342,6 +352,29 @@ class SparseAutoencoder(nn.Module):
         out.W_dec.copy_(self.W_dec)
         out.b_enc.copy_(b_enc * gain)
         out.b_dec.copy_(self.b_dec * scale + mean)
+        out.threshold.copy_(self.threshold * gain)
+        out.release.copy_(self.release * gain)
+        out.update_threshold_parameters()
+        out.metadata = dict(self.metadata)
+        return out
+
+    def _folded_transcoder(
+        self, mean: Tensor, scale: float, target_mean: Tensor, target_scale: float
+    ) -> SparseAutoencoder:
+        if self.training:
+            self.update_threshold_buffers()
+        cfg = dataclasses.replace(self.cfg)
+        homogeneous = cfg.kind.homogeneous and cfg.layer_norm == "none"
+        gain = target_scale if homogeneous else 1.0  # of the features
+        if not homogeneous:
+            cfg.input_scale = self.cfg.input_scale * scale
+        out = SparseAutoencoder(cfg).to(self.b_dec.device).train(self.training)
+        W_enc = self.W_enc.double()
+        b_enc = self.b_enc.double() - mean.double() / (self.cfg.input_scale * scale) @ W_enc
+        out.W_enc.copy_(W_enc * (gain / scale) if homogeneous else W_enc)
+        out.b_enc.copy_(b_enc * gain)
+        out.W_dec.copy_(self.W_dec if homogeneous else self.W_dec * (target_scale / scale))
+        out.b_dec.copy_(self.b_dec * target_scale + target_mean)
         out.threshold.copy_(self.threshold * gain)
         out.release.copy_(self.release * gain)
         out.update_threshold_parameters()
@@ -379,12 +412,15 @@ class SparseAutoencoder(nn.Module):
 
 
 def _initial_weights(cfg: SAEConfig, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """W_enc (d_in, d_sae) and W_dec (d_sae, d_in)."""
+    """W_enc (d_in, d_sae) and W_dec (d_sae, d_out)."""
     shape = (cfg.d_sae, cfg.d_in)
     if cfg.init == "xavier":
-        W_dec = nn.init.xavier_uniform_(torch.empty(shape), generator=generator)
+        W_dec = nn.init.xavier_uniform_(torch.empty(cfg.d_sae, cfg.width_out), generator=generator)
         W_enc = nn.init.xavier_uniform_(torch.empty(shape), generator=generator).T
     else:
-        W_dec = functional.normalize(torch.randn(shape, generator=generator), dim=1)
-        W_enc = cfg.encoder_scale * W_dec.T
+        W_dec = functional.normalize(torch.randn(cfg.d_sae, cfg.width_out, generator=generator), dim=1)
+        rows = W_dec  # of a transcoder independent: its input and its target are two spaces
+        if cfg.d_out:
+            rows = functional.normalize(torch.randn(shape, generator=generator), dim=1)
+        W_enc = cfg.encoder_scale * rows.T
     return W_enc, functional.normalize(W_dec, dim=1) if cfg.unit_norm_decoder else W_dec

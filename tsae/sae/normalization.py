@@ -19,10 +19,14 @@ class InputNormalizer:
     """``(x - mean) / scale``, with an expected squared norm of d_in per position.
 
     mean: (d_in), float32; scale: positive
+    target_scale, d_in: for a transcoder, the scale of its target, which follows the d_in dimensions of the input, and
+        d_in; mean is then (d_in + d_out). 0 and 0 for an autoencoder
     """
 
     mean: Tensor
     scale: float
+    target_scale: float = 0.0
+    d_in: int = 0
 
     @classmethod
     def estimate(cls, x: Tensor, segments: Tensor | None = None) -> InputNormalizer:
@@ -56,10 +60,20 @@ class InputNormalizer:
         return cls((shift + total / n).float(), float(variance.sqrt()))
 
     @classmethod
+    def estimate_pair(cls, x: Tensor, segments: Tensor | None, d_in: int) -> InputNormalizer:
+        """Estimate for a transcoder from its input and its target, (N, T, d_in + d_out); otherwise as `estimate`."""
+        source, target = cls.estimate(x[..., :d_in], segments), cls.estimate(x[..., d_in:], segments)
+        return cls(torch.cat([source.mean, target.mean]), source.scale, target.scale, d_in)
+
+    @classmethod
     def identity(cls, d_in: int) -> InputNormalizer:
         """A normalizer that changes nothing."""
         return cls(torch.zeros(d_in), 1.0)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Normalize raw activations (..., d_in); float32."""
+        if self.target_scale:
+            scale = torch.full_like(self.mean, self.scale)
+            scale[self.d_in :] = self.target_scale
+            return (x.float() - self.mean) / scale
         return (x.float() - self.mean) / self.scale

@@ -25,6 +25,7 @@ from tsae.utils.config_json import from_dict, load_json
 from tsae.utils.tensor_files import Tensors, read_safetensors, require_tensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+TRANSCODERS = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}  # SAELens's names; it has none of TopK
 CHECKSUM = "xxh3_128"  # key in the header of the weights; covers the weights and `metadata.tsae`
 ALWAYS = ("activation", "apply_b_dec_to_input", "input_scale", "layer_norm")  # fields that every version has written
 SAELENS_VERSION = "6.54.0"  # of the format written; SAELens reads versions below 6 through a legacy path
@@ -38,6 +39,8 @@ def architecture(cfg: SAEConfig) -> str:
         return f"tsae_{cfg.activation}_two_sided"
     if cfg.input_scale != 1.0 and cfg.kind.saelens is not None:
         return f"tsae_{cfg.activation}_scaled"
+    if cfg.d_out:
+        return TRANSCODERS.get(cfg.kind.saelens or "", f"tsae_{cfg.activation}_transcoder")
     return cfg.kind.saelens or f"tsae_{cfg.activation}"
 
 
@@ -45,7 +48,7 @@ def tensor_shapes(cfg: SAEConfig) -> dict[str, tuple[int, ...]]:
     """The saved tensors; learned thresholds are saved as `threshold` and `release` too."""
     d_in, d_sae = cfg.d_in, cfg.d_sae
     shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,)}
-    shapes |= {"W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    shapes |= {"W_dec": (d_sae, cfg.width_out), "b_dec": (cfg.width_out,)}
     shapes |= {"threshold": (d_sae,)} if cfg.kind.stores_threshold else {}
     return shapes | ({"release": (d_sae,)} if cfg.kind.release else {})
 
@@ -81,6 +84,8 @@ def _saelens_fields(cfg: SAEConfig) -> dict[str, Any]:
         "normalize_activations": "none",
         "reshape_activations": "none",
     }
+    if cfg.d_out:
+        values |= {"d_out": cfg.d_out}
     if values["architecture"] == "topk":
         values |= {"k": cfg.k, "rescale_acts_by_decoder_norm": False}
     return values
@@ -138,7 +143,7 @@ def load(directory: Path) -> tuple[SAEConfig, Tensors, dict[str, Any]]:
     if cfg.kind.release and bool(((tensors["release"] > tensors["threshold"]) | (tensors["release"] < 0)).any()):
         raise UserError(f"{path}: release must be from 0 to threshold for every feature; restore the file.")
     said = {name: value for name, value in values["metadata"].items() if name != "tsae"}
-    said = metadata.checked(directory / CONFIG, said)
+    said = metadata.checked(directory / CONFIG, said, transcoder=cfg.d_out > 0)
     if "hook_layer" in said and "hook_name" not in values["metadata"]:  # our first versions named only the layer
         said.setdefault("hook_name", f"blocks.{said['hook_layer']}.hook_resid_post")
     return cfg, tensors, said

@@ -25,7 +25,7 @@ def announce(setup: Setup, buffer: ActivationBuffer) -> None:
         what = f"{cfg.sae.d_sae} {cfg.sae.activation} features" + (" (bfloat16 autocast)" if autocast else "")
     where = f"on {setup.device}" if cfg.lm_device == "auto" else f"on {lm.device}, autoencoder on {setup.device}"
     console.print(
-        f"{cfg.preset}: {lm.name} {cfg.place.described} ({str(lm.dtype).removeprefix('torch.')}) {where}, "
+        f"{cfg.preset}: {lm.name} {cfg.described} ({str(lm.dtype).removeprefix('torch.')}) {where}, "
         f"{what}, {cfg.steps} steps of {cfg.batch} x {cfg.length} tokens."
     )
     console.print(
@@ -48,6 +48,8 @@ def report_massive(cfg: TrainConfig, first: ActivationBatch) -> float:
     out: the norm above which ``buffer.max_norm_ratio`` leaves tokens out; with 0, that of `evaluation.massive_ratio`
     """
     left_out = cfg.buffer.max_norm_ratio
+    if cfg.target is not None:
+        first = ActivationBatch(first.x[..., : cfg.sae.d_in], first.segments)
     found = report_norms(*first, left_out or cfg.evaluation.massive_ratio)
     if found.large or left_out:
         advice = "they are left out of training" if left_out else "--buffer.max-norm-ratio leaves such tokens out"

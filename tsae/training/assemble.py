@@ -16,18 +16,20 @@ from tsae.data.buffer import ActivationBuffer
 from tsae.data.cache import ActivationCache
 from tsae.data.cache_key import cache_key, provenance
 from tsae.data.feed import ActivationFeed, no_progress
-from tsae.data.harvest import Harvester
+from tsae.data.harvest import ActivationBatch, Harvester
 from tsae.data.prefetching import PrefetchingFeed
 from tsae.data.sequences import SequenceStream
 from tsae.data.text import Document, Part, absolute_source, open_text, split_threshold
 from tsae.errors import UserError
 from tsae.evaluation.held_out import evaluation_batches
 from tsae.lm.loading import LanguageModel, absolute_name, default_dtype, load_language_model
-from tsae.lm.trial_run import check_site, site_width
+from tsae.lm.site import Site
+from tsae.lm.trial_run import check_order, check_site, site_width, width
 from tsae.parallel.axis import SINGLE_PROCESS, Ranks
 from tsae.parallel.buffer import DistributedActivationBuffer
 from tsae.parallel.processes import check_mesh, check_on_all_ranks, local_rank0_first, raise_on_all_ranks
 from tsae.rundir.ownership import check_output_directory
+from tsae.sae.normalization import InputNormalizer
 from tsae.training.job import Job, prefix_errors
 from tsae.training.sparse_step import check_steps
 from tsae.utils.device import resolve_device
@@ -52,8 +54,8 @@ class Setup:
 
     @property
     def width(self) -> int:
-        """Width of the activations."""
-        return site_width(self.lm, self.job.shared.place)
+        """Width of the stored activations: of the input, and of a target beside it."""
+        return width(self.lm, self.job.shared.place, self.job.shared.target_place)
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -86,6 +88,8 @@ def prepare(job: Job) -> Setup:
         UserError: a value makes no sense, or the model, the text or the place of the cache cannot be used.
     """
     job.check()
+    if job.shared.target is not None and world_size() > 1:
+        raise UserError("Transcoders (target) are trained in one process; start it without torchrun.")
     check_mesh(job.runs.values())
     device, lm_device = resolve_device(job.shared.device), resolve_lm_device(job.shared)
     for name, cfg in job.runs.items():
@@ -106,6 +110,10 @@ def prepare(job: Job) -> Setup:
         lambda: load_language_model(common.model, device=lm_device, dtype=common.lm_dtype, revision=common.revision)
     )
     check_site(lm, common.place, 1 + common.length, predictions=common.evaluation.final)
+    target = common.target_place
+    if target is not None:
+        check_site(lm, target, 1 + common.length)
+        check_order(lm, common.place, target)
     # Likewise text that is too short for a forward pass.
     SequenceStream(_text(common, "train"), lm.tokenizer, common.length).next_batch(job.forward_batch)
     if common.evaluation.final:
@@ -114,6 +122,8 @@ def prepare(job: Job) -> Setup:
     for name, cfg in job.runs.items():
         with prefix_errors(name):
             sae = replace(cfg.sae, d_in=matching_width(cfg, lm))
+            if target is not None:
+                sae = replace(sae, d_out=matching_width(cfg, lm, target), apply_b_dec_to_input=False)
         runs[name] = replace(cfg, data=common.data, model=common.model, text=common.text, cache=common.cache, sae=sae)
     return Setup(replace(job, runs=runs), lm, device)
 
@@ -134,12 +144,20 @@ def resolve_lm_device(cfg: TrainConfig) -> torch.device:
     return resolve_device(cfg.lm_device)
 
 
-def matching_width(cfg: TrainConfig, lm: LanguageModel) -> int:
-    """The width of the activations, which ``sae.d_in`` must equal if it is given."""
-    width = site_width(lm, cfg.place)
-    if cfg.sae.d_in not in (0, width):
-        raise UserError(f"sae.d_in is {cfg.sae.d_in}, but {lm.name} has width {width}; leave sae.d_in out.")
-    return width
+def matching_width(cfg: TrainConfig, lm: LanguageModel, target: Site | None = None) -> int:
+    """The width of the activations, or of a target, which ``sae.d_in`` or ``sae.d_out`` must equal if it is given."""
+    name, given = ("d_in", cfg.sae.d_in) if target is None else ("d_out", cfg.sae.d_out)
+    found = site_width(lm, target or cfg.place)
+    if given not in (0, found):
+        raise UserError(f"sae.{name} is {given}, but {lm.name} has width {found}; leave sae.{name} out.")
+    return found
+
+
+def estimated(cfg: TrainConfig, sample: ActivationBatch) -> InputNormalizer:
+    """The normalizer of a run, with ``cfg.sae.d_in`` set, from its first activations."""
+    if cfg.target is not None:
+        return InputNormalizer.estimate_pair(*sample, cfg.sae.d_in)
+    return InputNormalizer.estimate(*sample)
 
 
 def _text(cfg: TrainConfig, part: Part) -> Callable[[int], Iterator[Document]]:
@@ -201,7 +219,8 @@ def make_feed(
     """
     cfg, world = setup.job.shared, setup.ranks.world
     stream = SequenceStream(_text(cfg, "train"), setup.lm.tokenizer, cfg.length)
-    harvester = Harvester(setup.lm, cfg.place, stream, batch=setup.job.forward_batch, dtype=setup.storage_dtype)
+    options = {"batch": setup.job.forward_batch, "dtype": setup.storage_dtype, "target": cfg.target_place}
+    harvester = Harvester(setup.lm, cfg.place, stream, **options)
     checking_bar = partial(_checking_bar, check_on_all_ranks(check, setup.ranks, world.size))
     return ActivationFeed(harvester, cache, checking_bar, world.rank, world.size)
 

@@ -17,7 +17,7 @@ from tsae.data.cache import ActivationCache
 from tsae.data.harvest import ActivationBatch
 from tsae.errors import UserError
 from tsae.sae.normalization import InputNormalizer
-from tsae.training.assemble import Setup, make_buffer, make_feed, open_cache, prepare
+from tsae.training.assemble import Setup, estimated, make_buffer, make_feed, open_cache, prepare
 from tsae.training.job import Job
 from tsae.training.memory import cache_bytes, checkpoint_bytes, memory_parts
 from tsae.training.trainer import Trainer
@@ -90,7 +90,7 @@ def _seconds(work: Callable[[], object]) -> float:
 def _step(cfg: TrainConfig, sample: ActivationBatch, setup: Setup) -> float:
     """Seconds of a step, the median of a few."""
     device = setup.device
-    normalizer = InputNormalizer.estimate(*sample) if cfg.normalize else InputNormalizer.identity(setup.width)
+    normalizer = estimated(cfg, sample) if cfg.normalize else InputNormalizer.identity(setup.width)
     trainer = Trainer(cfg, normalizer, device, autocast=setup.uses_autocast(cfg))
     picks = torch.arange(cfg.batch) % len(sample.x)
     batch = ActivationBatch(sample.x[picks], sample.segments[picks])

@@ -15,8 +15,8 @@ from tsae.utils.nested import flatten
 
 # The options that decide the stream of activations, its evaluation and its checkpoints.
 SHARED = (
-    *("model", "revision", "layer", "site", "data", "text", "steps", "length", "batch", "data_seed", "device"),
-    *("lm_device", "lm_dtype", "buffer", "evaluation", "checkpoint", "cache", "parallel"),
+    *("model", "revision", "layer", "site", "target", "data", "text", "steps", "length", "batch", "data_seed"),
+    *("device", "lm_device", "lm_dtype", "buffer", "evaluation", "checkpoint", "cache", "parallel"),
 )
 
 

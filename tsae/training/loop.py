@@ -23,7 +23,7 @@ from tsae.rundir.trackers import open_trackers
 from tsae.sae.normalization import InputNormalizer
 from tsae.training import checkpoint
 from tsae.training.announce import announce, print_waiting, report_massive
-from tsae.training.assemble import Setup, Stream, open_stream
+from tsae.training.assemble import Setup, Stream, estimated, open_stream
 from tsae.training.job import prefix_errors
 from tsae.training.trainer import DivergedError, Trainer
 from tsae.utils.atomic import write_json
@@ -132,10 +132,11 @@ class TrainingLoop:
         if self.job.shared.buffer.max_norm_ratio:
             self.stream.buffer.exclude_above(limit)
             first = self.stream.buffer.first(self.job.shared.buffer.estimate_sequences)
-        estimated = broadcast_from_rank0(lambda: InputNormalizer.estimate(*first))
+        first_config = next(iter(self.job.runs.values()))
+        normalizer = broadcast_from_rank0(lambda: estimated(first_config, first))
         identity = InputNormalizer.identity(self.setup.width)
         for name, cfg in self.job.runs.items():
-            self.trainers[name] = self._new_trainer(name, estimated if cfg.normalize else identity)
+            self.trainers[name] = self._new_trainer(name, normalizer if cfg.normalize else identity)
         if not resume and self.ranks.is_rank0:
             start_runs(self.job.runs, directory)  # last: an old run is removed only for one that can train
 

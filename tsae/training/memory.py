@@ -11,7 +11,7 @@ from tsae.data.buffer import ActivationBuffer
 from tsae.data.cache import SHARD_BYTES, sequence_bytes
 from tsae.errors import UserError
 from tsae.lm.loading import LanguageModel
-from tsae.lm.trial_run import site_width
+from tsae.lm.trial_run import width as stored_width
 from tsae_kernels.sparse import sparse_products_available
 
 MODEL, BUFFER, AHEAD, SAE, STEP, CACHE = (
@@ -40,7 +40,7 @@ def memory_parts(
     device: of the autoencoders
     """
     cfg = next(iter(cfgs.values()))
-    width = site_width(lm, cfg.place)
+    width = stored_width(lm, cfg.place, cfg.target_place)
     dense = device.type != "cpu" or not sparse_products_available()
     parts = {
         MODEL: sum(tensor.nbytes for tensor in (*lm.model.parameters(), *lm.model.buffers())),
@@ -74,7 +74,7 @@ def check_memory(parts: dict[str, int], device: torch.device, lm_device: torch.d
 
 def sae_parameters(cfg: SAEConfig) -> int:
     """Number of parameters."""
-    return 2 * cfg.d_in * cfg.d_sae + cfg.d_in + (1 + cfg.kind.threshold_parameters) * cfg.d_sae
+    return (cfg.d_in + cfg.width_out) * cfg.d_sae + cfg.width_out + (1 + cfg.kind.threshold_parameters) * cfg.d_sae
 
 
 def sae_bytes(cfg: SAEConfig) -> int:

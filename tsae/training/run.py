@@ -104,10 +104,16 @@ def _save(sae: SparseAutoencoder, setup: Setup, name: str) -> None:
     site = cfg.place
     # The module too, unless the name says it all.
     module = {} if site.kind == "resid_post" else {"hf_hook_name": find(setup.lm, site).hf_name}
+    if (target := cfg.target_place) is not None:
+        module |= {
+            "hook_name_out": target.written,
+            "hook_layer_out": target.layer,
+            "hf_hook_name_out": find(setup.lm, target).hf_name,
+        }
     sae.save(
         setup.job.directory / name / layout.AUTOENCODER,
         model_name=cfg.model,
-        hook_name=site.hook_name if site.module is None or site.kind == "resid_post" else site.name,
+        hook_name=site.written,
         **module,
         hook_layer=cfg.layer,
         context_size=cfg.length + 1,

@@ -52,6 +52,8 @@ def dense_reason(cfg: TrainConfig, processes: int = 1) -> str | None:
         return f"sae.hysteresis {sae.hysteresis!r} is not one pass along the sequence"
     if sae.input_scale != 1.0:
         return f"sae.input_scale is {sae.input_scale}"
+    if cfg.target is not None or sae.d_out:
+        return "a transcoder's encoder and decoder have other widths"
     if processes > 1:
         return f"there are {processes} processes"
     return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,7 +109,7 @@ class Trainer:
         else:
             self.sae = sae.to(device).train()
             self.sae.ranks = ranks
-        self.normalizer = InputNormalizer(normalizer.mean.to(device), normalizer.scale)
+        self.normalizer = replace(normalizer, mean=normalizer.mean.to(device))
         check_steps(cfg, device, ranks.world.size)
         self.optimizer = build_optimizer(self.sae, cfg.optimizer, capturable=cfg.cuda_graph)
         self.gradient_sum = GradientSum(self.sae.parameter_dict().values(), ranks.data)
@@ -269,6 +270,9 @@ class Trainer:
         cfg, sae = self.cfg, self.sae
         segments = batch.segments.to(self.device, non_blocking=True)
         x = self.normalizer(batch.x.to(self.device, non_blocking=True))
+        target = x
+        if cfg.sae.d_out:
+            x, target = (part.contiguous() for part in x.split((cfg.sae.d_in, cfg.sae.d_out), dim=-1))
         h: Tensor | FeatureLists
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             if lists is None:
@@ -281,12 +285,12 @@ class Trainer:
                 self._set_threshold(pre, segments)
                 h, stats, l0 = lists.encode(centred, pre, bands_for(cfg.objective), segments)
                 *prefixes, xhat = lists.decode(h)
-            auxiliary = self._auxiliary(x, x - xhat, dead, segments)
+            auxiliary = self._auxiliary(x, target - xhat, dead, segments)
         variance = self._variance(stats, segments)
         if weight is None:  # the loss uses the temporal buffer as updated by this batch
             self._update_temporal_buffer(variance, plan.mixing)
         inputs = LossInputs(
-            x=x,
+            x=target,
             xhat=xhat,
             h=h,
             stats=stats,
@@ -309,7 +313,7 @@ class Trainer:
         (weight * terms.total).backward()
         return Piece(
             weight,
-            x,
+            target,
             h.detach(),
             segments,
             TemporalStats(*(each.detach() for each in stats)),
@@ -495,7 +499,12 @@ class Trainer:
         if frozen and not sae.thresholds_learned:
             sae.threshold.fill_(controller.frozen)
             sae.release.copy_(sae.threshold * self.cfg.sae.release_ratio)
-        out = sae.folded(self.normalizer.mean, self.normalizer.scale).eval()
+        mean, scale, target_scale = self.normalizer.mean, self.normalizer.scale, self.normalizer.target_scale
+        if self.cfg.sae.d_out:
+            mean, target_mean = mean.split((self.cfg.sae.d_in, self.cfg.sae.d_out))
+            out = sae.folded(mean, scale, target_mean, target_scale or scale).eval()
+        else:
+            out = sae.folded(mean, scale).eval()
         if frozen and sae.thresholds_learned:
             out.threshold *= controller.frozen / controller.theta
             out.release *= controller.frozen / controller.theta
@@ -517,11 +526,15 @@ class Trainer:
             "silent": whole(self.dead.silent, 0, features),
             "correlation": whole(self.correlation, 0, features),
             "noise_generator": self.noise_generator.get_state(),
-            "normalizer": {"mean": self.normalizer.mean, "scale": self.normalizer.scale},
+            "normalizer": self._normalizer_state(),
             "steps": self.step,
             "tokens": self.tokens,
             "any_dead": self._any_dead,
         } | ({} if self.lists is None else {"list_capacity": self.lists.capacity})
+
+    def _normalizer_state(self) -> dict[str, Any]:
+        state = {field.name: getattr(self.normalizer, field.name) for field in fields(self.normalizer)}
+        return state if self.normalizer.target_scale else {name: state[name] for name in ("mean", "scale")}
 
     def check_finite(self) -> None:
         """Raise `DivergedError`, naming the tensor, unless all of the state is finite. Synchronises with the device."""
@@ -561,8 +574,8 @@ class Trainer:
         self.dead.silent = split(state["silent"], 0, features).to(self.device, copy=True)
         self.correlation = split(state["correlation"], 0, features).to(self.device)
         self.noise_generator.set_state(state["noise_generator"])
-        normalizer = state["normalizer"]
-        self.normalizer = InputNormalizer(normalizer["mean"].to(self.device), normalizer["scale"])
+        normalizer = InputNormalizer(**state["normalizer"])
+        self.normalizer = replace(normalizer, mean=normalizer.mean.to(self.device))
         self.step, self.tokens = state["steps"], state["tokens"]
         self.step_on_device.fill_(self.step)
         # Older checkpoints lack it: no auxiliary loss for dead features until the next logged step.

@@ -99,7 +99,7 @@ def facts(cfg: TrainConfig, tokens: int) -> list[tuple[str, str]]:
     details = [f"k = {sae.k}"] if sae.kind.k_sparse else []
     details += [f"release ratio {sae.release_ratio:g}"] if sae.kind.release else []
     return [
-        ("model", f"{_last(cfg.model)}, {cfg.place.described}"),
+        ("model", f"{_last(cfg.model)}, {cfg.described}"),
         ("trained on", f"{_last(cfg.data)}, {cfg.steps * cfg.batch * cfg.length:,} tokens in {cfg.steps:,} steps"),
         ("features", f"{sae.d_sae:,}, {activation}" + (f" ({', '.join(details)})" if details else "")),
         ("temporal objective", str(objective.temporal)),
