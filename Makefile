@@ -11,7 +11,7 @@ PEERS_STAMP := $(PEERS)/.installed
 WORKERS ?= logical
 PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: demo install peers test test-slow test-peers kills lint format docs bench bench-smoke asan
+.PHONY: demo install peers test test-slow test-peers kills lint format docs bench bench-smoke asan asan-cpp asan-cuda
 .PHONY: cuda-compile triton-compile kernel-count gpu-check gpu-pack gpu-rehearsal clean
 
 demo: install
@@ -68,8 +68,13 @@ bench-smoke: install
 	TSAE_BENCH_SMOKE=1 $(BIN)/python -m pytest benchmarks --benchmark-disable-gc --benchmark-warmup=off
 
 # The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer: C++, and CUDA as run on the host.
-asan: install
+# Each takes one core: `make --jobs 2 asan` runs both at once.
+asan: asan-cpp asan-cuda
+
+asan-cpp: install
 	tools/check_memory.sh cpu $(BIN)/python
+
+asan-cuda: install
 	tools/check_memory.sh cuda $(BIN)/python
 
 # The CUDA kernels for every architecture, without a GPU: fails on a warning or a register spill. Needs nvcc.
