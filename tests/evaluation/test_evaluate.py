@@ -19,6 +19,7 @@ from tsae.errors import UserError
 from tsae.evaluate import evaluate, main, write_eval
 from tsae.evaluation import evaluator as measure
 from tsae.evaluation.catalogue import GROUPS
+from tsae.evaluation.metrics import CodeLength
 from tsae.lm.hooks import activations
 from tsae.lm.loading import load_language_model
 from tsae.reports.table import print_table
@@ -58,6 +59,14 @@ TEMPORAL_KEYS = {
     "persistence_excess_shuffled",
     "transitions",
     "smoothness",
+    "support_bits",
+    "support_bits_memoryless",
+    "amplitude_bits",
+    "total_bits",
+    "support_bits_shuffled",
+    "support_bits_memoryless_shuffled",
+    "amplitude_bits_shuffled",
+    "total_bits_shuffled",
 }
 
 
@@ -192,7 +201,8 @@ def test_batching_changes_nothing(lm, batch):
     ).metrics
     for metrics in (whole, split):
         metrics.pop("explained_variance_legacy")  # about each batch's own mean, by definition
-        metrics["temporal"].pop("persistence_excess_shuffled")  # random
+        for key in [key for key in metrics["temporal"] if key.endswith("_shuffled")]:
+            metrics["temporal"].pop(key)  # random
     for (key, a), (_, b) in zip(flatten(whole).items(), flatten(split).items(), strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6), key
 
@@ -204,6 +214,41 @@ def test_the_seed_decides_the_shuffled_control(lm, batch):
 
     assert control(0) == control(0)
     assert control(0) != control(1)
+
+
+def test_bits_are_counted_in_one_half_of_the_text_and_charged_in_the_other(lm, batch):
+    sae = Fake(torch.zeros(32), 0.7)
+    x = activations(lm, batch.tokens, LAYER)[:, 1:]
+    code, half = CodeLength(), (torch.arange(6) >= 3).int()[:, None].expand(6, 32)
+    sae.eval()
+    code.update(sae.encode(x), batch.segments, half)
+    for size in (6, 4, 1):
+        metrics = evaluate(sae, lm, [batch], layer=LAYER, harvest_batch=size).metrics
+        # The step of the quantization is the rms error, and 0.7 the norm of each decoder row.
+        expected = code.compute(math.sqrt(metrics["mse"]), torch.full((64,), 0.7))
+        found = {name: metrics["temporal"][name] for name in expected}
+        assert found == pytest.approx(expected, rel=1e-3)
+        assert metrics["temporal"]["total_bits_shuffled"] > 0
+
+
+def test_bits_of_an_autoencoder_without_error_are_finite(lm, batch):
+    temporal = evaluate(Fake(torch.zeros(32), 1.0), lm, [batch], layer=LAYER).metrics["temporal"]
+    assert 10 < temporal["amplitude_bits"] / 32 < 40  # 32 values a token, as exact as float32
+
+
+@pytest.mark.parametrize("input_scale", [1.0, 3.0])
+def test_decoder_norms_of_any_affine_decoder(input_scale):
+    sae = SparseAutoencoder(SAEConfig(d_in=32, d_sae=2000, activation="gelu", input_scale=input_scale))
+    sae.W_dec.data.mul_(torch.rand(2000, 1))
+    sae.b_dec.data.normal_()
+
+    class Other(nn.Module):
+        decode = staticmethod(sae.decode)
+        parameters = staticmethod(sae.parameters)
+
+    expected = input_scale * sae.W_dec.norm(dim=1)
+    for one in (sae, Other()):
+        torch.testing.assert_close(measure.decoder_norms(one, 2000), expected, check_dtype=False, atol=1e-5, rtol=1e-5)
 
 
 def test_progress_starts_at_zero_and_ends_at_its_totals(lm, batch):
@@ -279,6 +324,8 @@ def test_table_names_groups_and_units(lm, batch, capsys):
     table = capsys.readouterr().out
     for word in (
         "Reconstruction",
+        "Code length",
+        "total bits",
         "Sparsity",
         "Language model",
         "Temporal",

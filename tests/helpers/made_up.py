@@ -28,7 +28,12 @@ def evaluation() -> dict[str, Any]:
         "l0": 32.0,
         "frac_alive": 0.97,
         "ce_loss_score_mean_ablation": 0.95,
-        "temporal": {"persistence_excess": 0.31, "persistence_excess_shuffled": 0.09},
+        "temporal": {
+            "total_bits": 313.9,
+            "support_bits": 187.6,
+            "persistence_excess": 0.31,
+            "persistence_excess_shuffled": 0.09,
+        },
     }
 
 

@@ -22,6 +22,7 @@ from tsae.data.harvest import content_activations
 from tsae.data.sequences import TokenBatch
 from tsae.errors import UserError
 from tsae.evaluation.metrics import (
+    CodeLength,
     LanguageModelMetrics,
     MassiveActivations,
     Persistence,
@@ -205,23 +206,33 @@ class _Features:
     def __init__(self, massive_ratio: float) -> None:
         self.reconstruction, self.temporal, self.shuffled = ReconstructionMetrics(), TemporalMetrics(), Persistence()
         self.massive = MassiveActivations(massive_ratio)
+        self.bits, self.bits_shuffled = CodeLength(), CodeLength()
 
-    def update(self, sae: SparseAutoencoder, x: Tensor, shuffled: Tensor, segments: Tensor) -> None:
-        """Count activations x [N, T, d], and `shuffled`: x with the positions of each segment permuted."""
+    def update(self, sae: SparseAutoencoder, x: Tensor, shuffled: Tensor, segments: Tensor, half: Tensor) -> None:
+        """Count activations x [N, T, d], and `shuffled`: x with the positions of each segment permuted.
+
+        half: [N, T] integers, 0 or 1, for `CodeLength`
+        """
         h = sae.encode(x, segments)
         xhat = sae.decode(h)
         self.reconstruction.update(x, xhat, h, segments)
         self.massive.update(x, xhat, segments)
         self.temporal.update(x, h, segments)
+        self.bits.update(h, segments, half)
         del h
-        self.shuffled.update_features(sae.encode(shuffled, segments), segments)
+        h = sae.encode(shuffled, segments)
+        self.shuffled.update_features(h, segments)
+        self.bits_shuffled.update(h, segments, half)
 
-    def result(self, predictions: LanguageModelMetrics) -> EvaluationResult:
-        temporal = self.temporal.compute()
+    def result(self, sae: SparseAutoencoder, predictions: LanguageModelMetrics) -> EvaluationResult:
+        reconstruction, temporal = self.reconstruction.compute(), self.temporal.compute()
         temporal["persistence_excess_shuffled"] = self.shuffled.excess()
+        step, norms = self.reconstruction.rms_error(), decoder_norms(sae, self.bits.d_sae)
+        temporal |= self.bits.compute(step, norms)
+        temporal |= {f"{name}_shuffled": bits for name, bits in self.bits_shuffled.compute(step, norms).items()}
         return EvaluationResult(
             metrics={
-                **self.reconstruction.compute(),
+                **reconstruction,
                 **predictions.compute(),
                 "massive": self.massive.compute(),
                 "temporal": temporal,
@@ -247,8 +258,11 @@ def _measure(
         segments = part.segments.to(device)
         x = content_activations(lm, part, settings.layer).to(device, torch.float32)  # [N, T, d]
         shuffled = shuffle_within_segments(x, segments, generator)
+        # Bits are counted in the first half of the text and charged in the second, and the reverse.
+        position = torch.arange(done, done + segments.numel(), device=device).view(segments.shape)
+        half = (2 * position >= total).int()
         for name, sae in saes.items():
-            features[name].update(sae, x, shuffled, segments)
+            features[name].update(sae, x, shuffled, segments, half)
         done += segments.numel()
         settings.progress("features", done, total)
     inputs = next(iter(features.values())).reconstruction
@@ -258,7 +272,7 @@ def _measure(
 
     mean = inputs.mean() if settings.reference_mean is None else settings.reference_mean
     predictions = _predictions(saes, lm, parts, replace(settings, reference_mean=mean))
-    results = {name: features[name].result(predictions[name]) for name in saes}
+    results = {name: features[name].result(sae, predictions[name]) for name, sae in saes.items()}
     for name, sae in saes.items():
         if isinstance(sae, SparseAutoencoder):
             results[name].weights = sae.not_finite()
@@ -313,6 +327,21 @@ def _replace_content(content: Callable[[Tensor], Tensor], segments: Tensor) -> C
         return out
 
     return hook
+
+
+def decoder_norms(sae: SparseAutoencoder, d_sae: int) -> Tensor:
+    """[d_sae] L2 norms of what one unit of each feature adds to the reconstruction.
+
+    sae: or any module whose `decode` is affine
+    """
+    if isinstance(sae, SparseAutoencoder):
+        return sae.W_dec.double().norm(dim=1) * sae.cfg.input_scale
+    like = next(sae.parameters())
+    zero = sae.decode(like.new_zeros(1, 1, d_sae))
+    norms = []
+    for rows in torch.eye(d_sae, dtype=like.dtype, device=like.device).split(1024):
+        norms.append((sae.decode(rows[None]) - zero)[0].norm(dim=-1))
+    return torch.cat(norms) if norms else like.new_zeros(0)
 
 
 def _device(saes: dict[str, SparseAutoencoder]) -> torch.device:

@@ -12,7 +12,15 @@ from tsae.evaluation.catalogue import METRICS, lookup
 
 # The metrics in the card's table.
 ROWS = (
-    *("explained_variance", "l0", "frac_alive", "ce_loss_score", "ce_loss_score_mean_ablation"),
+    *(
+        "explained_variance",
+        "temporal.total_bits",
+        "temporal.support_bits",
+        "l0",
+        "frac_alive",
+        "ce_loss_score",
+        "ce_loss_score_mean_ablation",
+    ),
     *("temporal.persistence", "temporal.persistence_excess", "temporal.persistence_excess_shuffled"),
     *("temporal.autocorrelation.1", "temporal.smoothness"),
 )

@@ -141,6 +141,7 @@ def _numbers(head: SubFigure, evaluation: dict[str, Any]) -> None:
 
     notes = {
         "explained_variance": "1 is perfect, 0 the mean",
+        "temporal.total_bits": with_value("temporal.support_bits", "{} of support; per token"),
         "l0": "per token",
         "frac_alive": "fired in the evaluation",
         "ce_loss_score_mean_ablation": with_value("ce_loss_score", "{} against zero ablation"),
@@ -153,8 +154,8 @@ def _numbers(head: SubFigure, evaluation: dict[str, Any]) -> None:
         known = isinstance(value, (int, float)) and math.isfinite(value)
         number = METRICS[key].short(value if known else None)
         head.text(x, 0.46, number, fontsize=20, fontweight="bold", color=BLUE, va="center")
-        head.text(x, 0.23, METRICS[key].name, fontsize=9, va="center")
-        head.text(x, 0.1, note if known else "", fontsize=8.5, color=GREY, va="center")
+        head.text(x, 0.23, METRICS[key].name, fontsize=8, va="center")
+        head.text(x, 0.1, note if known else "", fontsize=8, color=GREY, va="center")
 
 
 def _loss(ax: Axes, history: History) -> None:

@@ -31,7 +31,10 @@ TOP_TOKENS = 6
 POINTS = 300  # at most, per training curve
 ENTRIES = 3_500_000  # activations in a page, about 4 bytes each; beyond it each feature gets fewer passages
 # Metrics of eval.json whose labels the page shows.
-LABELED = ("explained_variance", "l0", "frac_alive", "ce_loss_score_mean_ablation", "temporal.persistence_excess")
+LABELED = (
+    *("explained_variance", "temporal.total_bits", "l0", "frac_alive", "ce_loss_score_mean_ablation"),
+    "temporal.persistence_excess",
+)
 CURVES = (
     *("reconstruction", "sparsity", "temporal", "auxiliary", "explained_variance", "l0", "dead"),
     *("lag1_correlation", "lag1_correlation_p10", "lag1_correlation_p90"),
