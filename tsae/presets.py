@@ -164,9 +164,14 @@ def at_length(cfg: TrainConfig, length: int) -> TrainConfig:
     The options in `SEQUENCE_COUNTS` are multiplied by ``cfg.length / length`` and rounded, to at least 1; values below
     1, which have other meanings, stay. The last of ``objective.bands``, if it ends with the sequence, does so again; at
     lengths below 128 it keeps the 127 of `MULTISCALE`, which there compares the same pairs.
+
+    Raises:
+        UserError: there is no such length.
     """
-    if length == cfg.length or not 2 <= length <= MAX_LENGTH:  # `TrainConfig.check` refuses it
-        return replace(cfg, length=length)
+    if not 2 <= length <= MAX_LENGTH:
+        raise UserError(f"length is {length}; it must be from 2 to {MAX_LENGTH}.")
+    if length == cfg.length:
+        return cfg
 
     def scaled(part: object, names: tuple[str, ...]) -> dict[str, int]:
         counts = {name: getattr(part, name) for name in names}
