@@ -342,7 +342,8 @@ class TrainConfig:
     """Optimizer steps."""
     length: Annotated[int, between(2, MAX_LENGTH)] = 128
     """Content tokens per sequence, 2 to 4096: the window along which features are compared. The language model sees
-    one more, the first, whose activation is dropped."""
+    one more, the first, whose activation is dropped. With another length than the preset's, options that count
+    sequences and are not given keep the preset's number of tokens (docs/howto/length.md)."""
     batch: PositiveInt = 16
     """Sequences per step, each of `length` tokens."""
     chunk: NonNegativeInt = 0
@@ -407,12 +408,7 @@ class TrainConfig:
                 f"objective.l0 is {objective.l0}; sae.activation '{sae.activation}' has no learned threshold for it "
                 "to move."
             )
-        if objective.window > self.length or objective.offset >= self.length:
-            name, most = ("window", self.length) if objective.window > self.length else ("offset", self.length - 1)
-            raise UserError(
-                f"objective.{name} is {getattr(objective, name)}; it must be at most {most}, because sequences have "
-                f"{self.length} tokens (length)."
-            )
+        self._check_length()
         if buffer.ahead not in (-1, 0) and buffer.ahead < buffer.harvest_batch:
             raise UserError(
                 f"buffer.ahead is {buffer.ahead}; it must be -1, 0, or at least one forward pass of "
@@ -430,4 +426,23 @@ class TrainConfig:
             raise UserError(
                 f"parallel.features is {parallel.features} with sae.layer_norm {sae.layer_norm!r}, which needs all "
                 "features of a token at once; use 1, or sae.layer_norm 'none'."
+            )
+
+    def _check_length(self) -> None:
+        """Refuse a temporal term that reaches beyond a sequence, or that has nothing to contrast."""
+        objective, terms = self.objective, self.objective.terms
+        reach = [("window", objective.window, self.length)] if "window" in terms else []
+        if "contrastive" in terms or "slow" in terms:
+            reach.append(("offset", objective.offset, self.length - 1))
+        for name, value, most in reach:
+            if value > most:
+                raise UserError(
+                    f"objective.{name} is {value}; it must be at most {most}, because sequences have {self.length} "
+                    "tokens (length)."
+                )
+        alone = min(self.batch, self.chunk or self.batch) == 1
+        if alone and "contrastive" in terms and objective.negatives == "other-sequences":
+            raise UserError(
+                "objective.negatives is 'other-sequences' with one sequence at a time (batch, chunk), which leaves no "
+                "negative; use more sequences, or objective.negatives all."
             )

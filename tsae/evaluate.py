@@ -1,9 +1,9 @@
 """Evaluate sparse autoencoders: `python -m tsae.evaluate RUN`.
 
 One run alone is evaluated again: its eval.json and report.png are rewritten. With `--release-ratio` its autoencoder is
-measured with another release ratio, at the same L0 on the run's training text (`tsae.sae.release`), and the run's own
-eval.json and report.png are kept. Several autoencoders, of any library, share one pass of the language model and are
-printed side by side; nothing is written into their directories.
+measured with another release ratio, at the same L0 on the run's training text (`tsae.sae.release`), with `--length` on
+sequences of another length; the run's own eval.json and report.png are then kept. Several autoencoders, of any library,
+share one pass of the language model and are printed side by side; nothing is written into their directories.
 
 Opening: `tsae.evaluation.subject`. Text: `tsae.evaluation.held_out`. Measuring: `tsae.evaluation.evaluator`.
 """
@@ -23,8 +23,10 @@ from tsae.evaluation.evaluator import EvaluationResult as EvaluationResult
 from tsae.evaluation.evaluator import evaluate as evaluate
 from tsae.evaluation.evaluator import evaluate_all, evaluation_options, evaluation_progress, write_eval
 from tsae.evaluation.held_out import HeldOut, choose_source, held_out, training_sample
+from tsae.evaluation.places import common_length
 from tsae.evaluation.subject import Subject, open_autoencoders, open_run
 from tsae.integrations.sae_bench_output import core_output
+from tsae.presets import at_length
 from tsae.reports.figure import write_report
 from tsae.reports.table import print_comparison, print_table
 from tsae.rundir import layout
@@ -40,7 +42,7 @@ from tsae.utils.paths import expanded
 class Arguments:
     """Evaluate a trained run again: rewrite its eval.json and report.png and print the metrics.
 
-    With --release-ratio R, write eval-release-R.json instead.
+    With --release-ratio R, write eval-release-R.json instead; with another --length N, eval-length-N.json.
 
     With --model, and --layer where their files do not say it, evaluate autoencoders of other libraries; several are
     printed side by side. Nothing is rewritten.
@@ -77,6 +79,9 @@ class Arguments:
     """Measure the run's autoencoder with this release ratio, 0 to 1 (1: no hysteresis), at the same L0: all thresholds
     are multiplied by one factor, fitted on the run's training text, on as many sequences as the evaluation uses. The
     metrics go to eval-release-R.json. Default: as trained."""
+    length: int | None = None
+    """Tokens per sequence, 2 to 4096, of the same held-out documents. With another length than the run's the metrics go
+    to eval-length-N.json. Default: the runs' length, or 128."""
 
     @property
     def rewrites(self) -> bool:
@@ -104,6 +109,8 @@ class Measured:
     results: dict[str, EvaluationResult]
     release: dict[str, float] | None = None
     """The release ratio, the factor on the thresholds, and the L0 it keeps; None for autoencoders as trained."""
+    length: int | None = None
+    """Tokens per sequence; None for those of the run."""
 
     @property
     def tokens(self) -> int:
@@ -123,6 +130,8 @@ def measure(arguments: Arguments) -> Measured:
         subject, ratio = open_run(arguments.run), arguments.release_ratio
     else:
         subject, ratio = open_autoencoders(arguments.saes, arguments.model, arguments.layer), None
+    own, length = subject.config, arguments.length or common_length(subject.runs)
+    subject.config = at_length(own, own.length if length is None else length)
     source = choose_source(subject.runs.values(), arguments.data, arguments.column)
     if ratio is not None:
         check_has_thresholds(subject.sae.cfg)
@@ -138,7 +147,7 @@ def measure(arguments: Arguments) -> Measured:
     text = held_out(source, lm, trained.length, sizes.sequences, seed, bos=subject.bos)
     release = None
     if ratio is not None:
-        released = with_release_ratio(subject.sae, ratio, training_sample(trained, lm))
+        released = with_release_ratio(subject.sae, ratio, training_sample(own, lm))
         subject.saes = dict.fromkeys(subject.saes, released.sae)
         release = {"ratio": ratio, "threshold_factor": released.factor, "training_l0": released.l0}
     subject.config = replace(trained, data=source.data, evaluation=sizes)
@@ -147,13 +156,13 @@ def measure(arguments: Arguments) -> Measured:
         results = evaluate_all(subject.saes, lm, [text.batch], **options, progress=progress)
     if len(results) == 1:
         next(iter(results.values())).check_finite()
-    return Measured(subject, text, results, release)
+    return Measured(subject, text, results, release, None if trained.length == own.length else trained.length)
 
 
 def _check(arguments: Arguments) -> None:
     if not arguments.saes:
         raise UserError("No autoencoder is named; give a run's directory, or others with --model and --layer.")
-    check_counts(tokens=arguments.tokens, ce_sequences=arguments.ce_sequences)
+    check_counts(tokens=arguments.tokens, ce_sequences=arguments.ce_sequences, length=arguments.length)
     massive, ratio = arguments.massive_ratio, arguments.release_ratio
     if massive is not None and not 1.0 <= massive < math.inf:
         raise UserError(f"--massive-ratio is {massive}; it must be finite and at least 1.")
@@ -163,6 +172,8 @@ def _check(arguments: Arguments) -> None:
         raise UserError("--format saebench describes one autoencoder; name them one by one.")
     if arguments.format == "saebench" and arguments.out is None and not arguments.rewrites:
         raise UserError("--format saebench needs --out FILE for an autoencoder that is not a run.")
+    if arguments.format == "saebench" and arguments.out is None and arguments.length is not None:
+        raise UserError("--format saebench with --length needs --out FILE; saebench_core.json is of the run's length.")
     if arguments.out is not None:
         check_output(arguments.out, own=layout.SAEBENCH if arguments.format == "saebench" else None)
 
@@ -197,17 +208,19 @@ def _print(arguments: Arguments, measured: Measured, written: str | None) -> Non
         if arguments.rewrites:
             of = f" of {other['data']} ({other['part']})" if other else ""
     said = f" Wrote {written}." if written else ""
-    console.print(f"{measured.tokens:,} tokens{of}.{said}", soft_wrap=bool(said))
+    rows = "" if measured.length is None else f", in sequences of {measured.length}"
+    console.print(f"{measured.tokens:,} tokens{of}{rows}.{said}", soft_wrap=bool(said))
 
 
 def _write_run(run: Path, result: EvaluationResult, measured: Measured) -> str:
     """Write the metrics into the run's directory; a clause about what was written."""
-    if measured.release is None:
+    if measured.release is None and measured.length is None:
         write_eval(result, run, measured.text.source)
         write_report(run)
         return f"{run / layout.EVALUATION} and {run / layout.REPORT}"
-    path = run / layout.release_evaluation(measured.release["ratio"])
-    write_json(path, result.metrics | {"release": measured.release, "source": measured.text.source or {}})
+    release = {} if measured.release is None else {"release": measured.release}
+    path = run / layout.other_evaluation(measured.release and measured.release["ratio"], measured.length)
+    write_json(path, result.metrics | release | {"source": measured.text.source or {}})
     return f"{path}; the run's own eval.json and report.png are as they were"
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from tsae.config import TrainConfig
-from tsae.presets import preset
+from tsae.presets import at_length, preset
 from tsae.utils.cli import RESUME, parse, report_errors
 from tsae.utils.config_json import from_dict, load_json
 
@@ -45,16 +45,18 @@ PROG = "python -m tsae.train"
 def command(argv: list[str]) -> tuple[TrainConfig, Command]:
     """The configuration of the run, and the command line itself (preset "" if none is given).
 
-    Options override the file of ``--config``, which overrides the preset.
+    Options override the file of ``--config``, which overrides the preset; either is taken `at_length`.
     """
     # The first pass finds what to start from, so that --help can show its values.
     without_help = [a for a in argv if a not in ("-h", "--help")]
-    start = parse(Command, without_help, replace(_default(preset("demo")), preset=""), PROG)
+    start = parse(Command, without_help, replace(_default(preset("demo")), preset="", length=0), PROG)
     if start.config is not None:
         base = from_dict(TrainConfig, load_json(start.config))
         base = replace(base, text=replace(base.text, threshold=None))  # the split of that run's text
     else:
         base = preset(start.preset or "demo")
+    if start.length:  # given
+        base = at_length(base, start.length)
     # --help alone: tyro leaves arguments that are given out of the help.
     asked = parse(Command, argv if without_help == argv else ["--help"], _default(base), PROG)
     values = {f.name: getattr(asked, f.name) for f in dataclasses.fields(TrainConfig)}

@@ -46,6 +46,7 @@ KEYS = {
     "ce_loss_score",
     "ce_loss_score_mean_ablation",
     "kl_div_score",
+    "length",
     "massive",
     "temporal",
 }
@@ -115,13 +116,14 @@ def test_exact_keys_and_finite_values(lm, batch):
     assert set(temporal) == TEMPORAL_KEYS
     assert set(result.metrics["massive"]) == MASSIVE_KEYS
     for name in ("relative_difference", "relative_difference_per_feature"):
-        assert list(temporal[name]) == ["1", "4", "16", "64"]
+        assert list(temporal[name]) == ["1", "4", "16"]  # below the 32 tokens of a sequence
     assert list(temporal["transitions"]) == ["on_on", "on_off", "off_on", "off_off"]
     assert sum(temporal["transitions"].values()) == pytest.approx(1)
     assert json.loads(json.dumps(result.metrics, allow_nan=False)) == result.metrics
     assert result.tokens == int((batch.segments >= 0).sum())
     assert result.density.shape == (64,)
-    assert set(result.autocorrelation_curve) == {1, 2, 4, 8, 16, 32, 64}
+    assert set(result.autocorrelation_curve) == {1, 2, 4, 8, 16}
+    assert result.metrics["length"] == 32
 
 
 def test_the_catalogue_lists_every_metric():
@@ -330,7 +332,7 @@ def test_table_names_groups_and_units(lm, batch, capsys):
         "Language model",
         "Temporal",
         "nats/token",
-        "lag 64",
+        "lag 16",
         "on to off",
     ):
         assert word in table
@@ -440,6 +442,77 @@ def measured(monkeypatch) -> list[str]:
 def write_rows(path, texts):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return str(path)
+
+
+def test_command_line_at_another_length(schmitt_run, tmp_path, monkeypatch, capsys):
+    """On the same tokens of the same documents, and without a change to the run's own evaluation."""
+    fed, real = [], module.evaluate_all
+
+    def spy(saes, lm, batches, **options):
+        fed.append(torch.cat([batch.tokens[:, 1:].flatten() for batch in batches]))
+        return real(saes, lm, batches, **options)
+
+    monkeypatch.setattr(module, "evaluate_all", spy)
+    assert main([str(schmitt_run)]) == 0
+    own = json.loads((schmitt_run / "eval.json").read_text())
+    assert own["length"] == 128
+    files = {path: path.read_bytes() for path in schmitt_run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    out = tmp_path / "metrics.json"
+    for length, lags in ((256, 8), (64, 6), (2, 1)):
+        assert main([str(schmitt_run), "--length", str(length), "--out", str(out)]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        written = schmitt_run / f"eval-length-{length}.json"
+        assert f"Wrote {written}; the run's own eval.json and report.png are as they were." in said
+        assert f"512 tokens, in sequences of {length}. Wrote" in said
+        metrics = json.loads(written.read_text())
+        assert metrics.pop("source") == {}
+        assert metrics == json.loads(out.read_text())
+        assert (metrics["length"], len(metrics["temporal"]["autocorrelation"])) == (length, lags)
+        assert torch.equal(fed[-1], fed[0])
+        written.unlink()
+    assert {path: path.read_bytes() for path in schmitt_run.rglob("*") if path.is_file()} == files
+
+    assert main([str(schmitt_run), "--length", "128"]) == 0  # the run's own
+    assert json.loads((schmitt_run / "eval.json").read_text()) == own
+    assert not list(schmitt_run.glob("eval-length-*"))
+
+
+def test_another_length_and_another_release_ratio(schmitt_run, capsys):
+    """The thresholds are fitted at the length of training, whatever is measured."""
+    releases = []
+    for options in ([], ["--length", "64"]):
+        assert main([str(schmitt_run), "--release-ratio", "1", *options]) == 0
+    for name in ("eval-release-1", "eval-release-1-length-64"):
+        releases.append(json.loads((schmitt_run / f"{name}.json").read_text())["release"])
+    assert releases[0] == releases[1]
+    remove_run(schmitt_run)
+    assert not list(schmitt_run.glob("eval-*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--length", "1"], "length is 1; it must be from 2 to 4096"),
+        (["--length", "0"], "--length is 0; it must be at least 1"),
+        (["--length", "4097"], "length is 4097; it must be from 2 to 4096"),
+        (["--length", "512"], "takes at most 512 tokens at once, but 513 are fed"),
+        (["--length", "64", "--format", "saebench"], "--format saebench with --length needs --out FILE"),
+    ],
+)
+def test_a_length_that_cannot_be_measured(run_dir, capsys, options, message):
+    assert main([str(run_dir), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(run_dir.glob("eval*"))
+
+
+def test_runs_of_different_lengths_need_one_to_be_named(run_dir, tmp_path, tiny_gemma3, capsys):
+    other = write_run(tmp_path / "other", tiny_gemma3)
+    set_config(other, length=64)
+    assert main([str(run_dir), str(other)]) == 2
+    assert "The runs differ in their length (run: 128, other: 64); name the one" in capsys.readouterr().err
+    assert main([str(run_dir), str(other), "--length", "32", "--out", str(tmp_path / "out.json")]) == 0
+    assert {each["length"] for each in json.loads((tmp_path / "out.json").read_text()).values()} == {32}
 
 
 def set_config(run_dir, **values):

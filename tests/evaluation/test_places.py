@@ -268,6 +268,26 @@ def test_a_tokenizer_without_the_bos_of_training(options, tmp_path, tiny_gemma3,
     assert caplog.messages == [f"sae was trained with BOS, but {why}"]
 
 
+def test_the_length_of_training_is_compared(options, tmp_path, caplog) -> None:
+    """A file's context_size counts BOS; ours are measured at 128 unless --length says otherwise."""
+    for said in (129, 128, 1024, 65):
+        saelens(tmp_path / str(said), hook_name="blocks.1.hook_resid_post", context_size=said)
+    for said in (129, 128):
+        with caplog.at_level(logging.WARNING):
+            assert main([str(tmp_path / str(said)), *options]) == 0
+        assert caplog.messages == []
+    with caplog.at_level(logging.WARNING):
+        assert main([str(tmp_path / "1024"), *options]) == 0
+    assert caplog.messages == [
+        "1024 was trained on sequences of 1024 tokens, and is measured on 1 + 128, the first left out; --length 1023 "
+        "measures it there."
+    ]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert main([str(tmp_path / "65"), *options, "--length", "64"]) == 0
+    assert caplog.messages == []
+
+
 SAID = {
     "model_name": "someone/model",
     "hook_name": "blocks.1.hook_mlp_out",

@@ -105,6 +105,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         Metric("kl_div_score", "KL recovered (zero ablation)"),
     ),
     "Temporal": (
+        Metric("length", "sequence length", 0, "tokens"),
         Metric("temporal.relative_difference", DIFFERENCE, 3),
         Metric("temporal.relative_difference_per_feature", "mean over features", 3, of=DIFFERENCE),
         Metric("temporal.autocorrelation", "autocorrelation", 3),

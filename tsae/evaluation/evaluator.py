@@ -52,7 +52,7 @@ class EvaluationResult:
     """The measurements of one autoencoder."""
 
     metrics: dict[str, Any]
-    """The content of eval.json: finite floats, and the objects `massive` and `temporal`."""
+    """The content of eval.json: finite numbers, and the objects `massive` and `temporal`."""
     density: Tensor
     """[d_sae] float64 on the CPU: fraction of tokens at which each feature is active."""
     autocorrelation_curve: dict[int, float]
@@ -203,8 +203,10 @@ def evaluate_all(
 class _Features:
     """The accumulators of one autoencoder's features."""
 
-    def __init__(self, massive_ratio: float) -> None:
-        self.reconstruction, self.temporal, self.shuffled = ReconstructionMetrics(), TemporalMetrics(), Persistence()
+    def __init__(self, length: int, massive_ratio: float) -> None:
+        self.length = length
+        self.reconstruction, self.temporal = ReconstructionMetrics(), TemporalMetrics(length)
+        self.shuffled = Persistence()
         self.massive = MassiveActivations(massive_ratio)
         self.bits, self.bits_shuffled = CodeLength(), CodeLength()
 
@@ -232,6 +234,7 @@ class _Features:
         temporal |= {f"{name}_shuffled": bits for name, bits in self.bits_shuffled.compute(step, norms).items()}
         return EvaluationResult(
             metrics={
+                "length": self.length,
                 **reconstruction,
                 **predictions.compute(),
                 "massive": self.massive.compute(),
@@ -251,7 +254,8 @@ def _measure(
 ) -> dict[str, EvaluationResult]:
     device = _device(saes)
     generator = torch.Generator().manual_seed(settings.seed)
-    features = {name: _Features(settings.massive_ratio) for name in saes}
+    length = max((part.segments.shape[1] for part in parts), default=0)
+    features = {name: _Features(length, settings.massive_ratio) for name in saes}
     done, total = 0, sum(part.segments.numel() for part in parts)
     settings.progress("features", 0, total)  # starts the bar's clock
     for part in parts:

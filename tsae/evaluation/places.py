@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tsae.config import MAX_LENGTH, TrainConfig
 from tsae.errors import UserError
 from tsae.lm.site import MEASURABLE, Site
 from tsae.sae.metadata import site_of
@@ -143,3 +144,33 @@ def bos_warnings(saes: Mapping[str, SparseAutoencoder], prefix: int | None, mode
     wanted = [name for name, sae in saes.items() if sae.metadata.get("prepend_bos")]
     why = f"the tokenizer of {model} has none; the first token's activation is left out"
     return [f"{name} was trained with BOS, but {why}" for name in wanted]
+
+
+def common_length(runs: Mapping[str, TrainConfig]) -> int | None:
+    """The length of the sequences that runs were trained on; None for no run.
+
+    Raises:
+        UserError: they differ.
+    """
+    lengths = {name: config.length for name, config in runs.items()}
+    if len(set(lengths.values())) > 1:
+        each = ", ".join(f"{name}: {length}" for name, length in lengths.items())
+        raise UserError(f"The runs differ in their length ({each}); name the one to measure at, with --length.")
+    return next(iter(lengths.values()), None)
+
+
+def length_warnings(saes: Mapping[str, SparseAutoencoder], length: int) -> list[str]:
+    """Warnings about autoencoders that were trained on sequences of another length.
+
+    length: of the sequences they are measured on, without the first token; `context_size` counts it, if it is BOS
+    """
+    found = []
+    for name, sae in saes.items():
+        size = sae.metadata.get("context_size")
+        if size is not None and size not in (length, 1 + length):
+            hint = f"; --length {size - 1} measures it there" if 2 <= size - 1 <= MAX_LENGTH else ""
+            found.append(
+                f"{name} was trained on sequences of {size} tokens, and is measured on 1 + {length}, the first left "
+                f"out{hint}"
+            )
+    return found

@@ -14,7 +14,14 @@ from typing import TypeVar
 
 from tsae.config import TrainConfig
 from tsae.errors import UserError
-from tsae.evaluation.places import bos_warnings, common_block, stated_block, use_bos, warnings_about
+from tsae.evaluation.places import (
+    bos_warnings,
+    common_block,
+    length_warnings,
+    stated_block,
+    use_bos,
+    warnings_about,
+)
 from tsae.formats import load
 from tsae.lm.loading import LanguageModel, load_language_model
 from tsae.lm.trial_run import check_site, site_width
@@ -64,7 +71,7 @@ class Subject:
         lm = load_language_model(config.model, device=where, dtype=config.lm_dtype, revision=config.revision)
         check_site(lm, config.layer, 1 + config.length)
         others = {name: sae for name, sae in self.saes.items() if name not in self.runs}
-        _warn(bos_warnings(others, lm.prefix_id, lm.name))
+        _warn([*bos_warnings(others, lm.prefix_id, lm.name), *length_warnings(others, config.length)])
         for name, sae in self.saes.items():
             check_width(sae, lm, config.layer, name)
             sae.to(lm.device)

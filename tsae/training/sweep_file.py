@@ -19,7 +19,7 @@ import yaml
 
 from tsae.config import TrainConfig
 from tsae.errors import UserError
-from tsae.presets import preset
+from tsae.presets import at_length, preset
 from tsae.rundir import layout
 from tsae.training.job import check_agreement
 from tsae.utils.config_json import from_dict, to_dict
@@ -106,13 +106,15 @@ def _label(value: Any) -> str:
 
 
 def _config(base: dict[str, Any], *overrides: dict[str, Any]) -> TrainConfig:
-    """The configuration of a preset with the options of the file applied in order, the last one winning."""
-    chosen = "demo"
+    """The configuration of a preset, `at_length`, with the options of the file applied in order, the last one
+    winning."""
+    chosen, length = "demo", None
     for part in (base, *overrides):
         if part is not None and not isinstance(part, dict):
             raise UserError(f"The run is {part!r}; it must be a mapping of options, or empty.")
-        chosen = (part or {}).get("preset", chosen)
-    values = to_dict(preset(chosen))
+        chosen, length = (part or {}).get("preset", chosen), (part or {}).get("length", length)
+    start = preset(chosen)
+    values = to_dict(at_length(start, length) if type(length) is int else start)
     for part in (base, *overrides):
         _assign(values, part or {})
     cfg = from_dict(TrainConfig, values)

@@ -16,14 +16,13 @@ from torch import Tensor
 from tsae.config import TrainConfig
 from tsae.data.sequences import TokenBatch
 from tsae.evaluation.catalogue import METRICS
-from tsae.evaluation.metrics.temporal import CURVE_LAGS, MIN_ACTIVATIONS
+from tsae.evaluation.metrics.temporal import MIN_ACTIVATIONS
 from tsae.reports.records import read_history, read_source
 from tsae.rundir import layout
 from tsae.sae.model import SparseAutoencoder
 from tsae.utils.config_json import load_json
 from tsae.view.features import NEIGHBOUR_LAGS, Activity, neighbours
 from tsae.view.packing import pack, rounded
-from tsae_kernels import MULTISCALE
 
 LEVELS = 1023  # activations are quantized to this many steps of the feature's largest one
 PASSAGES = 8  # at most, per feature
@@ -69,13 +68,14 @@ def page_data(
 ) -> dict[str, Any]:
     """The page's content.
 
+    cfg:      of the run
     activity: of the features on the text, finished
     ids:      [N * T] the token at each position, as an index into `texts`
     """
     T = activity.segments.shape[1]
     evaluation = load_json(run / layout.EVALUATION) if (run / layout.EVALUATION).exists() else {}
     return {
-        "run": {"name": run.resolve().name, "facts": facts(cfg, int((activity.segments >= 0).sum()))},
+        "run": {"name": run.resolve().name, "facts": facts(cfg, int((activity.segments >= 0).sum()), T)},
         "evaluation": {"metrics": evaluation, "text": read_source(run).get("data")},
         "labels": {
             key: {"name": metric.name, "title": metric.title, "digits": metric.short_digits}
@@ -83,8 +83,8 @@ def page_data(
             if key in LABELED
         },
         "history": curves(run / layout.METRICS),
-        "lags": list(CURVE_LAGS),
-        "bands": [list(band) for band in MULTISCALE],
+        "lags": list(activity.lags.reported),
+        "bands": [list(band) for band in activity.bands.bands],
         "neighbour_lags": [NEIGHBOUR_LAGS[0], NEIGHBOUR_LAGS[-1]],
         "min_activations": MIN_ACTIVATIONS,
         "levels": LEVELS,
@@ -95,8 +95,8 @@ def page_data(
     }
 
 
-def facts(cfg: TrainConfig, tokens: int) -> list[tuple[str, str]]:
-    """The run in a few words: pairs of a name and a value."""
+def facts(cfg: TrainConfig, tokens: int, length: int) -> list[tuple[str, str]]:
+    """The run and the page's text (``tokens``, in sequences of ``length``) in a few words: pairs of name and value."""
     sae, objective = cfg.sae, cfg.objective
     activation = str(sae.activation)
     details = [f"k = {sae.k}"] if sae.kind.k_sparse else []
@@ -106,7 +106,7 @@ def facts(cfg: TrainConfig, tokens: int) -> list[tuple[str, str]]:
         ("trained on", f"{_last(cfg.data)}, {cfg.steps * cfg.batch * cfg.length:,} tokens in {cfg.steps:,} steps"),
         ("features", f"{sae.d_sae:,}, {activation}" + (f" ({', '.join(details)})" if details else "")),
         ("temporal objective", str(objective.temporal)),
-        ("text on this page", f"{tokens:,} held-out tokens of {_last(cfg.data)}"),
+        ("text on this page", f"{tokens:,} held-out tokens of {_last(cfg.data)}, in sequences of {length:,}"),
     ]
 
 
@@ -139,6 +139,7 @@ def run_bounds(run: np.ndarray, T: int) -> list[list[int]]:
 def columns(sae: SparseAutoencoder, activity: Activity, ids: np.ndarray) -> dict[str, Any]:
     """Columns with one value, or one list, per feature."""
     persistence = activity.persistence.per_feature()
+    by_lag = dict(zip(activity.lags.lags, activity.lags.autocorrelation_per_feature(), strict=True))
     neighbour, correlation = neighbours(activity)
     threshold, release = thresholds(sae)
     passages, kept = select(activity, neighbour)
@@ -159,7 +160,7 @@ def columns(sae: SparseAutoencoder, activity: Activity, ids: np.ndarray) -> dict
         "persistence": rounded(persistence.stays),
         "excess": rounded(persistence.excess),
         "dwell": rounded(persistence.dwell),
-        "autocorrelation": [rounded(row, 3) for row in activity.lags.autocorrelation_per_feature()],
+        "autocorrelation": [rounded(by_lag[lag], 3) for lag in activity.lags.reported],
         "band_autocorrelation": [rounded(row, 3) for row in activity.bands.compute()],
         "peak": rounded(peak),
         "threshold": None if threshold is None else rounded(threshold),

@@ -10,6 +10,12 @@ from tsae_kernels import MULTISCALE, Bands, temporal_stats
 from tsae_kernels.segments import find_runs
 
 
+def bands_at(length: int) -> Bands:
+    """The paper's bands as far as sequences of ``length`` tokens have such pairs, and one for the lags beyond them."""
+    beyond = MULTISCALE[-1][1] + 1
+    return tuple((low, min(high, length - 1)) for low, high in (*MULTISCALE, (beyond, length - 1)) if low < length)
+
+
 class BandAutocorrelation(Accumulator):
     """`LagStatistics.autocorrelation` of each feature, with all pairs in a band of lags pooled.
 
