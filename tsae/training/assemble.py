@@ -102,9 +102,7 @@ def prepare(job: Job) -> Setup:
         check_output_directory(Path(common.cache), job.directory, *(job.directory / name for name in job.runs))
     next(iter(_text(common, "train")(0)))  # unusable text is reported before the model is loaded
     common = replace(common, text=replace(common.text, threshold=split_threshold(common.data, common.text)))
-    lm = local_rank0_first(
-        lambda: load_language_model(common.model, device=lm_device, dtype=common.lm_dtype, revision=common.revision)
-    )
+    lm = local_rank0_first(lambda: load_language_model(common.model, device=lm_device, **common.lm_options))
     check_site(lm, common.layer, 1 + LENGTH, predictions=common.evaluation.final)
     # Likewise text that is too short for a forward pass.
     SequenceStream(_text(common, "train"), lm.tokenizer, LENGTH).next_batch(job.forward_batch)
@@ -124,6 +122,12 @@ def resolve_lm_device(cfg: TrainConfig) -> torch.device:
     Raises:
         UserError: there is no such device, or several processes would share it.
     """
+    if cfg.lm_device_map != "none" and (cfg.lm_device != "auto" or world_size() > 1):
+        other = f"lm_device is {cfg.lm_device!r}" if world_size() == 1 else f"there are {world_size()} processes"
+        raise UserError(
+            f"lm_device_map is {cfg.lm_device_map!r}, which divides the language model among all GPUs, and {other}; "
+            "leave one of them out."
+        )
     if cfg.lm_device == "auto":
         return resolve_device(cfg.device)
     if world_size() > 1:
