@@ -386,6 +386,9 @@ class TrainConfig:
     normalize: bool = True
     """Centre and scale the activations, with mean and scale estimated on the first sequences; off trains on raw
     activations."""
+    init_from: str | None = None
+    """Start from the weights of this autoencoder: a run, another directory in a known format, or OWNER/NAME/FOLDER on
+    the hub. Options of `sae` that are not given are taken from it (docs/howto/fine-tune.md)."""
     sae: SAEConfig = field(default_factory=SAEConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
