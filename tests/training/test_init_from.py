@@ -264,7 +264,7 @@ def test_options_that_do_not_fit_the_source(tmp_path: Path) -> None:
             config(topk, **changes)
     assert config(topk, sae_k=9).sae.k == 9
     jump = OTHERS["SAELens jumprelu"](tmp_path / "jump", w)
-    with pytest.raises(UserError, match="does not say how many of its features are active per token.*give --sae.k"):
+    with pytest.raises(UserError, match=r"does not say how many of its features are active per token.*give --sae.k"):
         config(jump)
     cfg = TrainConfig(init_from=str(jump))
     assert adopted(replace(cfg, objective=replace(cfg.objective, l0=1.0)), ()).sae.activation == "jumprelu"
@@ -290,7 +290,7 @@ def test_infinite_thresholds_can_be_trained(tmp_path: Path) -> None:
 
 
 def test_names_of_options_on_a_command_line() -> None:
-    argv = "demo --sae.d-sae 8 --sae.no-unit-norm-decoder --sae.release-ratio=0.5 --layer 3".split()
+    argv = ["demo", "--sae.d-sae", "8", "--sae.no-unit-norm-decoder", "--sae.release-ratio=0.5", "--layer", "3"]
     assert given_options(argv) == {"sae.d_sae", "sae.unit_norm_decoder", "sae.release_ratio", "layer"}
 
 
@@ -378,8 +378,8 @@ def test_the_runs_of_a_sweep_start_from_sources_of_their_own(
     run: Path, tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
     base = f"""base:
-  {{model: {tiny_llama}, data: {text_file}, layer: 1, steps: 2, batch: 4, device: cpu, lm_dtype: float32, autocast: none,
-   buffer: {{sequences: 24, harvest_batch: 8, estimate_sequences: 16}}, evaluation: {{final: false}},
+  {{model: {tiny_llama}, data: {text_file}, layer: 1, steps: 2, batch: 4, device: cpu, lm_dtype: float32,
+   autocast: none, buffer: {{sequences: 24, harvest_batch: 8, estimate_sequences: 16}}, evaluation: {{final: false}},
    text: {{evaluation_share: 0.2}}, optimizer: {{lr: 1.0e-12}}}}
 """
     sweep, out = tmp_path / "sweep.yaml", tmp_path / "sweep"
