@@ -266,6 +266,9 @@ def test_options_that_do_not_fit_the_source(tmp_path: Path) -> None:
     jump = OTHERS["SAELens jumprelu"](tmp_path / "jump", w)
     with pytest.raises(UserError, match=r"does not say how many of its features are active per token.*give --sae.k"):
         config(jump)
+    make(activation="relu").save(tmp_path / "relu", trained_with="x")
+    with pytest.raises(UserError, match=r"and schmitt is trained to sae.k of them; give --sae.k"):
+        config(tmp_path / "relu", sae_activation="schmitt")
     cfg = TrainConfig(init_from=str(jump))
     assert adopted(replace(cfg, objective=replace(cfg.objective, l0=1.0)), ()).sae.activation == "jumprelu"
     with pytest.raises(UserError, match="There is no /nowhere/at/all"):

@@ -94,7 +94,7 @@ def adopted(cfg: TrainConfig, given: Collection[str]) -> TrainConfig:
     values |= {name: getattr(own, name) for name in ("d_in", "d_sae", "groups", "layer_norm", "apply_b_dec_to_input")}
     values |= {"input_scale": _input_scale(cfg, own)}
     values |= {"unit_norm_decoder": cfg.sae.unit_norm_decoder and _has_unit_rows(source)}
-    if ours or own.kind.threshold in ("token", "batch"):
+    if own.kind.threshold in ("token", "batch") or (ours and own.kind.k_sparse):
         values |= {"k": own.k}
     elif kind.k_sparse and "sae.k" not in given and not (kind.learned and cfg.objective.l0 > 0):
         raise UserError(
