@@ -6,11 +6,12 @@ A field's docstring is its text in ``--help``; its annotation declares the range
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from tsae.errors import UserError
+from tsae.lm.placement import DeviceMap, Quantization
 from tsae.sae.kinds import KINDS, Activation, Kind
 from tsae.utils.ranges import Range, at_least, between, check_ranges, positive
 from tsae_kernels import MULTISCALE
@@ -363,6 +364,14 @@ class TrainConfig:
     the autoencoder trains (`buffer.ahead`). In one process."""
     lm_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the language model; `auto` is bfloat16 on hardware where it is faster, otherwise float32."""
+    lm_device_map: DeviceMap = "none"
+    """Divide the language model among all GPUs, and the CPU's memory if they are too small, as accelerate's device_map
+    does. The autoencoder stays on `device`. In one process."""
+    lm_quantization: Quantization = "none"
+    """Quantize the language model's linear layers with bitsandbytes: `8bit` (LLM.int8, products in float16) or `4bit`
+    (NF4). A model whose config.json has a quantization_config is loaded as that says, with `none`."""
+    trust_remote_code: bool = False
+    """Run the code that comes with a model which transformers has no class for. Read it first."""
     autocast: Literal["auto", "none", "bfloat16"] = "auto"
     """Precision of the autoencoder's matrix products; its weights stay float32."""
     sparse_step: Literal["auto", "on", "off"] = "auto"
@@ -381,6 +390,9 @@ class TrainConfig:
     normalize: bool = True
     """Centre and scale the activations, with mean and scale estimated on the first sequences; off trains on raw
     activations."""
+    init_from: str | None = None
+    """Start from the weights of this autoencoder: a run, another directory in a known format, or OWNER/NAME/FOLDER on
+    the hub. Options of `sae` that are not given are taken from it (docs/howto/fine-tune.md)."""
     sae: SAEConfig = field(default_factory=SAEConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -389,6 +401,17 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    @property
+    def lm_options(self) -> dict[str, Any]:
+        """What `tsae.lm.loading.load_language_model` takes beside the model's name and device."""
+        return {
+            "dtype": self.lm_dtype,
+            "revision": self.revision,
+            "device_map": self.lm_device_map,
+            "quantization": self.lm_quantization,
+            "trust_remote_code": self.trust_remote_code,
+        }
 
     @property
     def stream_seed(self) -> int:

@@ -14,10 +14,11 @@ import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from tsae.config import TrainConfig
 from tsae.errors import UserError
 from tsae.evaluation.evaluator import EvaluationResult as EvaluationResult
 from tsae.evaluation.evaluator import evaluate as evaluate
@@ -26,6 +27,7 @@ from tsae.evaluation.held_out import HeldOut, choose_source, held_out, training_
 from tsae.evaluation.places import common_length
 from tsae.evaluation.subject import Subject, open_autoencoders, open_run
 from tsae.integrations.sae_bench_output import core_output
+from tsae.lm.placement import DeviceMap, Quantization
 from tsae.presets import at_length
 from tsae.reports.figure import write_report
 from tsae.reports.table import print_comparison, print_table
@@ -73,6 +75,13 @@ class Arguments:
     """Seed of the text order and of the shuffled control. Default: the run's."""
     device: str | None = None
     """Device: `auto`, `cpu`, `cuda`, ... Default: the run's."""
+    lm_device_map: DeviceMap | None = None
+    """Divide the language model among all GPUs, as accelerate does. Default: the run's, without --device."""
+    lm_quantization: Quantization | None = None
+    """Quantize the language model, which --model names, with bitsandbytes. Default: as the runs were trained."""
+    trust_remote_code: bool = False
+    """Run the code that comes with a model which transformers has no class for. Read it first. A run that was trained
+    with it needs no option."""
     column: str | None = None
     """Column of the data set that holds the text. Default: the run's."""
     release_ratio: float | None = None
@@ -87,6 +96,12 @@ class Arguments:
     def rewrites(self) -> bool:
         """Whether one run is to be evaluated again."""
         return len(self.saes) == 1 and self.model is None and self.layer is None
+
+    def lm_options(self, config: TrainConfig) -> dict[str, Any]:
+        """Fields of ``config`` about the language model that were asked for."""
+        asked = {"lm_device_map": self.lm_device_map, "lm_quantization": self.lm_quantization}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        return asked | {"trust_remote_code": config.trust_remote_code or self.trust_remote_code}
 
     @property
     def run(self) -> Path:
@@ -135,6 +150,7 @@ def measure(arguments: Arguments) -> Measured:
     source = choose_source(subject.runs.values(), arguments.data, arguments.column)
     if ratio is not None:
         check_has_thresholds(subject.sae.cfg)
+    subject.config = replace(subject.config, **arguments.lm_options(subject.config))
     lm = subject.load_lm(arguments.device)
     trained, sizes = subject.config, subject.config.evaluation
     if arguments.tokens is not None:
@@ -163,6 +179,10 @@ def _check(arguments: Arguments) -> None:
     if not arguments.saes:
         raise UserError("No autoencoder is named; give a run's directory, or others with --model and --layer.")
     check_counts(tokens=arguments.tokens, ce_sequences=arguments.ce_sequences, length=arguments.length)
+    if arguments.lm_quantization is not None and arguments.rewrites:
+        raise UserError("--lm-quantization is for autoencoders with --model; a run's metrics are of its own model.")
+    if arguments.lm_device_map is not None and arguments.device is not None:
+        raise UserError("--lm-device-map divides the language model among all GPUs, without --device; leave one out.")
     massive, ratio = arguments.massive_ratio, arguments.release_ratio
     if massive is not None and not 1.0 <= massive < math.inf:
         raise UserError(f"--massive-ratio is {massive}; it must be finite and at least 1.")

@@ -15,6 +15,7 @@ from tsae.config import TrainConfig
 from tsae.data.folders import find_files
 from tsae.data.text import PYTHON_DOCS
 from tsae.lm.loading import LanguageModel
+from tsae.lm.placement import parameters_of
 from tsae.lm.trial_run import site_width
 from tsae.utils.paths import expanded
 
@@ -36,6 +37,7 @@ def cache_key(cfg: TrainConfig, lm: LanguageModel, storage: torch.dtype, group: 
         "layer": cfg.layer,
         "d_model": site_width(lm, cfg.layer),
         "lm_dtype": str(lm.dtype).removeprefix("torch."),
+        **({} if cfg.lm_quantization == "none" else {"lm_quantization": cfg.lm_quantization}),
         "tokenizer": _fingerprint_tokenizer(lm.tokenizer),
         "special_tokens_in_text": "plain text",  # without this entry: special tokens in text were read as such
         "data": cfg.data,
@@ -62,7 +64,7 @@ def provenance(lm: LanguageModel) -> dict[str, str]:
 def _fingerprint_weights(lm: LanguageModel) -> str:
     """Hash of some values of every weight; the same on every device."""
     digest = hashlib.sha256(str(lm.model.config.model_type).encode())
-    for name, weight in lm.model.named_parameters():
+    for name, weight in parameters_of(lm.model):
         step = max(1, weight.numel() // _SAMPLES)
         values = weight.detach().flatten()[::step].float().cpu().numpy()
         digest.update(f"{name} {tuple(weight.shape)}".encode() + values.tobytes())

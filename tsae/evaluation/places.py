@@ -86,17 +86,19 @@ def _spelt(metadata: dict[str, Any], site: Site) -> str:
     return own if own == site.hook_name else f"{own} ({site.hook_name})"
 
 
-def warnings_about(name: str, metadata: dict[str, Any], model: str) -> list[str]:
+def warnings_about(name: str, metadata: dict[str, Any], model: str, done: str = "measured") -> list[str]:
     """What is different when ``model`` is measured instead of the model that the metadata names.
+
+    done: what is done with the autoencoder on ``model``
 
     Raises:
         UserError: the activations are those of a model whose weights were changed so that they are centred.
     """
     found, trained = [], metadata.get("model_name")
     if trained is not None and not same_model(trained, model):
-        found.append(f"{name} says that it was trained on {trained}, and is measured on {model}")
+        found.append(f"{name} says that it was trained on {trained}, and is {done} on {model}")
     if any(metadata.get("seqpos_slice") or ()):
-        found.append(f"{name} was trained on the positions {metadata['seqpos_slice']} alone, and is measured on all")
+        found.append(f"{name} was trained on the positions {metadata['seqpos_slice']} alone, and is {done} on all")
     options = metadata.get("model_from_pretrained_kwargs") or {}
     if options.get("center_writing_weights"):
         raise UserError(

@@ -23,7 +23,7 @@ from tsae.evaluation.places import (
     warnings_about,
 )
 from tsae.formats import load
-from tsae.lm.loading import LanguageModel, load_language_model
+from tsae.lm.loading import LanguageModel, absolute_name, load_language_model
 from tsae.lm.trial_run import check_site, site_width
 from tsae.rundir import layout
 from tsae.rundir.directory import read_config
@@ -58,17 +58,19 @@ class Subject:
     def load_lm(self, device: str | None = None) -> LanguageModel:
         """Load the language model, check that the autoencoders fit it, and move them to its device.
 
-        device: as on the command line; None takes the configuration's
+        device: as on the command line; None takes the configuration's, and its `lm_device_map`
 
         Raises:
             UserError: the model or the device cannot be used, the model has no such layer, cannot be run there or
                 takes fewer tokens, or a width differs.
         """
         config = self.config
-        if device is None:
+        if device is not None:
+            config = replace(config, lm_device_map="none")
+        else:
             device = config.device if config.lm_device == "auto" else config.lm_device
         where = resolve_device(device)
-        lm = load_language_model(config.model, device=where, dtype=config.lm_dtype, revision=config.revision)
+        lm = load_language_model(config.model, device=where, **config.lm_options)
         check_site(lm, config.layer, 1 + config.length)
         others = {name: sae for name, sae in self.saes.items() if name not in self.runs}
         _warn([*bos_warnings(others, lm.prefix_id, lm.name), *length_warnings(others, config.length)])
@@ -155,7 +157,8 @@ def open_autoencoders(sources: Sequence[str], model: str | None = None, layer: i
         raise UserError(f"The runs differ in their model ({each}); compare only runs with the same model.")
     config = next(iter(runs.values()), TrainConfig())
     if model is not None:
-        config = replace(config, model=model, revision=None)
+        trusted = config.trust_remote_code and absolute_name(model) == absolute_name(config.model)
+        config = replace(config, model=model, revision=None, trust_remote_code=trusted)
     return _subject(saes, config, runs, layer)
 
 

@@ -76,7 +76,7 @@ def activations(lm: LanguageModel, tokens: Tensor, layer: int) -> Tensor:
             with torch.inference_mode():
                 _forward(lm, tokens)
         except _Reached as reached:
-            return reached.hidden.clone()
+            return reached.hidden.clone().to(lm.device)  # a block of a divided model has a device of its own
     raise RuntimeError(f"the forward pass of {lm.name} did not reach block {layer}")
 
 
@@ -101,10 +101,10 @@ def logits_with(
             return None
         found = _Output(lm, layer, output, tokens)
         hidden = found.hidden
-        new = replace(hidden)
+        new = replace(hidden.to(lm.device))
         if new.shape != hidden.shape:
             raise ValueError(f"replace must keep the shape {tuple(hidden.shape)}, but gave {tuple(new.shape)}")
-        return found.replaced(new.to(hidden.dtype))
+        return found.replaced(new.to(hidden.device, hidden.dtype))
 
     with _hook(lm.blocks[layer], substitute):
         return _forward(lm, tokens).logits

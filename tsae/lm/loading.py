@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from tsae.errors import UserError, reason
 from tsae.lm import gemma_package
 from tsae.lm.blocks import find_blocks
 from tsae.lm.context import context_limit
+from tsae.lm.custom_code import needs_trust, refusal, warn_of_unused
+from tsae.lm.placement import input_device, own_quantization, placement_options
 from tsae.lm.tokenizer import fit_to_model, is_empty, prefix_token
 from tsae.lm.weights import check_weights
 from tsae.utils.hub import hub_is_reachable
@@ -111,14 +114,25 @@ def _is_intel() -> bool:
 
 
 def load_language_model(
-    name: str, *, device: torch.device | str = "cpu", dtype: str = "auto", revision: str | None = None
+    name: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: str = "auto",
+    revision: str | None = None,
+    device_map: str = "none",
+    quantization: str = "none",
+    trust_remote_code: bool = False,
 ) -> LanguageModel:
     """Load a language model and its tokenizer.
 
     name: "gemma-3-270m" (the packaged demo model, converted once and cached), a local folder, or a hub id.
     dtype: "float32", "bfloat16", "float16", or "auto" for `default_dtype`.
     revision: branch, tag or commit of a hub model.
-    Raises UserError if the model does not exist or is incomplete, or if the device or dtype does not exist.
+    device_map: how accelerate divides it among all GPUs (`tsae.lm.placement.DeviceMap`), instead of ``device``.
+    quantization: "8bit" or "4bit" (NF4): quantize its linear layers with bitsandbytes.
+    trust_remote_code: run the code that comes with a model which transformers has no class for.
+    Raises UserError if the model does not exist or is incomplete, if the device or dtype does not exist, if a package
+    for its placement is missing, or if it comes with code that is not trusted.
     """
     device = _usable_device(device)
     if dtype != "auto" and dtype not in _DTYPES:
@@ -134,8 +148,16 @@ def load_language_model(
         raise UserError(f"no model at {name!r}: expected a folder with a model in it, or the id of a hub model")
     else:
         source = name
-    model, tokenizer = _load(source, torch_dtype, revision, hub=source == name and not path.is_dir())
-    model.requires_grad_(False).eval().to(device)
+    placed = partial(
+        placement_options, device=device, dtype=torch_dtype, device_map=device_map, quantization=quantization
+    )
+    hub = source == name and not path.is_dir()
+    model, tokenizer = _load(source, torch_dtype, revision, placed, hub=hub, trusted=trust_remote_code)
+    model.requires_grad_(False).eval()
+    if device_map != "none":
+        device = input_device(model)
+    elif getattr(model, "hf_device_map", None) is None:
+        model.to(device)
     return LanguageModel(model, tokenizer, name, torch_dtype, device)
 
 
@@ -146,9 +168,15 @@ def absolute_name(name: str) -> str:
 
 
 def _load(
-    source: str, dtype: torch.dtype, revision: str | None, *, hub: bool
+    source: str,
+    dtype: torch.dtype,
+    revision: str | None,
+    placed: Callable[[str, dict[str, Any]], dict[str, Any]],
+    *,
+    hub: bool,
+    trusted: bool,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     local_only = not hub or not hub_is_reachable()
     options: dict[str, Any] = {"local_files_only": local_only, "revision": revision or "main"}
@@ -156,8 +184,10 @@ def _load(
     failed: Exception | None = None
     try:
         with _quiet(bar=hub):
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted, **options)
     except Exception as error:
+        if needs_trust(error):
+            raise refusal(source, options) from error
         failed = error
     if not hub:
         _check_folder(Path(source), tokenizer, failed)
@@ -165,14 +195,20 @@ def _load(
         if failed is not None:
             raise failed
         with _quiet(bar=hub):
-            config = AutoConfig.from_pretrained(source, **options)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trusted, **options)
             given, _ = type(config).get_config_dict(source, **options)
-            if _caps_attention_scores(config):
-                options["attn_implementation"] = "eager"
-            model, found = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            more = {"attn_implementation": "eager"} if _caps_attention_scores(config) else {}
+            more |= placed(source, given)
+            if trusted and "auto_map" in given:
+                more["trust_remote_code"] = True
+            model, found = _auto_class(config, given, trusted=trusted).from_pretrained(
+                source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options, **more
             )
+    except UserError:
+        raise
     except Exception as error:  # each library raises its own kind for damaged files
+        if needs_trust(error):
+            raise refusal(source, options) from error
         if hub and local_only:
             raise UserError(
                 f"cannot load the model {source!r}: the Hugging Face hub cannot be reached and the model is "
@@ -181,11 +217,30 @@ def _load(
         raise UserError(f"cannot load the model {source!r}: {reason(error)}") from error
     if tokenizer is None or is_empty(tokenizer):
         raise UserError(f"cannot load the model {source!r}: it has no tokenizer")
-    check_weights(model, found, source)
+    if not trusted:
+        warn_of_unused(source, given, model)
+    check_weights(model, found, source, quantized=own_quantization(given) is not None)
     _name_defaults(config, given, source)
     bos = getattr(config.get_text_config(decoder=True), "bos_token_id", None)
     fit_to_model(tokenizer, _embedding_rows(model), bos, source)
     return model, tokenizer
+
+
+def _auto_class(config: PreTrainedConfig, given: dict[str, Any], *, trusted: bool) -> Any:
+    """The class of transformers that loads the model: with a head for the next token, and with images if it takes them.
+
+    given: the content of config.json
+    """
+    import transformers
+
+    causal = transformers.AutoModelForCausalLM
+    if (trusted and "AutoModelForCausalLM" in (given.get("auto_map") or {})) or type(config) in causal._model_mapping:
+        return causal
+    for name in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
+        multimodal = getattr(transformers, name, None)
+        if multimodal is not None and type(config) in multimodal._model_mapping:
+            return multimodal
+    return causal
 
 
 def _name_defaults(config: PreTrainedConfig, given: dict[str, Any], source: str) -> None:
@@ -240,6 +295,7 @@ def _check_folder(folder: Path, tokenizer: PreTrainedTokenizerBase | None, faile
         missing.append("config.json")
     if not any((*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"))):
         missing.append("weights (model.safetensors)")
+    missing.extend(_missing_shards(folder))
     has_files = any((folder / name).is_file() for name in _TOKENIZER_FILES)
     if (failed is not None and not has_files) or (tokenizer is not None and is_empty(tokenizer)):
         missing.append("a tokenizer (tokenizer.json)")
@@ -248,6 +304,22 @@ def _check_folder(folder: Path, tokenizer: PreTrainedTokenizerBase | None, faile
             f"the model folder {str(folder)!r} lacks {' and '.join(missing)}: "
             "expected what save_pretrained writes for a model and its tokenizer"
         )
+
+
+def _missing_shards(folder: Path) -> list[str]:
+    """The files that weights in several files lack: those that their index names, or the index itself."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return []
+    if not index.is_file():
+        shards = [path for path in folder.glob("*.safetensors") if re.search(r"-\d+-of-\d+$", path.stem)]
+        return [f"{index.name}, which says what is in its {len(shards)} files of weights"] if shards else []
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, LookupError, AttributeError, TypeError):
+        return []  # transformers reports what is wrong with it
+    lost = [name for name in names if not (folder / str(name)).is_file()]
+    return [f"{lost[0]} ({len(lost)} of {len(names)} files of weights)"] if lost else []
 
 
 def _usable_device(device: torch.device | str) -> torch.device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +28,8 @@ from tsae.parallel.axis import SINGLE_PROCESS, Ranks
 from tsae.parallel.buffer import DistributedActivationBuffer
 from tsae.parallel.processes import check_mesh, check_on_all_ranks, local_rank0_first, raise_on_all_ranks
 from tsae.rundir.ownership import check_output_directory
+from tsae.sae.model import SparseAutoencoder
+from tsae.training.init_from import absolute_init, open_checked
 from tsae.training.job import Job, prefix_errors
 from tsae.training.sparse_step import check_steps
 from tsae.utils.device import resolve_device
@@ -43,12 +45,14 @@ class Setup:
     job: with checked and completed configurations
     device: where the autoencoders train
     ranks: position of this process
+    sources: of new runs with `init_from`, by name, the autoencoders that they start from
     """
 
     job: Job
     lm: LanguageModel
     device: torch.device
     ranks: Ranks = SINGLE_PROCESS
+    sources: dict[str, SparseAutoencoder] = field(default_factory=dict)
 
     @property
     def width(self) -> int:
@@ -79,8 +83,10 @@ class Stream(NamedTuple):
     buffer: ActivationBuffer
 
 
-def prepare(job: Job) -> Setup:
+def prepare(job: Job, *, resume: bool = False) -> Setup:
     """Check and complete the configurations and load the language model. Writes nothing.
+
+    resume: the runs have begun, so that what they started from may be gone
 
     Raises:
         UserError: a value makes no sense, or the model, the text or the place of the cache cannot be used.
@@ -100,11 +106,14 @@ def prepare(job: Job) -> Setup:
     )
     if common.cache is not None:
         check_output_directory(Path(common.cache), job.directory, *(job.directory / name for name in job.runs))
+    sources = {}
+    for name, cfg in () if resume else job.runs.items():
+        if cfg.init_from is not None:
+            with prefix_errors(name):
+                sources[name] = local_rank0_first(partial(open_checked, cfg, job.directory))
     next(iter(_text(common, "train")(0)))  # unusable text is reported before the model is loaded
     common = replace(common, text=replace(common.text, threshold=split_threshold(common.data, common.text)))
-    lm = local_rank0_first(
-        lambda: load_language_model(common.model, device=lm_device, dtype=common.lm_dtype, revision=common.revision)
-    )
+    lm = local_rank0_first(lambda: load_language_model(common.model, device=lm_device, **common.lm_options))
     check_site(lm, common.layer, 1 + common.length, predictions=common.evaluation.final)
     # Likewise text that is too short for a forward pass.
     SequenceStream(_text(common, "train"), lm.tokenizer, common.length).next_batch(job.forward_batch)
@@ -115,7 +124,8 @@ def prepare(job: Job) -> Setup:
         with prefix_errors(name):
             sae = replace(cfg.sae, d_in=matching_width(cfg, lm))
         runs[name] = replace(cfg, data=common.data, model=common.model, text=common.text, cache=common.cache, sae=sae)
-    return Setup(replace(job, runs=runs), lm, device)
+        runs[name] = replace(runs[name], init_from=absolute_init(cfg.init_from))
+    return Setup(replace(job, runs=runs), lm, device, sources=sources)
 
 
 def resolve_lm_device(cfg: TrainConfig) -> torch.device:
@@ -124,6 +134,12 @@ def resolve_lm_device(cfg: TrainConfig) -> torch.device:
     Raises:
         UserError: there is no such device, or several processes would share it.
     """
+    if cfg.lm_device_map != "none" and (cfg.lm_device != "auto" or world_size() > 1):
+        other = f"lm_device is {cfg.lm_device!r}" if world_size() == 1 else f"there are {world_size()} processes"
+        raise UserError(
+            f"lm_device_map is {cfg.lm_device_map!r}, which divides the language model among all GPUs, and {other}; "
+            "leave one of them out."
+        )
     if cfg.lm_device == "auto":
         return resolve_device(cfg.device)
     if world_size() > 1:
@@ -137,6 +153,11 @@ def resolve_lm_device(cfg: TrainConfig) -> torch.device:
 def matching_width(cfg: TrainConfig, lm: LanguageModel) -> int:
     """The width of what the block puts out, which ``sae.d_in`` must equal if it is given."""
     width = site_width(lm, cfg.layer)
+    if cfg.sae.d_in not in (0, width) and cfg.init_from is not None:
+        raise UserError(
+            f"{cfg.init_from} takes activations of width {cfg.sae.d_in}, but the blocks of {lm.name} put out {width}; "
+            "name the model that it was trained on."
+        )
     if cfg.sae.d_in not in (0, width):
         raise UserError(f"sae.d_in is {cfg.sae.d_in}, but {lm.name} has width {width}; leave sae.d_in out.")
     return width

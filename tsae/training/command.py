@@ -13,12 +13,14 @@ from tsae.reports.table import print_table
 from tsae.rundir import layout
 from tsae.rundir.directory import new_directory
 from tsae.training.dry_run import dry_run, print_estimate
+from tsae.training.init_from import adopted, given_options
 from tsae.training.job import Job
 from tsae.training.run import owning_on_rank0, run_job
 from tsae.training.sweep import print_sweep, read_runs, run_sweep, sweep_directory
 from tsae.training.sweep_file import read_sweep
 from tsae.utils.cli import only_options
 from tsae.utils.config_json import from_dict, load_json
+from tsae.utils.nested import flatten
 from tsae.utils.output import say
 from tsae.utils.torchrun import is_rank0, world_size
 
@@ -81,7 +83,10 @@ def _runs(cfg: TrainConfig, asked: Command, argv: list[str]) -> dict[str, TrainC
     if asked.sweep is not None:
         only_options(argv, ("--sweep", "--out", "--overwrite", "--dry-run"), "The options of a sweep are in its file")
         return read_sweep(asked.sweep)
-    return {"": cfg if asked.resume is None else _resumed(asked.resume, asked, argv)}
+    if asked.resume is not None:
+        return {"": _resumed(asked.resume, asked, argv)}
+    in_file = {} if asked.config is None else flatten(load_json(asked.config))
+    return {"": adopted(cfg, given_options(argv) | set(in_file))}
 
 
 def _new_directory(cfg: TrainConfig, asked: Command) -> Path:

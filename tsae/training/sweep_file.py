@@ -21,8 +21,10 @@ from tsae.config import TrainConfig
 from tsae.errors import UserError
 from tsae.presets import at_length, preset
 from tsae.rundir import layout
+from tsae.training.init_from import adopted
 from tsae.training.job import check_agreement
 from tsae.utils.config_json import from_dict, to_dict
+from tsae.utils.nested import flatten
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 RESERVED = (layout.CHECKPOINTS, layout.SWEEP)  # a sweep's own, beside its runs
@@ -117,12 +119,17 @@ def _config(base: dict[str, Any], *overrides: dict[str, Any]) -> TrainConfig:
     values = to_dict(at_length(start, length) if type(length) is int else start)
     for part in (base, *overrides):
         _assign(values, part or {})
-    cfg = from_dict(TrainConfig, values)
+    cfg = adopted(from_dict(TrainConfig, values), _names(base, *overrides))
     if cfg.data_seed is None:  # all runs share one stream, whatever their seeds
         seeds = to_dict(preset(chosen))
         _assign(seeds, base)
         cfg = replace(cfg, data_seed=from_dict(TrainConfig, seeds).seed)
     return cfg
+
+
+def _names(*parts: dict[str, Any]) -> set[str]:
+    """The dotted names of all options in nested or dotted ``parts``."""
+    return {name for part in parts for name in flatten(part or {})}
 
 
 def with_options(cfg: TrainConfig, options: dict[str, Any]) -> TrainConfig:
