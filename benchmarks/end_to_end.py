@@ -196,7 +196,8 @@ SIDES = {"tsae": ours, "SAELens": sae_lens}
 
 def write_documents(path: Path, tokens: int) -> None:
     """Write documents of the Python installation as JSON lines, well over ``tokens`` at four characters each."""
-    from tsae.data.text import TextConfig, open_text
+    from tsae.config import TextConfig
+    from tsae.data.text import open_text
 
     characters = 0
     with path.open("w") as file:

@@ -138,6 +138,9 @@ def test_training_step(
     def ours(trainer: Trainer) -> Callable[[int], object]:
         return lambda i: trainer.train_step(batches[i % len(batches)])
 
+    def theirs(step: Callable[[torch.Tensor], object]) -> Callable[[int], object]:
+        return lambda i: step(batches[i % len(batches)].x.flatten(0, 1))
+
     variants = [Variant(name, "step", ours(trainer)) for name, trainer in trainers.items()]
     if have_sae_lens():
         for name in (PEER, PEER_SPARSE):
@@ -145,7 +148,7 @@ def test_training_step(
                 continue
             step = sae_lens_topk_step(*size[:3], size.tokens, LR, device, autocast=autocast, sparse=name == PEER_SPARSE)
             check_step(name, step, batches[0])
-            variants.append(Variant(name, "peer", lambda i, step=step: step(batches[i % len(batches)].x.flatten(0, 1))))
+            variants.append(Variant(name, "peer", theirs(step)))
     emulated = autocast and default_dtype(device) != torch.bfloat16
     rounds = 1 if emulated and not smoke else 2 if smoke else 15
     timings = compare(benchmark, variants[0], variants[1:], device, rounds, memory=not emulated)

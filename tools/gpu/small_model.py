@@ -19,13 +19,15 @@ from typing import Any
 
 import numpy
 
-from tsae.data.text import TextConfig, open_text
+from tsae.config import TextConfig
+from tsae.data.split import Part
+from tsae.data.text import open_text
 from tsae.lm import gemma_package
 from tsae.lm.gguf_file import GGUFFile
 
 TOKENS = 300_000
 LAYERS = 10
-SHARES = {"train": 0.9, "evaluation": 0.1}
+SHARES: dict[Part, float] = {"train": 0.9, "evaluation": 0.1}
 SPECIAL = ("bos", "eos", "padding", "unknown")
 KEPT = ("tokens", "token_type", *(f"{name}_token_id" for name in SPECIAL))
 
