@@ -134,7 +134,14 @@ def test_runs_that_are_not_the_checkpoints_are_named(tmp_path: Path) -> None:
     check_resumable({"": cfg}, {"": to_dict(cfg) | {"model": "elsewhere"}}, tmp_path)
 
 
-NEWER = ("buffer.max_norm_ratio", "evaluation.massive_ratio")  # fields that the first runs do not have
+# Fields that the first runs do not have, and other values of them.
+NEWER = {
+    "buffer.max_norm_ratio": 3.0,
+    "evaluation.massive_ratio": 5.0,
+    "text.roles": ["assistant"],
+    "text.min_characters": 3,
+    "text.max_characters": 9,
+}
 
 
 def without_newer_fields(values: dict[str, Any]) -> dict[str, Any]:
@@ -160,8 +167,8 @@ def test_a_run_of_an_older_version_is_what_it_was(run: Path, tmp_path: Path) -> 
         check_resumable({"": found}, {"": values}, copy)
 
 
-@pytest.mark.parametrize(("name", "value"), list(zip(NEWER, (3.0, 5.0), strict=True)))
-def test_a_newer_field_may_not_be_edited_either(name: str, value: float, run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "value"), NEWER.items())
+def test_a_newer_field_may_not_be_edited_either(name: str, value: Any, run: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(run, tmp_path / "run")
     group, _, field = name.partition(".")
     values = load_json(copy / "config.json")

@@ -15,7 +15,13 @@ from tsae.utils.nested import flatten
 _EDITABLE = ("model", "revision", "data", "device", "lm_device", "cache", "log", "checkpoint", "parallel")
 # Fields that the first runs do not have, and the values that those were trained with. At these values a field counts as
 # absent, so that the runs stay what they were. Every new field belongs here.
-_ADDED: dict[str, Any] = {"buffer.max_norm_ratio": 0.0, "evaluation.massive_ratio": 4.0}
+_ADDED: dict[str, Any] = {
+    "buffer.max_norm_ratio": 0.0,
+    "evaluation.massive_ratio": 4.0,
+    "text.roles": [],
+    "text.min_characters": 0,
+    "text.max_characters": 0,
+}
 
 
 def fingerprint(config: TrainConfig) -> str:
