@@ -63,6 +63,11 @@ def read_hub(source: str, config: TextConfig, *, seed: int, epoch: int) -> HubTe
     return HubText(_documents(rows, name, source, chats=chats), chats)
 
 
+def hub_holds_chats(source: str, config: TextConfig) -> bool:
+    """Whether the documents of a dataset are chats. Raises as `read_hub` does."""
+    return read_hub(source, config, seed=0, epoch=0).chats
+
+
 def _columns(rows: Any, wanted: str) -> dict[str, Kind]:
     """The kinds of a dataset's columns: from their types, and from the first rows if there is none called `wanted`."""
     if rows.features is None:

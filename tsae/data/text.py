@@ -7,12 +7,15 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 from tsae.config import TextConfig
 from tsae.data import python_docs
 from tsae.data.documents import Document, cut, shuffle
 from tsae.data.folders import NAMED
-from tsae.data.hub_datasets import read_hub
+from tsae.data.hub_datasets import hub_holds_chats, read_hub
+from tsae.data.mixtures import Weighted, exists, interleave, parse_mixture, spell_mixture
 from tsae.data.split import Part, Split, decide_split, find_threshold, hash_fraction
 from tsae.data.text_files import choose_files, read_files
 from tsae.errors import UserError
@@ -36,8 +39,9 @@ def open_text(
     """The documents of one part of a text source, in an order that seed and epoch determine.
 
     source: "python-docs", a .txt, .jsonl, .csv (all also .gz or .zst) or .parquet file, a folder of them or of a saved
-        dataset, or the id of a hub dataset. `tsae.data.text_files.choose_files` says which files and column are read.
-        Plain text and Python files are cut to passages of about 2,000 characters.
+        dataset, the id of a hub dataset, or several of these (`tsae.data.mixtures`). `choose_files` in
+        `tsae.data.text_files` says which files and column are read. Plain text and Python files are cut to passages of
+        about 2,000 characters.
     part: "train" or "evaluation". A hash of the document decides (plain text: of the passage; "python-docs": of the
         module).
     seed, epoch: each epoch has the same documents in another order ("python-docs": and other source code).
@@ -59,9 +63,7 @@ def open_text(
         split = decide_split(texts, part, config.evaluation_share, source)
     else:
         split = Split(part, config.evaluation_share)
-    documents = _read(source, split.contains, seed, epoch, config)
-    limited = bool(config.min_characters or config.max_characters)
-    return documents if _is_local(source) and not limited else _require_text(documents, source, part, limited)
+    return _open(source, part, split.contains, seed, config, epoch)
 
 
 def split_threshold(source: str, config: TextConfig) -> float:
@@ -73,7 +75,7 @@ def split_threshold(source: str, config: TextConfig) -> float:
     if config.threshold is not None:
         return config.threshold
     texts = _split_texts(source, config)
-    if texts is None and not _is_hub_id(source):
+    if texts is None and parse_mixture(source) is None and not _is_hub_id(source):
         raise UserError(f"no such file or folder: {source!r}")
     return config.evaluation_share if texts is None else find_threshold(texts, config.evaluation_share, source)
 
@@ -102,22 +104,47 @@ def open_unseen(
     unseen.difference_update(hash_fraction(text) for text in known if train.contains(text))
     if not unseen:
         raise UserError(f"all text in {source!r} is training text of the run: name another text")
-    return _read(source, lambda text: hash_fraction(text) in unseen, seed, 0, config)
+    return _open(source, "evaluation", lambda text: hash_fraction(text) in unseen, seed, config, 0)
 
 
 def is_same_source(a: str, b: str) -> bool:
     """Whether two sources are the same, however their paths are spelled."""
-    if _is_local(a) and _is_local(b) and PYTHON_DOCS not in (a, b):
+    if parse_mixture(a) is not None and parse_mixture(b) is not None:
+        return absolute_source(a) == absolute_source(b)
+    if is_local(a) and is_local(b) and PYTHON_DOCS not in (a, b):
         return expanded(a).resolve() == expanded(b).resolve()
     return a == b
 
 
 def absolute_source(source: str) -> str:
-    """The source under a name that is valid in every working directory."""
-    return str(expanded(source).absolute()) if source != PYTHON_DOCS and _is_local(source) else source
+    """The source under a name that is valid in every working directory; of a mixture in YAML, what the file says."""
+    if (mixture := parse_mixture(source)) is not None:
+        return spell_mixture(mixture, absolute_source)
+    return str(expanded(source).absolute()) if source != PYTHON_DOCS and is_local(source) else source
 
 
-def _is_local(source: str) -> bool:
+def shown_source(source: str) -> str:
+    """The source in short, without the folders that paths lie in."""
+    if (mixture := parse_mixture(source)) is not None:
+        return ", ".join(f"{shown_source(each.data)} ({each.weight:g})" for each in mixture)
+    return Path(source).name if Path(source).is_absolute() or exists(source) else source
+
+
+def holds_chats(source: str, config: TextConfig) -> bool:
+    """Whether a source, or one of a mixture, has chats, which the tokenizer's template writes."""
+    if (mixture := parse_mixture(source)) is not None:
+        return any(holds_chats(each.data, _config(each, config)) for each in mixture)
+    if source == PYTHON_DOCS:
+        return False
+    if is_local(source):
+        return choose_files(expanded(source), config.column, config.split).chats
+    return hub_holds_chats(source, config)
+
+
+def is_local(source: str) -> bool:
+    """Whether a source is on this machine: "python-docs", or a path that exists. A mixture is not local itself."""
+    if parse_mixture(source) is not None:
+        return False
     try:
         return source == PYTHON_DOCS or bool(source and expanded(source).exists())
     except OSError as error:  # a folder on the way that may not be entered, a name that is too long
@@ -135,9 +162,41 @@ def _split_texts(source: str, config: TextConfig) -> Iterator[str] | None:
     """The texts of a local source whose hashes decide the split, in a fixed order; None for a hub dataset."""
     if source == PYTHON_DOCS:
         return (unit.text for unit in python_docs.units())
-    if not _is_local(source):
+    if (mixture := parse_mixture(source)) is not None:
+        texts = [_split_texts(each.data, _config(each, config)) for each in mixture]
+        return None if None in texts else _in_turn([each for each in texts if each is not None])
+    if not is_local(source):
         return None
     return (document.text for document in read_files(choose_files(expanded(source), config.column, config.split)))
+
+
+def _in_turn(texts: list[Iterator[str]]) -> Iterator[str]:
+    """The next text of each iterator in turn, to the end of all."""
+    while texts:
+        for each in list(texts):
+            if (text := next(each, None)) is None:
+                texts.remove(each)
+            else:
+                yield text
+
+
+def _config(source: Weighted, config: TextConfig) -> TextConfig:
+    return source.config(config, hub=not is_local(source.data))
+
+
+def _open(
+    source: str, part: Part, wanted: Callable[[str], bool], seed: int, config: TextConfig, epoch: int
+) -> Iterator[Document]:
+    """The non-blank documents whose text is `wanted`; raises UserError if there are none where that is not known.
+
+    part: of a mixture, training text is repeated for the shares
+    """
+    if (mixture := parse_mixture(source)) is None:
+        documents = _read(source, wanted, seed, epoch, config)
+        limited = bool(config.min_characters or config.max_characters)
+        return documents if is_local(source) and not limited else _require_text(documents, source, part, limited)
+    openers = [partial(_open, each.data, part, wanted, seed, _config(each, config)) for each in mixture]
+    return interleave(openers, mixture, epoch, repeat=part == "train")
 
 
 def _read(source: str, wanted: Callable[[str], bool], seed: int, epoch: int, config: TextConfig) -> Iterator[Document]:
@@ -147,7 +206,7 @@ def _read(source: str, wanted: Callable[[str], bool], seed: int, epoch: int, con
     if source == PYTHON_DOCS:
         documents = python_docs.documents([unit for unit in python_docs.units() if wanted(unit.text)], rng, epoch)
         return _fit(_with_roles(documents, source, config, chats=False), config)
-    if _is_local(source):
+    if is_local(source):
         if config.subset is not None:
             raise UserError(f"subset {config.subset!r} applies to hub datasets only, but {source!r} is a local path")
         files = choose_files(expanded(source), config.column, config.split)
