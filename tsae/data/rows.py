@@ -19,6 +19,7 @@ Rows = Iterator[tuple[int, dict[str, Any]]]
 """Rows with their numbers: of a line from 1, of a row of a table from 0."""
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|true|false|nan|null|none", re.IGNORECASE)
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
 _MOST = 1 << 30  # characters in a field of .csv; the csv module's own limit is 131,072
 
 
@@ -116,6 +117,10 @@ def _open_arrow(path: Path) -> Iterator[Any]:
     """The batches of an Arrow stream, with its schema; its errors as UserError."""
     import pyarrow as pa
 
+    with path.open("rb") as file:  # pyarrow takes a file that was cut between two batches for a complete one
+        file.seek(max(0, path.stat().st_size - len(_END)))
+        if file.read() != _END:
+            raise UserError(f"cannot read {str(path)!r} as Arrow: it is no complete stream")
     try:
         with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as batches:
             yield batches

@@ -59,9 +59,9 @@ def _files(folder: Path, state: dict[str, Any]) -> list[Path]:
     if state.get("_indices_data_files") or state.get("_indices_files"):
         raise UserError(f"the dataset in {str(folder)!r} selects rows by an index, as old versions save: save it again")
     entries = state.get("_data_files")
-    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries or [None]]
+    names = [e.get("filename") if isinstance(e, dict) else None for e in entries] if isinstance(entries, list) else []
     paths = [folder / name for name in names if isinstance(name, str) and Path(name).name == name]
-    if not isinstance(entries, list) or len(paths) != len(names):
+    if not paths or len(paths) != len(names):
         raise UserError(f"{str(folder / _STATE)!r} does not list the files of the dataset: save it again")
     for path in paths:
         if not path.is_file() or not has_suffix(path, ARROW):
