@@ -272,9 +272,10 @@ class TextConfig:
     """How to read a text source."""
 
     column: str | None = None
-    """Text column of jsonl, parquet and hub data; default "text", or the only column of strings if it holds prose."""
+    """Column of jsonl, csv, parquet, saved and hub data; `a.b` is b in the object a. Default: `text`; or the chats in
+    `messages` or `conversations`; or the only column of strings if it holds prose."""
     split: str = "train"
-    """Split of a hub dataset; training and evaluation text are both taken from it."""
+    """Split of a hub dataset or of one saved by `save_to_disk`; training and evaluation text are both taken from it."""
     subset: str | None = None
     """Subset (configuration) of a hub dataset."""
     evaluation_share: Fraction = 0.05
@@ -285,6 +286,14 @@ class TextConfig:
     documents that one side would be empty."""
     shuffle_buffer: PositiveInt = 10_000
     """Documents in the shuffle buffer."""
+    roles: tuple[str, ...] = ()
+    """Of chats count only what these roles say, such as `assistant`: the other messages and the template are read by
+    the language model but are in no statistic and not trained on. None given: everything but special tokens counts."""
+    min_characters: NonNegativeInt = 0
+    """Leave out documents with fewer characters; of a chat those of the messages count."""
+    max_characters: Annotated[int, Range("0 or at least 2", lambda value: value == 0 or value >= 2)] = 0
+    """Cut documents at a boundary within this many characters and leave out the rest; a chat ends after the last
+    complete message within them. 0: no limit."""
 
 
 @dataclass
@@ -338,7 +347,8 @@ class TrainConfig:
     layer: int = 9
     """Block whose output is encoded, counted from 0."""
     data: str = "python-docs"
-    """Text: `python-docs`, a .txt, .jsonl or .parquet file, a folder of them, or a hub dataset id."""
+    """Text: `python-docs`, a .txt, .jsonl, .csv or .parquet file, a folder of them or one saved by `save_to_disk`, a
+    hub dataset id, or several with their shares: `pile:0.7,code/:0.3`, or a .yaml file (docs/howto/own-text.md)."""
     steps: PositiveInt = 1000
     """Optimizer steps."""
     length: Annotated[int, between(2, MAX_LENGTH)] = 128

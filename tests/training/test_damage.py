@@ -134,8 +134,15 @@ def test_runs_that_are_not_the_checkpoints_are_named(tmp_path: Path) -> None:
     check_resumable({"": cfg}, {"": to_dict(cfg) | {"model": "elsewhere"}}, tmp_path)
 
 
-# Fields that the first runs do not have, and values that no run had.
-NEWER = {"buffer.max_norm_ratio": 3.0, "evaluation.massive_ratio": 5.0, "lm_quantization": "8bit"}
+# Fields that the first runs do not have, and other values of them.
+NEWER = {
+    "buffer.max_norm_ratio": 3.0,
+    "evaluation.massive_ratio": 5.0,
+    "lm_quantization": "8bit",
+    "text.roles": ["assistant"],
+    "text.min_characters": 3,
+    "text.max_characters": 9,
+}
 
 
 def without_newer_fields(values: dict[str, Any]) -> dict[str, Any]:

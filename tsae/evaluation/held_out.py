@@ -26,6 +26,7 @@ from tsae.data.text import (
     PYTHON_DOCS,
     TextConfig,
     absolute_source,
+    is_local,
     is_same_source,
     open_text,
     open_unseen,
@@ -33,7 +34,6 @@ from tsae.data.text import (
 )
 from tsae.errors import UserError
 from tsae.lm.loading import LanguageModel
-from tsae.utils.paths import expanded
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def held_out(source: Source, lm: LanguageModel, length: int, sequences: int, see
     # What lies below the lowest threshold is on the evaluation side of every split.
     thresholds = [split_threshold(run.data, run.text) for run in source.runs]
     other = replace(text, threshold=min(thresholds, default=text.evaluation_share))
-    if expanded(data).exists():
+    if is_local(data):
         other = replace(other, subset=None)  # the run's, of a hub dataset
     try:
         opened = open_text(data, part="evaluation", seed=seed, config=other)

@@ -103,7 +103,9 @@ def measure(
 
     owner = document_of_tokens(batch, documents, lm.tokenizer)
     classes = token_classes(counted_tokens(batch).numpy(), lm.tokenizer)
-    problems, left_out = pose_problems(batch, owner, documents, sections(source.data, documents), classes, seed)
+    problems, left_out = pose_problems(
+        batch, owner, documents, sections(source.data, documents, source.text), classes, seed
+    )
     if not problems:
         raise UserError("The text is too short for any probe; give more text, or more of it with --tokens.")
     owner = owner[owner >= 0]  # [n], of the counted tokens

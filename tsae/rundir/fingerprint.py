@@ -23,6 +23,9 @@ _ADDED: dict[str, Any] = {
     "evaluation.massive_ratio": 4.0,
     "length": 128,
     "lm_quantization": "none",
+    "text.roles": [],
+    "text.min_characters": 0,
+    "text.max_characters": 0,
 }
 
 

@@ -25,26 +25,10 @@ from tsae.training.init_from import adopted
 from tsae.training.job import check_agreement
 from tsae.utils.config_json import from_dict, to_dict
 from tsae.utils.nested import flatten
+from tsae.utils.strict_yaml import load_yaml
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 RESERVED = (layout.CHECKPOINTS, layout.SWEEP)  # a sweep's own, beside its runs
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, unlike in YAML 1.1, and a duplicate key is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 def read_sweep(path: Path) -> dict[str, TrainConfig]:
@@ -54,7 +38,7 @@ def read_sweep(path: Path) -> dict[str, TrainConfig]:
         UserError: the file cannot be read, or an option is not valid; the message names run and option.
     """
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+        values = load_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"There is no file {path}; name a sweep's YAML file.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tsae.config import TrainConfig
 from tsae.data.sequences import TokenBatch
+from tsae.data.text import shown_source
 from tsae.evaluation.catalogue import METRICS
 from tsae.evaluation.metrics.temporal import MIN_ACTIVATIONS
 from tsae.reports.records import read_history, read_source
@@ -103,10 +104,10 @@ def facts(cfg: TrainConfig, tokens: int, length: int) -> list[tuple[str, str]]:
     details += [f"release ratio {sae.release_ratio:g}"] if sae.kind.release else []
     return [
         ("model", f"{_last(cfg.model)}, layer {cfg.layer}"),
-        ("trained on", f"{_last(cfg.data)}, {cfg.steps * cfg.batch * cfg.length:,} tokens in {cfg.steps:,} steps"),
+        ("trained on", f"{shown_source(cfg.data)}, {cfg.steps * cfg.batch * cfg.length:,} tokens in {cfg.steps:,} steps"),
         ("features", f"{sae.d_sae:,}, {activation}" + (f" ({', '.join(details)})" if details else "")),
         ("temporal objective", str(objective.temporal)),
-        ("text on this page", f"{tokens:,} held-out tokens of {_last(cfg.data)}, in sequences of {length:,}"),
+        ("text on this page", f"{tokens:,} held-out tokens of {shown_source(cfg.data)}, in sequences of {length:,}"),
     ]
 
 
