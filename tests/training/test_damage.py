@@ -138,6 +138,7 @@ def test_runs_that_are_not_the_checkpoints_are_named(tmp_path: Path) -> None:
 NEWER = {
     "buffer.max_norm_ratio": 3.0,
     "evaluation.massive_ratio": 5.0,
+    "length": 64,
     "lm_quantization": "8bit",
     "text.roles": ["assistant"],
     "text.min_characters": 3,

@@ -102,9 +102,10 @@ def facts(cfg: TrainConfig, tokens: int, length: int) -> list[tuple[str, str]]:
     activation = str(sae.activation)
     details = [f"k = {sae.k}"] if sae.kind.k_sparse else []
     details += [f"release ratio {sae.release_ratio:g}"] if sae.kind.release else []
+    trained_on = cfg.steps * cfg.batch * cfg.length
     return [
         ("model", f"{_last(cfg.model)}, layer {cfg.layer}"),
-        ("trained on", f"{shown_source(cfg.data)}, {cfg.steps * cfg.batch * cfg.length:,} tokens in {cfg.steps:,} steps"),
+        ("trained on", f"{shown_source(cfg.data)}, {trained_on:,} tokens in {cfg.steps:,} steps"),
         ("features", f"{sae.d_sae:,}, {activation}" + (f" ({', '.join(details)})" if details else "")),
         ("temporal objective", str(objective.temporal)),
         ("text on this page", f"{tokens:,} held-out tokens of {shown_source(cfg.data)}, in sequences of {length:,}"),
