@@ -54,8 +54,8 @@ class CodeLength(Accumulator):
     total_bits               support_bits + amplitude_bits
 
     A probability is (count + pooled rate) / (trials + 1), the pooled rate being that of all features: one observation
-    of an average feature. So no event costs infinitely many bits, and in N positions a half a dead feature costs at
-    most 1.45 L0 / (d_sae N) bits per token, an always-on one 1.45 / N.
+    of an average feature. So no event costs infinitely many bits, and with N positions in a half a dead feature costs
+    about 1.44 L0 / (d_sae N) bits per token, and one that is always on at most 1.45 / N.
 
     Memory: 8 integers a feature, and 12 bytes an active value: 0.5 kB a token at L0 = 40, 5 GB for 10 million tokens.
     """
