@@ -343,9 +343,10 @@ def decoder_norms(sae: SparseAutoencoder, d_sae: int) -> Tensor:
     like = next(sae.parameters())
     zero = sae.decode(like.new_zeros(1, 1, d_sae))
     norms = []
-    for rows in torch.eye(d_sae, dtype=like.dtype, device=like.device).split(1024):
-        norms.append((sae.decode(rows[None]) - zero)[0].norm(dim=-1))
-    return torch.cat(norms) if norms else like.new_zeros(0)
+    for features in torch.arange(d_sae, device=like.device).split(256):
+        units = like.new_zeros(1, len(features), d_sae).scatter_(2, features[None, :, None], 1.0)
+        norms.append((sae.decode(units) - zero)[0].norm(dim=-1))
+    return torch.cat(norms)
 
 
 def _device(saes: dict[str, SparseAutoencoder]) -> torch.device:
