@@ -85,7 +85,10 @@ class CodeLength(Accumulator):
         first, second = torch.zeros_like(counted), torch.zeros_like(counted)
         first[:, : pairs.shape[1]] = pairs
         second[:, 1:] = pairs
-        place = ((h > 0) & counted[..., None]).flatten().nonzero().squeeze(1)  # of the active values, [n]
+        on = h > 0
+        if not bool(counted.all()):
+            on &= counted[..., None]
+        place = on.flatten().nonzero().squeeze(1)  # of the active values, [n]
         position, flat = place // d_sae, h.flatten()
         value, before = flat[place].float(), flat[(place - d_sae).clamp(min=0)].float()
         before = torch.where(second.flatten()[position] & (before > 0), before, 0)
