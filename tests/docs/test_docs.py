@@ -49,6 +49,7 @@ WITHOUT_OPTIONS = ("--resume", "--sweep")
 NOT_RUN = {
     "docs/quickstart.md": 1,
     "docs/howto/own-model.md": 2,
+    "docs/howto/fine-tune.md": 1,
     "docs/howto/own-text.md": 1,
     "docs/howto/multi-gpu.md": 3,
     "docs/formats.md": 2,
