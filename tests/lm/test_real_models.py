@@ -252,6 +252,13 @@ def test_a_quantized_folder_without_its_package(
     assert "cannot load the model" in refused(folder)
 
 
+def test_options_of_evaluation_that_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate([str(tmp_path), "--lm-quantization", "8bit"]) == 2
+    assert "a run's metrics are of its own model" in capsys.readouterr().err
+    assert evaluate([str(tmp_path), "--lm-device-map", "auto", "--device", "cpu"]) == 2
+    assert "without --device; leave one out" in capsys.readouterr().err
+
+
 # Models that also take images
 
 
@@ -400,6 +407,14 @@ def test_trust_in_a_runs_model_is_none_in_another(tiny_llama: Path, text_file: P
     argv = options(tiny_llama, text_file, out, "--trust-remote-code", "--steps", "2", "--evaluation.no-final")
     assert main(argv) == 0
     assert evaluate([str(out), "--model", str(other), "--device", "cpu"]) == 2
+
+
+def test_code_of_a_tokenizer_is_refused_as_well(tiny_llama: Path, tmp_path: Path) -> None:
+    auto_map = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}
+    folder = with_tokenizer(tmp_path / "m", tiny_llama, tokenizer_class="OwnTokenizer", auto_map=auto_map)
+    (folder / "tokenization_own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    assert "comes with code of its own (tokenization_own.py: OwnTokenizer)" in refused(folder)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_model_without_a_cache(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from launch import fork, run_jobs
 from safetensors.torch import save_file
-from tiny_runs import options, weights
+from tiny_runs import lines, options, weights
 from tiny_sae import D_IN, D_SAE, make
 from torch import Tensor
 
@@ -358,6 +359,8 @@ def test_model_and_layer_are_compared(
     assert "does not say which layer it encodes; taken as the output of block 1" in caplog.text
     assert "does not say which model it was trained on" in caplog.text
     assert not out.exists()
+    assert main([*from_run(tiny_llama, text_file, out, run), "--dry-run"]) == 0
+    assert not out.exists()
     argv = from_run(tiny_gemma2, text_file, out, run, "--steps", "1", "--evaluation.no-final")
     assert main(argv) == 0
     assert "and is fine-tuned on" in caplog.text
@@ -376,6 +379,20 @@ def test_a_run_that_was_interrupted_before_its_first_step_starts_from_its_source
     shutil.rmtree(out / "sae")
     assert main(["--resume", str(out)]) == 0
     torch.testing.assert_close(weights(out)["W_dec"], weights(run)["W_dec"], rtol=1e-4, atol=1e-4)
+
+
+def test_two_processes_that_share_a_dictionary_start_from_it(
+    run: Path, tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    argv = ["--steps", "2", "--evaluation.no-final", "--log-every", "1", "--parallel.timeout", "120"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(from_run(tiny_llama, text_file, one, run, *argv)) == 0
+    shared = from_run(tiny_llama, text_file, two, run, *argv, "--parallel.features", "2")
+    fork(2, run_jobs, [(0, shared)], folder=tmp_path)
+    for first, second in zip(lines(one / "metrics.jsonl"), lines(two / "metrics.jsonl"), strict=True):
+        assert second["loss"] == pytest.approx(first["loss"], rel=1e-5)
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(weights(two)[name], tensor, rtol=1e-4, atol=1e-4)
 
 
 def test_the_runs_of_a_sweep_start_from_sources_of_their_own(
