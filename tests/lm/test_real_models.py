@@ -198,7 +198,9 @@ def test_a_device_map_needs_a_gpu(tiny_llama: Path, monkeypatch: pytest.MonkeyPa
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_training_on_a_quantized_model(bits: str, text_file: Path, tmp_path: Path) -> None:
+def test_training_on_a_quantized_model(
+    bits: str, text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = save_family(tmp_path / "m", "llama", hidden_size=64, intermediate_size=128)
     found = load_language_model(str(folder), dtype="float32", quantization=bits)
     exact = load_language_model(str(folder), dtype="float32")
@@ -208,6 +210,7 @@ def test_training_on_a_quantized_model(bits: str, text_file: Path, tmp_path: Pat
     assert _fingerprint_weights(found) != _fingerprint_weights(exact)
     out = tmp_path / "run"
     train_and_evaluate(folder, text_file, out, "--lm-quantization", bits)
+    assert "MatMul8bitLt" not in caplog.text  # bitsandbytes says it in every product
     assert json.loads((out / "config.json").read_text())["lm_quantization"] == bits
     sae, layer = str(out / "sae"), ["--layer", "1", "--device", "cpu"]
     assert evaluate([sae, "--model", str(folder), *layer, "--data", str(text_file), "--lm-quantization", bits]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
@@ -59,6 +60,8 @@ def placement_options(
         )
         _require("bitsandbytes", why)
         _require("accelerate", why)
+        # It says in every product that 8-bit ones are computed in float16, which docs/howto/own-model.md says once.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if quantization != "none":
         from transformers import BitsAndBytesConfig
 
