@@ -63,13 +63,14 @@ def encode_chats(tokenizer: PreTrainedTokenizerBase, chats: Sequence[tuple[str, 
         raise UserError("the text holds chats, and the model's tokenizer has no chat template: use another model")
     if not tokenizer.is_fast:
         raise UserError("the text holds chats, which need a fast tokenizer, with a tokenizer.json: use another model")
+    special = _special(tokenizer)
     rendered = [render(tokenizer, chat, name) for name, chat in chats]
     texts = [each.text for each in rendered]
     encoded = []
     for (_, chat), chat_text, (ids, offsets) in zip(chats, rendered, _encode(tokenizer, texts), strict=True):
-        if any(inside for *_, inside in _special_places(tokenizer, chat_text, ids, offsets)):
+        if any(inside for *_, inside in _special_places(special, tokenizer.unk_token_id, chat_text, ids, offsets)):
             warn_once(log, "a chat spells a special token: it is read as plain text, here and elsewhere")
-            chat_text, ids, offsets = _encode_apart(tokenizer, chat_text)
+            chat_text, ids, offsets = _encode_apart(tokenizer, special, chat_text)
         if chat.roles:
             roles = np.array([message.role in chat.roles for message in chat.messages])
             owner = _owners(chat_text.spans, offsets[:, 1])
@@ -102,7 +103,7 @@ def render(tokenizer: PreTrainedTokenizerBase, chat: Chat, name: str) -> Rendere
     else:
         raise UserError(f"the chat template does not write the messages of the chat {name} as they are: leave it out")
     spans, partial = _spans(text, contents, marks)
-    names = _special(tokenizer).values()
+    names = _special(tokenizer).values() if partial else ()
     for i, message in enumerate(chat.messages):
         lost = message.content.strip() and i not in spans[:, 2]
         if lost or (i in partial and any(token in message.content for token in names)):
@@ -208,21 +209,22 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 
 
 def _special_places(
-    tokenizer: PreTrainedTokenizerBase, text: Rendered, ids: np.ndarray, offsets: np.ndarray
+    special: dict[int, str], unk: int | None, text: Rendered, ids: np.ndarray, offsets: np.ndarray
 ) -> list[tuple[int, int, int, bool]]:
     """Begin, end and id of each special token that the text spells, and whether it overlaps a content."""
-    names = _special(tokenizer)
     places = []
-    for at in np.flatnonzero(np.isin(ids, list(names))):
+    for at in (at for at, i in enumerate(ids.tolist()) if i in special):
         (begin, end), i = offsets[at].tolist(), int(ids[at])
-        if i == tokenizer.unk_token_id and names[i] not in text.text[begin:end]:
+        if i == unk and special[i] not in text.text[begin:end]:
             continue  # stands for something the vocabulary lacks
         overlaps = bool(((text.spans[:, 0] < end) & (begin < text.spans[:, 1])).any())
         places.append((begin, end, i, overlaps))
     return places
 
 
-def _encode_apart(tokenizer: PreTrainedTokenizerBase, text: Rendered) -> tuple[Rendered, np.ndarray, np.ndarray]:
+def _encode_apart(
+    tokenizer: PreTrainedTokenizerBase, special: dict[int, str], text: Rendered
+) -> tuple[Rendered, np.ndarray, np.ndarray]:
     """Ids and offsets of a chat whose contents spell special tokens, and the text that the offsets refer to.
 
     The template's own special tokens are those that remain if the contents are blotted out.
@@ -233,7 +235,7 @@ def _encode_apart(tokenizer: PreTrainedTokenizerBase, text: Rendered) -> tuple[R
     ((ids, offsets),) = _encode(tokenizer, ["".join(blotted)])
     renamed = _renamed(tokenizer)
     pieces, last, begins, shifts = [], 0, [], []
-    for begin, end, i, _ in _special_places(tokenizer, text, ids, offsets):
+    for begin, end, i, _ in _special_places(special, tokenizer.unk_token_id, text, ids, offsets):
         pieces += [text.text[last:begin], renamed.names[i]]
         last = end
         begins.append(end)

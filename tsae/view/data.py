@@ -75,9 +75,10 @@ def page_data(
     """
     T = activity.segments.shape[1]
     evaluation = load_json(run / layout.EVALUATION) if (run / layout.EVALUATION).exists() else {}
+    source = read_source(run).get("data")
     return {
         "run": {"name": run.resolve().name, "facts": facts(cfg, int((activity.segments >= 0).sum()), T)},
-        "evaluation": {"metrics": evaluation, "text": read_source(run).get("data")},
+        "evaluation": {"metrics": evaluation, "text": source and shown_source(source)},
         "labels": {
             key: {"name": metric.name, "title": metric.title, "digits": metric.short_digits}
             for key, metric in METRICS.items()
