@@ -50,6 +50,7 @@ NOT_RUN = {
     "docs/quickstart.md": 1,
     "docs/howto/own-model.md": 2,
     "docs/howto/own-text.md": 1,
+    "docs/howto/length.md": 1,
     "docs/howto/multi-gpu.md": 3,
     "docs/formats.md": 2,
     "docs/sharing.md": 1,
