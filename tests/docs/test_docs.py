@@ -51,6 +51,7 @@ NOT_RUN = {
     "docs/howto/own-model.md": 2,
     "docs/howto/fine-tune.md": 1,
     "docs/howto/own-text.md": 1,
+    "docs/howto/length.md": 1,
     "docs/howto/multi-gpu.md": 3,
     "docs/formats.md": 2,
     "docs/sharing.md": 1,

@@ -35,7 +35,7 @@ def check_context(lm: LanguageModel, tokens: int) -> None:
     if limit is not None and tokens > limit:
         raise UserError(
             f"{lm.name} takes at most {limit} tokens at once, but {tokens} are fed (1 + {tokens - 1}; the first's "
-            "activation is dropped); use a model with a longer context."
+            "activation is dropped); lower --length, or use a model with a longer context."
         )
 
 
