@@ -11,11 +11,15 @@ PEERS_STAMP := $(PEERS)/.installed
 WORKERS ?= logical
 PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: demo install peers test test-slow test-peers kills lint format docs bench bench-smoke asan asan-cpp asan-cuda
+.PHONY: demo demo-short install peers test test-slow test-peers kills lint format docs bench bench-smoke asan asan-cpp asan-cuda
 .PHONY: cuda-compile triton-compile kernel-count gpu-check gpu-pack gpu-rehearsal clean
 
 demo: install
 	$(BIN)/python -m tsae.train
+
+# 30 steps of it, and a check of the files that it writes.
+demo-short: install
+	.ci/demo $(BIN)/python
 
 install: $(STAMP)
 
@@ -51,6 +55,7 @@ kills: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -224,7 +224,7 @@ def _print(arguments: Arguments, measured: Measured, written: str | None) -> Non
     else:
         (result,) = results.values()
         other = measured.text.source if arguments.rewrites else {"data": data}
-        print_table(result.metrics, console, text=other and other["data"])
+        print_table(result.metrics, console, text=other["data"] if other else None)
         if arguments.rewrites:
             of = f" of {other['data']} ({other['part']})" if other else ""
     said = f" Wrote {written}." if written else ""

@@ -147,8 +147,8 @@ class SequenceStream:
         if n < 1:
             raise ValueError(f"n must be at least 1, not {n}")
         pieces = self._take(n * self._row)
-        tokens = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
-        owner = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
+        tokens: np.ndarray = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
+        owner: np.ndarray = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
 
         padding = 0
         if partial := len(tokens) % self._row:

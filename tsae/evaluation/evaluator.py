@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -227,7 +227,8 @@ class _Features:
         self.bits_shuffled.update(h, segments, half)
 
     def result(self, sae: SparseAutoencoder, predictions: LanguageModelMetrics) -> EvaluationResult:
-        reconstruction, temporal = self.reconstruction.compute(), self.temporal.compute()
+        reconstruction = self.reconstruction.compute()
+        temporal: dict[str, Any] = self.temporal.compute()
         temporal["persistence_excess_shuffled"] = self.shuffled.excess()
         step, norms = self.reconstruction.rms_error(), decoder_norms(sae, self.bits.d_sae)
         temporal |= self.bits.compute(step, norms)
@@ -304,7 +305,7 @@ def _predictions(
         runs = [
             *((own[name], "with_sae", reconstruct(sae)) for name, sae in saes.items()),
             (shared, "with_ablation", torch.zeros_like),
-            (shared, "with_mean_ablation", lambda x: settings.reference_mean.expand(x.shape)),
+            (shared, "with_mean_ablation", lambda x: cast(Tensor, settings.reference_mean).expand(x.shape)),
         ]
         untouched = logits_with(lm, tokens, settings.layer, None)
         shared.update("without_sae", untouched, tokens, segments)

@@ -66,9 +66,9 @@ def choose_source(runs: Iterable[TrainConfig], data: str | None = None, column: 
     distinct = tuple({(run.data, run.text): run for run in runs}.values())
     if len(distinct) == 1:
         (run,) = distinct
-        same = data is None or is_same_source(data, run.data)
+        named = run.data if data is None or is_same_source(data, run.data) else absolute_source(data)
         text = run.text if column is None else replace(run.text, column=column)
-        return Source(run.data if same else absolute_source(data), text, distinct)
+        return Source(named, text, distinct)
     if distinct and data is None:
         raise UserError("The runs were trained on different text; name the text to compare them on, with --data.")
     return Source(absolute_source(data or PYTHON_DOCS), TextConfig(column=column), distinct)

@@ -42,7 +42,7 @@ def read(path: Path) -> SparseAutoencoder:
     d_in, d_sae = matrix_shape(path, renamed, "W_enc")
     shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "threshold": (d_sae,)}
     shapes |= {"W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    weights = require_tensors(path, renamed, shapes)
+    weights: dict[str, Any] = require_tensors(path, renamed, shapes)
     require_no_others(path, renamed, shapes, "an autoencoder of Gemma Scope")
     width = field(config, values, "width", int)
     if width is not None and width != d_sae:

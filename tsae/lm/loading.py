@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -82,7 +82,7 @@ class LanguageModel:
 
 
 def _embedding_rows(model: nn.Module) -> int | None:
-    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    table = cast(Any, model).get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     weight = getattr(table, "weight", None)
     return None if weight is None else weight.shape[0]
 
@@ -201,9 +201,10 @@ def _load(
             more |= placed(source, given)
             if trusted and "auto_map" in given:
                 more["trust_remote_code"] = True
-            model, found = _auto_class(config, given, trusted=trusted).from_pretrained(
+            loaded: Any = _auto_class(config, given, trusted=trusted).from_pretrained(
                 source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options, **more
             )
+            model, found = loaded
     except UserError:
         raise
     except Exception as error:  # each library raises its own kind for damaged files

@@ -98,7 +98,7 @@ def fit_to_model(tokenizer: PreTrainedTokenizerBase, rows: int | None, bos: obje
     elif isinstance(bos, int) and bos != tokenizer.bos_token_id:
         own = f"{tokenizer.bos_token!r} with id {tokenizer.bos_token_id}"
         warn_once(log, f"BOS of {name!r} is {bos} in its config.json, but its tokenizer has {own}, which is used")
-    if read.casefold().split() != _SAMPLE.casefold().split():
+    if str(read).casefold().split() != _SAMPLE.casefold().split():
         warn_once(log, f"the tokenizer of {name!r} reads {_SAMPLE!r} as {read!r}: are its files complete?")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 import numpy as np
@@ -25,7 +25,7 @@ from tsae.utils.paths import expanded
 # Okabe and Ito's palette, safe for color-blind readers.
 BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
 GREY, INK = "#6F7780", "#20252B"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9.0,
     "axes.titlesize": 10.5,
@@ -71,10 +71,10 @@ def draw(records: Records) -> Figure:
     """The page as a figure."""
     figure = Figure(figsize=(40 / 3, 9), dpi=120, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    head, body = figure.subfigures(2, 1, height_ratios=(1.7, 7.3))
+    head, body = cast(Any, figure.subfigures(2, 1, height_ratios=(1.7, 7.3)))
     _header(head, records)
     _numbers(head, records.evaluation)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, wspace=0.02, hspace=0.03)
+    cast(Any, figure.get_layout_engine()).set(w_pad=0.12, h_pad=0.1, wspace=0.02, hspace=0.03)
     axes = body.subplots(2, 4)
     _loss(axes[0, 0], records.history)
     _explained_variance(axes[0, 1], records)
@@ -302,7 +302,7 @@ def _density(ax: Axes, density: np.ndarray | None) -> None:
     fired = density[density > FLOOR * 1.001]
     logs = np.log10(fired)
     low = min(-4.0, math.floor(float(logs.min()) * 2) / 2) if fired.size else -4.0
-    ax.hist(logs, bins=np.arange(low, 0.01, 0.125), color=BLUE, edgecolor="white", linewidth=0.4)
+    ax.hist(logs, bins=np.arange(low, 0.01, 0.125).tolist(), color=BLUE, edgecolor="white", linewidth=0.4)
     ax.set_xlim(low, 0)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda e, _: f"$10^{{{e:.0f}}}$"))

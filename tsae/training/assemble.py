@@ -181,11 +181,12 @@ def open_stream(setup: Setup, check: Callable[[], None]) -> Iterator[Stream]:
         cache = raise_on_all_ranks(lambda: open_cache(setup, write=True))
         if cache is not None:
             stack.enter_context(cache)
-        feed: ActivationFeed | PrefetchingFeed = raise_on_all_ranks(lambda: make_feed(setup, cache, check))
+        source = raise_on_all_ranks(lambda: make_feed(setup, cache, check))
+        feed: ActivationFeed | PrefetchingFeed = source
         if setup.prefetched and setup.ranks.world.size == 1:
             shown, feed.bar = feed.bar, no_progress  # one bar at a time, in this thread
             total = setup.job.sequences_harvested
-            feed = stack.enter_context(PrefetchingFeed(feed, setup.prefetched, total, shown, setup.lm.device))
+            feed = stack.enter_context(PrefetchingFeed(source, setup.prefetched, total, shown, setup.lm.device))
         yield Stream(feed, make_buffer(setup, feed))
 
 

@@ -193,7 +193,7 @@ class SparseStep:
         self.most.copy_(torch.maximum(self.most, most))
         l0 = self.ranks.world.sum_no_grad(counts.sum(dtype=torch.float32))
         l0 = l0 / self.ranks.data.sum_no_grad(kept.sum()).clamp(min=1)
-        return FeatureLists(*features, shape=tuple(pre.shape)), stats, l0
+        return FeatureLists(*features, shape=(pre.shape[0], pre.shape[1], pre.shape[2])), stats, l0
 
     def decode(self, features: FeatureLists) -> list[Tensor]:
         """Reconstructions (B, T, d_in) from the Matryoshka prefixes, the last of them the whole dictionary."""

@@ -44,7 +44,7 @@ def read_sweep(path: Path) -> dict[str, TrainConfig]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be read as YAML ({reason}); correct the file.") from None
-    parts = {"base": {}, "runs": None, "grid": {}}
+    parts: dict[str, Any] = {"base": {}, "runs": None, "grid": {}}
     if not isinstance(values, dict) or not values or set(values) - set(parts):
         raise UserError(f"{path} must be a mapping with base, and runs or grid or both.")
     parts |= {key: value for key, value in values.items() if value is not None}

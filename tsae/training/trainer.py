@@ -522,10 +522,10 @@ class Trainer:
         They are those of a single process, whatever the ranks. To be called on all ranks; complete on rank 0.
         """
         sae, features = self.sae, self.ranks.features
-        sharded = isinstance(sae, ShardedAutoencoder)
+        sharded = sae if isinstance(sae, ShardedAutoencoder) else None
         return {
-            "sae": sae.whole_state() if sharded else sae.state_dict(),
-            "optimizer": whole_optimizer_state(self.optimizer, sae) if sharded else optimizer_state(self.optimizer),
+            "sae": sharded.whole_state() if sharded else sae.state_dict(),
+            "optimizer": whole_optimizer_state(self.optimizer, sharded) if sharded else optimizer_state(self.optimizer),
             "controller": self.controller.state_dict(),
             "temporal_buffer": whole(self.temporal_buffer.variance, 0, features),
             "silent": whole(self.dead.silent, 0, features),

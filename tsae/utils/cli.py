@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import tyro
 
@@ -45,7 +45,8 @@ def parse(cls: type[T], argv: list[str], default: T | None, prog: str) -> T:
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
-            return with_expanded_paths(tyro.cli(cls, args=argv, default=default, prog=prog))
+            parsed: T = tyro.cli(cls, args=argv, default=cast(T, default), prog=prog)
+            return with_expanded_paths(parsed)
     except SystemExit as stop:
         if not stop.code:
             raise

@@ -38,7 +38,7 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
     """``value``, from JSON, as the type ``hint``; raises UserError naming ``path`` if it does not fit."""
-    if dataclasses.is_dataclass(hint):
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_dict(hint, value, path)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:

@@ -106,7 +106,7 @@ def tolerant_streams() -> Iterator[Tolerant]:
     before = sys.stdout, sys.stderr
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         out, err = (Tolerant(nowhere if stream is None else stream) for stream in before)
-        sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
+        sys.stdout, sys.stderr = out, err
         try:
             yield out
         finally:

@@ -120,7 +120,7 @@ def _last(name: str) -> str:
 
 def curves(path: Path) -> dict[str, list[list[float | None]]]:
     """Training curves as [steps, values], thinned to at most `POINTS`."""
-    out = {}
+    out: dict[str, list[list[float | None]]] = {}
     for key, (steps, values) in read_history(path).items():
         if key in CURVES:
             every = math.ceil(len(steps) / POINTS)
@@ -155,7 +155,9 @@ def columns(sae: SparseAutoencoder, activity: Activity, ids: np.ndarray) -> dict
         where.append(pack(np.diff(activity.position[own], prepend=0)))
         value = activity.value[own]
         steps = np.maximum(np.rint(value / max(peak[j], 1e-30) * LEVELS), 1).astype(np.int64)
-        held = value <= threshold[j] if release is not None else np.zeros(len(own), dtype=bool)
+        held = (
+            value <= threshold[j] if threshold is not None and release is not None else np.zeros(len(own), dtype=bool)
+        )
         level.append(pack(2 * steps + held))
     return {
         "active": persistence.active.long().tolist(),

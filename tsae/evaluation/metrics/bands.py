@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -58,7 +60,8 @@ class BandAutocorrelation(Accumulator):
         count, total, square = self._get("count"), self._get("sum"), self._get("square")
         mean = total[0] / count[0]
         variance = square[0] / count[0] - mean.square()
-        energy = square[0] / count[0] + 2 * mean * self._shift.double().cpu() + self._shift.double().cpu().square()
+        shift = cast(Tensor, self._shift).double().cpu()  # set by the first batch
+        energy = square[0] / count[0] + 2 * mean * shift + shift.square()
         pairs = count[1:, None]
         product = (square[1:] - self._get("differences")) / 2
         covariance = product - mean * total[1:] + pairs * mean.square()

@@ -98,6 +98,7 @@ class ReconstructionMetrics(Accumulator):
 
     def _shifted(self, shift: Tensor) -> ReconstructionMetrics:
         """The same sums about another shift."""
+        assert self._shift is not None  # `merge` has seen to it
         moved = ReconstructionMetrics()
         moved._sums, moved._shift = dict(self._sums), shift
         delta, n = self._shift - shift, self._sums["tokens"]

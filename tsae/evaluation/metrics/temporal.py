@@ -102,6 +102,7 @@ class LagStatistics(Accumulator):
 
     def _shifted(self, shift: Tensor) -> LagStatistics:
         """The same sums about another shift."""
+        assert self._shift is not None  # `merge` has seen to it
         moved = LagStatistics(self.lags)
         moved._sums, moved._shift = dict(self._sums), shift
         delta = (self._shift.double() - shift.double()).to(self._sums["sum"].device)
