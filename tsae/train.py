@@ -1,14 +1,19 @@
-"""`python -m tsae.train [preset] [--options]`: the main job."""
+"""The main job: `python -m tsae.train [preset] [--options]`, or from Python `tsae.train("demo", steps=200)`.
+
+The module is callable; `tsae.api.training.train` is what it calls.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tsae.config import TrainConfig
 from tsae.presets import at_length, preset
 from tsae.training.request import Request, base_of
+from tsae.utils.calling import make_callable
 from tsae.utils.cli import RESUME, given_options, parse, report_errors
 from tsae.utils.output import say
 from tsae.utils.torchrun import is_rank0
@@ -66,6 +71,14 @@ def _print(trained: Trained) -> None:
             raise outcome.error
     say(f"Written: {job.directory}")
 
+
+def _function() -> Callable[..., Any]:
+    from tsae.api.training import train
+
+    return train
+
+
+make_callable(sys.modules[__name__], _function)
 
 if __name__ == "__main__":
     sys.exit(main())

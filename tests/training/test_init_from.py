@@ -27,6 +27,7 @@ from tsae.sae.release import with_release_ratio
 from tsae.train import main
 from tsae.training.init_from import adopted, differences, field_names, warm_start
 from tsae.training.trainer import Trainer
+from tsae.utils.cli import given_options
 
 K = 5
 

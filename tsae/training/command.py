@@ -19,6 +19,7 @@ from tsae.training.request import Request
 from tsae.training.run import owning_on_rank0, run_job
 from tsae.training.sweep import read_runs, run_sweep, sweep_directory
 from tsae.training.sweep_file import read_sweep
+from tsae.utils.calling import option
 from tsae.utils.cli import only_options
 from tsae.utils.config_json import from_dict, load_json
 from tsae.utils.nested import flatten
@@ -93,7 +94,8 @@ def _resumed(directory: Path, asked: Request, given: Collection[str]) -> TrainCo
     if not (directory / layout.CONFIG).is_file():
         raise UserError(f"{directory} holds no run to resume; it has no config.json.")
     if _is_sweep(directory.resolve().parent):
-        raise UserError(f"{directory} is part of a sweep; resume the sweep, --resume {directory.resolve().parent}.")
+        sweep = option("resume", directory.resolve().parent)
+        raise UserError(f"{directory} is part of a sweep; resume the sweep, {sweep}.")
     cfg = from_dict(TrainConfig, load_json(directory / layout.CONFIG))
     if asked.preset not in ("", cfg.preset):
         raise UserError(f"{directory} is a run of the preset {cfg.preset!r}, not {asked.preset!r}; leave the name out.")

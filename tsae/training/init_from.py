@@ -114,7 +114,7 @@ def adopted(cfg: TrainConfig, given: Collection[str]) -> TrainConfig:
 
 
 def field_names(given: Iterable[str]) -> set[str]:
-    """Dotted names of the configuration's fields among options given: `--sae.no-unit-norm-decoder` is of `sae.unit_norm_decoder`."""
+    """The dotted names of fields of options given: `--sae.no-unit-norm-decoder` is for `sae.unit_norm_decoder`."""
     return {name.replace(".no_", ".") for name in given}
 
 
