@@ -16,7 +16,8 @@ from tsae.reports.table import comparison
 def as_text(table: Table, width: int = 160) -> str:
     """The table as it is printed, ``width`` characters wide at most."""
     out = io.StringIO()
-    Console(file=out, width=width, markup=False, emoji=False, highlight=False, color_system=None).print(table)
+    plain = Console(file=out, width=width, markup=False, emoji=False, color_system=None, force_jupyter=False)
+    plain.print(table, highlight=False)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 

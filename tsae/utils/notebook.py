@@ -10,6 +10,7 @@ from html import escape
 from typing import Any
 
 _EVERY = 0.5  # seconds between updates, which are messages to the browser
+_shown: dict[tuple[int, str], Any] = {}  # the outputs of the running cell, by its number and the bar's description
 
 
 def shell() -> Any:
@@ -31,7 +32,8 @@ class _Bar:
         of = "" if self.total is None else f"/{self.total:,.0f}"
         left = (self.total - self.done) * seconds / self.done if self.total and self.done else 0.0
         rest = f", {_clock(left)} left" if left >= 1 else ""
-        return f"{self.done:,.0f}{of} {self.unit}, {self.done / seconds:,.1f}/s, {_clock(seconds)}{rest}"
+        rate = self.done / seconds
+        return f"{self.done:,.0f}{of} {self.unit}, {rate:,.{0 if rate >= 10 else 1}f}/s, {_clock(seconds)}{rest}"
 
     def __repr__(self) -> str:
         return f"{self.description}: {self._text()}"
@@ -42,6 +44,21 @@ class _Bar:
             f"<div><span style='display:inline-block;min-width:11em'>{escape(self.description)}</span>"
             f"<progress {share}></progress> {escape(self._text())}</div>"
         )
+
+
+def _output(state: _Bar) -> Any:
+    """The output of the cell that shows a bar."""
+    from IPython.display import display
+
+    cell = shell().execution_count
+    for key in [key for key in _shown if key[0] != cell]:
+        del _shown[key]
+    key = (cell, state.description)
+    if key in _shown:
+        _shown[key].update(state)
+    else:
+        _shown[key] = display(state, display_id=True)
+    return _shown[key]
 
 
 def _clock(seconds: float) -> str:
@@ -55,11 +72,11 @@ def bar(description: str, total: float | None, unit: str) -> Iterator[Callable[[
     """A progress bar as output of the running cell; the yielded function takes the units done since its last call.
 
     total: None if it is unknown
-    """
-    from IPython.display import display
 
+    A bar that comes again in the same cell, such as that of the next harvest, takes the place of the last one.
+    """
     state, shown = _Bar(description, total, unit), time.perf_counter()
-    handle = display(state, display_id=True)
+    handle = _output(state)
 
     def advance(done: float) -> None:
         nonlocal shown
