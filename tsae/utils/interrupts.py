@@ -27,7 +27,7 @@ class Interrupted(KeyboardInterrupt):
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows: the sentence, without the frames that it came through."""
-        return [f"{type(self).__name__}: {self}"]
+        return [f"Interrupted{self.advice}"]
 
     @property
     def status(self) -> int:
