@@ -14,7 +14,7 @@ import torch
 
 import tsae
 from tsae.api.options import aliases, names, nearest, override
-from tsae.config import ObjectiveConfig, SAEConfig, TrainConfig
+from tsae.config import CheckpointConfig, ObjectiveConfig, SAEConfig, TrainConfig
 from tsae.errors import UserError
 from tsae.evaluation.command import Arguments
 from tsae.training.request import Request
@@ -78,8 +78,8 @@ def test_what_cannot_be_taken_is_one_sentence(options: dict[str, object], messag
 
 
 def test_names_of_options_given() -> None:
-    given = {"steps": 1, "sae": {"k": 2}, "parallel.features": 2, "optimizer": ObjectiveConfig()}
-    assert names(given) == ["steps", "sae.k", "parallel.features", "optimizer"]
+    given = {"steps": 1, "sae": {"k": 2}, "parallel.features": 2, "checkpoint": CheckpointConfig()}
+    assert names(given) == ["steps", "sae.k", "parallel.features", "checkpoint.every", "checkpoint.keep"]
     assert nearest("overwrit", [f.name for f in dataclasses.fields(Request)]) == "'overwrite'"
 
 

@@ -106,7 +106,8 @@ def test_an_autoencoder_of_another_library_is_the_same_object(folder: Path, tiny
         tsae.open(folder / "sae")
     with pytest.raises(UserError, match="does not say which layer it encodes; name it with `layer`"):
         tsae.open(folder / "sae", model=str(tiny_gemma3))
-    other = tsae.open(str(folder / "sae"), model=str(tiny_gemma3), layer=LAYER, device="cpu")
+    other = tsae.open(str(folder / "sae"), model=str(tiny_gemma3), layer=LAYER, device="cpu", lm_dtype="float32")
+    assert other.lm.dtype == torch.float32
     assert isinstance(other, Run)
     assert (other.directory, other.metrics, other.history) == (None, {}, {})
     assert other.features(TEXT).activations.shape[1] == D_SAE
@@ -155,6 +156,11 @@ def test_evaluate_measures_as_the_command_does(
         (lambda run: tsae.evaluate(run, token=3), "There is no option 'token'; the nearest is 'tokens'."),
         (lambda run: tsae.evaluate(run, tokens=0), "`tokens` is 0; it must be at least 1."),
         (lambda run: tsae.evaluate("nowhere"), "There is no run directory nowhere"),
+        (lambda run: tsae.open(run.source, steps=3), "tsae.open has no option 'steps'"),
+        (
+            lambda run: tsae.open(run.source, lm_dtypes="x"),
+            "There is no option 'lm_dtypes'; the nearest is 'lm_dtype'.",
+        ),
         (lambda run: tsae.open("nowhere/at/all", model="x", layer=1), "nowhere/at/all"),
     ],
 )

@@ -143,6 +143,19 @@ def test_a_configuration_as_a_file_a_dictionary_and_an_object(
     assert [other == first for other in others] == [True, True]
 
 
+def test_an_autoencoder_to_start_from_and_a_length(
+    uninterrupted: Path, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """As on the command line: options given override what is taken over; another length keeps a batch's tokens."""
+    more = {name: value for name, value in options.items() if name not in ("sae", "buffer", "batch")}
+    run = tsae.train("demo", out=tmp_path / "run", init_from=str(uninterrupted), **more | {"steps": 2, "length": 64})
+    cfg, _ = command(["--length", "64"])
+    assert (run.config.length, run.config.batch) == (64, cfg.batch)
+    assert (run.config.sae.d_sae, run.config.sae.k) == (96, 1)
+    with pytest.raises(UserError, match="d_sae"):
+        tsae.train("demo", out=tmp_path / "b", init_from=str(uninterrupted), sae={"d_sae": 48}, **more)
+
+
 def test_a_dry_run_is_an_estimate(options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     estimate = tsae.train("demo", out=tmp_path / "run", dry_run=True, **options)
     assert isinstance(estimate, Estimate)

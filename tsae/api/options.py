@@ -89,10 +89,11 @@ def _names(cls: type) -> list[str]:
 
 
 def names(options: Mapping[str, Any]) -> list[str]:
-    """The dotted names of the options given as in `override`; a dataclass counts as one."""
+    """The dotted names of the options given as in `override`; a dataclass gives all of its options."""
     found: list[str] = []
     for name, value in options.items():
-        found += [f"{name}.{part}" for part in names(value)] if isinstance(value, Mapping) else [name]
+        nested = vars(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+        found += [f"{name}.{part}" for part in names(nested)] if isinstance(nested, Mapping) else [name]
     return found
 
 

@@ -15,6 +15,7 @@ import torch
 
 from tsae.api.evaluation import Evaluation, evaluate
 from tsae.api.features import FeatureView
+from tsae.api.options import override
 from tsae.api.tables import as_html
 from tsae.config import TrainConfig
 from tsae.data.harvest import content_activations
@@ -193,7 +194,13 @@ def _identity(directory: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
-def open(source: str | Path, model: str | None = None, layer: int | None = None, device: str | None = None) -> Run:
+def open(
+    source: str | Path,
+    model: str | None = None,
+    layer: int | None = None,
+    device: str | None = None,
+    **lm_options: Any,
+) -> Run:
     """A run, or an autoencoder of another library: features, steering, evaluation.
 
     source: a run's directory, or an autoencoder in any known format (docs/formats.md), as a directory or as
@@ -201,19 +208,26 @@ def open(source: str | Path, model: str | None = None, layer: int | None = None,
     model: the language model that it encodes, as for training; None takes the run's
     layer: the block whose output it encodes, counted from 0; None takes what the run or its file says
     device: `auto`, `cpu`, `cuda`, ...; None takes the run's
+    lm_options: `revision`, `trust_remote_code`, and what training has of options that begin with `lm_`, such as
+        ``lm_dtype="float32"``
 
     Raises:
-        UserError: it cannot be read, or what it encodes is not known.
+        UserError: it cannot be read, an option is unknown, or what it encodes is not known.
     """
     with from_python():
+        for name in lm_options:
+            if not name.startswith("lm_") and name not in ("revision", "trust_remote_code"):
+                raise UserError(f"tsae.open has no option {name!r}; give model, layer, device, or one of the model's.")
         path = expanded(source)
         if model is None and layer is None and _is_run(path):
             run = Run(path.absolute(), path.absolute(), device)
-            run._subject  # noqa: B018  (its errors come here)
+            run._subject.config = override(run.config, lm_options)
             return run
         name = str(path.absolute()) if path.exists() else str(source)
         found = Run(name, None, device)
-        found.__dict__["_subject"] = open_autoencoders((name,), model, layer)
+        subject = open_autoencoders((name,), model, layer)
+        subject.config = override(subject.config, lm_options)
+        found.__dict__["_subject"] = subject
         return found
 
 

@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tsae.api.options import keywords, names, override
+from tsae.api.options import aliases, keywords, names, override
 from tsae.api.run import Run
 from tsae.api.tables import TableOfRuns
 from tsae.config import TrainConfig
 from tsae.errors import UserError
+from tsae.presets import at_length
 from tsae.reports.table import print_table
 from tsae.rundir import layout
 from tsae.training.command import Trained
@@ -26,7 +27,7 @@ from tsae.utils.calling import from_python
 from tsae.utils.config_json import from_dict, load_json
 from tsae.utils.interrupts import Interrupted
 from tsae.utils.output import say
-from tsae.utils.paths import with_expanded_paths
+from tsae.utils.paths import expanded, with_expanded_paths
 from tsae.utils.torchrun import is_rank0
 
 
@@ -65,7 +66,7 @@ def train(
         functions = {} if temporal is None else named(temporal)
         cfg, asked, given = _requested(preset, config, options)
         if functions and asked.resume is None and asked.sweep is None:
-            kept = cfg.objective.temporal if "objective.temporal" in given or "objective" in given else None
+            kept = cfg.objective.temporal if "objective.temporal" in given else None
             cfg = replace(cfg, objective=replace(cfg.objective, temporal=joined(kept, functions)))
         with own_terms(functions) if functions else nullcontext():
             try:
@@ -82,16 +83,24 @@ def _requested(
     """The configuration of a new run, everything asked for, and the dotted names of the options given."""
     if preset is not None and config is not None:
         raise UserError("Both preset and config are given; name one of them to start from.")
-    if isinstance(config, (str, os.PathLike)):
-        base = base_of("", Path(config).expanduser())
-    elif isinstance(config, Mapping):
+    path = expanded(config) if isinstance(config, (str, os.PathLike)) else None
+    given = ["config"] if config is not None else []
+    if isinstance(config, Mapping):
         base = from_dict(TrainConfig, dict(config))
         base = replace(base, text=replace(base.text, threshold=None))  # as for a file
+        given += names(config)
+    elif isinstance(config, TrainConfig):
+        base = config
+        given += names(vars(config))
     else:
-        base = base_of(preset or "", None) if config is None else config
-    asked = with_expanded_paths(override(Request.of(base), options))
-    given = names(options) + ([] if config is None else ["config"])
-    return replace(asked.run, preset=base.preset), replace(asked, preset=preset or ""), given
+        base = base_of(preset or "", path)
+    request = Request.of(base)
+    if "length" in options:
+        length = override(request, {"length": options["length"]}).length
+        request = Request.of(at_length(base, length))
+    asked = with_expanded_paths(override(request, options))
+    given += [aliases(Request).get(name, name) for name in names(options)]
+    return replace(asked.run, preset=base.preset), replace(asked, preset=preset or "", config=path), given
 
 
 def _result(trained: Trained) -> Run | Sweep | Estimate:
