@@ -28,7 +28,8 @@ def override(base: T, options: Mapping[str, Any]) -> T:
     Raises:
         UserError: an unknown option, with the nearest one, or a value of another type.
     """
-    return _override(base, _nested(options, aliases(type(base))), "", _names(type(base)))
+    changed: T = _override(base, _nested(options, aliases(type(base))), "", _names(type(base)))
+    return changed
 
 
 def _override(base: Any, options: Mapping[str, Any], where: str, known: list[str]) -> Any:
@@ -69,7 +70,7 @@ def _nested(options: Mapping[str, Any], alias: Mapping[str, str]) -> dict[str, A
 
 def aliases(cls: type) -> dict[str, str]:
     """Further names of options, as on the command line: {"objective": "objective.temporal"}."""
-    found = {}
+    found: dict[str, str] = {}
     for path, annotation in _annotations(cls):
         for part in getattr(annotation, "__metadata__", ()):
             found |= {alias.lstrip("-").replace("-", "_"): path for alias in getattr(part, "aliases", None) or ()}

@@ -48,7 +48,7 @@ class _Bar:
 
 def _output(state: _Bar) -> Any:
     """The output of the cell that shows a bar."""
-    from IPython.display import display
+    from IPython import display
 
     cell = shell().execution_count
     for key in [key for key in _shown if key[0] != cell]:
@@ -57,7 +57,8 @@ def _output(state: _Bar) -> Any:
     if key in _shown:
         _shown[key].update(state)
     else:
-        _shown[key] = display(state, display_id=True)
+        show: Any = display.display
+        _shown[key] = show(state, display_id=True)
     return _shown[key]
 
 
