@@ -32,10 +32,11 @@ class Evaluation:
         self.written = ""
         of = f" of {config.data}"
         self._errors = {name: result.not_finite() for name, result in results.items()}
-        self._title, self._text = f"{config.model}, layer {config.layer}", None
+        self._title = f"{config.model}, layer {config.layer}"
+        self._text: str | None = None
         if len(results) == 1:
             other = measured.text.source if arguments.rewrites else {"data": config.data}
-            self._text = other and other["data"]
+            self._text = None if not other else str(other["data"])
             if arguments.rewrites:
                 of = f" of {other['data']} ({other['part']})" if other else ""
         rows = "" if measured.length is None else f", in sequences of {measured.length}"

@@ -51,5 +51,6 @@ def generate(lm: LanguageModel, prompt: str, max_new_tokens: int = 40, **options
     options = {"do_sample": False, "pad_token_id": padding_token(lm.tokenizer)} | options
     if not options["do_sample"]:  # else transformers warns of the model's own sampling options
         options = {"temperature": None, "top_p": None, "top_k": None} | options
-    out = lm.model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=max_new_tokens, **options)
-    return lm.tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True)
+    model: Any = lm.model  # its own types leave `generate` out
+    out = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=max_new_tokens, **options)
+    return str(lm.tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True))

@@ -58,7 +58,7 @@ def named(temporal: Any) -> dict[str, OwnTerm]:
 
 def joined(temporal: str | None, names: Iterable[str]) -> str:
     """The value of `objective.temporal` with these functions added; None: with these alone."""
-    parts = [] if temporal in (None, "none") else temporal.split("+")  # type: ignore[union-attr]
+    parts = [] if temporal in (None, "none") else temporal.split("+")
     return "+".join(dict.fromkeys([*parts, *(f"{OWN_TERM}{name}" for name in names)]))
 
 

@@ -55,5 +55,5 @@ def base_of(name: str, config: Path | None) -> TrainConfig:
     """
     if config is None:
         return preset(name or "demo")
-    base = from_dict(TrainConfig, load_json(config))
+    base: TrainConfig = from_dict(TrainConfig, load_json(config))
     return replace(base, text=replace(base.text, threshold=None))  # the split of that run's text
