@@ -19,6 +19,7 @@ from tsae_kernels import MULTISCALE
 MAX_LENGTH = 4096  # content tokens per sequence, at most
 
 TEMPORAL = ("multiscale", "window", "contrastive", "slow")  # terms that objective.temporal may sum
+OWN_TERM = "python:"  # before the name of a function of the user's, see tsae.training.own_terms
 
 PositiveInt = Annotated[int, at_least(1)]
 NonNegativeInt = Annotated[int, at_least(0)]
@@ -176,13 +177,20 @@ class ObjectiveConfig:
         names = self.temporal.split("+")
         return tuple(name for name in TEMPORAL if name in names)
 
+    @property
+    def own_terms(self) -> tuple[str, ...]:
+        """The names of the user's functions among the temporal terms, `python:NAME`, in order."""
+        parts = self.temporal.split("+")
+        return tuple(part.removeprefix(OWN_TERM) for part in parts if part.startswith(OWN_TERM))
+
     def check(self) -> None:
         """Raise `UserError` for the first invalid value."""
         check_ranges(self, "objective.")
         self._check_combinations()
 
     def _check_combinations(self) -> None:
-        if self.temporal != "none" and sorted(self.temporal.split("+")) != sorted(self.terms):
+        named = [*self.terms, *{f"{OWN_TERM}{name}" for name in self.own_terms}]
+        if self.temporal != "none" and sorted(self.temporal.split("+")) != sorted(named):
             raise UserError(
                 f"objective.temporal is {self.temporal!r}; it must be none, or any of {', '.join(TEMPORAL)} joined by "
                 "+, each once."

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from tiny import sample_text
 from torch import Tensor, nn
 
-from tsae import evaluate as module
 from tsae.config import SAEConfig
 from tsae.data.sequences import TokenBatch
 from tsae.data.split import Split
 from tsae.data.text import open_text
 from tsae.errors import UserError
 from tsae.evaluate import evaluate, main, write_eval
+from tsae.evaluation import command as module
 from tsae.evaluation import evaluator as measure
 from tsae.evaluation.catalogue import GROUPS
 from tsae.evaluation.metrics import CodeLength

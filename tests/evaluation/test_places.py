@@ -19,6 +19,7 @@ import tsae
 from tsae.data.documents import Document
 from tsae.data.sequences import SequenceStream
 from tsae.evaluate import main
+from tsae.evaluation import command
 from tsae.evaluation.evaluator import evaluate
 from tsae.evaluation.places import same_model
 from tsae.evaluation.subject import open_autoencoders
@@ -240,10 +241,8 @@ def test_what_the_model_was_loaded_with(tmp_path, caplog) -> None:
 def test_sequences_begin_with_bos_as_in_training(options, tmp_path, tiny_gemma3, caplog, monkeypatch) -> None:
     lm = load_language_model(str(tiny_gemma3), dtype="float32")
     bos, seen = lm.tokenizer.bos_token_id, []
-    real = tsae.evaluate.evaluate_all
-    monkeypatch.setattr(
-        tsae.evaluate, "evaluate_all", lambda s, m, b, **k: seen.append(b[0].tokens) or real(s, m, b, **k)
-    )
+    real = command.evaluate_all
+    monkeypatch.setattr(command, "evaluate_all", lambda s, m, b, **k: seen.append(b[0].tokens) or real(s, m, b, **k))
     hook = {"hook_name": "blocks.1.hook_resid_post"}
     for said in (True, False, None):
         sae = saelens(tmp_path / str(said), prepend_bos=said, **hook)

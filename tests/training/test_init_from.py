@@ -26,8 +26,9 @@ from tsae.rundir.directory import read_config
 from tsae.sae.normalization import InputNormalizer
 from tsae.sae.release import with_release_ratio
 from tsae.train import main
-from tsae.training.init_from import adopted, differences, given_options, warm_start
+from tsae.training.init_from import adopted, differences, field_names, warm_start
 from tsae.training.trainer import Trainer
+from tsae.utils.cli import given_options
 
 K = 5
 
@@ -296,7 +297,7 @@ def test_infinite_thresholds_can_be_trained(tmp_path: Path) -> None:
 
 def test_names_of_options_on_a_command_line() -> None:
     argv = ["demo", "--sae.d-sae", "8", "--sae.no-unit-norm-decoder", "--sae.release-ratio=0.5", "--layer", "3"]
-    assert given_options(argv) == {"sae.d_sae", "sae.unit_norm_decoder", "sae.release_ratio", "layer"}
+    assert field_names(given_options(argv)) == {"sae.d_sae", "sae.unit_norm_decoder", "sae.release_ratio", "layer"}
 
 
 # Complete runs

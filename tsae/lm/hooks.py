@@ -110,6 +110,57 @@ def logits_with(
         return _forward(lm, tokens).logits
 
 
+@contextmanager
+def replacing(lm: LanguageModel, layer: int, replace: Callable[[Tensor, int], Tensor]) -> Iterator[None]:
+    """Within the block every forward pass of the model has the output of block `layer` replaced, generation included.
+
+    replace: the output [N, T, d] and the column of its first token, above 0 where the pass continues a key-value cache
+        -> its replacement of the same shape, which is cast to its dtype
+    Nested blocks replace from the outermost to the innermost.
+    Raises UserError if there is no such block. In a forward pass: for a padded batch, whose columns are not positions,
+        a cache that does not say how many tokens it has, or a block as in `activations`.
+    """
+    check_layer(lm, layer)
+    seen: list[tuple[Tensor, int]] = []  # the tokens [N, T] of the pass that runs, and the column of the first
+
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()):
+            raise UserError("The batch is padded, and its activations are to be changed; pass its texts one by one.")
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        if tokens is None:
+            tokens = kwargs["inputs_embeds"][..., 0]
+        seen[:] = [(tokens, _cached_tokens(kwargs))]
+
+    def substitute(module: nn.Module, inputs: Any, output: Any) -> Any:
+        if not seen:
+            raise UserError(f"Only a part of {lm.name} was run, and its activations are to be changed; run all of it.")
+        tokens, start = seen.pop()
+        found = _Output(lm, layer, output, tokens)
+        return found.replaced(replace(found.hidden, start).to(found.hidden.dtype))
+
+    before = lm.model.register_forward_pre_hook(begin, with_kwargs=True)
+    try:
+        with _hook(lm.blocks[layer], substitute):
+            yield
+    finally:
+        before.remove()
+
+
+def _cached_tokens(kwargs: dict[str, Any]) -> int:
+    """How many tokens the cache holds that a forward pass continues; 0 without one."""
+    cache = next((kwargs[name] for name in ("past_key_values", "cache_params") if kwargs.get(name) is not None), None)
+    if cache is None:
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(
+            f"The cache of this model, a {type(cache).__name__}, does not say how many tokens it has; generate with "
+            "use_cache=False."
+        ) from None
+
+
 def _forward(lm: LanguageModel, tokens: Tensor) -> Any:
     """The model's output, without a key-value cache; some classes have none, and no argument for it (GPT-1)."""
     accepted = inspect.signature(lm.model.forward).parameters

@@ -80,6 +80,12 @@ class LanguageModel:
         """The token that starts every sequence (see `tsae.lm.tokenizer.prefix_token`)."""
         return prefix_token(self.tokenizer)
 
+    def generate(self, prompt: str, max_new_tokens: int = 40, **options: Any) -> str:
+        """The model's continuation of a prompt, greedy unless ``options`` ask for samples; see `tsae.lm.generation`."""
+        from tsae.lm.generation import generate
+
+        return generate(self, prompt, max_new_tokens, **options)
+
 
 def _embedding_rows(model: nn.Module) -> int | None:
     table = cast(Any, model).get_input_embeddings() if hasattr(model, "get_input_embeddings") else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import matplotlib
 import numpy as np
@@ -59,12 +59,16 @@ def write_report(run_dir: str | Path) -> Path:
     missing says so. The same files give the same bytes. Raises UserError for a directory or a file that cannot be read.
     """
     records, path = read_records(run_dir), expanded(run_dir) / layout.REPORT
+    with atomic_write(path) as temporary:
+        save_png(records, temporary)
+    return path
+
+
+def save_png(records: Records, to: Path | BinaryIO) -> None:
+    """Draw the page into a file."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of a name; it is drawn as a box
-        figure = draw(records)
-        with atomic_write(path) as temporary:
-            figure.savefig(temporary, format="png", metadata={"Software": None})
-    return path
+        draw(records).savefig(to, format="png", metadata={"Software": None})
 
 
 def draw(records: Records) -> Figure:

@@ -31,6 +31,7 @@ from tsae.rundir.ownership import check_output_directory
 from tsae.sae.model import SparseAutoencoder
 from tsae.training.init_from import absolute_init, open_checked
 from tsae.training.job import Job, prefix_errors
+from tsae.training.own_terms import check_own_terms
 from tsae.training.sparse_step import check_steps
 from tsae.utils.device import resolve_device
 from tsae.utils.paths import expanded
@@ -96,6 +97,7 @@ def prepare(job: Job, *, resume: bool = False) -> Setup:
     device, lm_device = resolve_device(job.shared.device), resolve_lm_device(job.shared)
     for name, cfg in job.runs.items():
         with prefix_errors(name):
+            check_own_terms(cfg)
             check_steps(cfg, device, world_size())
     # Absolute, so that the run can be resumed and evaluated from another directory.
     common = replace(

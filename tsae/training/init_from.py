@@ -8,7 +8,7 @@ source. docs/howto/fine-tune.md says which options come from the source, and whe
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,10 +113,9 @@ def adopted(cfg: TrainConfig, given: Collection[str]) -> TrainConfig:
     return out
 
 
-def given_options(argv: list[str]) -> set[str]:
-    """Dotted names of the configuration's fields among the words of a command line."""
-    names = (word.split("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--"))
-    return {name.replace(".no_", ".") for name in names}
+def field_names(given: Iterable[str]) -> set[str]:
+    """The dotted names of fields of options given: `--sae.no-unit-norm-decoder` is for `sae.unit_norm_decoder`."""
+    return {name.replace(".no_", ".") for name in given}
 
 
 def _input_scale(cfg: TrainConfig, own: SAEConfig) -> float:

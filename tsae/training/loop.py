@@ -28,6 +28,7 @@ from tsae.training.init_from import differences, open_checked, warm_start
 from tsae.training.job import prefix_errors
 from tsae.training.trainer import DivergedError, Trainer
 from tsae.utils.atomic import write_json
+from tsae.utils.calling import resume_call
 from tsae.utils.config_json import to_dict
 from tsae.utils.interrupts import AtSafePoint, Interrupted, deferred
 from tsae.utils.output import say
@@ -294,4 +295,4 @@ def _advice(steps: int, directory: Path | None) -> str:
     when = f" after step {steps}, which is saved" if steps else " before the first step"
     if directory is None:
         return f"{when}; the run in the directory was left as it was, so start again as before"
-    return f"{when}; continue with python -m tsae.train --resume {directory}"
+    return f"{when}; continue with {resume_call(directory)}"

@@ -52,6 +52,8 @@ def dense_reason(cfg: TrainConfig, processes: int = 1) -> str | None:
         return f"sae.hysteresis {sae.hysteresis!r} is not one pass along the sequence"
     if sae.input_scale != 1.0:
         return f"sae.input_scale is {sae.input_scale}"
+    if cfg.objective.own_terms:
+        return f"the Python function {cfg.objective.own_terms[0]!r} in objective.temporal needs all features of a token"
     if processes > 1:
         return f"there are {processes} processes"
     return None

@@ -21,7 +21,8 @@ class _Console(Console):
     """A console that prints text as it is, and draws in the characters of the stream's encoding."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(markup=False, emoji=False, highlight=False, **options)
+        # In a notebook too the stream is written to, which the kernel shows in the order of everything printed.
+        super().__init__(markup=False, emoji=False, highlight=False, force_jupyter=False, **options)
 
     @property
     def encoding(self) -> str:
