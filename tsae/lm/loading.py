@@ -1,4 +1,4 @@
-"""Loading transformers language models: from the hub, a local folder, or the packaged demo model."""
+"""Loading transformers language models: from the hub, a local folder, or the packages of the demo models."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from tsae.errors import UserError, reason
-from tsae.lm import gemma_package
 from tsae.lm.blocks import find_blocks
 from tsae.lm.context import context_limit
 from tsae.lm.custom_code import needs_trust, refusal, warn_of_unused
+from tsae.lm.gemma_package import GEMMA
 from tsae.lm.placement import input_device, own_quantization, placement_options
+from tsae.lm.smollm_package import SMOLLM
 from tsae.lm.tokenizer import fit_to_model, is_empty, prefix_token
 from tsae.lm.weights import check_weights
 from tsae.utils.hub import hub_is_reachable
@@ -31,6 +32,9 @@ log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGED = {model.name: model for model in (GEMMA, SMOLLM)}
+"""The demo models, by name."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Numbers of a configuration that no weight's shape depends on.
@@ -125,7 +129,7 @@ def load_language_model(
 ) -> LanguageModel:
     """Load a language model and its tokenizer.
 
-    name: "gemma-3-270m" (the packaged demo model, converted once and cached), a local folder, or a hub id.
+    name: one of `PACKAGED` (converted once and cached), a local folder, or a hub id.
     dtype: "float32", "bfloat16", "float16", or "auto" for `default_dtype`.
     revision: branch, tag or commit of a hub model.
     device_map: how accelerate divides it among all GPUs (`tsae.lm.placement.DeviceMap`), instead of ``device``.
@@ -140,8 +144,8 @@ def load_language_model(
     torch_dtype = default_dtype(device) if dtype == "auto" else _DTYPES[dtype]
 
     path = expanded(name)
-    if name == gemma_package.NAME:
-        source = str(gemma_package.model_folder())
+    if name in PACKAGED:
+        source = str(PACKAGED[name].folder())
     elif name and path.is_dir():
         source = str(path)
     elif not name or path.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
@@ -164,7 +168,7 @@ def load_language_model(
 def absolute_name(name: str) -> str:
     """The model's name in a form that is valid in every working directory."""
     path = expanded(name)
-    return str(path.absolute()) if name and name != gemma_package.NAME and path.is_dir() else name
+    return str(path.absolute()) if name and name not in PACKAGED and path.is_dir() else name
 
 
 def _load(
