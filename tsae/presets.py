@@ -54,6 +54,11 @@ def demo() -> TrainConfig:
     )
 
 
+def demo_smollm2() -> TrainConfig:
+    """SmolLM2-135M-Instruct, layer 15: the demo on a model of another family, under a free licence."""
+    return replace(demo(), preset="demo-smollm2", model="smollm2-135m-instruct", layer=15)
+
+
 def tsae_gemma_2_2b() -> TrainConfig:
     """TSAE (the Gemma-2-2B paper): its hyperparameters, on centred and scaled input."""
     return TrainConfig(
@@ -137,6 +142,7 @@ def tcsae_pythia_70m() -> TrainConfig:
 
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "demo": demo,
+    "demo-smollm2": demo_smollm2,
     "tsae-gemma-2-2b": tsae_gemma_2_2b,
     "tcsae-pythia-70m": tcsae_pythia_70m,
 }
