@@ -46,9 +46,6 @@ class Subject:
     runs: dict[str, TrainConfig]
     """The configurations of those that are runs, by the same names."""
 
-    prepend_bos: bool | None = None
-    """Whether the sequences they are measured on begin with BOS, for `load_language_model`."""
-
     @property
     def sae(self) -> SparseAutoencoder:
         """The one autoencoder."""
@@ -70,7 +67,7 @@ class Subject:
         else:
             device = config.device if config.lm_device == "auto" else config.lm_device
         where = resolve_device(device)
-        lm = load_language_model(config.model, device=where, prepend_bos=self.prepend_bos, **config.lm_options)
+        lm = load_language_model(config.model, device=where, prepend_bos=use_bos(self.saes), **config.lm_options)
         check_site(lm, config.layer, 1 + config.length)
         others = {name: sae for name, sae in self.saes.items() if name not in self.runs}
         _warn([*bos_warnings(self.saes, lm.prefix_id, lm.name), *length_warnings(others, config.length)])
@@ -121,7 +118,7 @@ def _subject(
         _warn(f"{name} does not say which layer it encodes; taken as {config.layer}, as the others" for name in silent)
     for name, sae in saes.items():
         _warn(warnings_about(name, sae.metadata, config.model))
-    return Subject(saes, config, runs, use_bos(saes))
+    return Subject(saes, config, runs)
 
 
 def _warn(warnings: Iterable[str]) -> None:
