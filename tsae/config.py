@@ -345,7 +345,8 @@ class TrainConfig:
     preset: str = "demo"
     """Name of the preset this configuration started from."""
     model: str = "gemma-3-270m"
-    """Language model: a hub id, a local folder, or `gemma-3-270m` for the packaged demo model."""
+    """Language model: a hub id, a local folder, or a demo model, `gemma-3-270m` or `smollm2-135m-instruct`, from its
+    Python package."""
     revision: str | None = None
     """Revision of the model on the hub."""
     layer: int = 9

@@ -57,8 +57,8 @@ def demo() -> TrainConfig:
 def demo_smollm2() -> TrainConfig:
     """SmolLM2-135M-Instruct, layer 15: the demo on a model of another family, under a free licence.
 
-    The model gives the first position of a sequence a norm 100 times the others', and also a token that repeats the
-    first one. BOS takes it from the text, at no cost to the model's predictions (docs/metrics.md).
+    Without BOS the model gives a norm 100 times the others' to the first position, and to some second ones. BOS keeps
+    it from the text, and the predictions are as good (docs/metrics.md, "Where they are").
     """
     base = demo()
     return replace(
