@@ -14,9 +14,14 @@ from tiny_runs import options
 import tsae.evaluate
 from tsae.config import TrainConfig
 from tsae.data.sequences import SequenceStream, TokenBatch
+from tsae.export import main as export
+from tsae.probe.__main__ import main as probe
 from tsae.train import command, main
 from tsae.training.assemble import prepare
 from tsae.training.job import Job
+from tsae.view.__main__ import main as view
+
+pytestmark = pytest.mark.usefixtures("blank_report")
 
 BOS = 2
 
@@ -69,25 +74,29 @@ def test_a_run_records_what_auto_found(runs: dict[str, Path]) -> None:
     assert not torch.equal(weights(runs["auto"]), weights(runs["yes"]))
 
 
-@pytest.mark.parametrize(("asked", "fed"), [("auto", False), ("yes", True)])
-def test_every_command_feeds_what_training_fed(
-    asked: str, fed: bool, runs: dict[str, Path], tmp_path: Path, first: set[bool]
-) -> None:
-    from tsae.export import main as export
-    from tsae.probe.__main__ import main as probe
-    from tsae.view.__main__ import main as view
+COMMANDS = {
+    "evaluate": lambda run, out: tsae.evaluate.main([str(run), "--out", str(out)]),
+    "view": lambda run, out: view([str(run), "--out", str(out)]),
+    "export": lambda run, out: export([str(run), "--to", "saelens", "--out", str(out), "--drop-hysteresis"]),
+    "probe": lambda run, out: probe([str(run), "--tokens", "2000"]),
+    "resume": lambda run, out: main([f"--resume={run}"]),
+}
 
-    run = shutil.copytree(runs[asked], tmp_path / "run")
-    assert tsae.evaluate.main([str(run), "--out", str(tmp_path / "out.json")]) == 0
-    assert view([str(run), "--out", str(tmp_path / "page.html")]) == 0
-    assert export([str(run), "--to", "saelens", "--out", str(tmp_path / "exported"), "--drop-hysteresis"]) == 0
-    pytest.importorskip("sklearn")
-    assert probe([str(run), "--tokens", "6000"]) == 0
-    assert main([f"--resume={run}"]) == 0
+
+@pytest.mark.parametrize(("asked", "fed"), [("auto", False), ("yes", True)])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_feeds_what_training_fed(
+    name: str, asked: str, fed: bool, runs: dict[str, Path], tmp_path: Path, first: set[bool]
+) -> None:
+    if name == "probe":
+        pytest.importorskip("sklearn")
+    run, out = shutil.copytree(runs[asked], tmp_path / "run"), tmp_path / "out"
+    assert COMMANDS[name](run, out) == 0
     assert first == {fed}
-    assert json.loads((tmp_path / "out.json").read_text()) == json.loads((run / "eval.json").read_text())
-    exported = json.loads((tmp_path / "exported/cfg.json").read_text())
-    assert exported["metadata"]["prepend_bos"] is fed
+    if name == "evaluate":
+        assert json.loads(out.read_text()) == json.loads((run / "eval.json").read_text())
+    if name == "export":
+        assert json.loads((out / "cfg.json").read_text())["metadata"]["prepend_bos"] is fed
 
 
 def test_runs_with_and_without_are_measured_on_the_same_text(
