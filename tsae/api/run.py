@@ -137,7 +137,7 @@ class Run:
         """
         with from_python():
             lm = self.lm
-            tokens = prompt_tokens(lm, text, prefix=self._subject.bos)  # [1, 1 + T]
+            tokens = prompt_tokens(lm, text)  # [1, 1 + T]
             segments = torch.zeros(1, tokens.shape[1] - 1, dtype=torch.int32)
             batch = TokenBatch(tokens, segments)
             x = content_activations(lm, batch, self.config.layer)  # [1, T, d_in]

@@ -44,7 +44,7 @@ def train(
 ) -> Run | Sweep | Estimate | None:
     """Train a temporal sparse autoencoder, evaluate it, and write its run directory, as `python -m tsae.train` does.
 
-    preset: the configuration to start from: demo (the default), tsae-gemma-2-2b or tcsae-pythia-70m
+    preset: the configuration to start from, one of `tsae.presets.PRESETS`; default demo
     config: the one to start from instead: a file such as the config.json of a run, its content, or a `TrainConfig`
     temporal: a function of your own as temporal term, or several by name (`tsae.training.own_terms.OwnTerm`): in the
         place of the preset's terms, or beside those of ``objective={"temporal": ...}``

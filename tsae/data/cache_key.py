@@ -17,6 +17,7 @@ from tsae.data.text import PYTHON_DOCS, holds_chats, is_local
 from tsae.data.text_files import source_files
 from tsae.lm.loading import LanguageModel
 from tsae.lm.placement import parameters_of
+from tsae.lm.tokenizer import prefix_token
 from tsae.lm.trial_run import site_width
 from tsae.utils.paths import expanded
 
@@ -40,6 +41,8 @@ def cache_key(cfg: TrainConfig, lm: LanguageModel, storage: torch.dtype, group: 
         "lm_dtype": str(lm.dtype).removeprefix("torch."),
         **({} if cfg.lm_quantization == "none" else {"lm_quantization": cfg.lm_quantization}),
         "tokenizer": _fingerprint_tokenizer(lm.tokenizer),
+        # Without this entry: the tokenizer's own prefix, if it has one.
+        **({} if lm.prepend_bos or prefix_token(lm.tokenizer) is None else {"prepend_bos": False}),
         "special_tokens_in_text": "plain text",  # without this entry: special tokens in text were read as such
         "data": cfg.data,
         "data_files": _fingerprint_text(cfg.data, cfg.text),

@@ -94,7 +94,8 @@ class SequenceStream:
     tokenizer: a transformers tokenizer; no special tokens are added, and those spelled in the text are plain text.
     length: T, content tokens per row, at least 1.
     repeat: continue with the next epoch when the text ends.
-    prefix: begin every row with BOS, if the tokenizer has one; else its first token is text, whose position is dropped.
+    prefix: begin every row with BOS, if the tokenizer has one; else its first token is text, whose position is dropped
+        all the same, since many models give the first position a norm far beyond the others', whichever token it has.
     """
 
     def __init__(

@@ -161,7 +161,7 @@ def measure(arguments: Arguments) -> Measured:
     if arguments.massive_ratio is not None:
         sizes = replace(sizes, massive_ratio=arguments.massive_ratio)
     seed = trained.stream_seed if arguments.seed is None else arguments.seed
-    text = held_out(source, lm, trained.length, sizes.sequences, seed, bos=subject.bos)
+    text = held_out(source, lm, trained.length, sizes.sequences, seed)
     release = None
     if ratio is not None:
         released = with_release_ratio(subject.sae, ratio, training_sample(own, lm))

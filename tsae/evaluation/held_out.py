@@ -63,6 +63,8 @@ def choose_source(runs: Iterable[TrainConfig], data: str | None = None, column: 
     Raises:
         UserError: the runs were trained on different text and ``data`` is None.
     """
+    # With BOS or without, the text is the same.
+    runs = [replace(run, text=replace(run.text, prepend_bos="auto")) for run in runs]
     distinct = tuple({(run.data, run.text): run for run in runs}.values())
     if len(distinct) == 1:
         (run,) = distinct
@@ -74,11 +76,10 @@ def choose_source(runs: Iterable[TrainConfig], data: str | None = None, column: 
     return Source(absolute_source(data or PYTHON_DOCS), TextConfig(column=column), distinct)
 
 
-def held_out(source: Source, lm: LanguageModel, length: int, sequences: int, seed: int, *, bos: bool = True) -> HeldOut:
+def held_out(source: Source, lm: LanguageModel, length: int, sequences: int, seed: int) -> HeldOut:
     """At most ``sequences`` sequences of ``length`` tokens of a text that no run trained on.
 
     seed: of the order of the documents
-    bos: whether the sequences begin with BOS, if the tokenizer has one
 
     Raises:
         UserError: the text cannot be read, or has less than one sequence that was not trained on.
@@ -93,7 +94,8 @@ def held_out(source: Source, lm: LanguageModel, length: int, sequences: int, see
                 documents.append(document)
                 yield document
 
-        batch = SequenceStream(recorded, lm.tokenizer, length, repeat=False, prefix=bos).next_batch(sequences)
+        stream = SequenceStream(recorded, lm.tokenizer, length, repeat=False, prefix=lm.prepend_bos)
+        batch = stream.next_batch(sequences)
         named = None if part is None else {"data": data, "column": text.column, "part": part}
         return HeldOut(batch, documents, named)
 
@@ -137,6 +139,6 @@ def training_sample(config: TrainConfig, lm: LanguageModel) -> list[ActivationBa
     def documents(epoch: int) -> Iterator[Document]:
         return open_text(config.data, part="train", seed=config.stream_seed, config=config.text, epoch=epoch)
 
-    stream = SequenceStream(documents, lm.tokenizer, config.length)
+    stream = SequenceStream(documents, lm.tokenizer, config.length, prefix=lm.prepend_bos)
     harvester = Harvester(lm, config.layer, stream, batch=config.buffer.harvest_batch, dtype=torch.float32)
     return list(harvester.batches(harvester.tokenize(config.evaluation.sequences)))

@@ -126,23 +126,25 @@ def _key(name: str) -> str:
     return last.removesuffix("-pt")  # Gemma 3's smallest base model has no suffix on the hub
 
 
-def use_bos(saes: Mapping[str, SparseAutoencoder]) -> tuple[bool, list[str]]:
-    """Whether sequences begin with BOS: unless all autoencoders were trained without; and warnings."""
-    without = [name for name, sae in saes.items() if sae.metadata.get("prepend_bos") is False]
-    if not without:
-        return True, []
-    if len(without) == len(saes):
-        return False, []
-    return True, [f"{name} was trained without BOS, and is measured with BOS, as the others were" for name in without]
+def use_bos(saes: Mapping[str, SparseAutoencoder]) -> bool | None:
+    """Whether sequences begin with BOS, for `load_language_model`: if any autoencoder was trained so; not if none was.
+
+    None if they do not say.
+    """
+    said = {sae.metadata.get("prepend_bos") for sae in saes.values()}
+    if True in said:
+        return True
+    return False if said == {False} else None
 
 
 def bos_warnings(saes: Mapping[str, SparseAutoencoder], prefix: int | None, model: str) -> list[str]:
-    """Warnings about a tokenizer without the BOS that autoencoders were trained with.
+    """Warnings about autoencoders that were trained with BOS and are measured without, or the other way round.
 
-    prefix: the token that begins sequences; None if the tokenizer has none
+    prefix: the token that begins sequences; None if they begin with text
     """
     if prefix is not None:
-        return []
+        without = [name for name, sae in saes.items() if sae.metadata.get("prepend_bos") is False]
+        return [f"{name} was trained without BOS, and is measured with BOS, as the others were" for name in without]
     wanted = [name for name, sae in saes.items() if sae.metadata.get("prepend_bos")]
     why = f"the tokenizer of {model} has none; the first token's activation is left out"
     return [f"{name} was trained with BOS, but {why}" for name in wanted]

@@ -46,9 +46,6 @@ class Subject:
     runs: dict[str, TrainConfig]
     """The configurations of those that are runs, by the same names."""
 
-    bos: bool = True
-    """Whether the sequences they are measured on begin with BOS, if the tokenizer has one."""
-
     @property
     def sae(self) -> SparseAutoencoder:
         """The one autoencoder."""
@@ -70,10 +67,10 @@ class Subject:
         else:
             device = config.device if config.lm_device == "auto" else config.lm_device
         where = resolve_device(device)
-        lm = load_language_model(config.model, device=where, **config.lm_options)
+        lm = load_language_model(config.model, device=where, prepend_bos=use_bos(self.saes), **config.lm_options)
         check_site(lm, config.layer, 1 + config.length)
         others = {name: sae for name, sae in self.saes.items() if name not in self.runs}
-        _warn([*bos_warnings(others, lm.prefix_id, lm.name), *length_warnings(others, config.length)])
+        _warn([*bos_warnings(self.saes, lm.prefix_id, lm.name), *length_warnings(others, config.length)])
         for name, sae in self.saes.items():
             check_width(sae, lm, config.layer, name)
             sae.to(lm.device)
@@ -119,11 +116,9 @@ def _subject(
     if layer is None:
         silent = [name for name, block in blocks.items() if block is None]
         _warn(f"{name} does not say which layer it encodes; taken as {config.layer}, as the others" for name in silent)
-    bos, warnings = use_bos(saes)
-    _warn(warnings)
     for name, sae in saes.items():
         _warn(warnings_about(name, sae.metadata, config.model))
-    return Subject(saes, config, runs, bos)
+    return Subject(saes, config, runs)
 
 
 def _warn(warnings: Iterable[str]) -> None:

@@ -14,14 +14,13 @@ if TYPE_CHECKING:
     from tsae.lm.loading import LanguageModel
 
 
-def prompt_tokens(lm: LanguageModel, text: str, *, prefix: bool = True) -> Tensor:
-    """[1, 1 + T] int64: the tokens of a text after the prefix (BOS), as in training.
+def prompt_tokens(lm: LanguageModel, text: str) -> Tensor:
+    """[1, 1 + T] int64: the tokens of a text after the prefix (BOS), as in training; without one the first is the text's.
 
-    prefix: without, or if the tokenizer has none, the first token is the text's.
     Raises UserError if there is no token besides the first.
     """
     ids = encode(lm.tokenizer, [text])[0]
-    first = [lm.prefix_id] if prefix and lm.prefix_id is not None else []
+    first = [] if lm.prefix_id is None else [lm.prefix_id]
     if len(first) + len(ids) < 2:
         raise UserError("The text has too few tokens; give some words.")
     return torch.tensor([[*first, *ids]])

@@ -1,4 +1,4 @@
-"""Loading transformers language models: from the hub, a local folder, or the packaged demo model."""
+"""Loading transformers language models: from the hub, a local folder, or the packages of the demo models."""
 
 from __future__ import annotations
 
@@ -17,20 +17,25 @@ import torch
 from torch import nn
 
 from tsae.errors import UserError, reason
-from tsae.lm import gemma_package
 from tsae.lm.blocks import find_blocks
 from tsae.lm.context import context_limit
 from tsae.lm.custom_code import needs_trust, refusal, warn_of_unused
+from tsae.lm.gemma_package import GEMMA
 from tsae.lm.placement import input_device, own_quantization, placement_options
-from tsae.lm.tokenizer import fit_to_model, is_empty, prefix_token
+from tsae.lm.smollm_package import SMOLLM
+from tsae.lm.tokenizer import declines_bos, fit_to_model, is_empty, prefix_token
 from tsae.lm.weights import check_weights
 from tsae.utils.hub import hub_is_reachable
+from tsae.utils.notices import warn_once
 from tsae.utils.paths import expanded
 
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGED = {model.name: model for model in (GEMMA, SMOLLM)}
+"""The demo models, by name."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Numbers of a configuration that no weight's shape depends on.
@@ -45,6 +50,7 @@ class LanguageModel:
     model: in evaluation mode; no parameter requires a gradient.
     name: as given to `load_language_model`, for records and messages.
     dtype, device: of its weights and activations.
+    prepend_bos: whether sequences start with BOS, or EOS in its place, if the tokenizer has one.
     widths: width of the output of each block that `tsae.lm.trial_run.site_width` has measured.
     """
 
@@ -53,6 +59,7 @@ class LanguageModel:
     name: str
     dtype: torch.dtype
     device: torch.device
+    prepend_bos: bool = True
     widths: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -77,8 +84,8 @@ class LanguageModel:
 
     @property
     def prefix_id(self) -> int | None:
-        """The token that starts every sequence (see `tsae.lm.tokenizer.prefix_token`)."""
-        return prefix_token(self.tokenizer)
+        """The token that starts every sequence (`tsae.lm.tokenizer.prefix_token`); None: its first token of text."""
+        return prefix_token(self.tokenizer) if self.prepend_bos else None
 
     def generate(self, prompt: str, max_new_tokens: int = 40, **options: Any) -> str:
         """The model's continuation of a prompt, greedy unless ``options`` ask for samples; see `tsae.lm.generation`."""
@@ -128,15 +135,18 @@ def load_language_model(
     device_map: str = "none",
     quantization: str = "none",
     trust_remote_code: bool = False,
+    prepend_bos: bool | None = None,
 ) -> LanguageModel:
     """Load a language model and its tokenizer.
 
-    name: "gemma-3-270m" (the packaged demo model, converted once and cached), a local folder, or a hub id.
+    name: one of `PACKAGED` (converted once and cached), a local folder, or a hub id.
     dtype: "float32", "bfloat16", "float16", or "auto" for `default_dtype`.
     revision: branch, tag or commit of a hub model.
     device_map: how accelerate divides it among all GPUs (`tsae.lm.placement.DeviceMap`), instead of ``device``.
     quantization: "8bit" or "4bit" (NF4): quantize its linear layers with bitsandbytes.
     trust_remote_code: run the code that comes with a model which transformers has no class for.
+    prepend_bos: whether sequences start with BOS, if the tokenizer has one; None: unless the model
+        was trained without (`tsae.lm.tokenizer.declines_bos`).
     Raises UserError if the model does not exist or is incomplete, if the device or dtype does not exist, if a package
     for its placement is missing, or if it comes with code that is not trusted.
     """
@@ -146,8 +156,8 @@ def load_language_model(
     torch_dtype = default_dtype(device) if dtype == "auto" else _DTYPES[dtype]
 
     path = expanded(name)
-    if name == gemma_package.NAME:
-        source = str(gemma_package.model_folder())
+    if name in PACKAGED:
+        source = str(PACKAGED[name].folder())
     elif name and path.is_dir():
         source = str(path)
     elif not name or path.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
@@ -159,18 +169,26 @@ def load_language_model(
     )
     hub = source == name and not path.is_dir()
     model, tokenizer = _load(source, torch_dtype, revision, placed, hub=hub, trusted=trust_remote_code)
+    if prepend_bos is None:
+        prepend_bos = not declines_bos(tokenizer, _declared_bos(source, revision))
+        if not prepend_bos:
+            warn_once(
+                log,
+                f"the tokenizer of {name!r} adds no BOS (add_bos_token is false): every sequence starts with text, "
+                "whose first token is not trained on",
+            )
     model.requires_grad_(False).eval()
     if device_map != "none":
         device = input_device(model)
     elif getattr(model, "hf_device_map", None) is None:
         model.to(device)
-    return LanguageModel(model, tokenizer, name, torch_dtype, device)
+    return LanguageModel(model, tokenizer, name, torch_dtype, device, prepend_bos)
 
 
 def absolute_name(name: str) -> str:
     """The model's name in a form that is valid in every working directory."""
     path = expanded(name)
-    return str(path.absolute()) if name and name != gemma_package.NAME and path.is_dir() else name
+    return str(path.absolute()) if name and name not in PACKAGED and path.is_dir() else name
 
 
 def _load(
@@ -248,6 +266,13 @@ def _auto_class(config: PreTrainedConfig, given: dict[str, Any], *, trusted: boo
         if multimodal is not None and type(config) in multimodal._model_mapping:
             return multimodal
     return causal
+
+
+def _declared_bos(source: str, revision: str | None) -> object:
+    """`add_bos_token` in the tokenizer_config.json of a model that has been loaded; None if it is not there."""
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    return get_tokenizer_config(source, local_files_only=True, revision=revision or "main").get("add_bos_token")
 
 
 def _name_defaults(config: PreTrainedConfig, given: dict[str, Any], source: str) -> None:

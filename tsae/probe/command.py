@@ -101,7 +101,7 @@ def measure(
     lm = subject.load_lm(device)
     batch, documents, named = held_out(source, lm, config.length, sequences, seed)
 
-    owner = document_of_tokens(batch, documents, lm.tokenizer)
+    owner = document_of_tokens(batch, documents, lm.tokenizer, prefix=lm.prepend_bos)
     classes = token_classes(counted_tokens(batch).numpy(), lm.tokenizer)
     problems, left_out = pose_problems(
         batch, owner, documents, sections(source.data, documents, source.text), classes, seed

@@ -41,14 +41,16 @@ class Problem:
 
 
 def document_of_tokens(
-    batch: TokenBatch, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase
+    batch: TokenBatch, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, *, prefix: bool = True
 ) -> np.ndarray:
     """[N, T] int64, index in `documents` of each content token, -1 at excluded positions.
 
     documents: the documents packed into the batch, in order; more may follow
+    prefix: whether the sequences begin with BOS, if the tokenizer has one
     """
     tokens = batch.tokens.numpy()
-    bos = 0 if prefix_token(tokenizer) is None else 1  # without BOS the first content token is the prefix
+    # Without BOS the first position is text too.
+    bos = 1 if prefix and prefix_token(tokenizer) is not None else 0
     content = tokens[:, bos:].reshape(-1)
     prefix, row = prefix_token(tokenizer), content.size // len(tokens)
     pieces: list[np.ndarray] = []

@@ -26,6 +26,7 @@ _ADDED: dict[str, Any] = {
     "text.roles": [],
     "text.min_characters": 0,
     "text.max_characters": 0,
+    "text.prepend_bos": "auto",
 }
 
 

@@ -87,7 +87,7 @@ class Stream(NamedTuple):
 def prepare(job: Job, *, resume: bool = False) -> Setup:
     """Check and complete the configurations and load the language model. Writes nothing.
 
-    resume: the runs have begun, so that what they started from may be gone
+    resume: the runs have begun: what they started from may be gone, and their configurations are complete
 
     Raises:
         UserError: a value makes no sense, or the model, the text or the place of the cache cannot be used.
@@ -115,10 +115,20 @@ def prepare(job: Job, *, resume: bool = False) -> Setup:
                 sources[name] = local_rank0_first(partial(open_checked, cfg, job.directory))
     next(iter(_text(common, "train")(0)))  # unusable text is reported before the model is loaded
     common = replace(common, text=replace(common.text, threshold=split_threshold(common.data, common.text)))
-    lm = local_rank0_first(lambda: load_language_model(common.model, device=lm_device, **common.lm_options))
+    prepend_bos = _prepend_bos(common, resume=resume)
+    lm = local_rank0_first(
+        lambda: load_language_model(common.model, device=lm_device, prepend_bos=prepend_bos, **common.lm_options)
+    )
+    if lm.prefix_id is None and common.text.prepend_bos == "yes":
+        raise UserError(
+            f"text.prepend_bos is yes, but the tokenizer of {lm.name} has neither BOS nor EOS; set it to auto."
+        )
+    if not resume:
+        prepended = "no" if lm.prefix_id is None else "yes"
+        common = replace(common, text=replace(common.text, prepend_bos=prepended))
     check_site(lm, common.layer, 1 + common.length, predictions=common.evaluation.final)
     # Likewise text that is too short for a forward pass.
-    SequenceStream(_text(common, "train"), lm.tokenizer, common.length).next_batch(job.forward_batch)
+    _sequences(common, lm).next_batch(job.forward_batch)
     if common.evaluation.final:
         evaluation_batches(common, lm, 1)
     runs = {}
@@ -168,6 +178,22 @@ def matching_width(cfg: TrainConfig, lm: LanguageModel) -> int:
 def _text(cfg: TrainConfig, part: Part) -> Callable[[int], Iterator[Document]]:
     """A function from the epoch to the documents of one part of the run's text."""
     return lambda epoch: open_text(cfg.data, part=part, seed=cfg.stream_seed, config=cfg.text, epoch=epoch)
+
+
+def _sequences(cfg: TrainConfig, lm: LanguageModel) -> SequenceStream:
+    """The run's training text as sequences, from its beginning."""
+    return SequenceStream(_text(cfg, "train"), lm.tokenizer, cfg.length, prefix=lm.prepend_bos)
+
+
+def _prepend_bos(cfg: TrainConfig, *, resume: bool) -> bool | None:
+    """What `text.prepend_bos` asks of `load_language_model`.
+
+    The configuration of a run says yes or no, unless it is of an earlier version, which prepended BOS to all sequences.
+    """
+    asked = cfg.text.prepend_bos
+    if asked == "auto":
+        return True if resume else None
+    return asked == "yes"
 
 
 @contextmanager
@@ -224,7 +250,7 @@ def make_feed(
     groups.
     """
     cfg, world = setup.job.shared, setup.ranks.world
-    stream = SequenceStream(_text(cfg, "train"), setup.lm.tokenizer, cfg.length)
+    stream = _sequences(cfg, setup.lm)
     harvester = Harvester(setup.lm, cfg.layer, stream, batch=setup.job.forward_batch, dtype=setup.storage_dtype)
     checking_bar = partial(_checking_bar, check_on_all_ranks(check, setup.ranks, world.size))
     return ActivationFeed(harvester, cache, checking_bar, world.rank, world.size)

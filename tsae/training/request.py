@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from tsae.config import TrainConfig
-from tsae.presets import preset
+from tsae.presets import PRESETS, preset
 from tsae.utils.config_json import from_dict, load_json
 
 
@@ -18,11 +18,14 @@ from tsae.utils.config_json import from_dict, load_json
 class Request(TrainConfig):
     """Train a temporal sparse autoencoder on a language model's activations.
 
-    PRESET is demo, tsae-gemma-2-2b or tcsae-pythia-70m; every other option overrides one of its values.
+    PRESET is a named configuration; every other option overrides one of its values.
     """
 
-    preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")] = "demo"
-    """Configuration to start from: demo, tsae-gemma-2-2b or tcsae-pythia-70m."""
+    preset: Annotated[
+        str,
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="PRESET", help=f"Configuration to start from: {', '.join(PRESETS)}."),
+    ] = "demo"
     config: Path | None = None
     """Start from this JSON file instead, such as the config.json of a run."""
     out: Path | None = None
