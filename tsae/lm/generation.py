@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def prompt_tokens(lm: LanguageModel, text: str) -> Tensor:
-    """[1, 1 + T] int64: the tokens of a text after the prefix (BOS), as in training; without one the first is the text's.
+    """[1, 1 + T] int64: the tokens of a text after BOS, as in training; where sequences have no BOS, the text's alone.
 
     Raises UserError if there is no token besides the first.
     """
