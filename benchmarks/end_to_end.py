@@ -108,12 +108,12 @@ def sae_lens(text: Path, tokens: int, reuse: int, scratch: Path) -> dict[str, fl
     from sae_lens.training.activations_store import ActivationsStore
     from sae_lens.training.sae_trainer import SAETrainer
 
-    from tsae.lm.gemma_package import model_folder
+    from tsae.lm.gemma_package import GEMMA
     from tsae.lm.loading import default_dtype
 
     dtype = default_dtype("cpu")
     (scratch / "google").mkdir()
-    (scratch / PEER_NAME).symlink_to(model_folder())
+    (scratch / PEER_NAME).symlink_to(GEMMA.folder())
     os.chdir(scratch)  # so that its loader finds the folder under the model's hub name
     parts = Parts()
     parts.wrap(sae_lens.llm_sae_training_runner, "load_model", LOADING)
@@ -196,7 +196,8 @@ SIDES = {"tsae": ours, "SAELens": sae_lens}
 
 def write_documents(path: Path, tokens: int) -> None:
     """Write documents of the Python installation as JSON lines, well over ``tokens`` at four characters each."""
-    from tsae.data.text import TextConfig, open_text
+    from tsae.config import TextConfig
+    from tsae.data.text import open_text
 
     characters = 0
     with path.open("w") as file:

@@ -48,9 +48,9 @@ def reference(
         for j in range(0, k, columns):
             chosen, features = (slice(b, b + rows), slice(None), slice(j, j + columns)), (..., slice(j, j + columns))
             block = x[chosen].detach().double().requires_grad_(True)
-            levels = [None if level is None else level[features] for level in (threshold, release)]
+            on, off = (None if level is None else level[features] for level in (threshold, release))
             ids = None if segments is None else segments[b : b + rows]
-            h, stats = activate_with_stats(block, None, activation, *levels, bands, ids, backend="reference")
+            h, stats = activate_with_stats(block, None, activation, on, off, bands, ids, backend="reference")
             found = {"h": h.detach()} | {name: value.detach() for name, value in stats._asdict().items()}
             used = []
             if grad_h is not None:

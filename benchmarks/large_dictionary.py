@@ -85,10 +85,10 @@ def ours(activation: str, d_sae: int, batch: int, chunk: int) -> dict[str, float
 
     cfg = config(activation, d_sae, batch, chunk)
     x = torch.randn(batch, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0))
-    batch = ActivationBatch(x, torch.zeros(batch, LENGTH, dtype=torch.int32))
+    activations = ActivationBatch(x, torch.zeros(batch, LENGTH, dtype=torch.int32))
     before = status("VmRSS")
     trainer = Trainer(cfg, InputNormalizer.identity(WIDTH), torch.device("cpu"), autocast=True)
-    found = measured(lambda: trainer.train_step(batch), before)
+    found = measured(lambda: trainer.train_step(activations), before)
     return found | {"expected": float(sae_bytes(cfg.sae) + step_bytes(cfg, autocast=True))}
 
 

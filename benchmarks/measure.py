@@ -71,9 +71,9 @@ def keep_freed_memory() -> None:
 def seconds_of(call: Call, turn: int, device: torch.device) -> float:
     """Seconds of one call. On a GPU between two events, after work that keeps it busy until everything is launched."""
     if device.type != "cuda":
-        start = time.perf_counter()
+        began = time.perf_counter()
         result = call(turn)
-        elapsed = time.perf_counter() - start
+        elapsed = time.perf_counter() - began
         del result
         return elapsed
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -82,7 +82,7 @@ def seconds_of(call: Call, turn: int, device: torch.device) -> float:
     call(turn)
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return float(start.elapsed_time(end)) / 1e3
 
 
 def occupy(device: torch.device) -> None:

@@ -109,17 +109,17 @@ def dense_kernels(step: Step) -> list[Kernel]:
     """The same step with five dense products; activation and its gradient by the fused kernels."""
     N, d, k = step.tokens, step.d, step.features
     stats = 4 * N // step.length * (step.bands + 2) * k
-    product = {"operations": 2.0 * N * d * k}
+    product = 2.0 * N * d * k
     inner, outer = 2 * (N * d + k * d + N * k), 2 * (N * d + N * k) + 4 * k * d
     return [
-        Kernel("x W_enc", inner, **product),
+        Kernel("x W_enc", inner, operations=product),
         Kernel("activation, statistics", 4 * N * k + stats),
-        Kernel("decoder", inner, **product),
+        Kernel("decoder", inner, operations=product),
         Kernel("reconstruction error", 16 * N * d, launches=4),
-        Kernel("gradient of h", inner, **product),
-        Kernel("gradient of W_dec", outer, **product),
+        Kernel("gradient of h", inner, operations=product),
+        Kernel("gradient of W_dec", outer, operations=product),
         Kernel("gradient of statistics and activation", 6 * N * k + stats),
-        Kernel("gradient of W_enc", outer, **product),
+        Kernel("gradient of W_enc", outer, operations=product),
         Kernel("Adam", 2 * k * d * (24 + 2 + 4), launches=2),
     ]
 

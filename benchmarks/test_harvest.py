@@ -30,10 +30,11 @@ class FixedStream:
 
 def test_harvest_over_bare_forward(benchmark: Any, model_folder: Path, smoke: bool) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(model_folder).eval().to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder).eval().to(device)
     layer = 1 if smoke else 9
     batch = 4 if smoke else 16
-    lm = LanguageModel(model=model, tokenizer=None, name="random", dtype=torch.float32, device=device)
+    tokenizer: Any = None  # the stream has tokens already
+    lm = LanguageModel(model=model, tokenizer=tokenizer, name="random", dtype=torch.float32, device=device)
     stream: Any = FixedStream()
     harvester = Harvester(lm, layer, stream, batch=batch)
     truncated = copy.deepcopy(model.model)  # a decoder that ends at the hooked layer

@@ -77,8 +77,8 @@ class Problem:
 
     def encode(self, deferred: DeferredGradients | None = None) -> tuple[SparseFeatures, Any]:
         arguments = self.threshold, self.release, MULTISCALE, self.segments
-        options = {"capacity": self.step.capacity, "deferred": deferred}
-        return encode_sparse(self.x, self.W_enc.T, self.b_enc, *arguments, **options)
+        capacity = self.step.capacity
+        return encode_sparse(self.x, self.W_enc.T, self.b_enc, *arguments, capacity=capacity, deferred=deferred)
 
     def sparse(self) -> list[Tensor]:
         """One step: rows of the gradients of W_enc and W_dec, the gradient of b_enc, and which features fired."""
@@ -229,8 +229,12 @@ def test_kernels(
     model = {kernel.name: kernel for kernel in sparse_model.kernels(problem.step)}
     pre = problem.product()
     variants = [Variant(COPY, "copy", lambda i: pre.clone())]
+
+    def of_any_turn(call: Callable[[], object]) -> Callable[[int], object]:
+        return lambda i: call()
+
     for name, call in problem.kernels().items():
-        variants.append(Variant(name, "backend", lambda i, call=call: call(), floor_bytes(model[name])))
+        variants.append(Variant(name, "backend", of_any_turn(call), floor_bytes(model[name])))
     measure(benchmark, record, f"sparse kernels, {width} features", problem, variants, smoke)
 
 

@@ -1,4 +1,5 @@
-"""A complete training step: tsae with Schmitt trigger and temporal loss, tsae with neither, and SAELens.
+"""A complete training step: tsae with Schmitt trigger and temporal loss, tsae with neither, and SAELens; and the same
+tokens in sequences of several lengths, with every temporal term.
 
 On a CPU d = 640, d_sae = 2560 and 3072 tokens, on a GPU d = 2304, d_sae = 18432 and 8192 tokens; in float32 and under
 bfloat16 autocast. A learning rate of almost 0 keeps the weights, and so the active features, as they are.
@@ -20,6 +21,7 @@ from benchmarks.results import Measurement
 from tsae.config import ObjectiveConfig, OptimizerConfig, SAEConfig, TrainConfig
 from tsae.data.harvest import ActivationBatch
 from tsae.lm.loading import default_dtype
+from tsae.presets import at_length, preset
 from tsae.sae.normalization import InputNormalizer
 from tsae.sae.thresholds import initial_threshold, mean_l0
 from tsae.training.trainer import Trainer
@@ -27,6 +29,8 @@ from tsae.training.trainer import Trainer
 pytestmark = pytest.mark.timeout(1200)
 
 LENGTH = 128
+LENGTHS = (128, 512, 2048)
+LENGTH_CASE = "training step, by length"
 LR = 1e-9
 OURS, PLAIN = "ours: Schmitt trigger, temporal loss", "ours: threshold, no temporal loss"
 PEER, PEER_SPARSE = "SAELens TopK", "SAELens TopK, sparse activations"
@@ -53,26 +57,39 @@ def size(smoke: bool, device: torch.device) -> Size:
 
 @pytest.fixture(scope="module")
 def batches(size: Size, device: torch.device) -> list[ActivationBatch]:
+    return make_batches(size, device)
+
+
+def make_batches(size: Size, device: torch.device, length: int = LENGTH) -> list[ActivationBatch]:
     """Activations of unit variance with lag-1 correlation 0.7, so that the trigger keeps features on."""
     generator = torch.Generator().manual_seed(0)
     out = []
     for _ in range(4):
-        x = torch.randn(size.batch, LENGTH, size.d_in, generator=generator)
-        for t in range(1, LENGTH):
+        x = torch.randn(size.batch, length, size.d_in, generator=generator)
+        for t in range(1, length):
             x[:, t] = 0.7 * x[:, t - 1] + math.sqrt(1 - 0.7**2) * x[:, t]
-        out.append(ActivationBatch(x.to(device), torch.zeros(size.batch, LENGTH, dtype=torch.int32, device=device)))
+        out.append(ActivationBatch(x.to(device), torch.zeros(size.batch, length, dtype=torch.int32, device=device)))
     return out
 
 
 def make_trainer(
-    size: Size, batches: list[ActivationBatch], device: torch.device, *, temporal: bool, autocast: bool
+    size: Size,
+    batches: list[ActivationBatch],
+    device: torch.device,
+    *,
+    temporal: bool,
+    autocast: bool,
+    terms: str = "multiscale",
 ) -> Trainer:
     """A trainer whose threshold is already adjusted to `k` active features.
 
-    temporal: with a Schmitt trigger and the multi-scale loss at full weight; else with a single threshold (release =
+    temporal: with a Schmitt trigger and the temporal ``terms`` at full weight; else with a single threshold (release =
         threshold) and no temporal loss
     """
+    length = batches[0].segments.shape[1]
     config = TrainConfig(
+        length=length,
+        batch=size.batch,
         sae=SAEConfig(
             d_in=size.d_in,
             d_sae=size.d_sae,
@@ -81,10 +98,11 @@ def make_trainer(
             release_ratio=0.3 if temporal else 1.0,
         ),
         objective=ObjectiveConfig(
-            temporal="multiscale" if temporal else "none", l1=0.0, boost=1.0, hold_steps=0, ramp_steps=0
+            temporal=terms if temporal else "none", l1=0.0, boost=1.0, hold_steps=0, ramp_steps=0
         ),
         optimizer=OptimizerConfig(lr=LR),
     )
+    config.objective.bands = at_length(preset("tsae-gemma-2-2b"), length).objective.bands
     trainer = Trainer(config, InputNormalizer(torch.zeros(size.d_in), 1.0), device, autocast=autocast)
     sae, controller = trainer.sae, trainer.controller
     with torch.no_grad():
@@ -120,6 +138,9 @@ def test_training_step(
     def ours(trainer: Trainer) -> Callable[[int], object]:
         return lambda i: trainer.train_step(batches[i % len(batches)])
 
+    def theirs(step: Callable[[torch.Tensor], object]) -> Callable[[int], object]:
+        return lambda i: step(batches[i % len(batches)].x.flatten(0, 1))
+
     variants = [Variant(name, "step", ours(trainer)) for name, trainer in trainers.items()]
     if have_sae_lens():
         for name in (PEER, PEER_SPARSE):
@@ -127,7 +148,7 @@ def test_training_step(
                 continue
             step = sae_lens_topk_step(*size[:3], size.tokens, LR, device, autocast=autocast, sparse=name == PEER_SPARSE)
             check_step(name, step, batches[0])
-            variants.append(Variant(name, "peer", lambda i, step=step: step(batches[i % len(batches)].x.flatten(0, 1))))
+            variants.append(Variant(name, "peer", theirs(step)))
     emulated = autocast and default_dtype(device) != torch.bfloat16
     rounds = 1 if emulated and not smoke else 2 if smoke else 15
     timings = compare(benchmark, variants[0], variants[1:], device, rounds, memory=not emulated)
@@ -135,6 +156,31 @@ def test_training_step(
     measurement = Measurement(case, OURS, device_name(device), list(size), precision, 0)
     measurement.notes = {f"active features, {name}": l0 for name, l0 in active.items()}
     measurement.notes["tokens per second"] = size.tokens / timings[OURS].median
+    measurement.add(variants, timings)
+    record(measurement)
+
+
+def test_training_step_by_length(
+    benchmark: Any, record: Callable[[Measurement], None], size: Size, device: torch.device, smoke: bool
+) -> None:
+    """As many tokens in each batch, 4096 on a CPU, with every temporal term and the long band to the end."""
+    lengths = [length // 8 for length in LENGTHS] if smoke else LENGTHS
+    tokens = lengths[-1] * (2 if device.type == "cpu" else 4)
+    variants = []
+    for nominal, length in zip(LENGTHS, lengths, strict=True):
+        sized = size._replace(batch=tokens // length)
+        batches = make_batches(sized, device, length)
+        terms = "multiscale+window+contrastive+slow"
+        trainer = make_trainer(sized, batches, device, temporal=True, autocast=False, terms=terms)
+
+        def step(i: int, trainer: Trainer = trainer, batches: list[ActivationBatch] = batches) -> object:
+            return trainer.train_step(batches[i % len(batches)])
+
+        variants.append(Variant(f"T = {nominal}", "step", step))
+    timings = compare(benchmark, variants[0], variants[1:], device, 2 if smoke else 31, memory=False)
+    shape = [size.d_in, size.d_sae, size.k, tokens]
+    measurement = Measurement(LENGTH_CASE, variants[0].name, device_name(device), shape, "float32", 0)
+    measurement.notes = {f"tokens per second, {each.name}": tokens / timings[each.name].median for each in variants}
     measurement.add(variants, timings)
     record(measurement)
 
@@ -171,3 +217,11 @@ def test_bar_at_most_60_percent_of_sae_lens(measured: Callable[[str], Measuremen
     m = measured(f"training step, {precision}")
     ratio = m.seconds(OURS) / m.seconds(peer)
     assert ratio <= 0.6, f"{precision}: {ratio:.3f} times as long as a step of {peer}, not 0.6"
+
+
+@pytest.mark.parametrize("length", LENGTHS[1:])
+def test_bar_tokens_per_second_flat(measured: Callable[[str], Measurement], length: int) -> None:
+    """The step takes at most 10 % longer than in sequences of 128."""
+    m = measured(LENGTH_CASE)
+    ratio = m.seconds(f"T = {length}") / m.seconds(m.own)
+    assert ratio <= 1.10, f"a step takes {ratio:.3f} times as long at T = {length} as at T = 128, not 1.10"

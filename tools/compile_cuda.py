@@ -127,7 +127,7 @@ def main() -> None:
         jobs = [(source, arch) for source in sorted(SOURCES.glob("*.cu")) for arch in ARCHITECTURES]
         with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
             operators = pool.submit(compile_operators, folder)
-            compiled = list(pool.map(lambda job: compile_kernels(nvcc, *job, folder), jobs))
+            compiled = list(pool.map(lambda job: compile_kernels(nvcc, job[0], job[1], folder), jobs))
             print(operators.result())
     kernels = [kernel for part in compiled for kernel in part]
     if not kernels:

@@ -25,12 +25,14 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels are not compiled
 
-import sparse_launches
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tools import sparse_launches
 from tsae_kernels import MULTISCALE
 from tsae_kernels.backends.interface import Activation, Gradients
 from tsae_kernels.backends.triton import launch
@@ -46,23 +48,29 @@ _TYPES = {
 }
 
 
+# Types, constants, divisibility by 16, and options.
+Specialization = tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any], dict[str, Any]]
+
+
 class Recorder:
     """Replaces a kernel and records the arguments of its launches."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self.launches: list[tuple[tuple, dict]] = []
+        self.launches: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-    def __getitem__(self, grid: tuple[int, ...]):
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *args, **kwargs: self.launches.append((args, kwargs))
 
 
-def specialization(kernel: Any, args: tuple, kwargs: dict) -> tuple[dict, dict, dict, dict]:
+def specialization(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Specialization:
     """What Triton's launcher compiles a kernel for: types, constants, divisibility by 16, and options."""
     names = kernel.arg_names
     values = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}
     options = {name: value for name, value in kwargs.items() if name not in names}
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], Any] = {}
     for index, (name, parameter) in enumerate(zip(names, kernel.params, strict=True)):
         value = values[name]
         specialized = not parameter.do_not_specialize
@@ -81,7 +89,7 @@ def specialization(kernel: Any, args: tuple, kwargs: dict) -> tuple[dict, dict, 
     return signature, constants, attributes, options
 
 
-def source_of(kernel: Any, args: tuple, kwargs: dict) -> tuple[ASTSource, dict]:
+def source_of(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:
     """The kernel as Triton's launcher specializes it for the arguments, and the options."""
     *kinds, options = specialization(kernel, args, kwargs)
     return ASTSource(kernel, *kinds), options
@@ -103,7 +111,7 @@ def resources(cubin: bytes, name: str) -> dict[str, int]:
 
 
 @functools.cache
-def launches() -> dict[str, tuple[Any, tuple, dict]]:
+def launches() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """Variant name -> kernel and arguments, for [2048, 128, 2304] features on the meta device."""
     recorders = {}
     for module_name in ("forward", "backward", "steps", *sparse_launches.MODULES):
@@ -122,10 +130,10 @@ def launches() -> dict[str, tuple[Any, tuple, dict]]:
             recorder.launches.clear()
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     B, T, k, S = 2048, 128, 2304, len(MULTISCALE)
-    bias, one = empty(k), empty(())
+    bias, one = empty(k), empty()
     shared, sums = empty(1, S, k).expand(B, S, k), bias.expand(B, k)
     forwards = {
         "relu": Activation("relu", bias),

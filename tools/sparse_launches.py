@@ -25,6 +25,7 @@ def record_sparse(record: Callable[..., Any], empty: Callable[..., torch.Tensor]
     indices, counts = empty(N, C, **integers), empty(N, **integers)
     features, tokens, offsets = empty(E, **integers), empty(E, **integers), empty(k + 1, **integers)
     order, grad_pre, W_dec = empty(E, dtype=torch.int64), empty(E), empty(k, d)
+    by_feature = features, tokens, offsets
     shared, sums = empty(1, 3, k).expand(B, 3, k), empty(k).expand(B, k)
     for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "f32")):
         pre, values, weight, x = (empty(*shape, dtype=dtype) for shape in ((B, T, k), (N, C), (k, d), (N, d)))
@@ -33,20 +34,19 @@ def record_sparse(record: Callable[..., Any], empty: Callable[..., torch.Tensor]
         record(label("sparse-compress"), sparse_launch.compress, empty(B, 4, k, **integers), pre, empty(k), C)
         record(label("sparse-order"), sparse_launch.sort_entries, indices, values, k)
         for segments, suffix in ((None, ""), (ids, "-segments")):
-            by_feature = entries, order, features, tokens, k
+            sorted_entries = entries, order, features, tokens, k
             grads = values, shared, None if segments is None else sums, None if segments is None else sums
-            arguments = *by_feature, *grads, MULTISCALE, segments, T
-            record(label(f"sparse-statistics{suffix}"), sparse_launch.stats_backward, *arguments)
+            how = MULTISCALE, segments, T
+            record(label(f"sparse-statistics{suffix}"), sparse_launch.stats_backward, *sorted_entries, *grads, *how)
         for ends, suffix in (((k,), ""), ((1024, 4096, k), "-prefixes")):
             grad = empty(len(ends), N, d, dtype=dtype)
             lists = indices, counts, weight, ends, dtype
             record(label(f"sparse-decode{suffix}"), sparse_launch.decode, values, *lists)
             record(label(f"sparse-values{suffix}"), sparse_launch.decode_backward, grad, *lists)
-            by_feature = features, tokens, offsets
-            arguments = *by_feature, grad_pre, x, entries, grad, W_dec, ends, False
-            record(label(f"sparse-weights{suffix}"), sparse_launch.weight_gradients, *arguments)
-        arguments = *by_feature, None, None, entries, grad, None, ends, True
-        record(label("sparse-decoder-weights"), sparse_launch.weight_gradients, *arguments)
+            both = grad_pre, x, entries, grad, W_dec, ends, False
+            record(label(f"sparse-weights{suffix}"), sparse_launch.weight_gradients, *by_feature, *both)
+        decoder = None, None, entries, grad, None, ends, True
+        record(label("sparse-decoder-weights"), sparse_launch.weight_gradients, *by_feature, *decoder)
         xhat = empty(N, d, dtype=dtype)
         record(label("sparse-errors"), sparse_launch.squared_errors, empty(N, d), xhat)
         record(label("sparse-errors-backward"), sparse_launch.squared_errors_backward, empty(N, d), xhat, empty(N))

@@ -6,11 +6,12 @@ A field's docstring is its text in ``--help``; its annotation declares the range
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from tsae.errors import UserError
+from tsae.lm.placement import DeviceMap, Quantization
 from tsae.lm.site import Site, from_option
 from tsae.sae.kinds import KINDS, Activation, Kind
 from tsae.utils.ranges import Range, at_least, between, check_ranges, positive
@@ -19,6 +20,7 @@ from tsae_kernels import MULTISCALE
 MAX_LENGTH = 4096  # content tokens per sequence, at most
 
 TEMPORAL = ("multiscale", "window", "contrastive", "slow")  # terms that objective.temporal may sum
+OWN_TERM = "python:"  # before the name of a function of the user's, see tsae.training.own_terms
 
 PositiveInt = Annotated[int, at_least(1)]
 NonNegativeInt = Annotated[int, at_least(0)]
@@ -189,13 +191,20 @@ class ObjectiveConfig:
         names = self.temporal.split("+")
         return tuple(name for name in TEMPORAL if name in names)
 
+    @property
+    def own_terms(self) -> tuple[str, ...]:
+        """The names of the user's functions among the temporal terms, `python:NAME`, in order."""
+        parts = self.temporal.split("+")
+        return tuple(part.removeprefix(OWN_TERM) for part in parts if part.startswith(OWN_TERM))
+
     def check(self) -> None:
         """Raise `UserError` for the first invalid value."""
         check_ranges(self, "objective.")
         self._check_combinations()
 
     def _check_combinations(self) -> None:
-        if self.temporal != "none" and sorted(self.temporal.split("+")) != sorted(self.terms):
+        named = [*self.terms, *{f"{OWN_TERM}{name}" for name in self.own_terms}]
+        if self.temporal != "none" and sorted(self.temporal.split("+")) != sorted(named):
             raise UserError(
                 f"objective.temporal is {self.temporal!r}; it must be none, or any of {', '.join(TEMPORAL)} joined by "
                 "+, each once."
@@ -285,9 +294,10 @@ class TextConfig:
     """How to read a text source."""
 
     column: str | None = None
-    """Text column of jsonl, parquet and hub data; default "text", or the only column of strings if it holds prose."""
+    """Column of jsonl, csv, parquet, saved and hub data; `a.b` is b in the object a. Default: `text`; or the chats in
+    `messages` or `conversations`; or the only column of strings if it holds prose."""
     split: str = "train"
-    """Split of a hub dataset; training and evaluation text are both taken from it."""
+    """Split of a hub dataset or of one saved by `save_to_disk`; training and evaluation text are both taken from it."""
     subset: str | None = None
     """Subset (configuration) of a hub dataset."""
     evaluation_share: Fraction = 0.05
@@ -298,6 +308,18 @@ class TextConfig:
     documents that one side would be empty."""
     shuffle_buffer: PositiveInt = 10_000
     """Documents in the shuffle buffer."""
+    roles: tuple[str, ...] = ()
+    """Of chats count only what these roles say, such as `assistant`: the other messages and the template are read by
+    the language model but are in no statistic and not trained on. None given: everything but special tokens counts."""
+    min_characters: NonNegativeInt = 0
+    """Leave out documents with fewer characters; of a chat those of the messages count."""
+    max_characters: Annotated[int, Range("0 or at least 2", lambda value: value == 0 or value >= 2)] = 0
+    """Cut documents at a boundary within this many characters and leave out the rest; a chat ends after the last
+    complete message within them. 0: no limit."""
+    prepend_bos: Literal["auto", "yes", "no"] = "auto"
+    """Start every sequence with BOS, or with EOS if the tokenizer has no BOS: `auto` does unless the model's
+    tokenizer_config.json says `add_bos_token: false` and BOS is not EOS. The activation at a sequence's first position,
+    whichever token stands there, is never used. A run records `yes` or `no`."""
 
 
 @dataclass
@@ -345,7 +367,8 @@ class TrainConfig:
     preset: str = "demo"
     """Name of the preset this configuration started from."""
     model: str = "gemma-3-270m"
-    """Language model: a hub id, a local folder, or `gemma-3-270m` for the packaged demo model."""
+    """Language model: a hub id, a local folder, or a demo model, `gemma-3-270m` or `smollm2-135m-instruct`, from its
+    Python package."""
     revision: str | None = None
     """Revision of the model on the hub."""
     layer: int = 9
@@ -358,12 +381,14 @@ class TrainConfig:
     """A transcoder: predict these activations, of the same block, from those at `site`: a name as for `site`, of the
     same or a later place. A path or SAELens's name may name a later block. None: an autoencoder."""
     data: str = "python-docs"
-    """Text: `python-docs`, a .txt, .jsonl or .parquet file, a folder of them, or a hub dataset id."""
+    """Text: `python-docs`, a .txt, .jsonl, .csv or .parquet file, a folder of them or one saved by `save_to_disk`, a
+    hub dataset id, or several with their shares: `pile:0.7,code/:0.3`, or a .yaml file (docs/howto/own-text.md)."""
     steps: PositiveInt = 1000
     """Optimizer steps."""
     length: Annotated[int, between(2, MAX_LENGTH)] = 128
     """Content tokens per sequence, 2 to 4096: the window along which features are compared. The language model sees
-    one more, the first, whose activation is dropped."""
+    one more, the first, whose activation is dropped. With another length than the preset's, options that count
+    sequences and are not given keep the preset's number of tokens (docs/howto/length.md)."""
     batch: PositiveInt = 16
     """Sequences per step, each of `length` tokens."""
     chunk: NonNegativeInt = 0
@@ -383,6 +408,14 @@ class TrainConfig:
     the autoencoder trains (`buffer.ahead`). In one process."""
     lm_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the language model; `auto` is bfloat16 on hardware where it is faster, otherwise float32."""
+    lm_device_map: DeviceMap = "none"
+    """Divide the language model among all GPUs, and the CPU's memory if they are too small, as accelerate's device_map
+    does. The autoencoder stays on `device`. In one process."""
+    lm_quantization: Quantization = "none"
+    """Quantize the language model's linear layers with bitsandbytes: `8bit` (LLM.int8, products in float16) or `4bit`
+    (NF4). A model whose config.json has a quantization_config is loaded as that says, with `none`."""
+    trust_remote_code: bool = False
+    """Run the code that comes with a model which transformers has no class for. Read it first."""
     autocast: Literal["auto", "none", "bfloat16"] = "auto"
     """Precision of the autoencoder's matrix products; its weights stay float32."""
     sparse_step: Literal["auto", "on", "off"] = "auto"
@@ -401,6 +434,9 @@ class TrainConfig:
     normalize: bool = True
     """Centre and scale the activations, with mean and scale estimated on the first sequences; off trains on raw
     activations."""
+    init_from: str | None = None
+    """Start from the weights of this autoencoder: a run, another directory in a known format, or OWNER/NAME/FOLDER on
+    the hub. Options of `sae` that are not given are taken from it (docs/howto/fine-tune.md)."""
     sae: SAEConfig = field(default_factory=SAEConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -431,6 +467,17 @@ class TrainConfig:
         """The place in words, with the target of a transcoder."""
         target = self.target_place
         return self.place.described if target is None else f"{self.place.described}, to {target.described}"
+
+    @property
+    def lm_options(self) -> dict[str, Any]:
+        """What `tsae.lm.loading.load_language_model` takes beside the model's name and device."""
+        return {
+            "dtype": self.lm_dtype,
+            "revision": self.revision,
+            "device_map": self.lm_device_map,
+            "quantization": self.lm_quantization,
+            "trust_remote_code": self.trust_remote_code,
+        }
 
     @property
     def stream_seed(self) -> int:
@@ -471,12 +518,7 @@ class TrainConfig:
                 f"objective.l0 is {objective.l0}; sae.activation '{sae.activation}' has no learned threshold for it "
                 "to move."
             )
-        if objective.window > self.length or objective.offset >= self.length:
-            name, most = ("window", self.length) if objective.window > self.length else ("offset", self.length - 1)
-            raise UserError(
-                f"objective.{name} is {getattr(objective, name)}; it must be at most {most}, because sequences have "
-                f"{self.length} tokens (length)."
-            )
+        self._check_length()
         if buffer.ahead not in (-1, 0) and buffer.ahead < buffer.harvest_batch:
             raise UserError(
                 f"buffer.ahead is {buffer.ahead}; it must be -1, 0, or at least one forward pass of "
@@ -494,4 +536,23 @@ class TrainConfig:
             raise UserError(
                 f"parallel.features is {parallel.features} with sae.layer_norm {sae.layer_norm!r}, which needs all "
                 "features of a token at once; use 1, or sae.layer_norm 'none'."
+            )
+
+    def _check_length(self) -> None:
+        """Refuse a temporal term that reaches beyond a sequence, or that has nothing to contrast."""
+        objective, terms = self.objective, self.objective.terms
+        reach = [("window", objective.window, self.length)] if "window" in terms else []
+        if "contrastive" in terms or "slow" in terms:
+            reach.append(("offset", objective.offset, self.length - 1))
+        for name, value, most in reach:
+            if value > most:
+                raise UserError(
+                    f"objective.{name} is {value}; it must be at most {most}, because sequences have {self.length} "
+                    "tokens (length)."
+                )
+        alone = min(self.batch, self.chunk or self.batch) == 1
+        if alone and "contrastive" in terms and objective.negatives == "other-sequences":
+            raise UserError(
+                "objective.negatives is 'other-sequences' with one sequence at a time (batch, chunk), which leaves no "
+                "negative; use more sequences, or objective.negatives all."
             )

@@ -18,6 +18,10 @@ class UserError(ValueError):
     on_all_ranks = False
     """With several processes, whether all of them raise it."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows: the sentence, without the frames that it came through."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class WriteError(UserError):
     """A file could not be written, for example on a full disk.

@@ -1,231 +1,20 @@
-"""Evaluate sparse autoencoders: `python -m tsae.evaluate RUN`.
+"""Measure autoencoders: `python -m tsae.evaluate RUN|SAE ...`, or from Python `tsae.evaluate("runs/a", data="my.txt")`.
 
-One run alone is evaluated again: its eval.json and report.png are rewritten. With `--release-ratio` its autoencoder is
-measured with another release ratio, at the same L0 on the run's training text (`tsae.sae.release`), and the run's own
-eval.json and report.png are kept. Several autoencoders, of any library, share one pass of the language model and are
-printed side by side; nothing is written into their directories.
-
-Opening: `tsae.evaluation.subject`. Text: `tsae.evaluation.held_out`. Measuring: `tsae.evaluation.evaluator`.
+The module is callable; `tsae.api.evaluation.evaluate` is what it calls. `tsae.evaluation.command` measures and writes.
 """
 
 from __future__ import annotations
 
-import math
 import sys
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Literal
 
-import tyro
-
-from tsae.errors import UserError
+from tsae.api.evaluation import evaluate as _evaluate
+from tsae.api.evaluation import run
+from tsae.evaluation.command import Arguments
 from tsae.evaluation.evaluator import EvaluationResult as EvaluationResult
 from tsae.evaluation.evaluator import evaluate as evaluate
-from tsae.evaluation.evaluator import evaluate_all, evaluation_options, evaluation_progress, write_eval
-from tsae.evaluation.held_out import HeldOut, choose_source, held_out, training_sample
-from tsae.evaluation.subject import Subject, open_autoencoders, open_run
-from tsae.integrations.sae_bench_output import core_output
-from tsae.reports.figure import write_report
-from tsae.reports.table import print_comparison, print_table
-from tsae.rundir import layout
-from tsae.rundir.ownership import check_output, owning_runs
-from tsae.sae.release import check_has_thresholds, with_release_ratio
-from tsae.utils.atomic import write_json
-from tsae.utils.cli import check_counts, deliver, parse, report_errors
-from tsae.utils.output import tables
-from tsae.utils.paths import expanded
-
-
-@dataclass
-class Arguments:
-    """Evaluate a trained run again: rewrite its eval.json and report.png and print the metrics.
-
-    With --release-ratio R, write eval-release-R.json instead.
-
-    With --model, and --layer where their files do not say it, evaluate autoencoders of other libraries; several are
-    printed side by side. Nothing is rewritten.
-    """
-
-    saes: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|SAE ...")]
-    """A run directory; or autoencoders in any known format, as directories or as OWNER/NAME/FOLDER on the hub."""
-    model: str | None = None
-    """Language model that the autoencoders encode, as for training. Default: from the runs among them."""
-    layer: int | None = None
-    """Block that they encode, counted from 0. Default: what the autoencoders or their runs say."""
-    site: str | None = None
-    """Which of the block's activations they encode, as for training. Default: what the autoencoders or their runs say,
-    or else the block's output."""
-    format: Literal["tsae", "saebench"] = "tsae"
-    """`saebench` also writes SAEBench's core output: to saebench_core.json in the run, or to --out."""
-    out: Path | None = None
-    """Write the metrics to this JSON file; with several autoencoders, by name."""
-    data: str | None = None
-    """Text to evaluate on. Documents that the run trained on are left out: only the evaluation side of the run's
-    split is used, or, if that is too short, everything that is not in the run's training text. Default: the
-    evaluation part of the run's own text."""
-    tokens: int | None = None
-    """Tokens for the reconstruction, sparsity and temporal metrics. Default: as in the run's configuration."""
-    ce_sequences: int | None = None
-    """Sequences for the cross-entropy and KL metrics. Default: as in the run's configuration."""
-    massive_ratio: float | None = None
-    """Tokens whose activation norm is above this multiple of the median norm count as massive (at least 1). Default: as
-    in the run's configuration, or 4."""
-    seed: int | None = None
-    """Seed of the text order and of the shuffled control. Default: the run's."""
-    device: str | None = None
-    """Device: `auto`, `cpu`, `cuda`, ... Default: the run's."""
-    column: str | None = None
-    """Column of the data set that holds the text. Default: the run's."""
-    release_ratio: float | None = None
-    """Measure the run's autoencoder with this release ratio, 0 to 1 (1: no hysteresis), at the same L0: all thresholds
-    are multiplied by one factor, fitted on the run's training text, on as many sequences as the evaluation uses. The
-    metrics go to eval-release-R.json. Default: as trained."""
-
-    @property
-    def rewrites(self) -> bool:
-        """Whether one run is to be evaluated again."""
-        return len(self.saes) == 1 and (self.model, self.layer, self.site) == (None, None, None)
-
-    @property
-    def run(self) -> Path:
-        """The first path, which is a run's if `rewrites`."""
-        return expanded(self.saes[0])
-
-    @property
-    def writes_into(self) -> list[Path]:
-        """The directories in which files are written."""
-        return ([self.run] if self.rewrites else []) + ([] if self.out is None else [self.out.parent])
-
-
-@dataclass
-class Measured:
-    """What was measured, with what result."""
-
-    subject: Subject
-    """With the sizes and the text that were measured in its configuration."""
-    text: HeldOut
-    results: dict[str, EvaluationResult]
-    release: dict[str, float] | None = None
-    """The release ratio, the factor on the thresholds, and the L0 it keeps; None for autoencoders as trained."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens behind each result."""
-        return next(iter(self.results.values())).tokens
-
-
-def measure(arguments: Arguments) -> Measured:
-    """Measure the autoencoders that ``arguments`` name. Writes nothing.
-
-    Raises:
-        UserError: bad arguments; an autoencoder, a model or text that cannot be read; an autoencoder that does not fit
-            the language model (before any token goes through it); or a metric of the only autoencoder is not finite.
-    """
-    _check(arguments)
-    if arguments.rewrites:
-        subject, ratio = open_run(arguments.run), arguments.release_ratio
-    else:
-        subject, ratio = open_autoencoders(arguments.saes, arguments.model, arguments.layer, arguments.site), None
-    if arguments.format == "saebench" and subject.sae.cfg.d_out:
-        raise UserError("SAEBench's results are of autoencoders, and this is a transcoder; leave out --format.")
-    source = choose_source(subject.runs.values(), arguments.data, arguments.column)
-    if ratio is not None:
-        check_has_thresholds(subject.sae.cfg)
-    lm = subject.load_lm(arguments.device)
-    trained, sizes = subject.config, subject.config.evaluation
-    if arguments.tokens is not None:
-        sizes = replace(sizes, sequences=math.ceil(arguments.tokens / trained.length))
-    if arguments.ce_sequences is not None:
-        sizes = replace(sizes, ce_sequences=arguments.ce_sequences)
-    if arguments.massive_ratio is not None:
-        sizes = replace(sizes, massive_ratio=arguments.massive_ratio)
-    seed = trained.stream_seed if arguments.seed is None else arguments.seed
-    text = held_out(source, lm, trained.length, sizes.sequences, seed, bos=subject.bos)
-    release = None
-    if ratio is not None:
-        released = with_release_ratio(subject.sae, ratio, training_sample(trained, lm))
-        subject.saes = dict.fromkeys(subject.saes, released.sae)
-        release = {"ratio": ratio, "threshold_factor": released.factor, "training_l0": released.l0}
-    subject.config = replace(trained, data=source.data, evaluation=sizes)
-    options = evaluation_options(subject.config) | {"seed": seed}
-    with evaluation_progress() as progress:
-        results = evaluate_all(subject.saes, lm, [text.batch], **options, progress=progress)
-    if len(results) == 1:
-        next(iter(results.values())).check_finite()
-    return Measured(subject, text, results, release)
-
-
-def _check(arguments: Arguments) -> None:
-    if not arguments.saes:
-        raise UserError("No autoencoder is named; give a run's directory, or others with --model and --layer.")
-    check_counts(tokens=arguments.tokens, ce_sequences=arguments.ce_sequences)
-    massive, ratio = arguments.massive_ratio, arguments.release_ratio
-    if massive is not None and not 1.0 <= massive < math.inf:
-        raise UserError(f"--massive-ratio is {massive}; it must be finite and at least 1.")
-    if ratio is not None and not 0.0 <= ratio <= 1.0:
-        raise UserError(f"--release-ratio is {ratio}; it must be from 0 to 1.")
-    if arguments.format == "saebench" and len(arguments.saes) > 1:
-        raise UserError("--format saebench describes one autoencoder; name them one by one.")
-    if arguments.format == "saebench" and arguments.out is None and not arguments.rewrites:
-        raise UserError("--format saebench needs --out FILE for an autoencoder that is not a run.")
-    if arguments.out is not None:
-        check_output(arguments.out, own=layout.SAEBENCH if arguments.format == "saebench" else None)
-
-
-def report(arguments: Arguments, measured: Measured) -> None:
-    """Write the files that ``arguments`` ask for, and print the metrics.
-
-    Raises:
-        WriteError: a file could not be written; the metrics have been printed.
-    """
-    deliver(
-        lambda: (
-            _write_run(arguments.run, next(iter(measured.results.values())), measured) if arguments.rewrites else ""
-        ),
-        lambda: _write_out(arguments, measured),
-        show=lambda written, _: _print(arguments, measured, written),
-    )
-
-
-def _print(arguments: Arguments, measured: Measured, written: str | None) -> None:
-    """Print the metrics, and what was written into the run's directory, if anything."""
-    results, data = measured.results, measured.subject.config.data
-    of, console = f" of {data}", tables(160 if len(results) > 1 else 0)
-    if len(results) > 1:
-        title = f"{measured.subject.config.model}, {measured.subject.config.described}"
-        rows = {name: {"metrics": result.metrics, "error": result.not_finite()} for name, result in results.items()}
-        print_comparison(rows, console, title=title, what="autoencoder")
-    else:
-        (result,) = results.values()
-        other = measured.text.source if arguments.rewrites else {"data": data}
-        print_table(result.metrics, console, text=other and other["data"])
-        if arguments.rewrites:
-            of = f" of {other['data']} ({other['part']})" if other else ""
-    said = f" Wrote {written}." if written else ""
-    console.print(f"{measured.tokens:,} tokens{of}.{said}", soft_wrap=bool(said))
-
-
-def _write_run(run: Path, result: EvaluationResult, measured: Measured) -> str:
-    """Write the metrics into the run's directory; a clause about what was written."""
-    if measured.release is None:
-        write_eval(result, run, measured.text.source)
-        write_report(run)
-        return f"{run / layout.EVALUATION} and {run / layout.REPORT}"
-    path = run / layout.release_evaluation(measured.release["ratio"])
-    write_json(path, result.metrics | {"release": measured.release, "source": measured.text.source or {}})
-    return f"{path}; the run's own eval.json and report.png are as they were"
-
-
-def _write_out(arguments: Arguments, measured: Measured) -> None:
-    """Write what `--out` and `--format` ask for."""
-    path, results = arguments.out, measured.results
-    if arguments.format == "saebench":
-        ((name, result),) = results.items()
-        output = core_output(name, measured.subject.sae, result, measured.subject.config)
-        write_json(path or arguments.run / layout.SAEBENCH, output)
-    elif path is not None:
-        metrics = {name: result.metrics for name, result in results.items()}
-        write_json(path, metrics if len(metrics) > 1 else next(iter(metrics.values())))
+from tsae.evaluation.evaluator import write_eval as write_eval
+from tsae.utils.calling import make_callable
+from tsae.utils.cli import parse, report_errors
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -235,11 +24,11 @@ def main(argv: list[str] | None = None) -> int:
     out: exit status, 2 for bad input, with one sentence on stderr
     """
     with report_errors() as status:
-        arguments = parse(Arguments, sys.argv[1:] if argv is None else argv, None, "python -m tsae.evaluate")
-        with owning_runs(*arguments.writes_into):
-            report(arguments, measure(arguments))
+        run(parse(Arguments, sys.argv[1:] if argv is None else argv, None, "python -m tsae.evaluate")).print()
     return status.code
 
+
+make_callable(sys.modules[__name__], lambda: _evaluate)
 
 if __name__ == "__main__":
     sys.exit(main())

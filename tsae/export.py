@@ -68,7 +68,7 @@ def _export(arguments: Arguments, source: Path, out: Path, library: str) -> Path
         raise UserError(f"{source} is not a run directory, which --drop-hysteresis needs to measure the metrics again.")
     extra: dict[str, Any] = {}
     with atomic_directory(out) as directory:
-        if dropping:
+        if dropping and run is not None:
             sae, factor = _measured_without_hysteresis(run, directory)
             extra = {"hysteresis_dropped": {"threshold_factor": factor}}
         elif run is not None:

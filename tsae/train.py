@@ -1,68 +1,43 @@
-"""`python -m tsae.train [preset] [--options]`: the main job."""
+"""The main job: `python -m tsae.train [preset] [--options]`, or from Python `tsae.train("demo", steps=200)`.
+
+The module is callable; `tsae.api.training.train` is what it calls.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated
-
-import tyro
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from tsae.config import TrainConfig
-from tsae.presets import preset
-from tsae.utils.cli import RESUME, parse, report_errors
-from tsae.utils.config_json import from_dict, load_json
+from tsae.presets import at_length, preset
+from tsae.training.request import Request, base_of
+from tsae.utils.calling import make_callable
+from tsae.utils.cli import RESUME, given_options, parse, report_errors
+from tsae.utils.output import say
+from tsae.utils.torchrun import is_rank0
 
-
-@dataclass
-class Command(TrainConfig):
-    """Train a temporal sparse autoencoder on a language model's activations.
-
-    PRESET is demo, tsae-gemma-2-2b or tcsae-pythia-70m; every other option overrides one of its values.
-    """
-
-    preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")] = "demo"
-    """Configuration to start from: demo, tsae-gemma-2-2b or tcsae-pythia-70m."""
-    config: Path | None = None
-    """Start from this JSON file instead, such as the config.json of a run."""
-    out: Path | None = None
-    """Run directory; default runs/PRESET/TIMESTAMP."""
-    overwrite: bool = False
-    """Replace an existing run in --out."""
-    resume: Path | None = None
-    """Resume the run or the sweep in this directory from its last checkpoint, with its own configuration."""
-    dry_run: bool = False
-    """Estimate memory, disk space and time, print them, and stop; writes nothing."""
-    sweep: Path | None = None
-    """Train every run of this YAML file on one stream of activations, into --out or runs/sweep-NAME/TIMESTAMP."""
-
+if TYPE_CHECKING:
+    from tsae.training.command import Trained
 
 PROG = "python -m tsae.train"
 
 
-def command(argv: list[str]) -> tuple[TrainConfig, Command]:
+def command(argv: list[str]) -> tuple[TrainConfig, Request]:
     """The configuration of the run, and the command line itself (preset "" if none is given).
 
-    Options override the file of ``--config``, which overrides the preset.
+    Options override the file of ``--config``, which overrides the preset; either is taken `at_length`.
     """
     # The first pass finds what to start from, so that --help can show its values.
     without_help = [a for a in argv if a not in ("-h", "--help")]
-    start = parse(Command, without_help, replace(_default(preset("demo")), preset=""), PROG)
-    if start.config is not None:
-        base = from_dict(TrainConfig, load_json(start.config))
-        base = replace(base, text=replace(base.text, threshold=None))  # the split of that run's text
-    else:
-        base = preset(start.preset or "demo")
+    start = parse(Request, without_help, replace(Request.of(preset("demo")), preset="", length=0), PROG)
+    base = base_of(start.preset, start.config)
+    if start.length:  # given
+        base = at_length(base, start.length)
     # --help alone: tyro leaves arguments that are given out of the help.
-    asked = parse(Command, argv if without_help == argv else ["--help"], _default(base), PROG)
-    values = {f.name: getattr(asked, f.name) for f in dataclasses.fields(TrainConfig)}
-    return TrainConfig(**values | {"preset": base.preset}), replace(asked, preset=start.preset)
-
-
-def _default(base: TrainConfig) -> Command:
-    return Command(**{f.name: getattr(base, f.name) for f in dataclasses.fields(TrainConfig)})
+    asked = parse(Request, argv if without_help == argv else ["--help"], Request.of(base), PROG)
+    return replace(asked.run, preset=base.preset), replace(asked, preset=start.preset)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,9 +47,38 @@ def main(argv: list[str] | None = None) -> int:
         cfg, asked = command(argv)
         from tsae.training.command import train  # here, so that --help and a misspelt option answer at once
 
-        train(cfg, asked, argv)
+        _print(train(cfg, asked, given_options(argv)))
     return status.code
 
+
+def _print(trained: Trained) -> None:
+    """Print the metrics, or the estimate; metrics that could not be written are printed before the error is raised."""
+    from tsae.reports.table import print_table
+    from tsae.training.dry_run import print_estimate
+    from tsae.training.sweep import print_sweep
+
+    job = trained.job
+    if trained.estimate is not None:
+        print_estimate(trained.estimate, job)
+        return
+    if is_rank0() and job.is_sweep:
+        print_sweep(job.directory)
+    elif is_rank0():
+        (outcome,) = trained.outcomes.values()
+        if outcome.evaluation is not None:
+            print_table(outcome.evaluation.metrics)
+        if outcome.error is not None:
+            raise outcome.error
+    say(f"Written: {job.directory}")
+
+
+def _function() -> Callable[..., Any]:
+    from tsae.api.training import train
+
+    return train
+
+
+make_callable(sys.modules[__name__], _function)
 
 if __name__ == "__main__":
     sys.exit(main())

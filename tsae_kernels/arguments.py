@@ -77,7 +77,7 @@ def check_activation(
         _as_tensor("threshold", threshold, pre, {"[]": (), "[k]": (k,), "[B, T, 1]": (B, T, 1)}),
         _as_tensor("release", release, pre, {"[]": (), "[k]": (k,)}),
     )
-    if release is not None:
+    if threshold is not None and release is not None:
         _check_release(threshold, release)
     return tensors
 

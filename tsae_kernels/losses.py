@@ -80,7 +80,7 @@ def temporal_loss_from_stats(
     else:
         check_tensor("variance", variance, (k,), stats.differences.device)
     if isinstance(positions, Tensor):
-        N = positions.sum().clamp_min(1)
+        N: int | Tensor = positions.sum().clamp_min(1)
     else:
         N = max(B * positions, 1)
     dtype = stats.differences.dtype
@@ -108,8 +108,8 @@ def within_sequence_variance(stats: TemporalStats, positions: int | Tensor) -> T
     """
     total, square = stats.total.detach().double(), stats.square.detach().double()
     if isinstance(positions, Tensor):
-        rows = (positions > 0).sum().clamp_min(1)
-        n = positions.clamp_min(1)[:, None]
+        rows: int | Tensor = (positions > 0).sum().clamp_min(1)
+        n: int | Tensor = positions.clamp_min(1)[:, None]
     else:
         rows, n = max(total.shape[0], 1), positions
     variance = (square / n - (total / n) ** 2).clamp_min(0)
@@ -155,7 +155,8 @@ def window_consistency(
     check_segments(segments, h)
     chosen = choose_backend(backend, h.device)
     weights = window_weights(h, window, segments)
-    return torch.ops.tsae_kernels.step_energy(h, weights, chosen)
+    energy: Tensor = torch.ops.tsae_kernels.step_energy(h, weights, chosen)
+    return energy
 
 
 def window_weights(h: Tensor, window: int, segments: Tensor | None) -> Tensor:

@@ -22,12 +22,13 @@ backward operator
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from tsae_kernels.backends.interface import Activation, Gradients
+from tsae_kernels.backends.interface import Activation, Gradients, MaskBackend
 from tsae_kernels.backends.registry import get_backend
 from tsae_kernels.backends.sparse_eager import WORD, pack_active
 from tsae_kernels.bands import unflatten_bands
@@ -68,84 +69,143 @@ def _like(h: Tensor) -> Tensor:
     return torch.empty_like(h, memory_format=torch.contiguous_format)
 
 
-def _implement(name: str):
+def _implement(name: str) -> Callable[[Callable[..., object]], object]:
     return torch.library.impl(f"tsae_kernels::{name}", "CompositeExplicitAutograd")
 
 
-def _fake(name: str):
-    return torch.library.register_fake(f"tsae_kernels::{name}")
+def _fake(name: str) -> Callable[[Callable[..., object]], object]:
+    register: Callable[[Callable[..., object]], object] = torch.library.register_fake(f"tsae_kernels::{name}")
+    return register
 
 
 @_implement("activate_with_stats")
-def _(pre, bias, activation, threshold, release, bands, segments, backend):
+def _(
+    pre: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    threshold: Tensor | None,
+    release: Tensor | None,
+    bands: Sequence[int],
+    segments: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments = Activation(activation, bias, threshold, release), unflatten_bands(bands), segments
     return get_backend(backend).activate_with_stats(pre, *arguments)
 
 
 @_fake("activate_with_stats")
-def _(pre, bias, activation, threshold, release, bands, segments, backend):
+def _(
+    pre: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    threshold: Tensor | None,
+    release: Tensor | None,
+    bands: Sequence[int],
+    segments: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _like(pre), *_stats_like(pre, bands)
 
 
 @_implement("activate_with_mask")
-def _(pre, bias, threshold, release, bands, segments, backend):
+def _(
+    pre: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor | None,
+    release: Tensor | None,
+    bands: Sequence[int],
+    segments: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments = Activation("relu", bias, threshold, release), unflatten_bands(bands), segments
     chosen = get_backend(backend)
-    if hasattr(chosen, "activate_with_mask"):
+    if isinstance(chosen, MaskBackend):
         return chosen.activate_with_mask(pre, *arguments)
-    h, *stats = chosen.activate_with_stats(pre, *arguments)
-    return pack_active(h), *stats
+    h, differences, total, square = chosen.activate_with_stats(pre, *arguments)
+    return pack_active(h), differences, total, square
 
 
 @_fake("activate_with_mask")
-def _(pre, bias, threshold, release, bands, segments, backend):
+def _(
+    pre: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor | None,
+    release: Tensor | None,
+    bands: Sequence[int],
+    segments: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, T, k = pre.shape
     return pre.new_empty(B, -(-T // WORD), k, dtype=torch.int32), *_stats_like(pre, bands)
 
 
 @_implement("temporal_stats")
-def _(h, bands, segments, backend):
+def _(h: Tensor, bands: Sequence[int], segments: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     return get_backend(backend).temporal_stats(h, unflatten_bands(bands), segments)
 
 
 @_fake("temporal_stats")
-def _(h, bands, segments, backend):
+def _(h: Tensor, bands: Sequence[int], segments: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     return _stats_like(h, bands)
 
 
 @_implement("activate_with_stats_backward")
-def _(saved, bias, grad_h, grad_differences, grad_total, grad_square, activation, bands, segments, backend, total=None):
+def _(
+    saved: Tensor,
+    bias: Tensor | None,
+    grad_h: Tensor | None,
+    grad_differences: Tensor | None,
+    grad_total: Tensor | None,
+    grad_square: Tensor | None,
+    activation: str,
+    bands: Sequence[int],
+    segments: Tensor | None,
+    backend: str,
+    total: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     grads = Gradients(grad_h, grad_differences, grad_total, grad_square)
     arguments = Activation(activation, bias), unflatten_bands(bands), segments, total
     return get_backend(backend).activate_with_stats_backward(saved, grads, *arguments)
 
 
 @_fake("activate_with_stats_backward")
-def _(saved, bias, grad_h, grad_differences, grad_total, grad_square, activation, bands, segments, backend, total=None):
+def _(
+    saved: Tensor,
+    bias: Tensor | None,
+    grad_h: Tensor | None,
+    grad_differences: Tensor | None,
+    grad_total: Tensor | None,
+    grad_square: Tensor | None,
+    activation: str,
+    bands: Sequence[int],
+    segments: Tensor | None,
+    backend: str,
+    total: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     return _like(saved), saved.new_empty(saved.shape[2], dtype=dtype_of_stats(saved.dtype))
 
 
 @_implement("step_energy")
-def _(h, weights, backend):
+def _(h: Tensor, weights: Tensor, backend: str) -> Tensor:
     return get_backend(backend).step_energy(h, weights)
 
 
 @_fake("step_energy")
-def _(h, weights, backend):
+def _(h: Tensor, weights: Tensor, backend: str) -> Tensor:
     return h.new_empty((), dtype=dtype_of_stats(h.dtype))
 
 
 @_implement("step_energy_backward")
-def _(h, weights, grad, backend):
+def _(h: Tensor, weights: Tensor, grad: Tensor, backend: str) -> Tensor:
     return get_backend(backend).step_energy_backward(h, weights, grad)
 
 
 @_fake("step_energy_backward")
-def _(h, weights, grad, backend):
+def _(h: Tensor, weights: Tensor, grad: Tensor, backend: str) -> Tensor:
     return _like(h)
 
 
-def _save_activation(ctx, inputs, output):
+def _save_activation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     pre, bias, ctx.activation, _, _, ctx.bands, segments, ctx.backend = inputs
     gelu = ctx.activation == "gelu"
     ctx.save_for_backward(pre if gelu else output[0], bias if gelu else None, segments, output[2])
@@ -153,7 +213,7 @@ def _save_activation(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _activation_backward(ctx, *grads):
+def _activation_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     saved, bias, segments, total = ctx.saved_tensors
     grad_pre, grad_bias = torch.ops.tsae_kernels.activate_with_stats_backward(
         saved, bias, *grads, ctx.activation, ctx.bands, segments, ctx.backend, total
@@ -162,13 +222,13 @@ def _activation_backward(ctx, *grads):
     return grad_pre, grad_bias.to(ctx.bias_dtype) if wants_bias else None, *[None] * 6
 
 
-def _save_stats(ctx, inputs, output):
+def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     h, ctx.bands, segments, ctx.backend = inputs
     ctx.save_for_backward(h, segments, output[1])
     ctx.set_materialize_grads(False)
 
 
-def _stats_backward(ctx, *grads):
+def _stats_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     h, segments, total = ctx.saved_tensors
     grad, _ = torch.ops.tsae_kernels.activate_with_stats_backward(
         h, None, None, *grads, "identity", ctx.bands, segments, ctx.backend, total
@@ -176,21 +236,23 @@ def _stats_backward(ctx, *grads):
     return grad, None, None, None
 
 
-def _save_energy(ctx, inputs, output):
+def _save_energy(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     h, weights, ctx.backend = inputs
     ctx.save_for_backward(h, weights)
 
 
-def _energy_backward(ctx, grad):
+def _energy_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     h, weights = ctx.saved_tensors
     return torch.ops.tsae_kernels.step_energy_backward(h, weights, grad, ctx.backend), None, None
 
 
-def _no_double_backward(ctx, *grads):
+def _no_double_backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
     raise RuntimeError(_DIFFERENTIABLE_ONCE)
 
 
-def _register_autograd(name, backward, setup_context=None):
+def _register_autograd(
+    name: str, backward: Callable[..., object], setup_context: Callable[..., None] | None = None
+) -> None:
     torch.library.register_autograd(f"tsae_kernels::{name}", backward, setup_context=setup_context)
 
 

@@ -44,7 +44,8 @@ def transpose(rows: CompressedRows, k: int) -> CompressedRows:
 
 def matmul(rows: CompressedRows, dense: Tensor) -> Tensor:
     """rows: of [N, k]; dense: [k, d] float32; out: [N, d] float32. Raises RuntimeError if the shapes do not match."""
-    return torch.ops.tsae_kernels_cpp.sparse_matmul(*rows, dense.contiguous())
+    out: Tensor = torch.ops.tsae_kernels_cpp.sparse_matmul(*rows, dense.contiguous())
+    return out
 
 
 def sampled_matmul(rows: CompressedRows, left: Tensor, right: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -54,4 +55,5 @@ def sampled_matmul(rows: CompressedRows, left: Tensor, right: Tensor, dtype: tor
     out: [N, k], dense, of ``dtype``: float32 or bfloat16. Raises RuntimeError if the shapes do not match.
     """
     half = dtype == torch.bfloat16
-    return torch.ops.tsae_kernels_cpp.sparse_sampled_matmul(*rows, left.contiguous(), right.contiguous(), half)
+    out: Tensor = torch.ops.tsae_kernels_cpp.sparse_sampled_matmul(*rows, left.contiguous(), right.contiguous(), half)
+    return out

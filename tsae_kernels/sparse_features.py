@@ -214,8 +214,8 @@ class _Encode(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             by_token = torch.empty_like(grad_pre).index_copy_(0, entries.order, grad_pre).view(indices.shape)
-            arguments = weight.T.contiguous(), [ctx.k], x.dtype, ctx.backend
-            grad_x = _ops.sparse_decode(by_token, indices, counts, *arguments).view_as(x)
+            decoding = weight.T.contiguous(), [ctx.k], x.dtype, ctx.backend
+            grad_x = _ops.sparse_decode(by_token, indices, counts, *decoding).view_as(x)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             arguments = grad_pre, tokens, None, None, None, [ctx.k], True, ctx.backend
             grad_rows, _, sums, _ = _ops.sparse_weight_gradients(
@@ -277,7 +277,7 @@ def encode_sparse(
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         anchor = x.new_empty(0).requires_grad_()  # else autograd would not call the backward pass
     options = flat_bands, segments, capacity, chosen, deferred, anchor
-    out = _Encode.apply(x, weight, bias, pre.detach(), levels, *options)
+    out = _Encode.apply(x, weight, bias, pre.detach(), levels, *options)  # type: ignore[no-untyped-call]
     values, indices, counts, *stats = out
     return SparseFeatures(values, indices, counts), TemporalStats(*stats)
 
@@ -297,7 +297,8 @@ class _Decode(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(values, weight, indices, counts)
         ctx.ends, ctx.backend, ctx.deferred = ends, backend, deferred
-        return _ops.sparse_decode(values, indices, counts, weight, ends, dtype, backend)
+        xhat: Tensor = _ops.sparse_decode(values, indices, counts, weight, ends, dtype, backend)
+        return xhat
 
     @staticmethod
     @once_differentiable
@@ -310,8 +311,8 @@ class _Decode(torch.autograd.Function):
         if ctx.deferred is not None:
             ctx.deferred._record_decoder(grad, ctx.ends)
         if ctx.needs_input_grad[0]:
-            arguments = ctx.ends, values.dtype, ctx.backend
-            grad_values = _ops.sparse_decode_backward(grad, indices, counts, weight, *arguments)
+            decoding = ctx.ends, values.dtype, ctx.backend
+            grad_values = _ops.sparse_decode_backward(grad, indices, counts, weight, *decoding)
         if ctx.needs_input_grad[1] and ctx.deferred is None:
             entries = Entries(*_ops.sparse_sort_entries(indices, values, weight.shape[0], ctx.backend))
             arguments = None, None, entries.values, grad, None, ctx.ends, True, ctx.backend
@@ -353,7 +354,8 @@ def decode_sparse_features(
         weight = weight.detach()
     values, indices, counts = features
     chosen = backend_for_lists(choose_backend(backend, values.device))
-    out = _Decode.apply(values, weight.contiguous(), indices, counts, prefixes, dtype or weight.dtype, chosen, deferred)
+    how = prefixes, dtype or weight.dtype, chosen, deferred
+    out: Tensor = _Decode.apply(values, weight.contiguous(), indices, counts, *how)  # type: ignore[no-untyped-call]
     return out[0] if ends is None else out
 
 
@@ -362,7 +364,8 @@ class _SquaredErrors(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, xhat: Tensor, backend: str) -> Tensor:
         ctx.save_for_backward(x, xhat)
         ctx.backend = backend
-        return _ops.squared_errors(x, xhat, backend)
+        errors: Tensor = _ops.squared_errors(x, xhat, backend)
+        return errors
 
     @staticmethod
     @once_differentiable
@@ -389,4 +392,5 @@ def squared_errors(x: Tensor, xhat: Tensor, *, backend: str | None = None) -> Te
     chosen = backend_for_lists(choose_backend(backend, x.device))
     d = x.shape[-1]
     flat = x.detach().reshape(-1, d).contiguous(), xhat.reshape(-1, d).contiguous()
-    return _SquaredErrors.apply(*flat, chosen).view(x.shape[:-1])
+    errors: Tensor = _SquaredErrors.apply(*flat, chosen)  # type: ignore[no-untyped-call]
+    return errors.view(x.shape[:-1])

@@ -19,13 +19,14 @@ is "eager" (`backends/sparse_eager.py`) or "triton" (`backends/triton/sparse_lau
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tsae_kernels.backends import sparse_eager as eager
+from tsae_kernels.backends.interface import ListBackend
 from tsae_kernels.backends.registry import OK, available_backends
 from tsae_kernels.backends.sparse_eager import compute_dtype
 from tsae_kernels.backends.triton import sparse_launch as triton
@@ -60,16 +61,17 @@ def backend_for_lists(backend: str) -> str:
     return "triton" if on_gpu else "eager"
 
 
-def _module(backend: str) -> ModuleType:
+def _module(backend: str) -> ListBackend:
     return triton if backend == "triton" else eager
 
 
-def _implement(name: str):
+def _implement(name: str) -> Callable[[Callable[..., object]], object]:
     return torch.library.impl(f"tsae_kernels::{name}", "CompositeExplicitAutograd")
 
 
-def _fake(name: str):
-    return torch.library.register_fake(f"tsae_kernels::{name}")
+def _fake(name: str) -> Callable[[Callable[..., object]], object]:
+    register: Callable[[Callable[..., object]], object] = torch.library.register_fake(f"tsae_kernels::{name}")
+    return register
 
 
 class Entries(NamedTuple):
@@ -90,73 +92,146 @@ class Entries(NamedTuple):
 
 
 @_implement("sparse_compress")
-def _(active, pre, bias, capacity, backend):
+def _(active: Tensor, pre: Tensor, bias: Tensor | None, capacity: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     return _module(backend).compress(active, pre, bias, capacity)
 
 
 @_fake("sparse_compress")
-def _(active, pre, bias, capacity, backend):
+def _(active: Tensor, pre: Tensor, bias: Tensor | None, capacity: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     N = pre.shape[0] * pre.shape[1]
-    integers = {"dtype": torch.int32}
-    return pre.new_empty(N, capacity), pre.new_empty(N, capacity, **integers), pre.new_empty(N, **integers)
+    indices, counts = (pre.new_empty(*size, dtype=torch.int32) for size in ((N, capacity), (N,)))
+    return pre.new_empty(N, capacity), indices, counts
 
 
 @_implement("sparse_decode")
-def _(values, indices, counts, weight, ends, dtype, backend):
+def _(
+    values: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    weight: Tensor,
+    ends: Sequence[int],
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
     return _module(backend).decode(values, indices, counts, weight, ends, dtype)
 
 
 @_fake("sparse_decode")
-def _(values, indices, counts, weight, ends, dtype, backend):
+def _(
+    values: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    weight: Tensor,
+    ends: Sequence[int],
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
     return values.new_empty(len(ends), values.shape[0], weight.shape[1], dtype=dtype)
 
 
 @_implement("sparse_decode_backward")
-def _(grad, indices, counts, weight, ends, dtype, backend):
+def _(
+    grad: Tensor, indices: Tensor, counts: Tensor, weight: Tensor, ends: Sequence[int], dtype: torch.dtype, backend: str
+) -> Tensor:
     return _module(backend).decode_backward(grad, indices, counts, weight, ends, dtype)
 
 
 @_fake("sparse_decode_backward")
-def _(grad, indices, counts, weight, ends, dtype, backend):
+def _(
+    grad: Tensor, indices: Tensor, counts: Tensor, weight: Tensor, ends: Sequence[int], dtype: torch.dtype, backend: str
+) -> Tensor:
     return grad.new_empty(indices.shape, dtype=dtype)
 
 
 @_implement("sparse_sort_entries")
-def _(indices, values, k, backend):
+def _(indices: Tensor, values: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _module(backend).sort_entries(indices, values, k)
 
 
 @_fake("sparse_sort_entries")
-def _(indices, values, k, backend):
+def _(indices: Tensor, values: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     E = indices.shape[0] * indices.shape[1]
     order = indices.new_empty(E, dtype=torch.int64)
     return order, indices.new_empty(E), indices.new_empty(E), values.new_empty(E), indices.new_empty(k + 1)
 
 
 @_implement("sparse_stats_backward")
-def _(values, order, features, tokens, k, grad_values, differences, total, square, bands, segments, T, backend):
+def _(
+    values: Tensor,
+    order: Tensor,
+    features: Tensor,
+    tokens: Tensor,
+    k: int,
+    grad_values: Tensor | None,
+    differences: Tensor | None,
+    total: Tensor | None,
+    square: Tensor | None,
+    bands: Sequence[int],
+    segments: Tensor | None,
+    T: int,
+    backend: str,
+) -> Tensor:
     grads = grad_values, differences, total, square
-    arguments = *grads, unflatten_bands(bands), segments, T
-    return _module(backend).stats_backward(values, order, features, tokens, k, *arguments)
+    return _module(backend).stats_backward(
+        values, order, features, tokens, k, *grads, unflatten_bands(bands), segments, T
+    )
 
 
 @_fake("sparse_stats_backward")
-def _(values, order, features, tokens, k, grad_values, differences, total, square, bands, segments, T, backend):
+def _(
+    values: Tensor,
+    order: Tensor,
+    features: Tensor,
+    tokens: Tensor,
+    k: int,
+    grad_values: Tensor | None,
+    differences: Tensor | None,
+    total: Tensor | None,
+    square: Tensor | None,
+    bands: Sequence[int],
+    segments: Tensor | None,
+    T: int,
+    backend: str,
+) -> Tensor:
     return values.new_empty(values.shape, dtype=dtype_of_stats(values.dtype))
 
 
 @_implement("sparse_weight_gradients")
-def _(features, tokens, offsets, grad_pre, x, values, grad_xhat, W_dec, ends, fill, backend):
+def _(
+    features: Tensor,
+    tokens: Tensor,
+    offsets: Tensor,
+    grad_pre: Tensor | None,
+    x: Tensor | None,
+    values: Tensor | None,
+    grad_xhat: Tensor | None,
+    W_dec: Tensor | None,
+    ends: Sequence[int],
+    fill: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments = grad_pre, x, values, grad_xhat, W_dec, ends, fill
     return _module(backend).weight_gradients(features, tokens, offsets, *arguments)
 
 
 @_fake("sparse_weight_gradients")
-def _(features, tokens, offsets, grad_pre, x, values, grad_xhat, W_dec, ends, fill, backend):
+def _(
+    features: Tensor,
+    tokens: Tensor,
+    offsets: Tensor,
+    grad_pre: Tensor | None,
+    x: Tensor | None,
+    values: Tensor | None,
+    grad_xhat: Tensor | None,
+    W_dec: Tensor | None,
+    ends: Sequence[int],
+    fill: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     k = offsets.shape[0] - 1
 
-    def rows(coefficients, of_tokens):
-        if coefficients is None:
+    def rows(coefficients: Tensor | None, of_tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+        if coefficients is None or of_tokens is None:
             return tokens.new_empty(0, dtype=torch.float32), tokens.new_empty(0, dtype=torch.float32)
         dtype = compute_dtype(coefficients, of_tokens)
         return tokens.new_empty(k, of_tokens.shape[-1], dtype=dtype), tokens.new_empty(k, dtype=dtype)
@@ -167,20 +242,20 @@ def _(features, tokens, offsets, grad_pre, x, values, grad_xhat, W_dec, ends, fi
 
 
 @_implement("squared_errors")
-def _(x, xhat, backend):
+def _(x: Tensor, xhat: Tensor, backend: str) -> Tensor:
     return _module(backend).squared_errors(x, xhat)
 
 
 @_fake("squared_errors")
-def _(x, xhat, backend):
+def _(x: Tensor, xhat: Tensor, backend: str) -> Tensor:
     return xhat.new_empty(xhat.shape[0], dtype=compute_dtype(x, xhat))
 
 
 @_implement("squared_errors_backward")
-def _(x, xhat, grad, backend):
+def _(x: Tensor, xhat: Tensor, grad: Tensor, backend: str) -> Tensor:
     return _module(backend).squared_errors_backward(x, xhat, grad)
 
 
 @_fake("squared_errors_backward")
-def _(x, xhat, grad, backend):
+def _(x: Tensor, xhat: Tensor, grad: Tensor, backend: str) -> Tensor:
     return torch.empty_like(xhat)

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,20 @@ def test_demo_is_hysteresis_with_a_contrastive_and_a_window_term() -> None:
     assert (cfg.objective.contrastive_weight, cfg.objective.window_weight) == (2.0, 0.02)
 
 
+def test_demo_on_another_model_has_the_same_recipe() -> None:
+    cfg, demo = preset("demo-smollm2"), preset("demo")
+    assert (cfg.model, cfg.layer, cfg.text.prepend_bos) == ("smollm2-135m-instruct", 15, "yes")
+    same = {"preset": "demo", "model": demo.model, "layer": demo.layer, "sae": demo.sae, "text": demo.text}
+    assert replace(cfg, **same) == demo
+    assert replace(cfg.sae, d_sae=demo.sae.d_sae) == demo.sae
+
+
+def test_help_lists_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command(["--help"])
+    assert f"start from: {', '.join(PRESETS)}." in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
 def test_command_line_overrides_file_overrides_preset(tmp_path: Path) -> None:
     cfg, asked = command([])
     assert cfg == preset("demo")
@@ -105,7 +120,7 @@ def test_a_configuration_without_newer_fields_takes_their_defaults() -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["nonsense"], "no preset 'nonsense'; choose one of demo, tsae-gemma-2-2b, tcsae-pythia-70m"),
+        (["nonsense"], "no preset 'nonsense'; choose one of demo, demo-smollm2, tsae-gemma-2-2b, tcsae-pythia-70m"),
         (["--stepz", "3"], "--stepz"),
         (["--steps", "many"], "--steps"),
         (["--sae.activation", "tanh"], "tanh"),

@@ -61,6 +61,11 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         ({"text": Kind.TEXT, "title": Kind.TEXT}, "title", "title"),
         ({"text": Kind.TEXT, "id": Kind.WORD}, "id", "id"),
         ({"text": Kind.TEXT, "notes": Kind.EMPTY}, "notes", "notes"),
+        ({"id": Kind.TEXT, "messages": Kind.CHAT}, None, "messages"),
+        ({"id": Kind.TEXT, "messages": Kind.CHAT}, "messages", "messages"),
+        ({"prompt": Kind.TEXT, "conversations": Kind.CHAT}, None, "conversations"),
+        ({"body": Kind.TEXT, "turns": Kind.CHAT}, "turns", "turns"),
+        ({"body": Kind.TEXT, "turns": Kind.CHAT}, "body", "body"),
     ],
 )
 def test_choose_column(columns: dict[str, Kind], requested: str | None, chosen: str) -> None:
@@ -74,8 +79,8 @@ def test_choose_column(columns: dict[str, Kind], requested: str | None, chosen: 
         ({"a": Kind.TEXT}, "b", "no column 'b' in x: the columns are a"),
         ({"a": Kind.TEXT, "b": Kind.WORD}, None, "cannot tell which column of x .* one of a, b"),
         ({"url": Kind.WORD, "n": Kind.OTHER}, None, "cannot tell which column of x .* one of url, n"),
-        ({"id": Kind.TEXT, "messages": Kind.CHAT}, None, "'messages' of x holds chats"),
-        ({"id": Kind.TEXT, "messages": Kind.CHAT}, "messages", "'messages' of x holds chats"),
+        ({"id": Kind.TEXT, "turns": Kind.CHAT}, None, "'turns' of x holds chats: name it"),
+        ({"messages": Kind.CHAT, "conversations": Kind.CHAT}, None, "'messages' of x holds chats: name it"),
         ({"text": Kind.CHAT, "body": Kind.TEXT}, None, "'text' of x holds chats"),
         ({"text": Kind.NESTED, "n": Kind.OTHER}, None, "no column of x holds text, .* are text, n"),
         ({"a\nb": Kind.OTHER}, None, r"are 'a\\nb'"),
@@ -163,10 +168,10 @@ class TestRows:
 
     @pytest.mark.parametrize("row", [{"id": "chat-1", "messages": CHAT}, {"id": "chat 1", "messages": CHAT}])
     def test_chats_are_not_replaced_by_their_ids(self, path: Path, row: dict[str, Any]) -> None:
-        write(path, [row] * 20)
+        write(path, [row, row | {"messages": CHAT[:1]}])
+        expected = ["user: How long is it?", "user: How long is it?\n\nassistant: Long."]
         for column in (None, "messages"):
-            with pytest.raises(UserError, match=r"'messages' of .* holds chats"):
-                read(path, column=column)
+            assert read(path, column=column) == expected
 
     @pytest.mark.parametrize("value", ["https://example.org/a", "doc-00017", "bridge.png"])
     def test_single_words_are_not_taken_for_text(self, path: Path, value: str) -> None:

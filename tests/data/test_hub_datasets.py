@@ -20,6 +20,7 @@ PROSE = [f"the river ran under bridge {i}" for i in range(20)]
 OTHER_ROWS: dict[str, list[dict[str, Any]]] = {
     "null": [{"text": None, "url": "u v"}, *({"text": text, "url": "u v"} for text in PROSE)],
     "guess": [{"body": text, "n": 3} for text in PROSE],
+    "inside": [{"n": 3, "a": {"b": text, "c": {"d": text}}} for text in PROSE],
     "ids": [{"id": f"doc-{i}", "n": 3} for i in range(20)],
     "chat": [{"id": f"chat {i}", "messages": [{"role": "user", "content": text}]} for i, text in enumerate(PROSE)],
 }
@@ -135,8 +136,13 @@ class TestColumns:
 
     @pytest.mark.parametrize("column", [None, "messages"])
     def test_chats(self, asked: list[dict[str, Any]], typed: str, column: str | None) -> None:
-        with pytest.raises(UserError, match=r"'messages' of the dataset .* holds chats"):
-            read_all(f"chat/{typed}", column=column)
+        assert read_all(f"chat/{typed}", column=column) == sorted(f"user: {text}" for text in PROSE)
+
+    @pytest.mark.parametrize("column", ["a.b", "a.c.d"])
+    def test_a_column_in_an_object(self, asked: list[dict[str, Any]], typed: str, column: str) -> None:
+        assert read_all(f"inside/{typed}", column=column) == sorted(PROSE)
+        with pytest.raises(UserError, match=r"no column 'a.x' in .*: the columns are n, a"):
+            read_all(f"inside/{typed}", column="a.x")
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,24 @@ def test_another_column_of_any_type(tmp_path: Path, value: Any, kind: str, caplo
     assert is_refused or "reading the column 'body'" in caplog.text
 
 
+@pytest.mark.parametrize("column", [None, "messages"])
+@pytest.mark.parametrize("at", [0, 1, 11])
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_one_value_of_the_column_of_chats(
+    tmp_path: Path, value: Any, at: int, column: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A row is left out, read, or refused; the other chats are never replaced by another column."""
+    chats = [[{"role": "user", "content": text}] for text in PROSE]
+    rows: list[dict[str, Any]] = [{"id": f"chat {i}", "messages": chat} for i, chat in enumerate(chats)]
+    rows[at]["messages"] = value
+    write(tmp_path / "x.jsonl", rows)
+    others = sorted(f"user: {text}" for text in PROSE[:at] + PROSE[at + 1 :])
+    expected = (
+        others if value in (None, "", " ", []) else sorted([*others, "user: a b"]) if value == VALUES[10] else None
+    )
+    assert outcome(tmp_path / "x.jsonl", caplog, column=column) == expected
+
+
 @pytest.mark.parametrize("line", ["3", "null", '"the river"', "[]", "{", "not json", '{"text": "a"} {', "\x00", "NaN"])
 @pytest.mark.parametrize("at", [0, 6, 12])
 def test_a_line_that_is_no_row(tmp_path: Path, line: str, at: int, caplog: pytest.LogCaptureFixture) -> None:
@@ -119,6 +137,9 @@ NAMED: dict[str, Callable[[Path], object]] = {
     "chats": lambda folder: write(folder / "chat.jsonl", [{"messages": VALUES[10]}]),
     "numbers called text": lambda folder: write(folder / "numbers.jsonl", [{"text": 3, "body": "a b"}]),
     "another kind of file": lambda folder: plant(folder, "a.csv", b"text\na b\n"),
+    "a damaged .csv": lambda folder: plant(folder, "a.csv", b'text\n"a b'),
+    "a compressed .json": lambda folder: plant(folder, "a.json.gz", gzip.compress(b'{"text": "a b"}\n')),
+    "a saved dataset": lambda folder: [plant(folder, f"deep/saved/{name}", b"{}") for name in ("a.arrow", "b.arrow")],
     "a broken link": lambda folder: (folder / "gone").symlink_to("nowhere"),
     "a pipe": lambda folder: os.mkfifo(folder / "pipe"),
 }

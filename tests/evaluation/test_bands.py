@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tsae.evaluation.metrics import TemporalMetrics
-from tsae.evaluation.metrics.bands import BandAutocorrelation, partners
+from tsae.evaluation.metrics.bands import BandAutocorrelation, bands_at, partners
 
 BANDS = ((1, 3), (4, 15), (16, 127))
 
@@ -78,3 +78,12 @@ def test_no_pair_is_no_number() -> None:
     bands = BandAutocorrelation(BANDS)
     bands.update(torch.rand(3, 1, 2), torch.zeros(3, 1, dtype=torch.int32))
     assert bands.compute().isnan().all()
+
+
+def test_bands_follow_the_length() -> None:
+    assert bands_at(128) == BANDS
+    assert bands_at(1024) == (*BANDS, (128, 1023))
+    assert bands_at(129) == (*BANDS, (128, 128))
+    assert bands_at(20) == ((1, 3), (4, 15), (16, 19))
+    assert bands_at(16) == ((1, 3), (4, 15))
+    assert bands_at(2) == ((1, 1),)

@@ -10,15 +10,16 @@ from safetensors.torch import load_file
 from tiny import sample_text
 from torch import Tensor, nn
 
-from tsae import evaluate as module
 from tsae.config import SAEConfig
 from tsae.data.sequences import TokenBatch
 from tsae.data.split import Split
 from tsae.data.text import open_text
 from tsae.errors import UserError
 from tsae.evaluate import evaluate, main, write_eval
+from tsae.evaluation import command as module
 from tsae.evaluation import evaluator as measure
 from tsae.evaluation.catalogue import GROUPS
+from tsae.evaluation.metrics import CodeLength
 from tsae.lm.hooks import activations
 from tsae.lm.loading import load_language_model
 from tsae.reports.table import print_table
@@ -45,6 +46,7 @@ KEYS = {
     "ce_loss_score",
     "ce_loss_score_mean_ablation",
     "kl_div_score",
+    "length",
     "massive",
     "temporal",
 }
@@ -58,6 +60,14 @@ TEMPORAL_KEYS = {
     "persistence_excess_shuffled",
     "transitions",
     "smoothness",
+    "support_bits",
+    "support_bits_memoryless",
+    "amplitude_bits",
+    "total_bits",
+    "support_bits_shuffled",
+    "support_bits_memoryless_shuffled",
+    "amplitude_bits_shuffled",
+    "total_bits_shuffled",
 }
 
 
@@ -106,13 +116,14 @@ def test_exact_keys_and_finite_values(lm, batch):
     assert set(temporal) == TEMPORAL_KEYS
     assert set(result.metrics["massive"]) == MASSIVE_KEYS
     for name in ("relative_difference", "relative_difference_per_feature"):
-        assert list(temporal[name]) == ["1", "4", "16", "64"]
+        assert list(temporal[name]) == ["1", "4", "16"]  # below the 32 tokens of a sequence
     assert list(temporal["transitions"]) == ["on_on", "on_off", "off_on", "off_off"]
     assert sum(temporal["transitions"].values()) == pytest.approx(1)
     assert json.loads(json.dumps(result.metrics, allow_nan=False)) == result.metrics
     assert result.tokens == int((batch.segments >= 0).sum())
     assert result.density.shape == (64,)
-    assert set(result.autocorrelation_curve) == {1, 2, 4, 8, 16, 32, 64}
+    assert set(result.autocorrelation_curve) == {1, 2, 4, 8, 16}
+    assert result.metrics["length"] == 32
 
 
 def test_the_catalogue_lists_every_metric():
@@ -192,7 +203,8 @@ def test_batching_changes_nothing(lm, batch):
     ).metrics
     for metrics in (whole, split):
         metrics.pop("explained_variance_legacy")  # about each batch's own mean, by definition
-        metrics["temporal"].pop("persistence_excess_shuffled")  # random
+        for key in [key for key in metrics["temporal"] if key.endswith("_shuffled")]:
+            metrics["temporal"].pop(key)  # random
     for (key, a), (_, b) in zip(flatten(whole).items(), flatten(split).items(), strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6), key
 
@@ -204,6 +216,41 @@ def test_the_seed_decides_the_shuffled_control(lm, batch):
 
     assert control(0) == control(0)
     assert control(0) != control(1)
+
+
+def test_bits_are_counted_in_one_half_of_the_text_and_charged_in_the_other(lm, batch):
+    sae = Fake(torch.zeros(32), 0.7)
+    x = activations(lm, batch.tokens, LAYER)[:, 1:]
+    code, half = CodeLength(), (torch.arange(6) >= 3).int()[:, None].expand(6, 32)
+    sae.eval()
+    code.update(sae.encode(x), batch.segments, half)
+    for size in (6, 4, 1):
+        metrics = evaluate(sae, lm, [batch], layer=LAYER, harvest_batch=size).metrics
+        # The step of the quantization is the rms error, and 0.7 the norm of each decoder row.
+        expected = code.compute(math.sqrt(metrics["mse"]), torch.full((64,), 0.7))
+        found = {name: metrics["temporal"][name] for name in expected}
+        assert found == pytest.approx(expected, rel=1e-3)
+        assert metrics["temporal"]["total_bits_shuffled"] > 0
+
+
+def test_bits_of_an_autoencoder_without_error_are_finite(lm, batch):
+    temporal = evaluate(Fake(torch.zeros(32), 1.0), lm, [batch], layer=LAYER).metrics["temporal"]
+    assert 10 < temporal["amplitude_bits"] / 32 < 40  # 32 values a token, as exact as float32
+
+
+@pytest.mark.parametrize("input_scale", [1.0, 3.0])
+def test_decoder_norms_of_any_affine_decoder(input_scale):
+    sae = SparseAutoencoder(SAEConfig(d_in=32, d_sae=2000, activation="gelu", input_scale=input_scale))
+    sae.W_dec.data.mul_(torch.rand(2000, 1))
+    sae.b_dec.data.normal_()
+
+    class Other(nn.Module):
+        decode = staticmethod(sae.decode)
+        parameters = staticmethod(sae.parameters)
+
+    expected = input_scale * sae.W_dec.norm(dim=1)
+    for one in (sae, Other()):
+        torch.testing.assert_close(measure.decoder_norms(one, 2000), expected, check_dtype=False, atol=1e-5, rtol=1e-5)
 
 
 def test_progress_starts_at_zero_and_ends_at_its_totals(lm, batch):
@@ -279,11 +326,13 @@ def test_table_names_groups_and_units(lm, batch, capsys):
     table = capsys.readouterr().out
     for word in (
         "Reconstruction",
+        "Code length",
+        "total bits",
         "Sparsity",
         "Language model",
         "Temporal",
         "nats/token",
-        "lag 64",
+        "lag 16",
         "on to off",
     ):
         assert word in table
@@ -393,6 +442,77 @@ def measured(monkeypatch) -> list[str]:
 def write_rows(path, texts):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return str(path)
+
+
+def test_command_line_at_another_length(schmitt_run, tmp_path, monkeypatch, capsys):
+    """On the same tokens of the same documents, and without a change to the run's own evaluation."""
+    fed, real = [], module.evaluate_all
+
+    def spy(saes, lm, batches, **options):
+        fed.append(torch.cat([batch.tokens[:, 1:].flatten() for batch in batches]))
+        return real(saes, lm, batches, **options)
+
+    monkeypatch.setattr(module, "evaluate_all", spy)
+    assert main([str(schmitt_run)]) == 0
+    own = json.loads((schmitt_run / "eval.json").read_text())
+    assert own["length"] == 128
+    files = {path: path.read_bytes() for path in schmitt_run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    out = tmp_path / "metrics.json"
+    for length, lags in ((256, 8), (64, 6), (2, 1)):
+        assert main([str(schmitt_run), "--length", str(length), "--out", str(out)]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        written = schmitt_run / f"eval-length-{length}.json"
+        assert f"Wrote {written}; the run's own eval.json and report.png are as they were." in said
+        assert f"512 tokens, in sequences of {length}. Wrote" in said
+        metrics = json.loads(written.read_text())
+        assert metrics.pop("source") == {}
+        assert metrics == json.loads(out.read_text())
+        assert (metrics["length"], len(metrics["temporal"]["autocorrelation"])) == (length, lags)
+        assert torch.equal(fed[-1], fed[0])
+        written.unlink()
+    assert {path: path.read_bytes() for path in schmitt_run.rglob("*") if path.is_file()} == files
+
+    assert main([str(schmitt_run), "--length", "128"]) == 0  # the run's own
+    assert json.loads((schmitt_run / "eval.json").read_text()) == own
+    assert not list(schmitt_run.glob("eval-length-*"))
+
+
+def test_another_length_and_another_release_ratio(schmitt_run, capsys):
+    """The thresholds are fitted at the length of training, whatever is measured."""
+    releases = []
+    for options in ([], ["--length", "64"]):
+        assert main([str(schmitt_run), "--release-ratio", "1", *options]) == 0
+    for name in ("eval-release-1", "eval-release-1-length-64"):
+        releases.append(json.loads((schmitt_run / f"{name}.json").read_text())["release"])
+    assert releases[0] == releases[1]
+    remove_run(schmitt_run)
+    assert not list(schmitt_run.glob("eval-*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--length", "1"], "length is 1; it must be from 2 to 4096"),
+        (["--length", "0"], "--length is 0; it must be at least 1"),
+        (["--length", "4097"], "length is 4097; it must be from 2 to 4096"),
+        (["--length", "512"], "takes at most 512 tokens at once, but 513 are fed"),
+        (["--length", "64", "--format", "saebench"], "--format saebench with --length needs --out FILE"),
+    ],
+)
+def test_a_length_that_cannot_be_measured(run_dir, capsys, options, message):
+    assert main([str(run_dir), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(run_dir.glob("eval*"))
+
+
+def test_runs_of_different_lengths_need_one_to_be_named(run_dir, tmp_path, tiny_gemma3, capsys):
+    other = write_run(tmp_path / "other", tiny_gemma3)
+    set_config(other, length=64)
+    assert main([str(run_dir), str(other)]) == 2
+    assert "The runs differ in their length (run: 128, other: 64); name the one" in capsys.readouterr().err
+    assert main([str(run_dir), str(other), "--length", "32", "--out", str(tmp_path / "out.json")]) == 0
+    assert {each["length"] for each in json.loads((tmp_path / "out.json").read_text()).values()} == {32}
 
 
 def set_config(run_dir, **values):

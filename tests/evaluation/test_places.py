@@ -19,6 +19,7 @@ import tsae
 from tsae.data.documents import Document
 from tsae.data.sequences import SequenceStream
 from tsae.evaluate import main
+from tsae.evaluation import command
 from tsae.evaluation.evaluator import evaluate
 from tsae.evaluation.places import same_model
 from tsae.evaluation.subject import open_autoencoders
@@ -309,10 +310,8 @@ def test_what_the_model_was_loaded_with(tmp_path, caplog) -> None:
 def test_sequences_begin_with_bos_as_in_training(options, tmp_path, tiny_gemma3, caplog, monkeypatch) -> None:
     lm = load_language_model(str(tiny_gemma3), dtype="float32")
     bos, seen = lm.tokenizer.bos_token_id, []
-    real = tsae.evaluate.evaluate_all
-    monkeypatch.setattr(
-        tsae.evaluate, "evaluate_all", lambda s, m, b, **k: seen.append(b[0].tokens) or real(s, m, b, **k)
-    )
+    real = command.evaluate_all
+    monkeypatch.setattr(command, "evaluate_all", lambda s, m, b, **k: seen.append(b[0].tokens) or real(s, m, b, **k))
     hook = {"hook_name": "blocks.1.hook_resid_post"}
     for said in (True, False, None):
         sae = saelens(tmp_path / str(said), prepend_bos=said, **hook)
@@ -335,6 +334,26 @@ def test_a_tokenizer_without_the_bos_of_training(options, tmp_path, tiny_gemma3,
         assert main([str(sae), *options]) == 0
     why = f"the tokenizer of {tiny_gemma3} has none; the first token's activation is left out."
     assert caplog.messages == [f"sae was trained with BOS, but {why}"]
+
+
+def test_the_length_of_training_is_compared(options, tmp_path, caplog) -> None:
+    """A file's context_size counts BOS; ours are measured at 128 unless --length says otherwise."""
+    for said in (129, 128, 1024, 65):
+        saelens(tmp_path / str(said), hook_name="blocks.1.hook_resid_post", context_size=said)
+    for said in (129, 128):
+        with caplog.at_level(logging.WARNING):
+            assert main([str(tmp_path / str(said)), *options]) == 0
+        assert caplog.messages == []
+    with caplog.at_level(logging.WARNING):
+        assert main([str(tmp_path / "1024"), *options]) == 0
+    assert caplog.messages == [
+        "1024 was trained on sequences of 1024 tokens, and is measured on 1 + 128, the first left out; --length 1023 "
+        "measures it there."
+    ]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert main([str(tmp_path / "65"), *options, "--length", "64"]) == 0
+    assert caplog.messages == []
 
 
 SAID = {

@@ -50,11 +50,15 @@ def test_persistence_on_shuffled_tokens(monkeypatch):
     assert abs(plain["persistence_excess_shuffled"]) < 0.015
     assert schmitt["persistence_excess"] > plain["persistence_excess"] + 0.3
     assert 0.2 < schmitt["persistence_excess_shuffled"] < schmitt["persistence_excess"] - 0.3
+    for metrics in (plain, schmitt):
+        assert metrics["support_bits"] < 0.95 * metrics["support_bits_shuffled"]
+        assert metrics["support_bits"] < metrics["support_bits_memoryless"]
     # Without an order in the text both are equal.
     fast = Latents(0.0, monkeypatch)
     for ratio in (1.0, 0.3):
         metrics = fast.temporal(ratio)
         assert metrics["persistence_excess"] == pytest.approx(metrics["persistence_excess_shuffled"], abs=0.02)
+        assert metrics["support_bits"] == pytest.approx(metrics["support_bits_shuffled"], rel=0.02)
 
 
 def test_the_shuffled_control_equals_the_definition(monkeypatch):

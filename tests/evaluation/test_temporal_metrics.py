@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tsae.evaluation.metrics import Persistence, TemporalMetrics, shuffle_within_segments
 from tsae.evaluation.metrics.accumulator import pair_mask, row_chunks, segment_runs
-from tsae.evaluation.metrics.temporal import CURVE_LAGS, DIFFERENCE_LAGS
+from tsae.evaluation.metrics.temporal import CURVE_LAGS, DIFFERENCE_LAGS, lags_at
 
 
 def pairs_of(segments: Tensor, lag: int) -> list[tuple[int, int, int]]:
@@ -21,12 +21,12 @@ def pairs_of(segments: Tensor, lag: int) -> list[tuple[int, int, int]]:
     return out
 
 
-def slow_metrics(x: Tensor, h: Tensor, segments: Tensor) -> dict:
+def slow_metrics(x: Tensor, h: Tensor, segments: Tensor, lags=CURVE_LAGS, differences=DIFFERENCE_LAGS) -> dict:
     """Every metric of `TemporalMetrics`, one pair and one feature at a time."""
     x, h, k = x.double(), h.double(), h.shape[2]
     counted = [(b, t) for b in range(h.shape[0]) for t in range(h.shape[1]) if segments[b, t] >= 0]
     out = {"relative_difference": {}, "relative_difference_per_feature": {}, "autocorrelation": {}}
-    for lag in CURVE_LAGS:
+    for lag in lags:
         pairs = pairs_of(segments, lag)
         difference, energy, correlations = [0.0] * k, [0.0] * k, []
         for j in range(k):
@@ -39,7 +39,7 @@ def slow_metrics(x: Tensor, h: Tensor, segments: Tensor) -> dict:
                 product += float((h[b, t, j] - mean) * (h[b, u, j] - mean))
             if variance > 0 and pairs:
                 correlations.append(product / (len(pairs) * float(variance)))
-        if lag in DIFFERENCE_LAGS:
+        if lag in differences:
             alive = [d / e for d, e in zip(difference, energy, strict=True) if e > 0]
             out["relative_difference"][str(lag)] = sum(difference) / sum(energy) if sum(energy) else 0.0
             out["relative_difference_per_feature"][str(lag)] = sum(alive) / len(alive) if alive else 0.0
@@ -130,6 +130,39 @@ def one_document(h: Tensor) -> Tensor:
 def test_equals_the_definition(seed, dtype, tolerance):
     x, h, segments = sample(seed=seed, dtype=dtype)
     assert_same(fast_metrics(x, h, segments), slow_metrics(x, h, segments), tolerance)
+
+
+def test_lags_follow_the_length():
+    assert lags_at(128) == lags_at(85) == lags_at(65) == CURVE_LAGS  # 64 is fixed, though above 3/4 of 65
+    assert lags_at(170) == CURVE_LAGS
+    assert lags_at(171) == (*CURVE_LAGS, 128)
+    assert lags_at(1024) == (*CURVE_LAGS, 128, 256, 512)
+    assert lags_at(4096)[-1] == 2048
+    assert lags_at(64) == CURVE_LAGS[:-1]
+    assert lags_at(2) == (1,)
+
+
+def test_lags_of_longer_sequences_equal_the_definition():
+    x, h, _ = sample(T=350, k=3)
+    h[:, 1:] += h[:, :-1]
+    segments = one_document(h)
+    segments[1, 200:] = 1
+    metrics = TemporalMetrics(350)
+    metrics.update(x, h, segments)
+    lags = (*CURVE_LAGS, 128, 256)
+    assert_same(metrics.compute(), slow_metrics(x, h, segments, lags, (*DIFFERENCE_LAGS, 256)), 1e-5)
+
+
+def test_lags_beyond_every_segment_are_left_out_unless_they_are_fixed():
+    x, h, _ = sample(T=350, k=3)
+    segments = (torch.arange(350) // 60).int().repeat(3, 1)
+    metrics = TemporalMetrics(350)
+    for _ in range(2):  # also before anything is counted
+        found = metrics.compute()
+        assert list(found["autocorrelation"]) == [str(lag) for lag in CURVE_LAGS]
+        assert list(found["relative_difference"]) == [str(lag) for lag in DIFFERENCE_LAGS]
+        assert found["autocorrelation"]["64"] == 0
+        metrics.update(x, h, segments)
 
 
 def test_long_lags_equal_the_definition():

@@ -1,4 +1,4 @@
-"""Parse README.md and docs/: fenced blocks, and the commands of a shell block."""
+"""Parse README.md, CONTRIBUTING.md and docs/: fenced blocks, and the commands of a shell block."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 LANGUAGES = (
     "python",

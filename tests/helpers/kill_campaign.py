@@ -35,7 +35,7 @@ from packed_gemma import original_model, stand_in, write_packed
 from tiny import save_model
 from tiny_runs import lines, options, write_text
 
-from tsae.lm import gemma_package
+from tsae.lm.gemma_package import GEMMA
 from tsae.train import main
 
 LONGEST = 240  # seconds of an attempt before it counts as hung
@@ -68,7 +68,7 @@ def parts(models: Path) -> list[Part]:
         Part("training", lambda d: command(d, short), "run/checkpoint/step-*", 3),
         Part("checkpoints", lambda d: command(d, wide), "run/checkpoint/.tmp-step-*", 3),
         Part("caching", lambda d: [*command(d, cached), "--cache", str(d / "cache")], "cache/.shard-*.tmp", 2),
-        Part("conversion", lambda d: command(d, "--steps 2", gemma_package.NAME), "models/*.partial", 2),
+        Part("conversion", lambda d: command(d, "--steps 2", GEMMA.name), "models/*.partial", 2),
     ]
 
 

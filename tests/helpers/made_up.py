@@ -28,7 +28,12 @@ def evaluation() -> dict[str, Any]:
         "l0": 32.0,
         "frac_alive": 0.97,
         "ce_loss_score_mean_ablation": 0.95,
-        "temporal": {"persistence_excess": 0.31, "persistence_excess_shuffled": 0.09},
+        "temporal": {
+            "total_bits": 313.9,
+            "support_bits": 187.6,
+            "persistence_excess": 0.31,
+            "persistence_excess_shuffled": 0.09,
+        },
     }
 
 
@@ -60,7 +65,7 @@ def write_run(folder: Path, steps: int = 200) -> Path:
 def made_up_activity(d_sae: int, sequences: int, T: int = 128, on: float = 0.005, seed: int = 0) -> Activity:
     """Features that switch on at random for a few tokens; each even one is followed by an odd one."""
     generator = torch.Generator().manual_seed(seed)
-    activity = Activity(d_sae)
+    activity = Activity(d_sae, T)
     for start in range(0, sequences, 16):
         n = min(16, sequences - start)
         h = torch.zeros(n, T, d_sae)
@@ -88,14 +93,15 @@ def made_up_page(
     hostile: bool = False,
     on: float = 0.005,
     activation: str = "schmitt",
+    T: int = 128,
 ) -> dict[str, Any]:
-    """The content of a page about a run in `folder`."""
+    """The content of a page about a run in `folder`, on sequences of `T` tokens."""
     run = write_run(folder)
     cfg = TrainConfig(data="river.txt", sae=SAEConfig(d_in=8, d_sae=d_sae, k=min(32, d_sae), activation=activation))
     sae = SparseAutoencoder(cfg.sae).eval()
     sae.threshold.fill_(4.0)
     sae.release.fill_(1.2)
-    activity = made_up_activity(d_sae, sequences, on=on)
+    activity = made_up_activity(d_sae, sequences, T, on=on)
     texts = [" the", " river", " ran", " under", " a", " stone", " bridge", ".", "\n", " and", " children"]
     texts += HOSTILE if hostile else []
     ids = np.random.default_rng(0).integers(len(texts), size=activity.segments.numel())

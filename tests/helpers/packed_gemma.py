@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tsae.lm import gemma_package
+from tsae.lm.gemma_package import GEMMA
 
 PIECES = ["b", "d", "a", "e", "▁", ".", "ba", "de", "▁ba", "bade", "▁bade"]
 TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<h1>", "  ", *(f"<0x{i:02X}>" for i in range(256)), *PIECES]
@@ -63,7 +63,7 @@ def write_packed(original: Any, path: Path) -> Path:
     writer.add_eos_token_id(1)
     writer.add_pad_token_id(0)
     writer.add_unk_token_id(3)
-    names = {module: name for name, module in gemma_package._MODULES.items()}
+    names = {module: name for name, module in GEMMA.modules.items()}
     for full, parameter in original.named_parameters():
         path_in_model = full.removeprefix("model.").removesuffix(".weight")
         block = ""

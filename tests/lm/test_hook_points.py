@@ -376,7 +376,7 @@ def test_replacing_during_generation(model: Any) -> None:
     for family in ("llama", "opt"):
         lm, shapes = model(family), []
 
-        def note(x: Tensor, shapes: list[Any] = shapes) -> Tensor:
+        def note(x: Tensor, start: int, shapes: list[Any] = shapes) -> Tensor:
             shapes.append(tuple(x.shape[:2]))
             return 0 * x
 
@@ -394,6 +394,6 @@ def test_replacing_during_generation(model: Any) -> None:
 def test_gradients_pass_through_a_replacement(model: Any) -> None:
     lm = model("llama")
     shift = torch.zeros(32, requires_grad=True)
-    with replacing(lm, site("resid_mid"), lambda x: x + shift):
+    with replacing(lm, site("resid_mid"), lambda x, start: x + shift):
         lm.model(tokens()).logits.square().sum().backward()
     assert shift.grad.abs().sum() > 0

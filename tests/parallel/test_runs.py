@@ -17,6 +17,7 @@ from tsae.train import main
 Runs = dict[str, Path]
 # Tokens with large activations left out, and features that die.
 LEFT_OUT = ["--buffer.max-norm-ratio", "1.1", "--objective.dead-after-tokens", "600", "--sae.k", "1"]
+LONG = ["--length", "300", "--batch", "3"]
 
 
 def arguments(model: Path, text: Path, out: Path, *more: str) -> list[str]:
@@ -31,10 +32,11 @@ def runs(tiny_gemma2: Path, text_file: Path, tmp_path_factory: pytest.TempPathFa
     """Run directories by name: one process, which fills a cache; two in both modes; bad input, which leaves none."""
     folder = tmp_path_factory.mktemp("runs")
     found = {name: folder / name for name in ("one", "shares", "parts", "none", "sweep", "sweep-of-one")}
-    found |= {name: folder / name for name in ("left-out", "left-out-of-one")}
+    found |= {name: folder / name for name in ("left-out", "left-out-of-one", "long", "long-of-one")}
     cache = ("--cache", str(folder / "cache"))
     assert main(arguments(tiny_gemma2, text_file, found["one"], *cache)) == 0
     assert main(arguments(tiny_gemma2, text_file, found["left-out-of-one"], *LEFT_OUT)) == 0
+    assert main(arguments(tiny_gemma2, text_file, found["long-of-one"], *LONG)) == 0
     sweep = write_sweep(folder / "sweep.json", tiny_gemma2, text_file)
     assert main(["--sweep", str(sweep), "--out", str(found["sweep-of-one"])]) == 0
     jobs = [
@@ -42,6 +44,7 @@ def runs(tiny_gemma2: Path, text_file: Path, tmp_path_factory: pytest.TempPathFa
         (0, arguments(tiny_gemma2, text_file, found["parts"], "--parallel.features", "2", *cache)),
         (0, ["--sweep", str(sweep), "--out", str(found["sweep"])]),
         (0, arguments(tiny_gemma2, text_file, found["left-out"], *LEFT_OUT)),
+        (0, arguments(tiny_gemma2, text_file, found["long"], *LONG)),
         (2, arguments(tiny_gemma2, text_file, found["none"], "--layer", "99")),
         (2, arguments(tiny_gemma2, text_file, found["none"], "--cache", str(folder / "other"))),
         (2, arguments(tiny_gemma2, text_file, found["none"], "--sae.d-sae", "49", "--parallel.features", "2")),
@@ -87,6 +90,12 @@ def test_two_processes_leave_out_the_tokens_and_count_the_dead_features_of_one(r
     assert one[-1]["dead"] > 0
     without = lines(runs["one"] / "metrics.jsonl")
     assert one[-1]["tokens"] < without[-1]["tokens"]  # left out on either process
+
+
+def test_two_processes_make_the_run_of_one_at_another_length(runs: Runs) -> None:
+    check_same(runs["long-of-one"], runs["long"])
+    tokens = [line["tokens"] for line in lines(runs["long"] / "metrics.jsonl")]
+    assert tokens == [step * 3 * 300 for step in range(1, 13)]
 
 
 def test_two_processes_make_the_sweep_of_one(runs: Runs) -> None:

@@ -172,12 +172,19 @@ def test_bad_input_is_one_sentence_and_writes_nothing(runs, capsys, spoil, optio
 def test_runs_of_different_layers_or_texts(runs, capsys):
     path = runs[1] / "config.json"
     config = json.loads(path.read_text())
-    for key, value in (("layer", 2), ("data", "python-docs")):
+    for key, value in (("layer", 2), ("data", "python-docs"), ("length", 64)):
         path.write_text(json.dumps(config | {key: value}))
         assert main([str(run) for run in runs]) == 2
         assert f"plain and other differ in {key}" in capsys.readouterr().err
     assert main([]) == 2
     assert not (runs[0] / "probes.json").exists()
+
+
+def test_runs_of_different_lengths_at_one(runs):
+    path = runs[1] / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"length": 64}))
+    assert main([*map(str, runs), "--length", "32"]) == 0
+    assert {json.loads((run / "probes.json").read_text())["text"]["length"] for run in runs} == {32}
 
 
 def test_weights_that_are_not_finite_leave_no_file(runs, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from safetensors.numpy import save_file
 from tsae.errors import UserError
 from tsae.reports.figure import draw, write_report
 from tsae.reports.records import Records, read_history
+from tsae.reports.table import print_comparison, print_table
 
 EVALUATION = {
     "explained_variance": 0.915,
@@ -27,6 +29,8 @@ EVALUATION = {
         "persistence_excess_shuffled": 0.095,
         "transitions": {"on_on": 0.006, "on_off": 0.0066, "off_on": 0.0066, "off_off": 0.9808},
         "smoothness": 0.12,
+        "support_bits": 187.6,
+        "total_bits": 313.9,
     },
 }
 CONFIG = {
@@ -142,6 +146,35 @@ def test_panels_have_titles_labels_and_the_data(run_dir):
     lags = panels["Memory of the features over lags"]
     assert list(lags.lines[0].get_xdata()) == [1, 2, 4, 8, 16, 32, 64]
     assert list(lags.lines[0].get_ydata()) == list(EVALUATION["temporal"]["autocorrelation"].values())
+
+
+def test_bits_stand_beside_the_explained_variance(run_dir):
+    def texts(evaluation):
+        figure = draw(Records("run", {}, evaluation, config=CONFIG, density=None))
+        return [text.get_text() for text in figure.subfigs[0].texts]
+
+    found = texts(EVALUATION)
+    assert found[found.index("total bits") - 1] == "313.9"
+    assert found[found.index("total bits") + 1] == "187.6 of support; per token"
+    assert found.index("explained variance") < found.index("total bits") < found.index("active features (L0)")
+    old = texts({**EVALUATION, "temporal": {"persistence_excess": 0.3}})  # written before bits were measured
+    assert old[old.index("total bits") - 1] == "–"
+
+
+def test_the_comparison_begins_with_explained_variance_and_bits(capsys):
+    old = {**EVALUATION, "temporal": {"persistence_excess": 0.313}}
+    print_comparison({"new": {"metrics": EVALUATION, "error": None}, "old": {"metrics": old, "error": None}})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert next(line for line in lines if line[0] == "run")[1:5] == ["EV", "bits", "bits", "L0"]
+    assert next(line for line in lines if line[0] == "new")[1:5] == ["0.915", "313.9", "187.6", "32.4"]
+    assert next(line for line in lines if line[0] == "old")[1:5] == ["0.915", "–", "–", "32.4"]
+
+
+def test_the_table_leaves_out_what_was_not_measured(capsys):
+    print_table({"explained_variance": 0.9, "temporal": {"persistence": 0.4}})
+    assert "bits" not in capsys.readouterr().out
+    print_table(EVALUATION)
+    assert re.search(r"total bits +│ +313\.90 │ per token", capsys.readouterr().out)
 
 
 def test_a_running_mean_follows_long_series(run_dir):

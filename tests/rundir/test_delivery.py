@@ -281,7 +281,7 @@ def test_figures_are_printed_if_the_disk_is_full_at_the_end(
     if name == "compare":  # of which only the table asks that
         import tsae.evaluate as module
 
-        monkeypatch.setattr(module, "_write_out", fill(module._write_out))
+        monkeypatch.setattr(module, "write_out", fill(module.write_out))
     try:
         status = call(name, place)
     finally:

@@ -5,7 +5,8 @@ import ctypes
 import pytest
 from budgets import budget
 from roofline import DEVICES, times
-from sass import Count, Launch, Program, Thread, UnknownInstructionError, programs
+from sass import Count, Launch, Program, UnknownInstructionError, programs
+from thread import Thread
 
 
 def assembly(*lines):

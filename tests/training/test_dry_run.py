@@ -13,6 +13,7 @@ from tiny_runs import run_options
 
 from tsae.config import SAEConfig, TrainConfig
 from tsae.data.harvest import ActivationBatch
+from tsae.presets import at_length
 from tsae.sae.kinds import KINDS
 from tsae.sae.normalization import InputNormalizer
 from tsae.train import command, main
@@ -29,12 +30,17 @@ def without_header(file: Path) -> int:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("activation", KINDS)
-def test_memory_of_an_autoencoder_and_of_a_step(activation: str, autocast: bool) -> None:
+@pytest.mark.parametrize(
+    ("activation", "length"),
+    [*((kind, 128) for kind in KINDS), ("relu", 1024), ("schmitt", 512), ("topk", 16), ("relu", 4)],
+)
+def test_memory_of_an_autoencoder_and_of_a_step(activation: str, length: int, autocast: bool) -> None:
+    """As many tokens need as much memory at any length."""
     sae = SAEConfig(d_in=64, d_sae=1024, k=16, activation=activation)  # type: ignore[arg-type]
-    cfg = TrainConfig(batch=8, sae=sae)
+    cfg = at_length(TrainConfig(batch=8, sae=sae), length)
     trainer = Trainer(cfg, InputNormalizer.identity(64), torch.device("cpu"), autocast=autocast)
-    batch = ActivationBatch(torch.randn(8, 128, 64), torch.zeros(8, 128, dtype=torch.int32))
+    shape = cfg.batch, length
+    batch = ActivationBatch(torch.randn(*shape, 64), torch.zeros(shape, dtype=torch.int32))
     trainer.train_step(batch)
     state = [*trainer.sae.state_dict().values(), *(p.grad for p in trainer.sae.parameters())]
     state += [v for values in trainer.optimizer.state.values() for v in values.values() if v.dim()]

@@ -30,6 +30,33 @@ def test_several_processes_have_one_device_each(monkeypatch: pytest.MonkeyPatch)
         resolve_lm_device(TrainConfig(lm_device="cpu"))
 
 
+def test_a_divided_model_has_no_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"lm_device_map is 'auto'.* and lm_device is 'cpu'; leave one of them out"):
+        resolve_lm_device(TrainConfig(lm_device="cpu", lm_device_map="auto"))
+    assert resolve_lm_device(TrainConfig(device="cpu", lm_device_map="auto")) == torch.device("cpu")
+    monkeypatch.setattr(assemble, "world_size", lambda: 2)
+    with pytest.raises(UserError, match="and there are 2 processes; leave one of them out"):
+        resolve_lm_device(TrainConfig(lm_device_map="balanced"))
+
+
+def test_the_options_of_the_model_reach_it(
+    argv_of: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tsae.train import main
+
+    asked: dict[str, Any] = {}
+
+    def load(name: str, **options: Any) -> Any:
+        asked.update(options)
+        raise UserError("no model today")
+
+    monkeypatch.setattr(assemble, "load_language_model", load)
+    more = "--lm-device-map sequential --lm-quantization 4bit --trust-remote-code --revision abc".split()  # noqa: SIM905
+    assert main(argv_of(tmp_path / "run", "--device", "cpu", *more)) == 2
+    wanted = {"device_map": "sequential", "quantization": "4bit", "trust_remote_code": True, "revision": "abc"}
+    assert asked == asked | wanted
+
+
 def test_the_model_is_loaded_there(
     argv_of: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

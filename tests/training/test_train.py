@@ -85,6 +85,7 @@ def test_both_evaluations_read_only_text_that_training_does_not(
 ) -> None:
     """Every decoded segment that reaches the metrics is in the evaluation part, none in the training part."""
     import tsae.evaluate
+    import tsae.evaluation.command
     import tsae.evaluation.evaluator
     import tsae.training.run
     from tsae.data.text import TextConfig, open_text
@@ -101,7 +102,7 @@ def test_both_evaluations_read_only_text_that_training_does_not(
         return real(saes, lm, batches, **options)
 
     monkeypatch.setattr(tsae.training.run, "evaluate_all", spy)
-    monkeypatch.setattr(tsae.evaluate, "evaluate_all", spy)
+    monkeypatch.setattr(tsae.evaluation.command, "evaluate_all", spy)
     out = tmp_path / "run"
     assert main(options(tiny_neox, text_file, out, "--steps", "2")) == 0
     assert tsae.evaluate.main([str(out)]) == 0

@@ -20,7 +20,7 @@ from tsae.errors import UserError
 from tsae.evaluate import main as evaluate
 from tsae.export import main as export
 from tsae.hub.__main__ import main as publish
-from tsae.lm import gemma_package
+from tsae.lm.packaged_models import cache_folder
 from tsae.reports.figure import write_report
 from tsae.train import command, main
 from tsae.training.sweep_file import read_sweep
@@ -196,18 +196,18 @@ def test_a_sweeps_file_in_nobodys_home(home: Path, tiny_gemma3: Path, text_file:
 
 def test_the_folder_of_models(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TSAE_CACHE", raising=False)
-    assert gemma_package.cache_folder() == home / ".cache" / "tsae"
+    assert cache_folder("a model", "1 GB") == home / ".cache" / "tsae"
     monkeypatch.setenv("TSAE_CACHE", "~/models")
-    assert gemma_package.cache_folder() == home / "models"
+    assert cache_folder("a model", "1 GB") == home / "models"
     monkeypatch.setenv("TSAE_CACHE", "~no-such-user/models")
     with pytest.raises(UserError, match=r"^TSAE_CACHE: ~no-such-user/models cannot be found"):
-        gemma_package.cache_folder()
+        cache_folder("a model", "1 GB")
 
 
 def test_the_folder_of_models_without_a_home(no_home: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TSAE_CACHE", raising=False)
     with pytest.raises(UserError, match=r"set HOME, or set TSAE_CACHE to a folder with 1 GB of space\.$"):
-        gemma_package.cache_folder()
+        cache_folder("a model", "1 GB")
 
 
 def test_the_hubs_files_go_to_no_folder_of_that_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,8 +54,11 @@ def test_opens_without_an_error_in_the_scheme_that_is_preferred(browser: Any, pa
     shade = "return getComputedStyle(document.body).backgroundColor.match(/\\d+/g).reduce((a, b) => +a + +b, 0) / 3"
     assert (browser.execute_script(shade) < 60) == (scheme == "dark")
     assert len(browser.find_elements("css selector", "#charts svg")) == 9
-    assert len(browser.find_elements("css selector", "#numbers > div")) == 6
+    assert len(browser.find_elements("css selector", "#numbers > div")) == 7
     assert text(browser, "#numbers .value") == "0.910"
+    assert text(browser, "#numbers > div:nth-child(2)") == (
+        "total bits313.9per token, to say which features are on and how strongly; 187.6 for which"
+    )
 
     toggle = browser.find_element("id", "theme")
     assert toggle.get_attribute("aria-pressed") == str(scheme == "dark").lower()
@@ -229,6 +232,22 @@ def test_features_without_hysteresis_have_no_release(browser: Any, tmp_path: Pat
     assert not browser.find_elements("css selector", ".token.held, .held-dot")
     assert "held on" not in text(browser, "#detail")
     assert errors(browser) == []
+
+
+@pytest.mark.parametrize(("length", "last"), [(2, None), (4, 2), (20, 16), (1024, 256)])
+def test_sequences_of_other_lengths(browser: Any, tmp_path: Path, length: int, last: int | None) -> None:
+    """Curves have the lags of the length, and a long passage is first shown in part; documents have half the length."""
+    out = tmp_path / "view.html"
+    write_page(made_up_page(tmp_path / "run", d_sae=12, sequences=max(2, 2048 // length), on=0.05, T=length), out)
+    open_page(browser, out)
+    browser.get("about:blank")
+    browser.get(out.as_uri() + "#feature-3")
+    assert errors(browser) == []
+    labels = "return [...document.querySelectorAll('[aria-label]')].map((each) => each.ariaLabel)"
+    curves = [label for label in browser.execute_script(labels) if label and label.startswith("Autocorrelation of")]
+    assert [label.rsplit(" ", 1)[1] for label in curves] == ([] if last is None else [str(last)])
+    buttons = [each.text for each in browser.find_elements("css selector", ".under button")]
+    assert ("Show all 510 tokens" in buttons or "Show all 512 tokens" in buttons) == (length == 1024)
 
 
 @pytest.mark.parametrize("width", [320, 390, 800])

@@ -49,11 +49,29 @@ def test_how_much_text_and_where_to(run: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_at_another_length(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    lags = {2: [1], 32: [1, 2, 4, 8, 16], 300: [1, 2, 4, 8, 16, 32, 64, 128]}
+    for length, expected in lags.items():
+        assert main([str(run), "--length", str(length), "--tokens", "900", "--out", str(out)]) == 0
+        shown = content(out)
+        assert len(shown["rows"]) == -(-900 // length)
+        assert [lag for lag in shown["lags"] if lag <= 64] == [lag for lag in expected if lag <= 64]
+        assert set(shown["lags"]) <= set(expected)  # a longer one only if a document is as long
+        assert len(shown["features"]["autocorrelation"]) == len(shown["lags"])
+        assert len(shown["features"]["band_autocorrelation"]) == len(shown["bands"])
+        facts = dict(shown["run"]["facts"])
+        assert facts["text on this page"].endswith(f"in sequences of {length}")
+        assert "6,144 tokens in 12 steps" in facts["trained on"]  # the run's own: 12 steps of 4 x 128
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["{tmp}/none"], "no run directory"),
         (["{run}", "--tokens", "0"], "--tokens is 0"),
+        (["{run}", "--length", "1"], "length is 1; it must be from 2 to 4096"),
+        (["{run}", "--length", "600"], "takes at most 512 tokens"),
         (["{run}", "--out", "{tmp}/none/page.html"], "no directory"),
         (["{tmp}/sweep"], "a sweep's directory"),
         (["{tmp}/untrained"], "no trained autoencoder"),

@@ -71,14 +71,15 @@ class Inputs:
         self.segments = packed_segments(B, T, device) if case.packed else None
 
     def forward(self, backend: str) -> tuple[Tensor, ...]:
-        return OPS.activate_with_stats(
-            self.pre, self.bias, self.activation, *self.levels, BANDS, self.segments, backend
-        )
+        arguments = self.activation, *self.levels, BANDS, self.segments, backend
+        found: tuple[Tensor, ...] = OPS.activate_with_stats(self.pre, self.bias, *arguments)
+        return found
 
     def backward(self, saved: Tensor, backend: str) -> tuple[Tensor, Tensor]:
         coefficients = self.coefficients.expand(saved.shape[0], -1, -1)
         rest = (coefficients, None, None, self.activation, BANDS, self.segments, backend)
-        return OPS.activate_with_stats_backward(saved, self.bias, self.grad_h, *rest)
+        grad, grad_bias = OPS.activate_with_stats_backward(saved, self.bias, self.grad_h, *rest)
+        return grad, grad_bias
 
     def in_float64(self, rows: Tensor) -> Inputs:
         """A copy with these sequences only.
@@ -103,7 +104,7 @@ def shape_of(text: str) -> tuple[int, int, int]:
 
 def error(found: Tensor, expected: Tensor) -> float:
     """|found - expected| / |expected|; NaN if anything is not a number."""
-    return ((found.double() - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+    return float((found.double() - expected).norm() / expected.norm().clamp_min(1e-300))
 
 
 def milliseconds(call: Callable[[], object], device: torch.device, rounds: int) -> float:
@@ -140,7 +141,7 @@ def measure(case: Case, backend: str, inputs: Inputs, copy: float, rounds: int) 
 def accurate(row: dict[str, Any]) -> bool:
     """Whether both errors are below the limit of the row's dtype; NaN is not."""
     limit = LARGEST_ERROR[getattr(torch, row["dtype"])]
-    return row["error"] <= limit and row["grad_error"] <= limit
+    return bool(row["error"] <= limit and row["grad_error"] <= limit)
 
 
 def show(row: dict[str, Any], lines: Path | None) -> None:

@@ -51,8 +51,8 @@ def require(condition: bool, message: str) -> None:
 def without_program(step: Step) -> tuple[str, ...]:
     """The Python command that a program of CUDA is to run, its own options checked; () if there is none."""
     program, *rest = step.command
-    known = OPTIONS.get(program)
-    require(known is not None, f"{step.name}: {program} is not a program that the rehearsal knows")
+    require(program in OPTIONS, f"{step.name}: {program} is not a program that the rehearsal knows")
+    known = OPTIONS[program]
     while rest and rest[0].startswith("-"):
         option = rest.pop(0)
         require(option in known, f"{step.name}: {program} has no option {option} that the rehearsal knows")

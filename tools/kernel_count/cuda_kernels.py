@@ -14,7 +14,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from sass import Launch, Program, Thread, programs
+from sass import Launch, Program, programs
+from thread import Thread
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -28,7 +29,7 @@ _CALLBACK = ctypes.CFUNCTYPE(
 )
 
 
-def _output(command: list) -> str:
+def _output(command: list[str | Path]) -> str:
     result = subprocess.run([str(each) for each in command], capture_output=True, text=True)
     if result.returncode != 0:
         sys.exit(f"error: {' '.join(map(str, command))}\n{result.stdout}{result.stderr}")
@@ -61,8 +62,8 @@ class CudaKernels:
         for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
             cubin = folder / f"{source.stem}.cubin"
             command = [nvcc, "-std=c++20", "-O3", f"-gencode=arch=compute_{ARCHITECTURE},code=sm_{ARCHITECTURE}"]
-            command += [f"-I{ROOT / 'csrc'}", "-cubin", source, "-o", cubin]
-            jobs.append((cubin, subprocess.Popen(list(map(str, command)))))
+            command += [f"-I{ROOT / 'csrc'}", "-cubin", str(source), "-o", str(cubin)]
+            jobs.append((cubin, subprocess.Popen(command)))
         library = self._emulation(folder)
         for cubin, job in jobs:
             if job.wait() != 0:

@@ -12,15 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sass import Launch, Thread, programs
+from sass import Launch, programs
+from thread import Thread
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels are not compiled
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import triton
-from compile_triton import Recorder, source_of
 from triton.backends.compiler import GPUTarget
+
+from tools.compile_triton import Recorder, source_of
 
 PARAMETERS = 0x210
 
@@ -47,7 +49,7 @@ class TritonKernels:
             recorder.launches.clear()
         return out
 
-    def _count(self, name: str, kernel: Any, args: tuple, kwargs: dict, positions: int) -> Launch:
+    def _count(self, name: str, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], positions: int) -> Launch:
         source, options = source_of(kernel, args, kwargs)
         made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
@@ -78,7 +80,7 @@ def _packed(values: dict[str, Any], signature: dict[str, str]) -> bytes:
     return bytes(out + bytes(-len(out) % 8) + bytes(16))
 
 
-def _output(command: list) -> str:
+def _output(command: list[Any]) -> str:
     result = subprocess.run([str(each) for each in command], capture_output=True, text=True)
     if result.returncode != 0:
         sys.exit(f"error: {' '.join(map(str, command))}\n{result.stdout}{result.stderr}")

@@ -23,7 +23,7 @@ class ActivationBuffer:
     Args:
         harvest: ``harvest(n)`` yields the next n sequences in parts; each part is copied into the buffer before the
             next is requested, so that at most one is held besides it.
-        capacity: sequences held: ``capacity * 128 * d * 4`` bytes for float32 activations of width d.
+        capacity: sequences held: ``capacity * T * d * 4`` bytes for float32 activations [T, d].
         reuse: times each sequence is drawn.
         demand: sequences that will be drawn in all.
         generator: random numbers of the order (CPU).

@@ -11,10 +11,13 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from tsae.config import TrainConfig
-from tsae.data.folders import find_files
-from tsae.data.text import PYTHON_DOCS
+from tsae.config import TextConfig, TrainConfig
+from tsae.data.mixtures import parse_mixture
+from tsae.data.text import PYTHON_DOCS, holds_chats, is_local
+from tsae.data.text_files import source_files
 from tsae.lm.loading import LanguageModel
+from tsae.lm.placement import parameters_of
+from tsae.lm.tokenizer import prefix_token
 from tsae.lm.trial_run import width
 from tsae.utils.paths import expanded
 
@@ -38,12 +41,17 @@ def cache_key(cfg: TrainConfig, lm: LanguageModel, storage: torch.dtype, group: 
         **({} if cfg.target is None else {"target": cfg.target}),
         "d_model": width(lm, cfg.place, cfg.target_place),
         "lm_dtype": str(lm.dtype).removeprefix("torch."),
+        **({} if cfg.lm_quantization == "none" else {"lm_quantization": cfg.lm_quantization}),
         "tokenizer": _fingerprint_tokenizer(lm.tokenizer),
+        # Without this entry: the tokenizer's own prefix, if it has one.
+        **({} if lm.prepend_bos or prefix_token(lm.tokenizer) is None else {"prepend_bos": False}),
         "special_tokens_in_text": "plain text",  # without this entry: special tokens in text were read as such
         "data": cfg.data,
-        "data_files": _fingerprint_text(cfg.data),
+        "data_files": _fingerprint_text(cfg.data, cfg.text),
         **{f"text.{name}": getattr(cfg.text, name) for name in ("column", "split", "subset", "shuffle_buffer")},
         "text.threshold": cfg.text.threshold,
+        **_newer_options(cfg.text),
+        **({"chat_template": _fingerprint_template(lm.tokenizer)} if holds_chats(cfg.data, cfg.text) else {}),
         "data_seed": cfg.stream_seed,
         "length": cfg.length,
         "dtype": str(storage).removeprefix("torch."),
@@ -64,7 +72,7 @@ def provenance(lm: LanguageModel) -> dict[str, str]:
 def _fingerprint_weights(lm: LanguageModel) -> str:
     """Hash of some values of every weight; the same on every device."""
     digest = hashlib.sha256(str(lm.model.config.model_type).encode())
-    for name, weight in lm.model.named_parameters():
+    for name, weight in parameters_of(lm.model):
         step = max(1, weight.numel() // _SAMPLES)
         values = weight.detach().flatten()[::step].float().cpu().numpy()
         digest.update(f"{name} {tuple(weight.shape)}".encode() + values.tobytes())
@@ -78,15 +86,27 @@ def _fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest.hexdigest()[:16]
 
 
-def _fingerprint_text(source: str) -> str | None:
-    """Hash of the names, sizes and ends of local files; None for a hub dataset."""
+def _newer_options(text: TextConfig) -> dict[str, Any]:
+    """Options that older caches do not have, where they differ from what those caches hold."""
+    names = ("roles", "min_characters", "max_characters")
+    return {f"text.{name}": getattr(text, name) for name in names if getattr(text, name) != getattr(TextConfig, name)}
+
+
+def _fingerprint_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    return hashlib.sha256(repr(tokenizer.chat_template).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _fingerprint_text(source: str, text: TextConfig) -> Any:
+    """Hash of the names, sizes and ends of local files; None for a hub dataset; of a mixture a list of these."""
+    if (mixture := parse_mixture(source)) is not None:
+        return [_fingerprint_text(each.data, each.config(text, hub=False)) for each in mixture]
     if source == PYTHON_DOCS:
         return f"Python {platform.python_version()}"
-    root = expanded(source)
-    if not root.exists():
+    if not is_local(source):
         return None
+    root = expanded(source)
     digest = hashlib.sha256()
-    for path in find_files(root):
+    for path in source_files(root, text.split):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(root)} {size}\n".encode("utf-8", "surrogateescape"))
         with path.open("rb") as file:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
+from tsae.data.chats import COLUMNS, is_message
 from tsae.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ SAMPLE = 1_000
 """Rows at the beginning of a source that decide about its columns."""
 
 _CHARACTERS = 1 << 24  # of those rows, likewise
-_MESSAGE = ({"role", "content"}, {"from", "value"})  # keys of a chat's messages
 _SHOWN = 20  # names in an error message
 
 
@@ -37,6 +37,11 @@ class Kind(IntEnum):
         """Whether the column can be read as text."""
         return self in (Kind.EMPTY, Kind.WORD, Kind.TEXT)
 
+    @property
+    def is_readable(self) -> bool:
+        """Whether the column can be read, as text or as chats."""
+        return self.is_text or self == Kind.CHAT
+
 
 def kind_of(value: Any) -> Kind:
     """The kind of a value in JSON or of a row's dictionary."""
@@ -45,7 +50,7 @@ def kind_of(value: Any) -> Kind:
     if isinstance(value, str):
         words = value.split()
         return Kind.EMPTY if not words else Kind.WORD if len(words) == 1 and value.isascii() else Kind.TEXT
-    if isinstance(value, list) and any(isinstance(item, dict) and _is_message(item) for item in value):
+    if isinstance(value, list) and any(isinstance(item, dict) and is_message(item) for item in value):
         return Kind.CHAT
     return Kind.NESTED if isinstance(value, dict | list) else Kind.OTHER
 
@@ -64,20 +69,61 @@ def kind_of_arrow(kind: pa.DataType) -> Kind:
     if not types.is_nested(kind):
         return Kind.NESTED if isinstance(kind, pa.BaseExtensionType) else Kind.OTHER
     item = getattr(kind, "value_type", None)
-    is_chat = item is not None and types.is_struct(item) and _is_message({field.name for field in item})
+    is_chat = item is not None and types.is_struct(item) and is_message({field.name for field in item})
     return Kind.CHAT if is_chat else Kind.NESTED
 
 
-def _is_message(names: Iterable[str]) -> bool:
-    return any(keys <= set(names) for keys in _MESSAGE)
+def lookup(row: Mapping[str, Any], column: str) -> tuple[bool, Any]:
+    """Whether a row has the column, and its value: `a.b` is the value of b in the object a.
+
+    A column that is spelled like this itself comes first.
+    """
+    if column in row:
+        return True, row[column]
+    for at in (at for at, character in enumerate(column) if character == "."):
+        if isinstance(inner := row.get(column[:at]), Mapping):
+            found, value = lookup(inner, column[at + 1 :])
+            if found:
+                return True, value
+    return False, None
+
+
+def lookup_arrow(schema: Iterable[pa.Field], column: str) -> tuple[str, pa.DataType] | None:
+    """The column of an Arrow schema that holds `column`, as for `lookup`, and its type; None if there is none."""
+    import pyarrow as pa
+
+    types = {field.name: field.type for field in schema}
+    if column in types:
+        return column, types[column]
+    for at in (at for at, character in enumerate(column) if character == "."):
+        outer = types.get(column[:at])
+        if outer is not None and pa.types.is_struct(outer):
+            inner = lookup_arrow([outer.field(i) for i in range(outer.num_fields)], column[at + 1 :])
+            if inner is not None:
+                return column[:at], inner[1]
+    return None
+
+
+def kinds_of_schema(schema: pa.Schema, wanted: str) -> dict[str, Kind]:
+    """The kinds of an Arrow table's columns, also of `wanted` if it lies in an object."""
+    columns = {field.name: kind_of_arrow(field.type) for field in schema}
+    if wanted not in columns and (found := lookup_arrow(schema, wanted)) is not None:
+        columns[wanted] = kind_of_arrow(found[1])
+    return columns
 
 
 def sample(rows: Iterable[Mapping[str, Any]], wanted: str) -> dict[str, Kind]:
-    """The kinds of the columns in the first rows, or in fewer that already show text in the column `wanted`."""
+    """The kinds of the columns in the first rows, or in fewer that already show text in the column `wanted`.
+
+    `wanted` is among them also if it lies in an object (see `lookup`).
+    """
     columns: dict[str, Kind] = {}
     characters = 0
     for number, row in enumerate(rows, 1):
         merge(columns, {name: kind_of(value) for name, value in row.items()})
+        found, inner = lookup(row, wanted) if wanted not in row else (False, None)
+        if found:
+            merge(columns, {wanted: kind_of(inner)})
         characters += sum(len(value) for value in row.values() if isinstance(value, str))
         if columns.get(wanted, Kind.EMPTY) >= Kind.WORD or number == SAMPLE or characters > _CHARACTERS:
             break
@@ -91,25 +137,27 @@ def merge(columns: dict[str, Kind], others: Mapping[str, Kind]) -> None:
 
 
 def choose_column(columns: Mapping[str, Kind], requested: str | None, source: str) -> str:
-    """The text column: the requested one, or "text", or the only column of strings if they are not single words.
+    """The column to read: the requested one, or "text", or that of the chats, or the only one of strings.
+
+    Chats are found in the column "messages" or "conversations"; strings must not be single words.
 
     columns: the kinds of the columns.
     source: for messages, as in "the dataset 'x'".
-    Raises UserError, which lists the columns, if there is no such column or it does not hold text.
+    Raises UserError, which lists the columns, if there is no such column or it holds neither text nor chats.
     """
     names = listed(columns)
     wanted = TEXT if requested is None else requested
-    if columns.get(wanted) == Kind.CHAT:
-        raise UserError(_chat(wanted, source))
     if requested is not None and requested not in columns:
         raise UserError(f"no column {requested!r} in {source}: the columns are {names}")
-    if requested is not None and not columns[requested].is_text:
+    if requested is not None and not columns[requested].is_readable:
         raise UserError(f"the column {requested!r} of {source} does not hold text: the columns are {names}")
-    if wanted in columns and columns[wanted].is_text:
+    if wanted in columns and (requested is not None or columns[wanted].is_text):
         return wanted
-    for name, kind in columns.items():
-        if kind == Kind.CHAT:
-            raise UserError(_chat(name, source))
+    chats = [name for name, kind in columns.items() if kind == Kind.CHAT]
+    if len(found := [name for name in chats if name in COLUMNS]) == 1 and wanted not in chats:
+        return found[0]
+    if chats:
+        raise UserError(f"the column {chats[0]!r} of {source} holds chats: name it to read them, or one of {names}")
     strings = [name for name, kind in columns.items() if kind in (Kind.WORD, Kind.TEXT)]
     if not any(kind.is_text for kind in columns.values()):
         raise UserError(f"no column of {source} holds text, one string a row: the columns are {names}")
@@ -118,15 +166,10 @@ def choose_column(columns: Mapping[str, Kind], requested: str | None, source: st
     return strings[0]
 
 
-def _chat(name: str, source: str) -> str:
-    return (
-        f"the column {name!r} of {source} holds chats, lists of messages, which cannot be read: write the text of each "
-        "chat into a column of strings"
-    )
-
-
-def guess(column: str, source: str) -> str:
+def guess(column: str, kind: Kind, source: str) -> str:
     """What the user is told of a column that was neither named nor is called "text"."""
+    if kind == Kind.CHAT:
+        return f"reading the chats in the column {column!r} of {source}; to read another, name it"
     return f"reading the column {column!r} of {source}, the only one of text; to read another, name it"
 
 

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from tsae.data.chats import Chat
+
 PASSAGE_CHARACTERS = 2_000
 """Maximum length of a passage of a file: about four sequences of 128 tokens."""
 
@@ -19,11 +21,13 @@ class Document:
     """A piece of text that is packed as one segment.
 
     name: where it comes from, for messages.
-    text: never blank.
+    text: never blank; of a chat, its messages behind their roles (`Chat.text`).
+    chat: the messages that a chat template renders, once the tokenizer is known; None for plain text.
     """
 
     name: str
     text: str
+    chat: Chat | None = None
 
 
 def cut(chunks: Iterable[str], length: int = PASSAGE_CHARACTERS) -> Iterator[str]:

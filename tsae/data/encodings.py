@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from tsae.errors import UserError
 from tsae.utils.notices import warn_once
@@ -88,7 +88,7 @@ def _open_bytes(path: Path) -> IO[bytes]:
         import pyarrow as pa  # its codec joins frames and detects truncation; Python has one only from 3.14 on
 
         return io.BufferedReader(pa.input_stream(path, compression="zstd"))
-    return (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb")
+    return cast(IO[bytes], gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb"))
 
 
 def _mark(path: Path) -> tuple[bytes, str]:

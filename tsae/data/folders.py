@@ -18,6 +18,12 @@ TXT = (".txt", ".txt.gz", ".txt.zst")
 JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 PARQUET = (".parquet",)
 SUFFIXES = (*TXT, *JSONL, *PARQUET)
+CSV = (".csv", ".csv.gz", ".csv.zst")
+SECOND = (*CSV, ".json.gz", ".json.zst")
+"""Tables that often stand beside a text and describe it: of a folder they are read if it has nothing else."""
+ARROW = (".arrow",)  # of saved datasets alone
+NAMED = (*SUFFIXES, *SECOND, ".json")
+"""What a file that is named itself may end in."""
 
 
 def has_suffix(path: Path, suffixes: tuple[str, ...]) -> bool:
@@ -28,22 +34,25 @@ def has_suffix(path: Path, suffixes: tuple[str, ...]) -> bool:
 def find_files(source: Path) -> list[Path]:
     """The text files in a folder and its subfolders, except hidden ones, sorted; or the single file named.
 
+    Files that end in one of `SECOND` are left out if there are others.
     Links are followed. A folder or file that can be reached in several ways counts once, by a path without links if
     there is one. A warning names what is ignored.
 
     Raises UserError if there are none, or if a subfolder or a linked text file cannot be read.
     """
-    kinds = ", ".join(SUFFIXES)
+    kinds = ", ".join((*SUFFIXES, *SECOND))
     if source.is_file():
-        if not has_suffix(source, SUFFIXES):
+        if not has_suffix(source, NAMED):
             raise UserError(f"cannot read text from {str(source)!r}: expected a file that ends in one of {kinds}")
         return [source]
     if not source.is_dir():
         raise UserError(f"cannot read text from {str(source)!r}: it is neither a file nor a folder")
-    found, ignored = [], Counter[str]()
+    found, second, ignored = [], [], Counter[str]()
     for path, mode in _walk(source):
         if stat.S_ISREG(mode) and has_suffix(path, SUFFIXES):
             found.append(path)
+        elif stat.S_ISREG(mode) and has_suffix(path, SECOND):
+            second.append(path)
         elif stat.S_ISREG(mode):
             ignored[path.suffix or "without a suffix"] += 1
         elif not mode and has_suffix(path, SUFFIXES):
@@ -51,6 +60,9 @@ def find_files(source: Path) -> list[Path]:
         else:
             what = "neither a file nor a folder" if mode else "a link that leads nowhere"
             warn_once(log, f"ignored {str(path)!r}, because it is {what}")
+    if found:
+        ignored.update(path.suffix for path in second)
+    found = found or second
     if not found:
         raise UserError(f"no text files in the folder {str(source)!r}: expected files that end in one of {kinds}")
     if ignored:

@@ -6,10 +6,11 @@ import logging
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from tsae.config import TextConfig
-from tsae.data.columns import TEXT, Kind, choose_column, guess, kind_of_arrow, sample
+from tsae.data.chats import parse_chat
+from tsae.data.columns import TEXT, Kind, choose_column, guess, kinds_of_schema, lookup, lookup_arrow, sample
 from tsae.data.documents import Document
 from tsae.data.encodings import row_text
 from tsae.errors import UserError, reason
@@ -21,7 +22,14 @@ log = logging.getLogger(__name__)
 _GUESSED_ON = 100  # rows
 
 
-def read_hub(source: str, config: TextConfig, *, seed: int, epoch: int) -> Iterator[Document]:
+class HubText(NamedTuple):
+    """The documents of a dataset, and whether they are chats."""
+
+    documents: Iterator[Document]
+    chats: bool
+
+
+def read_hub(source: str, config: TextConfig, *, seed: int, epoch: int) -> HubText:
     """The rows of a hub dataset, streamed and shuffled by seed and epoch through a buffer of rows.
 
     Raises UserError, before the first row is requested, if the dataset, subset, split or column does not exist or the
@@ -43,18 +51,28 @@ def read_hub(source: str, config: TextConfig, *, seed: int, epoch: int) -> Itera
         ) from error
     name = choose_column(columns, config.column, f"the dataset {source!r}")
     if name not in (config.column, TEXT):
-        warn_once(log, guess(name, f"the dataset {source!r}"))
-    rows = rows.map(partial(_only, name)) if rows.features is None else rows.select_columns([name])
+        warn_once(log, guess(name, columns[name], f"the dataset {source!r}"))
+    if rows.features is None:
+        rows = rows.map(partial(_only, name))
+    else:
+        outer, _ = lookup_arrow(rows.features.arrow_schema, name) or (name, None)
+        rows = rows.select_columns([outer])
     rows = rows.shuffle(seed=seed, buffer_size=config.shuffle_buffer)
     rows.set_epoch(epoch)
-    return _documents(rows, name, source)
+    chats = columns[name] == Kind.CHAT
+    return HubText(_documents(rows, name, source, chats=chats), chats)
+
+
+def hub_holds_chats(source: str, config: TextConfig) -> bool:
+    """Whether the documents of a dataset are chats. Raises as `read_hub` does."""
+    return read_hub(source, config, seed=0, epoch=0).chats
 
 
 def _columns(rows: Any, wanted: str) -> dict[str, Kind]:
     """The kinds of a dataset's columns: from their types, and from the first rows if there is none called `wanted`."""
     if rows.features is None:
         return sample(rows, wanted)
-    columns = {field.name: kind_of_arrow(field.type) for field in rows.features.arrow_schema}
+    columns = kinds_of_schema(rows.features.arrow_schema, wanted)
     strings = [name for name, kind in columns.items() if kind == Kind.TEXT]
     if wanted not in columns and strings:  # perhaps ids or blank
         columns |= sample(islice(rows.select_columns(strings), _GUESSED_ON), wanted)
@@ -63,10 +81,10 @@ def _columns(rows: Any, wanted: str) -> dict[str, Kind]:
 
 def _only(column: str, row: dict[str, Any]) -> dict[str, Any]:
     """The row with None in all other columns; rows of a dataset without declared columns may lack this one."""
-    return dict.fromkeys(row) | {column: row.get(column)}
+    return dict.fromkeys(row) | {column: lookup(row, column)[1]}
 
 
-def _documents(rows: Iterable[dict[str, Any]], column: str, source: str) -> Iterator[Document]:
+def _documents(rows: Iterable[dict[str, Any]], column: str, source: str, *, chats: bool) -> Iterator[Document]:
     """The rows as documents; an error of `datasets` on the way as UserError."""
     remaining = enumerate(rows)
     while True:
@@ -76,7 +94,11 @@ def _documents(rows: Iterable[dict[str, Any]], column: str, source: str) -> Iter
             return
         except Exception as error:  # a lost connection, a truncated file, rows of another type, ...
             raise UserError(f"cannot read on in the dataset {source!r}: {reason(error)}") from error
-        text = row.get(column)
+        text = lookup(row, column)[1]
+        if chats:
+            chat = parse_chat(text, f"row {number} of the dataset {source!r}")
+            yield Document(f"{source}#{number}", "" if chat is None else chat.text, chat)
+            continue
         if text is not None and not isinstance(text, str):
             raise UserError(f"row {number} of the dataset {source!r}: the column {column!r} does not hold text")
         yield Document(f"{source}#{number}", row_text(text or "", f"the dataset {source!r}"))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, cast
 
 import torch
 
@@ -94,7 +94,7 @@ class PrefetchingFeed:
                     request = self.feed(min(self.ahead, self.total - position))
                     for part in request:
                         if not self._wait_for_room(len(part.x)):
-                            request.close()
+                            cast(Generator[ActivationBatch], request).close()
                             return
                         self._parts.put((part, state))
                         position += len(part.x)

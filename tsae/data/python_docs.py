@@ -28,7 +28,7 @@ _EXCLUDED = {
 }
 _SOURCE_EPOCHS = 3  # epochs to cover all source code, of which there is about three times as much as documentation
 _SHUFFLE_BUFFER = 500  # passages; the modules are shuffled too
-_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_DOCUMENTED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def units() -> tuple[Unit, ...]:
     try:
         from pydoc_data.topics import topics
     except ImportError:  # a separate package in some distributions
-        topics = {}
+        topics = {}  # type: ignore[misc]  # declared final
     found += [Unit(name, text, is_module=False) for name, text in sorted(topics.items())]
     found = [unit for unit in found if unit.text.strip()]
     if not found:
@@ -106,15 +106,15 @@ def _split_docstrings(unit: Unit) -> tuple[str, str]:
             tree = ast.parse(unit.text)
     except (SyntaxError, ValueError, RecursionError):
         return "", unit.text
-    lines: list[str | None] = unit.text.split("\n")
+    lines: list[str | None] = [*unit.text.split("\n")]
     entries = []
 
-    def visit(node: ast.AST, name: str) -> None:
+    def visit(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> None:
         if docstring := ast.get_docstring(node):
             entries.append(f"{name}\n{'-' * len(name)}\n\n{docstring}\n\n")
             statement = node.body[0]
             if len(node.body) > 1 or isinstance(node, ast.Module):  # a docstring that is the only statement stays
-                first, last = statement.lineno - 1, statement.end_lineno
+                first, last = statement.lineno - 1, statement.end_lineno or statement.lineno
                 lines[first:last] = [None] * (last - first)
         for child in node.body:
             if isinstance(child, _DOCUMENTED):

@@ -7,12 +7,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from tsae.config import TextConfig
+from tsae.data import python_docs
 from tsae.data.documents import Document
-from tsae.data.folders import TXT, find_files, has_suffix
-from tsae.data.text import PYTHON_DOCS
-from tsae.data.text_files import TextFiles, read_files
+from tsae.data.folders import TXT, has_suffix
+from tsae.data.mixtures import parse_mixture
+from tsae.data.text import PYTHON_DOCS, is_local
+from tsae.data.text_files import TextFiles, read_files, source_files
 from tsae.utils.paths import expanded
 
+_DEFAULT = TextConfig()
 _HEADING = re.compile(r"^[ \t]*= (?!=)(\S.*?) =[ \t]*$", re.MULTILINE)  # a title, not its subheadings `= = ... = =`
 
 
@@ -24,10 +28,11 @@ class Section(NamedTuple):
     """Position of the document in its file, ascending."""
 
 
-def sections(source: str, documents: Iterable[Document]) -> dict[str, Section]:
+def sections(source: str, documents: Iterable[Document], config: TextConfig = _DEFAULT) -> dict[str, Section]:
     """Document name -> section, for documents that lie in exactly one; empty unless there are at least two sections.
 
-    source: the source of the documents, as for `tsae.data.text.open_text`
+    source: the source of the documents, as for `tsae.data.text.open_text`; of several sources each counts
+    config: how it was read
 
     "python-docs": a section is a module (docstrings and source code) or a topic of the language reference. Plain text
     files: it is the text below a title, a line `= Title =` as in WikiText; passages with text on both sides of a title
@@ -35,20 +40,25 @@ def sections(source: str, documents: Iterable[Document]) -> dict[str, Section]:
     no sections.
     """
     names = {document.name for document in documents}
-    if source == PYTHON_DOCS:
-        found = {name: _in_module(name) for name in names}
-    elif expanded(source).exists():
-        paths = [path for path in find_files(expanded(source)) if has_suffix(path, TXT)]
-        found = _in_files(paths, names)
-    else:
-        found = {}
+    found: dict[str, Section] = {}
+    mixture = parse_mixture(source)
+    for each, own in (
+        [(source, config)] if mixture is None else [(m.data, m.config(config, hub=False)) for m in mixture]
+    ):
+        if each == PYTHON_DOCS:
+            known = {unit.name for unit in python_docs.units()} if mixture else set()
+            found |= {name: section for name in names if (section := _in_module(name, known)) is not None}
+        elif is_local(each):
+            paths = [path for path in source_files(expanded(each), own.split) if has_suffix(path, TXT)]
+            found |= _in_files(paths, names)
     return found if len({section.name for section in found.values()}) > 1 else {}
 
 
-def _in_module(name: str) -> Section:
-    """`zipfile.py (documentation)#3` belongs to `zipfile.py`."""
+def _in_module(name: str, known: set[str]) -> Section | None:
+    """`zipfile.py (documentation)#3` belongs to `zipfile.py`. Names of other modules than `known`, if any, to none."""
     unit, _, place = name.rpartition("#")
-    return Section(unit.removesuffix(" (documentation)"), int(place))
+    unit = unit.removesuffix(" (documentation)")
+    return None if known and unit not in known else Section(unit, int(place))
 
 
 def _in_files(paths: list[Path], names: set[str]) -> dict[str, Section]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tsae.data.documents import Document
 from tsae.errors import UserError
+from tsae.lm.chat_template import encode_chats
 from tsae.lm.tokenizer import encode, padding_token, prefix_token, special_tokens
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ class TokenBatch(NamedTuple):
     """Sequences for the language model, and the positions to train on.
 
     tokens: [N, 1 + T] int64; position 0 is the prefix (BOS), whose activation is dropped.
-    segments: [N, T] int32; index of the document within the row, -1 for special and padding tokens.
+    segments: [N, T] int32; index of the document within the row, -1 for special and padding tokens, and for tokens of
+        a chat that do not count (`Chat.roles`). All tokens of a document have its index; the kernels take each maximal
+        run of equal indices for a segment, so that a document counts as several where others lie between.
     """
 
     tokens: Tensor
@@ -54,16 +57,45 @@ class TokenBatch(NamedTuple):
         return torch.equal(self.tokens, other.tokens) and torch.equal(self.segments, other.segments)
 
 
+def encode_documents(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> list[np.ndarray]:
+    """The ids [n] int64 of each document, of chats by the tokenizer's template; an id i that does not count as -1 - i.
+
+    Special tokens that the text spells are plain text. Raises UserError as `encode` and `encode_chats` do.
+    """
+    texts = [document.text for document in documents if document.chat is None]
+    plain = iter(encode(tokenizer, texts) if texts else ())
+    chats = iter(encode_chats(tokenizer, [(d.name, d.chat) for d in documents if d.chat is not None]))
+    return [np.array(next(plain), dtype=np.int64) if d.chat is None else next(chats) for d in documents]
+
+
+def true_ids(tokens: np.ndarray) -> np.ndarray:
+    """The ids behind those of `encode_documents`."""
+    return np.where(tokens < 0, -1 - tokens, tokens)
+
+
+def follows_prefix(document: np.ndarray, position: int, row: int, prefix: int | None) -> bool:
+    """Whether a document's first token repeats the prefix of a row that it begins: it is then left out.
+
+    A chat template may begin with BOS, which plain text never has.
+
+    document: ids of `encode_documents`
+    position: of the document in the text of a batch, whose rows have `row` tokens
+    """
+    return prefix is not None and position % row == 0 and len(document) > 0 and int(true_ids(document[0])) == prefix
+
+
 class SequenceStream:
     """Tokenizes documents and packs them, one after another, into rows of `length` tokens.
 
     There is no separator between documents. A document that does not fit continues in the next row, as a new segment.
+    Chats are written by the tokenizer's chat template; if that begins with BOS, it is not repeated behind the prefix.
 
     documents: epoch -> the documents of that epoch, the same ones on every call.
     tokenizer: a transformers tokenizer; no special tokens are added, and those spelled in the text are plain text.
     length: T, content tokens per row, at least 1.
     repeat: continue with the next epoch when the text ends.
-    prefix: begin every row with BOS, if the tokenizer has one; else its first token is text, whose position is dropped.
+    prefix: begin every row with BOS, if the tokenizer has one; else its first token is text, whose position is dropped
+        all the same, since many models give the first position a norm far beyond the others', whichever token it has.
     """
 
     def __init__(
@@ -95,6 +127,7 @@ class SequenceStream:
         self._remainder = 0  # tokens in the first of `_tokenized` if part of it was handed out, else 0
         self._ended = False
         self._warned = False
+        self._without_count: list[Document] | None = []  # chats so far, while no token of any document counts
 
     @property
     def tokens_read(self) -> int:
@@ -115,8 +148,8 @@ class SequenceStream:
         if n < 1:
             raise ValueError(f"n must be at least 1, not {n}")
         pieces = self._take(n * self._row)
-        tokens = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
-        owner = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
+        tokens: np.ndarray = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
+        owner: np.ndarray = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
 
         padding = 0
         if partial := len(tokens) % self._row:
@@ -128,14 +161,15 @@ class SequenceStream:
                 tokens, owner = tokens[:-partial], owner[:-partial]
         tokens, owner = tokens.reshape(-1, self._row), owner.reshape(-1, self._row)
         self._tokens_read += tokens.size - padding
+        is_left_out, tokens = tokens < 0, true_ids(tokens)
 
         if self._prefix is None:
-            content, owner = tokens[:, 1:], owner[:, 1:]
+            content, owner, is_left_out = tokens[:, 1:], owner[:, 1:], is_left_out[:, 1:]
         else:
             content = tokens
             tokens = np.concatenate([np.full((len(tokens), 1), self._prefix), tokens], axis=1)
         segments = owner - owner[:, :1]
-        segments[np.isin(content, self._special)] = -1
+        segments[np.isin(content, self._special) | is_left_out] = -1
         if padding:
             segments[-1, -padding:] = -1
         return TokenBatch(torch.from_numpy(tokens), torch.from_numpy(segments.astype(np.int32)))
@@ -175,6 +209,8 @@ class SequenceStream:
             if not self._remainder:
                 self._documents_read += 1
                 self._epoch_tokens += len(document)
+                if follows_prefix(document, wanted - count, self._row, self._prefix):
+                    document = document[1:]
             piece, remainder = document[:count], document[count:]
             self._remainder = len(remainder)
             if self._remainder:
@@ -187,14 +223,26 @@ class SequenceStream:
     def _tokenize_more(self, wanted: int) -> bool:
         """Tokenize more documents, of the next epoch if necessary; False if the text has ended."""
         while not self._ended:
-            if texts := self._next_texts():
-                self._tokenized.extend(np.array(ids, dtype=np.int64) for ids in encode(self._tokenizer, texts))
+            if documents := self._next_documents():
+                tokenized = encode_documents(self._tokenizer, documents)
+                self._tokenized.extend(tokenized)
+                self._check_counts(documents, tokenized)
                 return True
             self._end_epoch(wanted)
         return False
 
-    def _next_texts(self) -> list[str]:
-        """Texts of the epoch's next documents, enough for one call of the tokenizer; none at the end of the epoch."""
+    def _check_counts(self, documents: list[Document], tokenized: list[np.ndarray]) -> None:
+        """Raise UserError if many chats have no token that counts, as if a role in `text.roles` were misspelled."""
+        if self._without_count is None:
+            return
+        self._without_count += [d for d in documents if d.chat is not None and d.chat.roles]
+        if any((ids >= 0).any() for ids in tokenized):
+            self._without_count = None
+        elif len(self._without_count) >= _DOCUMENTS_AT_ONCE:
+            raise _nothing_counts(self._without_count)
+
+    def _next_documents(self) -> list[Document]:
+        """The epoch's next documents, enough for one call of the tokenizer; none at the end of the epoch."""
         if self._source is None:
             self._source = self._documents(self._epoch)
             skipped = sum(1 for _ in islice(self._source, self._documents_read))
@@ -203,16 +251,18 @@ class SequenceStream:
                     f"the text has changed: {self._documents_read} documents of it were read before, "
                     f"but now it has only {skipped}"
                 )
-        texts: list[str] = []
+        documents: list[Document] = []
         characters = 0
-        while len(texts) < _DOCUMENTS_AT_ONCE and characters < _CHARACTERS_AT_ONCE:
+        while len(documents) < _DOCUMENTS_AT_ONCE and characters < _CHARACTERS_AT_ONCE:
             if (document := next(self._source, None)) is None:
                 break
-            texts.append(document.text)
+            documents.append(document)
             characters += len(document.text)
-        return texts
+        return documents
 
     def _end_epoch(self, wanted: int) -> None:
+        if self._without_count:
+            raise _nothing_counts(self._without_count)
         needed = wanted if self.repeat else self._shortest
         if self._epoch_tokens < needed:
             raise TooShortError(
@@ -232,3 +282,13 @@ class SequenceStream:
         self._source = None
         self._epoch += 1
         self._documents_read = self._epoch_tokens = 0
+
+
+def _nothing_counts(documents: list[Document]) -> UserError:
+    chats = [document.chat for document in documents if document.chat is not None]
+    wanted = ", ".join(dict.fromkeys(role for chat in chats for role in chat.roles))
+    found = ", ".join(dict.fromkeys(message.role for chat in chats for message in chat.messages))
+    return UserError(
+        f"no token of the first {len(documents)} chats counts: text.roles is {wanted}, and their messages have the "
+        f"roles {found}"
+    )

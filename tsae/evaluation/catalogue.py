@@ -59,6 +59,13 @@ class Metric:
 
 
 EV, PERSISTENCE, DIFFERENCE = "explained variance", "P(stays on)", "relative difference"
+TOTAL, SUPPORT, AMPLITUDE = "total bits", "support bits", "amplitude bits"
+
+
+def _bits(name: str, label: str, of: str = "", heading: str = "") -> Metric:
+    return Metric(f"temporal.{name}", label, 2, "per token", heading, short_digits=1, of=of)
+
+
 GROUPS: dict[str, tuple[Metric, ...]] = {
     "Reconstruction": (
         Metric("explained_variance", EV, heading="EV"),
@@ -72,6 +79,16 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         Metric("cossim", "cosine similarity", heading="cosine"),
         Metric("l2_ratio", "norm out / norm in", heading="L2 ratio"),
         Metric("relative_reconstruction_bias", "relative reconstruction bias", heading="rel. bias", short_digits=2),
+    ),
+    "Code length": (
+        _bits("total_bits", TOTAL, heading="total\nbits"),
+        _bits("total_bits_shuffled", "tokens shuffled", TOTAL),
+        _bits("support_bits", SUPPORT, heading="support\nbits"),
+        _bits("support_bits_memoryless", "without memory", SUPPORT),
+        _bits("support_bits_shuffled", "tokens shuffled", SUPPORT),
+        _bits("support_bits_memoryless_shuffled", "without memory, tokens shuffled", SUPPORT),
+        _bits("amplitude_bits", AMPLITUDE),
+        _bits("amplitude_bits_shuffled", "tokens shuffled", AMPLITUDE),
     ),
     "Sparsity": (
         Metric("l0", "active features (L0)", 2, "per token", heading="L0", short_digits=1),
@@ -88,6 +105,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         Metric("kl_div_score", "KL recovered (zero ablation)"),
     ),
     "Temporal": (
+        Metric("length", "sequence length", 0, "tokens"),
         Metric("temporal.relative_difference", DIFFERENCE, 3),
         Metric("temporal.relative_difference_per_feature", "mean over features", 3, of=DIFFERENCE),
         Metric("temporal.autocorrelation", "autocorrelation", 3),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -22,6 +22,7 @@ from tsae.data.harvest import content_activations
 from tsae.data.sequences import TokenBatch
 from tsae.errors import UserError
 from tsae.evaluation.metrics import (
+    CodeLength,
     LanguageModelMetrics,
     MassiveActivations,
     Persistence,
@@ -53,7 +54,7 @@ class EvaluationResult:
     """The measurements of one autoencoder."""
 
     metrics: dict[str, Any]
-    """The content of eval.json: finite floats, and the objects `massive` and `temporal`."""
+    """The content of eval.json: finite numbers, and the objects `massive` and `temporal`."""
     density: Tensor
     """[d_sae] float64 on the CPU: fraction of tokens at which each feature is active."""
     autocorrelation_curve: dict[int, float]
@@ -210,29 +211,43 @@ def evaluate_all(
 class _Features:
     """The accumulators of one autoencoder's features."""
 
-    def __init__(self, massive_ratio: float) -> None:
-        self.reconstruction, self.temporal, self.shuffled = ReconstructionMetrics(), TemporalMetrics(), Persistence()
+    def __init__(self, length: int, massive_ratio: float) -> None:
+        self.length = length
+        self.reconstruction, self.temporal = ReconstructionMetrics(), TemporalMetrics(length)
+        self.shuffled = Persistence()
         self.massive = MassiveActivations(massive_ratio)
+        self.bits, self.bits_shuffled = CodeLength(), CodeLength()
 
-    def update(self, sae: SparseAutoencoder, x: Tensor, y: Tensor, shuffled: Tensor, segments: Tensor) -> None:
+    def update(
+        self, sae: SparseAutoencoder, x: Tensor, y: Tensor, shuffled: Tensor, segments: Tensor, half: Tensor
+    ) -> None:
         """Count activations x [N, T, d], and `shuffled`: x with the positions of each segment permuted.
 
         y: what is reconstructed: x, or of a transcoder its target [N, T, d_out]
+        half: [N, T] integers, 0 or 1, for `CodeLength`
         """
         h = sae.encode(x, segments)
         xhat = sae.decode(h)
         self.reconstruction.update(y, xhat, h, segments)
         self.massive.update(y, xhat, segments)
         self.temporal.update(x, h, segments)
+        self.bits.update(h, segments, half)
         del h
-        self.shuffled.update_features(sae.encode(shuffled, segments), segments)
+        h = sae.encode(shuffled, segments)
+        self.shuffled.update_features(h, segments)
+        self.bits_shuffled.update(h, segments, half)
 
-    def result(self, predictions: LanguageModelMetrics) -> EvaluationResult:
-        temporal = self.temporal.compute()
+    def result(self, sae: SparseAutoencoder, predictions: LanguageModelMetrics) -> EvaluationResult:
+        reconstruction = self.reconstruction.compute()
+        temporal: dict[str, Any] = self.temporal.compute()
         temporal["persistence_excess_shuffled"] = self.shuffled.excess()
+        step, norms = self.reconstruction.rms_error(), decoder_norms(sae, self.bits.d_sae)
+        temporal |= self.bits.compute(step, norms)
+        temporal |= {f"{name}_shuffled": bits for name, bits in self.bits_shuffled.compute(step, norms).items()}
         return EvaluationResult(
             metrics={
-                **self.reconstruction.compute(),
+                "length": self.length,
+                **reconstruction,
                 **predictions.compute(),
                 "massive": self.massive.compute(),
                 "temporal": temporal,
@@ -251,7 +266,8 @@ def _measure(
 ) -> dict[str, EvaluationResult]:
     device = _device(saes)
     generator = torch.Generator().manual_seed(settings.seed)
-    features = {name: _Features(settings.massive_ratio) for name in saes}
+    length = max((part.segments.shape[1] for part in parts), default=0)
+    features = {name: _Features(length, settings.massive_ratio) for name in saes}
     done, total = 0, sum(part.segments.numel() for part in parts)
     settings.progress("features", 0, total)  # starts the bar's clock
     for part in parts:
@@ -262,8 +278,11 @@ def _measure(
             d_in = site_width(lm, settings.place)
             x, y = x[..., :d_in].contiguous(), x[..., d_in:].contiguous()
         shuffled = shuffle_within_segments(x, segments, generator)
+        # Bits are counted in the first half of the text and charged in the second, and the reverse.
+        position = torch.arange(done, done + segments.numel(), device=device).view(segments.shape)
+        half = (2 * position >= total).int()
         for name, sae in saes.items():
-            features[name].update(sae, x, y, shuffled, segments)
+            features[name].update(sae, x, y, shuffled, segments, half)
         done += segments.numel()
         settings.progress("features", done, total)
     inputs = next(iter(features.values())).reconstruction
@@ -273,7 +292,7 @@ def _measure(
 
     mean = inputs.mean() if settings.reference_mean is None else settings.reference_mean
     predictions = _predictions(saes, lm, parts, replace(settings, reference_mean=mean))
-    results = {name: features[name].result(predictions[name]) for name in saes}
+    results = {name: features[name].result(sae, predictions[name]) for name, sae in saes.items()}
     for name, sae in saes.items():
         if isinstance(sae, SparseAutoencoder):
             results[name].weights = sae.not_finite()
@@ -307,7 +326,7 @@ def _predictions(
             runs = [
                 *((own[name], "with_sae", reconstruct(sae)) for name, sae in saes.items()),
                 (shared, "with_ablation", torch.zeros_like),
-                (shared, "with_mean_ablation", lambda x: settings.reference_mean.expand(x.shape)),
+                (shared, "with_mean_ablation", lambda x: cast(Tensor, settings.reference_mean).expand(x.shape)),
             ]
             untouched = logits_with(lm, tokens, where, None)
             shared.update("without_sae", untouched, tokens, segments)
@@ -334,6 +353,22 @@ def _replace_content(content: Callable[[Tensor], Tensor], segments: Tensor) -> C
         return out
 
     return hook
+
+
+def decoder_norms(sae: SparseAutoencoder, d_sae: int) -> Tensor:
+    """[d_sae] L2 norms of what one unit of each feature adds to the reconstruction.
+
+    sae: or any module whose `decode` is affine
+    """
+    if isinstance(sae, SparseAutoencoder):
+        return sae.W_dec.double().norm(dim=1) * sae.cfg.input_scale
+    like = next(sae.parameters())
+    zero = sae.decode(like.new_zeros(1, 1, d_sae))
+    norms = []
+    for features in torch.arange(d_sae, device=like.device).split(256):
+        units = like.new_zeros(1, len(features), d_sae).scatter_(2, features[None, :, None], 1.0)
+        norms.append((sae.decode(units) - zero)[0].norm(dim=-1))
+    return torch.cat(norms)
 
 
 def _device(saes: dict[str, SparseAutoencoder]) -> torch.device:

@@ -26,6 +26,7 @@ from tsae.data.text import (
     PYTHON_DOCS,
     TextConfig,
     absolute_source,
+    is_local,
     is_same_source,
     open_text,
     open_unseen,
@@ -33,7 +34,6 @@ from tsae.data.text import (
 )
 from tsae.errors import UserError
 from tsae.lm.loading import LanguageModel
-from tsae.utils.paths import expanded
 
 
 @dataclass(frozen=True)
@@ -63,22 +63,23 @@ def choose_source(runs: Iterable[TrainConfig], data: str | None = None, column: 
     Raises:
         UserError: the runs were trained on different text and ``data`` is None.
     """
+    # With BOS or without, the text is the same.
+    runs = [replace(run, text=replace(run.text, prepend_bos="auto")) for run in runs]
     distinct = tuple({(run.data, run.text): run for run in runs}.values())
     if len(distinct) == 1:
         (run,) = distinct
-        same = data is None or is_same_source(data, run.data)
+        named = run.data if data is None or is_same_source(data, run.data) else absolute_source(data)
         text = run.text if column is None else replace(run.text, column=column)
-        return Source(run.data if same else absolute_source(data), text, distinct)
+        return Source(named, text, distinct)
     if distinct and data is None:
         raise UserError("The runs were trained on different text; name the text to compare them on, with --data.")
     return Source(absolute_source(data or PYTHON_DOCS), TextConfig(column=column), distinct)
 
 
-def held_out(source: Source, lm: LanguageModel, length: int, sequences: int, seed: int, *, bos: bool = True) -> HeldOut:
+def held_out(source: Source, lm: LanguageModel, length: int, sequences: int, seed: int) -> HeldOut:
     """At most ``sequences`` sequences of ``length`` tokens of a text that no run trained on.
 
     seed: of the order of the documents
-    bos: whether the sequences begin with BOS, if the tokenizer has one
 
     Raises:
         UserError: the text cannot be read, or has less than one sequence that was not trained on.
@@ -93,7 +94,8 @@ def held_out(source: Source, lm: LanguageModel, length: int, sequences: int, see
                 documents.append(document)
                 yield document
 
-        batch = SequenceStream(recorded, lm.tokenizer, length, repeat=False, prefix=bos).next_batch(sequences)
+        stream = SequenceStream(recorded, lm.tokenizer, length, repeat=False, prefix=lm.prepend_bos)
+        batch = stream.next_batch(sequences)
         named = None if part is None else {"data": data, "column": text.column, "part": part}
         return HeldOut(batch, documents, named)
 
@@ -102,7 +104,7 @@ def held_out(source: Source, lm: LanguageModel, length: int, sequences: int, see
     # What lies below the lowest threshold is on the evaluation side of every split.
     thresholds = [split_threshold(run.data, run.text) for run in source.runs]
     other = replace(text, threshold=min(thresholds, default=text.evaluation_share))
-    if expanded(data).exists():
+    if is_local(data):
         other = replace(other, subset=None)  # the run's, of a hub dataset
     try:
         opened = open_text(data, part="evaluation", seed=seed, config=other)
@@ -137,6 +139,6 @@ def training_sample(config: TrainConfig, lm: LanguageModel) -> list[ActivationBa
     def documents(epoch: int) -> Iterator[Document]:
         return open_text(config.data, part="train", seed=config.stream_seed, config=config.text, epoch=epoch)
 
-    stream = SequenceStream(documents, lm.tokenizer, config.length)
+    stream = SequenceStream(documents, lm.tokenizer, config.length, prefix=lm.prepend_bos)
     harvester = Harvester(lm, config.place, stream, batch=config.buffer.harvest_batch, dtype=torch.float32)
     return list(harvester.batches(harvester.tokenize(config.evaluation.sequences)))

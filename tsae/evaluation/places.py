@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tsae.config import MAX_LENGTH, TrainConfig
 from tsae.errors import UserError
 from tsae.lm.site import MEASURABLE, Site, as_site
 from tsae.sae.metadata import site_of
@@ -115,17 +116,19 @@ def _spelt(metadata: dict[str, Any], site: Site) -> str:
     return own if own == site.hook_name else f"{own} ({site.hook_name})"
 
 
-def warnings_about(name: str, metadata: dict[str, Any], model: str) -> list[str]:
+def warnings_about(name: str, metadata: dict[str, Any], model: str, done: str = "measured") -> list[str]:
     """What is different when ``model`` is measured instead of the model that the metadata names.
+
+    done: what is done with the autoencoder on ``model``
 
     Raises:
         UserError: the activations are those of a model whose weights were changed so that they are centred.
     """
     found, trained = [], metadata.get("model_name")
     if trained is not None and not same_model(trained, model):
-        found.append(f"{name} says that it was trained on {trained}, and is measured on {model}")
+        found.append(f"{name} says that it was trained on {trained}, and is {done} on {model}")
     if any(metadata.get("seqpos_slice") or ()):
-        found.append(f"{name} was trained on the positions {metadata['seqpos_slice']} alone, and is measured on all")
+        found.append(f"{name} was trained on the positions {metadata['seqpos_slice']} alone, and is {done} on all")
     options = metadata.get("model_from_pretrained_kwargs") or {}
     if options.get("center_writing_weights"):
         raise UserError(
@@ -153,23 +156,55 @@ def _key(name: str) -> str:
     return last.removesuffix("-pt")  # Gemma 3's smallest base model has no suffix on the hub
 
 
-def use_bos(saes: Mapping[str, SparseAutoencoder]) -> tuple[bool, list[str]]:
-    """Whether sequences begin with BOS: unless all autoencoders were trained without; and warnings."""
-    without = [name for name, sae in saes.items() if sae.metadata.get("prepend_bos") is False]
-    if not without:
-        return True, []
-    if len(without) == len(saes):
-        return False, []
-    return True, [f"{name} was trained without BOS, and is measured with BOS, as the others were" for name in without]
+def use_bos(saes: Mapping[str, SparseAutoencoder]) -> bool | None:
+    """Whether sequences begin with BOS, for `load_language_model`: if any autoencoder was trained so; not if none was.
+
+    None if they do not say.
+    """
+    said = {sae.metadata.get("prepend_bos") for sae in saes.values()}
+    if True in said:
+        return True
+    return False if said == {False} else None
 
 
 def bos_warnings(saes: Mapping[str, SparseAutoencoder], prefix: int | None, model: str) -> list[str]:
-    """Warnings about a tokenizer without the BOS that autoencoders were trained with.
+    """Warnings about autoencoders that were trained with BOS and are measured without, or the other way round.
 
-    prefix: the token that begins sequences; None if the tokenizer has none
+    prefix: the token that begins sequences; None if they begin with text
     """
     if prefix is not None:
-        return []
+        without = [name for name, sae in saes.items() if sae.metadata.get("prepend_bos") is False]
+        return [f"{name} was trained without BOS, and is measured with BOS, as the others were" for name in without]
     wanted = [name for name, sae in saes.items() if sae.metadata.get("prepend_bos")]
     why = f"the tokenizer of {model} has none; the first token's activation is left out"
     return [f"{name} was trained with BOS, but {why}" for name in wanted]
+
+
+def common_length(runs: Mapping[str, TrainConfig]) -> int | None:
+    """The length of the sequences that runs were trained on; None for no run.
+
+    Raises:
+        UserError: they differ.
+    """
+    lengths = {name: config.length for name, config in runs.items()}
+    if len(set(lengths.values())) > 1:
+        each = ", ".join(f"{name}: {length}" for name, length in lengths.items())
+        raise UserError(f"The runs differ in their length ({each}); name the one to measure at, with --length.")
+    return next(iter(lengths.values()), None)
+
+
+def length_warnings(saes: Mapping[str, SparseAutoencoder], length: int) -> list[str]:
+    """Warnings about autoencoders that were trained on sequences of another length.
+
+    length: of the sequences they are measured on, without the first token; `context_size` counts it, if it is BOS
+    """
+    found = []
+    for name, sae in saes.items():
+        size = sae.metadata.get("context_size")
+        if size is not None and size not in (length, 1 + length):
+            hint = f"; --length {size - 1} measures it there" if 2 <= size - 1 <= MAX_LENGTH else ""
+            found.append(
+                f"{name} was trained on sequences of {size} tokens, and is measured on 1 + {length}, the first left "
+                f"out{hint}"
+            )
+    return found

@@ -14,10 +14,18 @@ from typing import TypeVar
 
 from tsae.config import TrainConfig
 from tsae.errors import UserError
-from tsae.evaluation.places import bos_warnings, called, common_site, stated_site, use_bos, warnings_about
+from tsae.evaluation.places import (
+    bos_warnings,
+    called,
+    common_site,
+    length_warnings,
+    stated_site,
+    use_bos,
+    warnings_about,
+)
 from tsae.formats import load
 from tsae.lm.hook_points import find
-from tsae.lm.loading import LanguageModel, load_language_model
+from tsae.lm.loading import LanguageModel, absolute_name, load_language_model
 from tsae.lm.site import KINDS, Site, as_site, from_hook_name, from_option
 from tsae.lm.trial_run import check_order, check_site, site_width
 from tsae.rundir import layout
@@ -42,9 +50,6 @@ class Subject:
     runs: dict[str, TrainConfig]
     """The configurations of those that are runs, by the same names."""
 
-    bos: bool = True
-    """Whether the sequences they are measured on begin with BOS, if the tokenizer has one."""
-
     @property
     def sae(self) -> SparseAutoencoder:
         """The one autoencoder."""
@@ -54,22 +59,24 @@ class Subject:
     def load_lm(self, device: str | None = None) -> LanguageModel:
         """Load the language model, check that the autoencoders fit it, and move them to its device.
 
-        device: as on the command line; None takes the configuration's
+        device: as on the command line; None takes the configuration's, and its `lm_device_map`
 
         Raises:
             UserError: the model or the device cannot be used, the model has no such place, cannot be run there or
                 takes fewer tokens, or a width differs.
         """
         config = self.config
-        if device is None:
+        if device is not None:
+            config = replace(config, lm_device_map="none")
+        else:
             device = config.device if config.lm_device == "auto" else config.lm_device
         where = resolve_device(device)
-        lm = load_language_model(config.model, device=where, dtype=config.lm_dtype, revision=config.revision)
+        lm = load_language_model(config.model, device=where, prepend_bos=use_bos(self.saes), **config.lm_options)
         check_site(lm, config.place, 1 + config.length)
         if config.target_place is not None:
             check_order(lm, config.place, config.target_place)
         others = {name: sae for name, sae in self.saes.items() if name not in self.runs}
-        _warn(bos_warnings(others, lm.prefix_id, lm.name))
+        _warn([*bos_warnings(self.saes, lm.prefix_id, lm.name), *length_warnings(others, config.length)])
         for name, sae in self.saes.items():
             _check_module(name, sae, lm, config.place)
             check_width(sae, lm, config.place, name, config.target_place)
@@ -125,11 +132,9 @@ def _subject(
         silent = [name for name, said in sites.items() if said is None]
         taken = config.layer if site.kind == "resid_post" else site.described
         _warn(f"{name} does not say which layer it encodes; taken as {taken}, as the others" for name in silent)
-    bos, warnings = use_bos(saes)
-    _warn(warnings)
     for name, sae in saes.items():
         _warn(warnings_about(name, sae.metadata, config.model))
-    return Subject(saes, config, runs, bos)
+    return Subject(saes, config, runs)
 
 
 def _warn(warnings: Iterable[str]) -> None:
@@ -166,7 +171,8 @@ def open_autoencoders(
         raise UserError(f"The runs differ in their model ({each}); compare only runs with the same model.")
     config = next(iter(runs.values()), TrainConfig())
     if model is not None:
-        config = replace(config, model=model, revision=None)
+        trusted = config.trust_remote_code and absolute_name(model) == absolute_name(config.model)
+        config = replace(config, model=model, revision=None, trust_remote_code=trusted)
     return _subject(saes, config, runs, _asked(site, layer, saes), layer)
 
 

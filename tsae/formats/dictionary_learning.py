@@ -57,7 +57,7 @@ def read(path: Path) -> SparseAutoencoder:
     tensors = read_pickle(path)
     config = path.with_name(CONFIG)
     values = load_json(config) if config.is_file() else {}
-    trainer = field(config, values, "trainer", dict, {})
+    trainer = field(config, values, "trainer", dict, {}) or {}
     kind = field(config, trainer, "dict_class", str) or _infer_class(path, tensors)
     if kind not in CLASSES:
         raise UserError(f"{config} names the class {kind!r}; this version reads {', '.join(CLASSES)}.")
@@ -92,7 +92,7 @@ def _metadata(config: Path, values: dict[str, Any], trainer: dict[str, Any]) -> 
     for name, value in said.items():
         here, there = value, own.get(name)
         if name == "hook_name" and None not in (here, there):  # `own` may have a module's path
-            here, there = from_hook_name(value).hook_name, from_hook_name(there).hook_name
+            here, there = from_hook_name(value).hook_name, from_hook_name(str(there)).hook_name
         if None not in (here, there) and here != there:
             raise UserError(
                 f"{config} says twice what {name} is, {value!r} and in metadata {own[name]!r}; correct one of them."
@@ -139,7 +139,7 @@ def _read_matrices(path: Path, tensors: Tensors, kind: str, trainer: dict[str, A
     jumprelu = kind == "JumpReluAutoEncoder"
     shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in)}
     shapes |= {"b_dec": (d_in,), "threshold": (d_sae,) if jumprelu else ()}
-    weights = _weights(path, tensors, shapes, kind, () if jumprelu else ("k", "group_sizes"))
+    weights: dict[str, Any] = _weights(path, tensors, shapes, kind, () if jumprelu else ("k", "group_sizes"))
     if jumprelu:
         return build("jumprelu", **weights, subtract_b_dec=False)
     groups = _groups(path, tensors, d_sae)
@@ -159,8 +159,12 @@ def _read_linear(path: Path, tensors: Tensors, kind: str, trainer: dict[str, Any
         shapes["threshold"] = ()
     # AutoEncoderTopK has a threshold too, for an encoding that is not its default.
     others = ("k", "threshold") if kind == "AutoEncoderTopK" or kind in BATCHTOPK else ()
-    weights = _weights(path, tensors, shapes, kind, others)
-    ours = {"W_enc": weights["encoder.weight"].T, "W_dec": weights["decoder.weight"].T, "b_dec": weights[LINEAR[kind]]}
+    weights: dict[str, Any] = _weights(path, tensors, shapes, kind, others)
+    ours: dict[str, Any] = {
+        "W_enc": weights["encoder.weight"].T,
+        "W_dec": weights["decoder.weight"].T,
+        "b_dec": weights[LINEAR[kind]],
+    }
     if gated:  # derived in `tsae.formats.saelens`
         gate = (weights[name] for name in ("r_mag", "gate_bias", "mag_bias"))
         ours["W_enc"], b_enc, threshold = ungated(path, ours["W_enc"], *gate)

@@ -43,7 +43,7 @@ def read(path: Path) -> SparseAutoencoder:
     shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "threshold": (d_sae,)}
     d_out = matrix_shape(path, renamed, "W_dec")[1] if transcoder else d_in
     shapes |= {"W_dec": (d_sae, d_out), "b_dec": (d_out,)}
-    weights = require_tensors(path, renamed, shapes)
+    weights: dict[str, Any] = require_tensors(path, renamed, shapes)
     require_no_others(path, renamed, shapes, "an autoencoder of Gemma Scope")
     width = field(config, values, "width", int)
     if width is not None and width != d_sae:

@@ -249,9 +249,9 @@ def _input_scale(path: Path, values: dict[str, Any]) -> float:
             f"{path} normalizes each token separately (normalize_activations = {normalization!r}), which fixed weights "
             "cannot do; only 'none' and a folded 'expected_average_only_in' can be read."
         )
-    number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
-    if number and 0 < factor < math.inf and not scaling.get("has_whitening"):
-        return float(factor)
+    number = factor if isinstance(factor, (int, float)) and not isinstance(factor, bool) else 0
+    if 0 < number < math.inf and not scaling.get("has_whitening"):
+        return float(number)
     if factor is not None:
         raise UserError(
             f"{scaler} is not a positive factor alone (scaling_factor = {shortened(factor)}); restore the file."

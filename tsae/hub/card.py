@@ -13,7 +13,15 @@ from tsae.lm.site import from_option
 
 # The metrics in the card's table.
 ROWS = (
-    *("explained_variance", "l0", "frac_alive", "ce_loss_score", "ce_loss_score_mean_ablation"),
+    *(
+        "explained_variance",
+        "temporal.total_bits",
+        "temporal.support_bits",
+        "l0",
+        "frac_alive",
+        "ce_loss_score",
+        "ce_loss_score_mean_ablation",
+    ),
     *("temporal.persistence", "temporal.persistence_excess", "temporal.persistence_excess_shuffled"),
     *("temporal.autocorrelation.1", "temporal.smoothness"),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any, cast
 
 from torch import nn
 
@@ -24,9 +25,10 @@ def context_limit(model: nn.Module) -> int | None:
     extends it. A table of learned positions with fewer usable rows limits it further: some tables have rows before the
     first position (OPT 2, RoBERTa its padding id and 1).
     """
-    if getattr(model, "config", None) is None:
+    config: Any = getattr(model, "config", None)
+    if config is None:
         return None
-    config = model.config.get_text_config(decoder=True)
+    config = config.get_text_config(decoder=True)
     limits = list(_table_limits(model))
     if limits or _has_positions(model, config):
         found = (getattr(config, name, None) for name in _FIELDS)
@@ -42,7 +44,7 @@ def _is_count(value: object) -> bool:
 
 def _table_limits(model: nn.Module) -> Iterator[int]:
     """Usable rows of each table of learned positions beside the table of tokens (a vision tower has its own)."""
-    tokens = model.get_input_embeddings()
+    tokens: nn.Module = cast(Any, model).get_input_embeddings()
     owner = next((module for module in model.modules() if tokens in module.children()), model)
     for name, module in owner.named_children():
         if isinstance(module, nn.Embedding) and module is not tokens and _POSITIONS.search(name):
@@ -79,8 +81,15 @@ def _rotary_limit(config: object, number: int) -> int:
     limits = []
     for each in nested or [scaling]:
         factor, kind = each.get("factor"), each.get("rope_type", each.get("type", "default"))
-        usable = isinstance(factor, (int, float)) and not isinstance(factor, bool) and factor >= 1
-        factor = float(factor) if usable and kind not in _NOT_MULTIPLIED else 1.0
+        if (
+            not isinstance(factor, (int, float))
+            or isinstance(factor, bool)
+            or not factor >= 1
+            or kind in _NOT_MULTIPLIED
+        ):
+            factor = 1.0
         before = each.get("original_max_position_embeddings")
-        limits.append(max(number, int(before * factor)) if _is_count(before) else int(number * factor))
+        limits.append(
+            max(number, int(before * factor)) if isinstance(before, int) and _is_count(before) else int(number * factor)
+        )
     return min(limits)

@@ -41,7 +41,7 @@ def check_context(lm: LanguageModel, tokens: int) -> None:
     if limit is not None and tokens > limit:
         raise UserError(
             f"{lm.name} takes at most {limit} tokens at once, but {tokens} are fed (1 + {tokens - 1}; the first's "
-            "activation is dropped); use a model with a longer context."
+            "activation is dropped); lower --length, or use a model with a longer context."
         )
 
 
@@ -97,7 +97,8 @@ def activations_at(lm: LanguageModel, tokens: Tensor, *places: int | Site) -> tu
             with torch.inference_mode():
                 forward(lm, tokens)
         except _Reached:
-            return tuple(found[number].clone() for number in range(len(points)))
+            return tuple(found[number].clone().to(lm.device) for number in range(len(points)))  # a divided
+            # model's blocks are on several devices
     missing = next(site for number, site in enumerate(sites) if number not in found)
     raise RuntimeError(f"the forward pass of {lm.name} did not reach {missing.name}")
 
@@ -118,7 +119,7 @@ def logits_with(
     _check(lm, tokens, (place,))
     with ExitStack() as stack:
         if replace is not None:
-            stack.enter_context(replacing(lm, place, replace))
+            stack.enter_context(replacing(lm, place, lambda x, start: replace(x)))
         return forward(lm, tokens).logits
 
 
@@ -149,55 +150,85 @@ def reading(lm: LanguageModel, place: int | Site) -> Iterator[list[Tensor]]:
         yield seen
 
 
-def _shape(args: Any, kwargs: Any) -> tuple[int, ...] | None:
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    return tuple(ids.shape) if isinstance(ids, Tensor) else None
-
-
 @contextmanager
-def replacing(lm: LanguageModel, place: int | Site, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While the block runs, every forward pass of the model has the activations at a place replaced.
-
-    Autograd is as outside. Works with `lm.model.generate`, whose passes after the first see one token each.
+def replacing(lm: LanguageModel, place: int | Site, replace: Callable[[Tensor, int], Tensor]) -> Iterator[None]:
+    """Within the block every forward pass of the model has the activations at a place replaced, generation included.
 
     place: as in `activations`
-    replace: the activations [N, T, d] of a pass -> their replacement of the same shape, which is cast to their dtype
-    Raises UserError as `activations`, ValueError if `replace` changes the shape.
+    replace: the activations [N, T, d], on ``lm.device``, and the column of their first token, above 0 where the pass
+        continues a key-value cache -> their replacement of the same shape, which is cast to their dtype
+    Nested blocks replace from the outermost to the innermost.
+    Raises UserError if there is no such place. In a forward pass: for a padded batch, whose columns are not positions,
+        a cache that does not say how many tokens it has, or a value without activations; ValueError if `replace`
+        changes the shape.
     """
     site = as_site(place)
+    check_layer_of(lm, site)
     point = find(lm, site)
-    change: list[Tensor] = []
-    shape: list[tuple[int, ...] | None] = [None]
+    seen: list[tuple[tuple[int, ...], int]] = []  # the shape [N, T] of the pass that runs, and the column of the first
+    change: list[tuple[tuple[int, ...], Tensor]] = []
 
-    def note_shape(module: nn.Module, args: Any, kwargs: Any) -> None:
-        shape[0] = _shape(args, kwargs)
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()):
+            raise UserError("The batch is padded, and its activations are to be changed; pass its texts one by one.")
+        seen[:] = [(_shape(args, kwargs), _cached_tokens(kwargs))]
 
     def substitute(value: Any) -> Any:
-        read = _read(lm, site, point, value, shape[0])
-        new = replace(read.hidden)
+        if not seen:
+            raise UserError(f"Only a part of {lm.name} was run, and its activations are to be changed; run all of it.")
+        shape, start = seen.pop()
+        read = _read(lm, site, point, value, shape)
+        new = replace(read.hidden.to(lm.device), start)
         if new.shape != read.hidden.shape:
             raise ValueError(f"replace must keep the shape {tuple(read.hidden.shape)}, but gave {tuple(new.shape)}")
         new = new.to(read.hidden)
-        change[:] = [new.float() - read.hidden.float()]
+        change[:] = [(shape, new.float() - read.hidden.float())]
         return read.replaced(new)
 
     def carry(value: Any) -> Any:  # the residual stream that passed by the module
-        read = Activations(lm, value, shape[0], f"block {site.layer} of {lm.name}")
-        return read.replaced((read.hidden.float() + change.pop()).to(read.hidden.dtype))
+        shape, added = change.pop()
+        read = Activations(lm, value, shape, f"block {site.layer} of {lm.name}")
+        return read.replaced((read.hidden.float() + added.to(read.hidden.device)).to(read.hidden.dtype))
 
     with ExitStack() as stack:
-        stack.callback(lm.model.register_forward_pre_hook(note_shape, with_kwargs=True).remove)
+        stack.callback(lm.model.register_forward_pre_hook(begin, with_kwargs=True).remove)
         stack.enter_context(_hook(point, substitute))
         if point.block is not None:
             stack.enter_context(_hook(HookPoint(point.block, "", False), carry))
         yield
 
 
+def _shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+    """N and T of a forward pass of the model."""
+    tokens = kwargs.get("input_ids", args[0] if args else None)
+    return tuple((kwargs["inputs_embeds"][..., 0] if tokens is None else tokens).shape)
+
+
+def _cached_tokens(kwargs: dict[str, Any]) -> int:
+    """How many tokens the cache holds that a forward pass continues; 0 without one."""
+    cache = next((kwargs[name] for name in ("past_key_values", "cache_params") if kwargs.get(name) is not None), None)
+    if cache is None:
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(
+            f"The cache of this model, a {type(cache).__name__}, does not say how many tokens it has; generate with "
+            "use_cache=False."
+        ) from None
+
+
+def check_layer_of(lm: LanguageModel, site: Site) -> None:
+    """Raise UserError unless the model has the block of a place."""
+    if site.layer is not None:
+        check_layer(lm, site.layer)
+
+
 def _check(lm: LanguageModel, tokens: Tensor, places: tuple[int | Site, ...]) -> tuple[list[Site], list[HookPoint]]:
     sites = [as_site(place) for place in places]
     for site in sites:
-        if site.layer is not None:
-            check_layer(lm, site.layer)
+        check_layer_of(lm, site)
     check_context(lm, tokens.shape[1])
     check_tokens(lm, tokens)
     return sites, [find(lm, site) for site in sites]

@@ -1,27 +1,32 @@
-"""Loading transformers language models: from the hub, a local folder, or the packaged demo model."""
+"""Loading transformers language models: from the hub, a local folder, or the packages of the demo models."""
 
 from __future__ import annotations
 
+import json
 import logging
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from tsae.errors import UserError, reason
-from tsae.lm import gemma_package
 from tsae.lm.blocks import find_blocks
 from tsae.lm.context import context_limit
-from tsae.lm.tokenizer import fit_to_model, is_empty, prefix_token
+from tsae.lm.custom_code import needs_trust, refusal, warn_of_unused
+from tsae.lm.gemma_package import GEMMA
+from tsae.lm.placement import input_device, own_quantization, placement_options
+from tsae.lm.smollm_package import SMOLLM
+from tsae.lm.tokenizer import declines_bos, fit_to_model, is_empty, prefix_token
 from tsae.lm.weights import check_weights
 from tsae.utils.hub import hub_is_reachable
+from tsae.utils.notices import warn_once
 from tsae.utils.paths import expanded
 
 log = logging.getLogger(__name__)
@@ -31,6 +36,9 @@ if TYPE_CHECKING:
 
     from tsae.lm.hook_points import HookPoint
     from tsae.lm.site import Site
+
+PACKAGED = {model.name: model for model in (GEMMA, SMOLLM)}
+"""The demo models, by name."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Numbers of a configuration that no weight's shape depends on.
@@ -45,6 +53,7 @@ class LanguageModel:
     model: in evaluation mode; no parameter requires a gradient.
     name: as given to `load_language_model`, for records and messages.
     dtype, device: of its weights and activations.
+    prepend_bos: whether sequences start with BOS, or EOS in its place, if the tokenizer has one.
     widths: width of each place that `tsae.lm.trial_run.site_width` has measured.
     points: the modules of each place that `tsae.lm.hook_points.find` has found.
     """
@@ -54,6 +63,7 @@ class LanguageModel:
     name: str
     dtype: torch.dtype
     device: torch.device
+    prepend_bos: bool = True
     widths: dict[Site, int] = field(default_factory=dict, repr=False, compare=False)
     points: dict[Site, HookPoint] = field(default_factory=dict, repr=False, compare=False)
 
@@ -79,12 +89,18 @@ class LanguageModel:
 
     @property
     def prefix_id(self) -> int | None:
-        """The token that starts every sequence (see `tsae.lm.tokenizer.prefix_token`)."""
-        return prefix_token(self.tokenizer)
+        """The token that starts every sequence (`tsae.lm.tokenizer.prefix_token`); None: its first token of text."""
+        return prefix_token(self.tokenizer) if self.prepend_bos else None
+
+    def generate(self, prompt: str, max_new_tokens: int = 40, **options: Any) -> str:
+        """The model's continuation of a prompt, greedy unless ``options`` ask for samples; see `tsae.lm.generation`."""
+        from tsae.lm.generation import generate
+
+        return generate(self, prompt, max_new_tokens, **options)
 
 
 def _embedding_rows(model: nn.Module) -> int | None:
-    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    table = cast(Any, model).get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     weight = getattr(table, "weight", None)
     return None if weight is None else weight.shape[0]
 
@@ -116,14 +132,28 @@ def _is_intel() -> bool:
 
 
 def load_language_model(
-    name: str, *, device: torch.device | str = "cpu", dtype: str = "auto", revision: str | None = None
+    name: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: str = "auto",
+    revision: str | None = None,
+    device_map: str = "none",
+    quantization: str = "none",
+    trust_remote_code: bool = False,
+    prepend_bos: bool | None = None,
 ) -> LanguageModel:
     """Load a language model and its tokenizer.
 
-    name: "gemma-3-270m" (the packaged demo model, converted once and cached), a local folder, or a hub id.
+    name: one of `PACKAGED` (converted once and cached), a local folder, or a hub id.
     dtype: "float32", "bfloat16", "float16", or "auto" for `default_dtype`.
     revision: branch, tag or commit of a hub model.
-    Raises UserError if the model does not exist or is incomplete, or if the device or dtype does not exist.
+    device_map: how accelerate divides it among all GPUs (`tsae.lm.placement.DeviceMap`), instead of ``device``.
+    quantization: "8bit" or "4bit" (NF4): quantize its linear layers with bitsandbytes.
+    trust_remote_code: run the code that comes with a model which transformers has no class for.
+    prepend_bos: whether sequences start with BOS, if the tokenizer has one; None: unless the model
+        was trained without (`tsae.lm.tokenizer.declines_bos`).
+    Raises UserError if the model does not exist or is incomplete, if the device or dtype does not exist, if a package
+    for its placement is missing, or if it comes with code that is not trusted.
     """
     device = _usable_device(device)
     if dtype != "auto" and dtype not in _DTYPES:
@@ -131,29 +161,51 @@ def load_language_model(
     torch_dtype = default_dtype(device) if dtype == "auto" else _DTYPES[dtype]
 
     path = expanded(name)
-    if name == gemma_package.NAME:
-        source = str(gemma_package.model_folder())
+    if name in PACKAGED:
+        source = str(PACKAGED[name].folder())
     elif name and path.is_dir():
         source = str(path)
     elif not name or path.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise UserError(f"no model at {name!r}: expected a folder with a model in it, or the id of a hub model")
     else:
         source = name
-    model, tokenizer = _load(source, torch_dtype, revision, hub=source == name and not path.is_dir())
-    model.requires_grad_(False).eval().to(device)
-    return LanguageModel(model, tokenizer, name, torch_dtype, device)
+    placed = partial(
+        placement_options, device=device, dtype=torch_dtype, device_map=device_map, quantization=quantization
+    )
+    hub = source == name and not path.is_dir()
+    model, tokenizer = _load(source, torch_dtype, revision, placed, hub=hub, trusted=trust_remote_code)
+    if prepend_bos is None:
+        prepend_bos = not declines_bos(tokenizer, _declared_bos(source, revision))
+        if not prepend_bos:
+            warn_once(
+                log,
+                f"the tokenizer of {name!r} adds no BOS (add_bos_token is false): every sequence starts with text, "
+                "whose first token is not trained on",
+            )
+    model.requires_grad_(False).eval()
+    if device_map != "none":
+        device = input_device(model)
+    elif getattr(model, "hf_device_map", None) is None:
+        model.to(device)
+    return LanguageModel(model, tokenizer, name, torch_dtype, device, prepend_bos)
 
 
 def absolute_name(name: str) -> str:
     """The model's name in a form that is valid in every working directory."""
     path = expanded(name)
-    return str(path.absolute()) if name and name != gemma_package.NAME and path.is_dir() else name
+    return str(path.absolute()) if name and name not in PACKAGED and path.is_dir() else name
 
 
 def _load(
-    source: str, dtype: torch.dtype, revision: str | None, *, hub: bool
+    source: str,
+    dtype: torch.dtype,
+    revision: str | None,
+    placed: Callable[[str, dict[str, Any]], dict[str, Any]],
+    *,
+    hub: bool,
+    trusted: bool,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     local_only = not hub or not hub_is_reachable()
     options: dict[str, Any] = {"local_files_only": local_only, "revision": revision or "main"}
@@ -161,8 +213,10 @@ def _load(
     failed: Exception | None = None
     try:
         with _quiet(bar=hub):
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted, **options)
     except Exception as error:
+        if needs_trust(error):
+            raise refusal(source, options) from error
         failed = error
     if not hub:
         _check_folder(Path(source), tokenizer, failed)
@@ -170,14 +224,21 @@ def _load(
         if failed is not None:
             raise failed
         with _quiet(bar=hub):
-            config = AutoConfig.from_pretrained(source, **options)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trusted, **options)
             given, _ = type(config).get_config_dict(source, **options)
-            if _caps_attention_scores(config):
-                options["attn_implementation"] = "eager"
-            model, found = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            more = {"attn_implementation": "eager"} if _caps_attention_scores(config) else {}
+            more |= placed(source, given)
+            if trusted and "auto_map" in given:
+                more["trust_remote_code"] = True
+            loaded: Any = _auto_class(config, given, trusted=trusted).from_pretrained(
+                source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options, **more
             )
+            model, found = loaded
+    except UserError:
+        raise
     except Exception as error:  # each library raises its own kind for damaged files
+        if needs_trust(error):
+            raise refusal(source, options) from error
         if hub and local_only:
             raise UserError(
                 f"cannot load the model {source!r}: the Hugging Face hub cannot be reached and the model is "
@@ -186,11 +247,37 @@ def _load(
         raise UserError(f"cannot load the model {source!r}: {reason(error)}") from error
     if tokenizer is None or is_empty(tokenizer):
         raise UserError(f"cannot load the model {source!r}: it has no tokenizer")
-    check_weights(model, found, source)
+    if not trusted:
+        warn_of_unused(source, given, model)
+    check_weights(model, found, source, quantized=own_quantization(given) is not None)
     _name_defaults(config, given, source)
     bos = getattr(config.get_text_config(decoder=True), "bos_token_id", None)
     fit_to_model(tokenizer, _embedding_rows(model), bos, source)
     return model, tokenizer
+
+
+def _auto_class(config: PreTrainedConfig, given: dict[str, Any], *, trusted: bool) -> Any:
+    """The class of transformers that loads the model: with a head for the next token, and with images if it takes them.
+
+    given: the content of config.json
+    """
+    import transformers
+
+    causal = transformers.AutoModelForCausalLM
+    if (trusted and "AutoModelForCausalLM" in (given.get("auto_map") or {})) or type(config) in causal._model_mapping:
+        return causal
+    for name in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
+        multimodal = getattr(transformers, name, None)
+        if multimodal is not None and type(config) in multimodal._model_mapping:
+            return multimodal
+    return causal
+
+
+def _declared_bos(source: str, revision: str | None) -> object:
+    """`add_bos_token` in the tokenizer_config.json of a model that has been loaded; None if it is not there."""
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    return get_tokenizer_config(source, local_files_only=True, revision=revision or "main").get("add_bos_token")
 
 
 def _name_defaults(config: PreTrainedConfig, given: dict[str, Any], source: str) -> None:
@@ -245,6 +332,7 @@ def _check_folder(folder: Path, tokenizer: PreTrainedTokenizerBase | None, faile
         missing.append("config.json")
     if not any((*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"))):
         missing.append("weights (model.safetensors)")
+    missing.extend(_missing_shards(folder))
     has_files = any((folder / name).is_file() for name in _TOKENIZER_FILES)
     if (failed is not None and not has_files) or (tokenizer is not None and is_empty(tokenizer)):
         missing.append("a tokenizer (tokenizer.json)")
@@ -253,6 +341,22 @@ def _check_folder(folder: Path, tokenizer: PreTrainedTokenizerBase | None, faile
             f"the model folder {str(folder)!r} lacks {' and '.join(missing)}: "
             "expected what save_pretrained writes for a model and its tokenizer"
         )
+
+
+def _missing_shards(folder: Path) -> list[str]:
+    """The files that weights in several files lack: those that their index names, or the index itself."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return []
+    if not index.is_file():
+        shards = [path for path in folder.glob("*.safetensors") if re.search(r"-\d+-of-\d+$", path.stem)]
+        return [f"{index.name}, which says what is in its {len(shards)} files of weights"] if shards else []
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, LookupError, AttributeError, TypeError):
+        return []  # transformers reports what is wrong with it
+    lost = [name for name in names if not (folder / str(name)).is_file()]
+    return [f"{lost[0]} ({len(lost)} of {len(names)} files of weights)"] if lost else []
 
 
 def _usable_device(device: torch.device | str) -> torch.device:

@@ -45,8 +45,21 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
 
 
 def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that starts every sequence: BOS, or else EOS, or None (the first content token then starts it)."""
+    """The token that can start every sequence: BOS, or else EOS, or None.
+
+    `declines_bos` tells whether it should. Without it the first token of text starts the sequence.
+    """
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+def declines_bos(tokenizer: PreTrainedTokenizerBase, declared: object) -> bool:
+    """Whether a model was trained without BOS: its tokenizer has one, for chats perhaps, but does not add it.
+
+    A BOS that is also EOS separates documents (GPT-2, Pythia), and is fed.
+
+    declared: `add_bos_token` in tokenizer_config.json, which transformers itself does not keep; None if it is not there
+    """
+    return declared is False and tokenizer.bos_token_id not in (None, tokenizer.eos_token_id)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
@@ -98,7 +111,7 @@ def fit_to_model(tokenizer: PreTrainedTokenizerBase, rows: int | None, bos: obje
     elif isinstance(bos, int) and bos != tokenizer.bos_token_id:
         own = f"{tokenizer.bos_token!r} with id {tokenizer.bos_token_id}"
         warn_once(log, f"BOS of {name!r} is {bos} in its config.json, but its tokenizer has {own}, which is used")
-    if read.casefold().split() != _SAMPLE.casefold().split():
+    if str(read).casefold().split() != _SAMPLE.casefold().split():
         warn_once(log, f"the tokenizer of {name!r} reads {_SAMPLE!r} as {read!r}: are its files complete?")
 
 

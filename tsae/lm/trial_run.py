@@ -44,7 +44,7 @@ def check_order(lm: LanguageModel, place: Site, target: Site) -> None:
     """Raise UserError if a forward pass computes the target before the place that it is to be predicted from."""
     ids = made_up(lm, *_PROBE, varied=True)
     try:
-        with reading(lm, place) as seen, replacing(lm, target, lambda y: _after(seen, y)):
+        with reading(lm, place) as seen, replacing(lm, target, lambda y, start: _after(seen, y)):
             activations(lm, ids, target)
     except LookupError:
         raise UserError(

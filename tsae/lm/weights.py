@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 _COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|causal_mask|(attn|attention)\.bias)$")
 
 
-def check_weights(model: nn.Module, found: dict[str, Any], source: str) -> None:
+def check_weights(model: nn.Module, found: dict[str, Any], source: str, *, quantized: bool = False) -> None:
     """Raise UserError unless the weights belong to the model.
 
     A warning names unused tensors that belong to another part, such as a vision tower.
@@ -28,6 +28,7 @@ def check_weights(model: nn.Module, found: dict[str, Any], source: str) -> None:
     found:  transformers' loading info: missing tensors (tied ones are not counted), which it initialized at random,
             tensors of other shapes, and unexpected ones, which it ignored.
     source: the folder or hub id
+    quantized: whether its config.json says that integers stand for weights
     """
     for key, what in (
         ("missing_keys", "lacks {} of the model's tensors"),
@@ -41,7 +42,7 @@ def check_weights(model: nn.Module, found: dict[str, Any], source: str) -> None:
         raise _not_its_own(source, f"has {len(homeless)} tensors for which its config.json has no place", homeless)
     if left:
         log.warning("%s has %d tensors that %s does not use (%s)", source, len(left), type(model).__name__, _some(left))
-    if integers := [name for name in _integers(model, source) if name not in left]:
+    if not quantized and (integers := [name for name in _integers(model, source) if name not in left]):
         what = f"holds integers in the place of {len(integers)} weights, and its config.json has no quantization_config"
         raise _not_its_own(source, what, integers)
 
@@ -80,11 +81,17 @@ def _without_place(model: nn.Module, names: Iterable[str]) -> list[str]:
 def _integers(model: nn.Module, source: str) -> list[str]:
     """Tensors that a local safetensors file stores as integers and the model does not.
 
-    The integers would be taken for the values of weights.
+    The integers would be taken for the values of weights. Those that bitsandbytes makes of weights when it loads them
+    (`--lm-quantization`) are no integers of the model's own.
     """
-    if getattr(getattr(model, "config", None), "quantization_config", None) is not None or not Path(source).is_dir():
+    if not Path(source).is_dir():
         return []
-    own = {name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
+    made = {
+        name
+        for name, parameter in model.named_parameters()
+        if hasattr(parameter, "quant_state") or hasattr(parameter, "CB")
+    }
+    own = {name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()} - made
     base = getattr(model, "base_model_prefix", "")
     found = []
     for path in sorted(Path(source).glob("model*.safetensors")):

@@ -69,8 +69,8 @@ class ShardedAutoencoder(SparseAutoencoder):
             part = tensor.detach() if dim is None else split(tensor.detach(), dim, ranks.features)
             placement = Replicate() if dim is None else Shard(dim)
             self.shards[name] = nn.Parameter(DTensor.from_local(part.to(device), mesh, [placement], run_check=False))
-        for name, tensor in autoencoder.named_buffers():
-            self.register_buffer(name, split(tensor, FEATURE_DIM[name], ranks.features).to(device))
+        for name, buffer in autoencoder.named_buffers():
+            self.register_buffer(name, split(buffer, FEATURE_DIM[name], ranks.features).to(device))
 
     def parameter_dict(self) -> dict[str, nn.Parameter]:
         """The parameters, DTensors of the full shape, under the names that `SparseAutoencoder` uses."""

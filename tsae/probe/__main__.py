@@ -29,6 +29,8 @@ class Arguments:
     """Device: `auto`, `cpu`, `cuda`, ... Default: the first run's."""
     column: str | None = None
     """Column of the data set that holds the text. Default: the runs'."""
+    length: int | None = None
+    """Tokens per sequence, 2 to 4096. Default: the runs', which must then agree."""
 
 
 def main(argv: list[str] | None = None) -> int:

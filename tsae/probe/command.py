@@ -19,6 +19,7 @@ from tsae.evaluation.held_out import choose_source, held_out
 from tsae.evaluation.subject import Subject, by_name, open_run
 from tsae.lm.loading import LanguageModel
 from tsae.lm.site import Site
+from tsae.presets import at_length
 from tsae.probe.probes import check_installed, dense_probes, sparse_probes
 from tsae.probe.problems import counted_tokens, document_of_tokens, pose_problems
 from tsae.probe.results import Results, as_json, print_results
@@ -30,7 +31,7 @@ from tsae.utils.cli import check_counts, deliver
 from tsae.utils.output import say
 from tsae.utils.progress import bar
 
-AGREEING = ("model", "revision", "layer", "site", "target", "lm_dtype", "data", "text")
+AGREEING = ("model", "revision", "layer", "site", "target", "lm_dtype", "data", "text", "length")
 
 
 def probe_and_print(runs: Sequence[Path], **options: str | int | None) -> None:
@@ -81,16 +82,19 @@ def measure(
     seed: int | None = None,
     device: str | None = None,
     column: str | None = None,
+    length: int | None = None,
 ) -> Results:
     """Probe runs, by name; writes nothing. The options are those of the command line.
 
     Raises:
-        UserError: a directory is not a run's, the runs differ in model, layer or text, the text is too short for any
-            problem, or scikit-learn is missing.
+        UserError: a directory is not a run's, the runs differ in model, layer, length or text, the text is too short
+            for any problem, or scikit-learn is missing.
     """
     check_installed()
     check_counts(tokens=tokens)
-    subject = _open(directories)
+    subject = _open(directories, [key for key in AGREEING if key != "length" or length is None])
+    if length is not None:
+        subject.config = at_length(subject.config, length)
     config = subject.config
     seed = config.stream_seed if seed is None else seed
     source = choose_source([config], data, column)
@@ -98,9 +102,11 @@ def measure(
     lm = subject.load_lm(device)
     batch, documents, named = held_out(source, lm, config.length, sequences, seed)
 
-    owner = document_of_tokens(batch, documents, lm.tokenizer)
+    owner = document_of_tokens(batch, documents, lm.tokenizer, prefix=lm.prepend_bos)
     classes = token_classes(counted_tokens(batch).numpy(), lm.tokenizer)
-    problems, left_out = pose_problems(batch, owner, documents, sections(source.data, documents), classes, seed)
+    problems, left_out = pose_problems(
+        batch, owner, documents, sections(source.data, documents, source.text), classes, seed
+    )
     if not problems:
         raise UserError("The text is too short for any probe; give more text, or more of it with --tokens.")
     owner = owner[owner >= 0]  # [n], of the counted tokens
@@ -117,7 +123,7 @@ def measure(
             advance(1)
 
     text = named or {"data": source.data, "column": source.text.column, "part": "the run's own evaluation part"}
-    text |= {"tokens": len(owner), "documents": len(set(owner.tolist())), "seed": seed}
+    text |= {"length": config.length, "tokens": len(owner), "documents": len(set(owner.tolist())), "seed": seed}
     return Results(text, problems, left_out, dense, sparse)
 
 
@@ -129,17 +135,17 @@ def _directories(paths: Sequence[Path]) -> dict[str, Path]:
     return by_name(runs, [run.resolve().name for run in runs])
 
 
-def _open(directories: dict[str, Path]) -> Subject:
-    """All runs. Raises UserError unless they can share one harvest of the same text."""
+def _open(directories: dict[str, Path], agreeing: Sequence[str] = AGREEING) -> Subject:
+    """All runs. Raises UserError unless they can share one harvest of the same text: they agree in ``agreeing``."""
     opened = {name: open_run(run) for name, run in directories.items()}
     (first, subject), *others = opened.items()
     for name, other in others:
-        for key in AGREEING:
+        for key in agreeing:
             mine, theirs = getattr(subject.config, key), getattr(other.config, key)
             if mine != theirs:
                 raise UserError(
                     f"The runs {first} and {name} differ in {key} ({mine} and {theirs}); probe them separately: "
-                    "only runs with the same model, layer and text can share a harvest."
+                    "only runs with the same model, layer, length and text can share a harvest."
                 )
     runs = {name: run.config for name, run in opened.items()}
     return Subject({name: run.sae for name, run in opened.items()}, subject.config, runs)

@@ -12,8 +12,8 @@ import torch
 
 from tsae.data.documents import Document
 from tsae.data.sections import Section
-from tsae.data.sequences import TokenBatch
-from tsae.lm.tokenizer import encode, prefix_token
+from tsae.data.sequences import TokenBatch, encode_documents, follows_prefix, true_ids
+from tsae.lm.tokenizer import prefix_token
 from tsae.probe.token_classes import CLASSES
 
 if TYPE_CHECKING:
@@ -41,22 +41,27 @@ class Problem:
 
 
 def document_of_tokens(
-    batch: TokenBatch, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase
+    batch: TokenBatch, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, *, prefix: bool = True
 ) -> np.ndarray:
     """[N, T] int64, index in `documents` of each content token, -1 at excluded positions.
 
     documents: the documents packed into the batch, in order; more may follow
+    prefix: whether the sequences begin with BOS, if the tokenizer has one
     """
     tokens = batch.tokens.numpy()
-    bos = 0 if prefix_token(tokenizer) is None else 1  # without BOS the first content token is the prefix
+    # Without BOS the first position is text too.
+    bos = 1 if prefix and prefix_token(tokenizer) is not None else 0
     content = tokens[:, bos:].reshape(-1)
-    pieces: list[list[int]] = []
+    prefix, row = prefix_token(tokenizer), content.size // len(tokens)
+    pieces: list[np.ndarray] = []
+    length = 0
     for start in range(0, len(documents), 64):
-        texts = [document.text for document in documents[start : start + 64]]
-        pieces += encode(tokenizer, texts)
-        if sum(map(len, pieces)) >= content.size:
+        for piece in encode_documents(tokenizer, documents[start : start + 64]):
+            pieces.append(piece[int(follows_prefix(piece, length, row, prefix)) :])
+            length += len(pieces[-1])
+        if length >= content.size:
             break
-    flat = np.concatenate([np.array(piece, dtype=np.int64) for piece in pieces])[: content.size]
+    flat = true_ids(np.concatenate(pieces))[: content.size]
     if not np.array_equal(flat, content[: flat.size]):
         raise ValueError("documents: the batch was not packed from these")
     owner = np.full(content.size, -1)

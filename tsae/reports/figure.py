@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import matplotlib
 import numpy as np
@@ -26,7 +26,7 @@ from tsae.utils.paths import expanded
 # Okabe and Ito's palette, safe for color-blind readers.
 BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
 GREY, INK = "#6F7780", "#20252B"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9.0,
     "axes.titlesize": 10.5,
@@ -60,22 +60,26 @@ def write_report(run_dir: str | Path) -> Path:
     missing says so. The same files give the same bytes. Raises UserError for a directory or a file that cannot be read.
     """
     records, path = read_records(run_dir), expanded(run_dir) / layout.REPORT
+    with atomic_write(path) as temporary:
+        save_png(records, temporary)
+    return path
+
+
+def save_png(records: Records, to: Path | BinaryIO) -> None:
+    """Draw the page into a file."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of a name; it is drawn as a box
-        figure = draw(records)
-        with atomic_write(path) as temporary:
-            figure.savefig(temporary, format="png", metadata={"Software": None})
-    return path
+        draw(records).savefig(to, format="png", metadata={"Software": None})
 
 
 def draw(records: Records) -> Figure:
     """The page as a figure."""
     figure = Figure(figsize=(40 / 3, 9), dpi=120, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    head, body = figure.subfigures(2, 1, height_ratios=(1.7, 7.3))
+    head, body = cast(Any, figure.subfigures(2, 1, height_ratios=(1.7, 7.3)))
     _header(head, records)
     _numbers(head, records.evaluation)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, wspace=0.02, hspace=0.03)
+    cast(Any, figure.get_layout_engine()).set(w_pad=0.12, h_pad=0.1, wspace=0.02, hspace=0.03)
     axes = body.subplots(2, 4)
     _loss(axes[0, 0], records.history)
     _explained_variance(axes[0, 1], records)
@@ -144,6 +148,7 @@ def _numbers(head: SubFigure, evaluation: dict[str, Any]) -> None:
 
     notes = {
         "explained_variance": "1 is perfect, 0 the mean",
+        "temporal.total_bits": with_value("temporal.support_bits", "{} of support; per token"),
         "l0": "per token",
         "frac_alive": "fired in the evaluation",
         "ce_loss_score_mean_ablation": with_value("ce_loss_score", "{} against zero ablation"),
@@ -156,8 +161,8 @@ def _numbers(head: SubFigure, evaluation: dict[str, Any]) -> None:
         known = isinstance(value, (int, float)) and math.isfinite(value)
         number = METRICS[key].short(value if known else None)
         head.text(x, 0.46, number, fontsize=20, fontweight="bold", color=BLUE, va="center")
-        head.text(x, 0.23, METRICS[key].name, fontsize=9, va="center")
-        head.text(x, 0.1, note if known else "", fontsize=8.5, color=GREY, va="center")
+        head.text(x, 0.23, METRICS[key].name, fontsize=8, va="center")
+        head.text(x, 0.1, note if known else "", fontsize=8, color=GREY, va="center")
 
 
 def _loss(ax: Axes, history: History) -> None:
@@ -304,7 +309,7 @@ def _density(ax: Axes, density: np.ndarray | None) -> None:
     fired = density[density > FLOOR * 1.001]
     logs = np.log10(fired)
     low = min(-4.0, math.floor(float(logs.min()) * 2) / 2) if fired.size else -4.0
-    ax.hist(logs, bins=np.arange(low, 0.01, 0.125), color=BLUE, edgecolor="white", linewidth=0.4)
+    ax.hist(logs, bins=np.arange(low, 0.01, 0.125).tolist(), color=BLUE, edgecolor="white", linewidth=0.4)
     ax.set_xlim(low, 0)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda e, _: f"$10^{{{e:.0f}}}$"))

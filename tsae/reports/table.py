@@ -13,7 +13,7 @@ from tsae.utils.output import tables
 
 # Columns of the side-by-side table.
 COMPARED = (
-    *("explained_variance", "l0", "ce_loss_score", "frac_alive"),
+    *("explained_variance", "temporal.total_bits", "temporal.support_bits", "l0", "ce_loss_score", "frac_alive"),
     *("temporal.persistence_excess", "temporal.persistence_excess_shuffled"),
     *("temporal.relative_difference.1", "temporal.relative_difference_per_feature.1", "temporal.smoothness"),
 )
@@ -22,7 +22,16 @@ COMPARED = (
 def print_comparison(
     runs: dict[str, dict[str, Any]], console: Console | None = None, title: str = "Sweep", what: str = "run"
 ) -> None:
-    """Print the runs of a `sweep.json` side by side, and below them why any of them stopped.
+    """Print the runs of a `sweep.json` side by side, and below them why any of them stopped; see `comparison`."""
+    console = console or tables(160)
+    console.print(comparison(runs, title, what))
+    for name, run in runs.items():
+        if run["error"]:
+            console.print(f"{name}: {run['error']}", markup=False, highlight=False)
+
+
+def comparison(runs: dict[str, dict[str, Any]], title: str = "Sweep", what: str = "run") -> Table:
+    """The runs of a `sweep.json` side by side.
 
     title, what: of the table, and of its first column
     """
@@ -39,15 +48,16 @@ def print_comparison(
         above = first
     for name, run in runs.items():
         table.add_row(Text(name), *(metric.short(lookup(run["metrics"] or {}, metric.key)) for metric in metrics))
-    console = console or tables(160)
-    console.print(table)
-    for name, run in runs.items():
-        if run["error"]:
-            console.print(f"{name}: {run['error']}", markup=False, highlight=False)
+    return table
 
 
 def print_table(metrics: dict[str, Any], console: Console | None = None, text: str | None = None) -> None:
-    """Print the metrics of an eval.json as a table, on stdout unless a console is given.
+    """Print the metrics of an eval.json as a table, on stdout unless a console is given; see `listing`."""
+    (console or tables()).print(listing(metrics, text))
+
+
+def listing(metrics: dict[str, Any], text: str | None = None) -> Table:
+    """The metrics of an eval.json, one in a row.
 
     text: the text that was measured, if it is not the evaluation part of the run's own
     """
@@ -66,4 +76,4 @@ def print_table(metrics: dict[str, Any], console: Console | None = None, text: s
                     table.add_row(f"{metric.row}, {metric.at(part).label}", metric.full(entry), metric.unit)
             else:
                 table.add_row(metric.row, metric.full(value), metric.unit)
-    (console or tables()).print(table)
+    return table

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from tsae.utils.cli import RESUME, only_options, parse, report_errors
+from tsae.utils.cli import RESUME, given_options, only_options, parse, report_errors
 
 
 @dataclass
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     with report_errors(RESUME) as status:
         asked = parse(Arguments, argv, None, "python -m tsae.reproduce")
         if asked.resume is not None:
-            only_options(argv, ("--resume",), "--resume takes the directory's own configuration")
+            only_options(given_options(argv), ("resume",), "--resume takes the directory's own configuration")
         from tsae.reproduce.command import reproduce  # after parsing, so that --help is fast
 
         reproduce(**vars(asked))

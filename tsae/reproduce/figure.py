@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 import numpy as np
@@ -29,7 +29,7 @@ def write_figure(results: dict[str, Any], directory: Path) -> Path:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(40 / 3, 8.4), dpi=120, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
-        top, bottom = figure.subfigures(2, 1, height_ratios=(1.0, 1.0))
+        top, bottom = cast(Any, figure.subfigures(2, 1, height_ratios=(1.0, 1.0)))
         model = str(results["model"]).rstrip("/").rsplit("/", 1)[-1]
         title = f"(a) Metrics across runs, {model} layer {results['layer']}, {results['steps']} steps"
         plain(top.suptitle(title, x=0.01, ha="left", fontweight="bold"))

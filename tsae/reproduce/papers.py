@@ -15,6 +15,7 @@ A paper's "cross-entropy loss" below 0 can only be a score, `ce_loss_score`. Its
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,7 +36,7 @@ class Experiment:
     """What sets it apart, in a few words."""
     options: dict[str, Any]
     """Changes to the paper's preset."""
-    paper: dict[str, float] = field(default_factory=dict)
+    paper: Mapping[str, float] = field(default_factory=dict)
     """The figures in the paper, by the keys of eval.json, and `steps`."""
 
 
@@ -58,7 +59,7 @@ _PLAIN = _UNSCHEDULED | {"sae.init": "tied", "sae.unit_norm_decoder": False, "op
 # Run 3 has the "reduced" coefficient, 0.01; the value before is not stated. 0.1 is the value of lambda_1.
 _LARGE = {"objective.window_weight": 0.1}
 # Section 6: run 3 "maintained identical sparsity levels", and everything else "remained unchanged".
-_RUN_2 = {"explained_variance": -1.76, "l0": 249.06, "l1": 143.48, "cossim": 0.003, "l2_ratio": 0.68}
+_RUN_2: dict[str, float] = {"explained_variance": -1.76, "l0": 249.06, "l1": 143.48, "cossim": 0.003, "l2_ratio": 0.68}
 _RUN_2 |= {"ce_loss_score": -0.18}
 
 TCSAE = Paper(

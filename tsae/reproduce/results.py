@@ -38,7 +38,7 @@ class _Sums:
     """Sums over positions, float64: the count, x, |x|^2, and |x - xhat|^2 by autoencoder."""
 
     def __init__(self) -> None:
-        self.n, self.total, self.square = 0, torch.zeros(()), 0.0
+        self.n, self.total, self.square = 0, torch.zeros(()), torch.zeros(())
         self.residual: dict[str, float] = {}
 
     def add(self, x: Tensor, reconstructions: dict[str, Tensor]) -> None:

@@ -15,6 +15,7 @@ from tsae.rundir import layout
 from tsae.rundir.fingerprint import check_unchanged, fingerprint
 from tsae.rundir.ownership import check_output_directory
 from tsae.utils.atomic import write_json, writing
+from tsae.utils.calling import option
 from tsae.utils.config_json import from_dict, load_json, to_dict
 from tsae.utils.paths import check_unicode
 
@@ -36,7 +37,8 @@ def new_directory(
     check_output_directory(out)
     check_writable(out)
     if (out / marker).exists() and not overwrite:
-        raise UserError(f"{out} already has a {what}; continue it with --resume {out}, or replace it with --overwrite.")
+        resume, overwrite = option("resume", out), option("overwrite")
+        raise UserError(f"{out} already has a {what}; continue it with {resume}, or replace it with {overwrite}.")
     if not (out / marker).exists() and not is_new(out):
         raise UserError(f"{out} is not empty and holds no {what}; name a new directory.")
     return out

@@ -12,7 +12,10 @@ from tsae.utils.config_json import to_dict
 from tsae.utils.nested import flatten
 
 # Fields that may be edited after training: where things are, and settings that no result depends on.
-_EDITABLE = ("model", "revision", "data", "device", "lm_device", "cache", "log", "checkpoint", "parallel")
+_EDITABLE = (
+    *("model", "revision", "data", "device", "lm_device", "cache", "log", "checkpoint", "parallel"),
+    *("lm_device_map", "trust_remote_code", "init_from"),
+)
 # Fields that the first runs do not have, and the values that those were trained with. At these values a field counts as
 # absent, so that the runs stay what they were. Every new field belongs here.
 _ADDED: dict[str, Any] = {
@@ -22,6 +25,11 @@ _ADDED: dict[str, Any] = {
     "site": "resid_post",
     "target": None,
     "sae.d_out": 0,
+    "lm_quantization": "none",
+    "text.roles": [],
+    "text.min_characters": 0,
+    "text.max_characters": 0,
+    "text.prepend_bos": "auto",
 }
 
 

@@ -31,15 +31,28 @@ REPRODUCTION_TABLE = "results.md"
 REPRODUCTION_FIGURE = "figure1.png"
 
 OUTPUTS = (
-    *(CHECKPOINTS, AUTOENCODER, METRICS, EVALUATION, EVALUATION_SOURCE, "eval-release-*.json", REPORT, DIVERGED),
-    *(TENSORBOARD, WANDB, WANDB_ID, PAGE, PROBES, SAEBENCH, REPRODUCTION, REPRODUCTION_TABLE, REPRODUCTION_FIGURE),
+    *(CHECKPOINTS, AUTOENCODER, METRICS, EVALUATION, EVALUATION_SOURCE, "eval-release-*.json", "eval-length-*.json"),
+    *(
+        REPORT,
+        DIVERGED,
+        TENSORBOARD,
+        WANDB,
+        WANDB_ID,
+        PAGE,
+        PROBES,
+        SAEBENCH,
+        REPRODUCTION,
+        REPRODUCTION_TABLE,
+        REPRODUCTION_FIGURE,
+    ),
 )
 """Glob patterns of everything that commands write into a run or a sweep, but for `CONFIG` and `SWEEP`."""
 
 
-def release_evaluation(ratio: float) -> str:
-    """The file of an evaluation with another release ratio."""
-    return f"eval-release-{ratio:g}.json"
+def other_evaluation(ratio: float | None, length: int | None) -> str:
+    """The file of an evaluation with another release ratio or another length; None: as trained."""
+    release = "" if ratio is None else f"-release-{ratio:g}"
+    return f"eval{release}{'' if length is None else f'-length-{length}'}.json"
 
 
 def has_autoencoder(run: Path) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,7 +55,7 @@ def open_trackers(directory: Path, cfg: TrainConfig, step: int) -> list[Tracker]
     Raises:
         UserError: Weights & Biases does not start.
     """
-    kinds = {"tensorboard": TensorBoard, "wandb": Wandb}
+    kinds: dict[str, Callable[[Path, TrainConfig, int], Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb}
     return [kinds[name](directory, cfg, step) for name in dict.fromkeys(cfg.log)]
 
 

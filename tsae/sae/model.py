@@ -221,9 +221,8 @@ class SparseAutoencoder(nn.Module):
         if self.training and kind.threshold == "batch":
             threshold = batch_topk_threshold(pre, bias, cfg.k, segments, self.ranks, candidates)
         elif self.training and cfg.steering == "exact":
-            two_sided = cfg.hysteresis == "two-sided"
-            options = {"two_sided": two_sided, "ranks": self.ranks, "candidates": candidates}
-            threshold = exact_threshold(pre, bias, cfg.k, cfg.release_ratio, segments, **options)
+            two_sided, arguments = cfg.hysteresis == "two-sided", (pre, bias, cfg.k, cfg.release_ratio, segments)
+            threshold = exact_threshold(*arguments, two_sided=two_sided, ranks=self.ranks, candidates=candidates)
         else:
             if self.training:
                 self.update_threshold_buffers()

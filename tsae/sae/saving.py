@@ -154,5 +154,5 @@ def _checksum(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
     digest = xxhash.xxh3_128(checksum_of(config).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.contiguous().numpy())
+        digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()

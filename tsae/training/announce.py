@@ -6,13 +6,15 @@ from tsae.config import TrainConfig
 from tsae.data.buffer import ActivationBuffer
 from tsae.data.harvest import ActivationBatch
 from tsae.data.norms import report_norms
+from tsae.presets import SEQUENCE_COUNTS
 from tsae.training.assemble import Setup
 from tsae.training.memory import BUFFER, check_memory, memory_parts
 from tsae.utils.output import console
 
 
 def announce(setup: Setup, buffer: ActivationBuffer) -> None:
-    """Print the job in four lines: model and runs, buffer, estimated memory, processes.
+    """Print the job in a few lines: model and runs, counts at another length than 128, buffer, estimated memory,
+    processes.
 
     Raises:
         UserError: it needs more memory than the machine has.
@@ -28,6 +30,8 @@ def announce(setup: Setup, buffer: ActivationBuffer) -> None:
         f"{cfg.preset}: {lm.name} {cfg.described} ({str(lm.dtype).removeprefix('torch.')}) {where}, "
         f"{what}, {cfg.steps} steps of {cfg.batch} x {cfg.length} tokens."
     )
+    if cfg.length != TrainConfig.length:
+        console.print(sequence_counts(cfg), soft_wrap=True)
     console.print(
         f"Activation buffer: at most {buffer.capacity} sequences, {parts[BUFFER] / 2**20:,.0f} MiB "
         f"({str(setup.storage_dtype).removeprefix('torch.')}); each is trained on {cfg.buffer.reuse} times."
@@ -40,6 +44,19 @@ def announce(setup: Setup, buffer: ActivationBuffer) -> None:
     else:
         data, features = setup.ranks.data.size, setup.ranks.features.size
         console.print(f"{world.size} processes: the batch in {data} shards, the dictionary in {features}.")
+
+
+def sequence_counts(cfg: TrainConfig) -> str:
+    """A sentence with the values of the options that count sequences."""
+    values = []
+    for group, names in SEQUENCE_COUNTS.items():
+        part = getattr(cfg, group) if group else cfg
+        values += [f"{group}{'.' * bool(group)}{name} {getattr(part, name)}" for name in names]
+    counts = ", ".join(value for value in values if not value.endswith((" 0", " -1")))
+    return (
+        f"Sequences of {cfg.length} tokens: {counts}; those that were not given have the tokens that the preset gives "
+        "them (docs/howto/length.md)."
+    )
 
 
 def report_massive(cfg: TrainConfig, first: ActivationBatch) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -29,8 +29,11 @@ from tsae.parallel.axis import SINGLE_PROCESS, Ranks
 from tsae.parallel.buffer import DistributedActivationBuffer
 from tsae.parallel.processes import check_mesh, check_on_all_ranks, local_rank0_first, raise_on_all_ranks
 from tsae.rundir.ownership import check_output_directory
+from tsae.sae.model import SparseAutoencoder
 from tsae.sae.normalization import InputNormalizer
+from tsae.training.init_from import absolute_init, open_checked
 from tsae.training.job import Job, prefix_errors
+from tsae.training.own_terms import check_own_terms
 from tsae.training.sparse_step import check_steps
 from tsae.utils.device import resolve_device
 from tsae.utils.paths import expanded
@@ -45,12 +48,14 @@ class Setup:
     job: with checked and completed configurations
     device: where the autoencoders train
     ranks: position of this process
+    sources: of new runs with `init_from`, by name, the autoencoders that they start from
     """
 
     job: Job
     lm: LanguageModel
     device: torch.device
     ranks: Ranks = SINGLE_PROCESS
+    sources: dict[str, SparseAutoencoder] = field(default_factory=dict)
 
     @property
     def width(self) -> int:
@@ -81,8 +86,10 @@ class Stream(NamedTuple):
     buffer: ActivationBuffer
 
 
-def prepare(job: Job) -> Setup:
+def prepare(job: Job, *, resume: bool = False) -> Setup:
     """Check and complete the configurations and load the language model. Writes nothing.
+
+    resume: the runs have begun: what they started from may be gone, and their configurations are complete
 
     Raises:
         UserError: a value makes no sense, or the model, the text or the place of the cache cannot be used.
@@ -94,6 +101,7 @@ def prepare(job: Job) -> Setup:
     device, lm_device = resolve_device(job.shared.device), resolve_lm_device(job.shared)
     for name, cfg in job.runs.items():
         with prefix_errors(name):
+            check_own_terms(cfg)
             check_steps(cfg, device, world_size())
     # Absolute, so that the run can be resumed and evaluated from another directory.
     common = replace(
@@ -104,18 +112,31 @@ def prepare(job: Job) -> Setup:
     )
     if common.cache is not None:
         check_output_directory(Path(common.cache), job.directory, *(job.directory / name for name in job.runs))
+    sources = {}
+    for name, cfg in () if resume else job.runs.items():
+        if cfg.init_from is not None:
+            with prefix_errors(name):
+                sources[name] = local_rank0_first(partial(open_checked, cfg, job.directory))
     next(iter(_text(common, "train")(0)))  # unusable text is reported before the model is loaded
     common = replace(common, text=replace(common.text, threshold=split_threshold(common.data, common.text)))
+    prepend_bos = _prepend_bos(common, resume=resume)
     lm = local_rank0_first(
-        lambda: load_language_model(common.model, device=lm_device, dtype=common.lm_dtype, revision=common.revision)
+        lambda: load_language_model(common.model, device=lm_device, prepend_bos=prepend_bos, **common.lm_options)
     )
+    if lm.prefix_id is None and common.text.prepend_bos == "yes":
+        raise UserError(
+            f"text.prepend_bos is yes, but the tokenizer of {lm.name} has neither BOS nor EOS; set it to auto."
+        )
+    if not resume:
+        prepended = "no" if lm.prefix_id is None else "yes"
+        common = replace(common, text=replace(common.text, prepend_bos=prepended))
     check_site(lm, common.place, 1 + common.length, predictions=common.evaluation.final)
     target = common.target_place
     if target is not None:
         check_site(lm, target, 1 + common.length)
         check_order(lm, common.place, target)
     # Likewise text that is too short for a forward pass.
-    SequenceStream(_text(common, "train"), lm.tokenizer, common.length).next_batch(job.forward_batch)
+    _sequences(common, lm).next_batch(job.forward_batch)
     if common.evaluation.final:
         evaluation_batches(common, lm, 1)
     runs = {}
@@ -125,7 +146,8 @@ def prepare(job: Job) -> Setup:
             if target is not None:
                 sae = replace(sae, d_out=matching_width(cfg, lm, target), apply_b_dec_to_input=False)
         runs[name] = replace(cfg, data=common.data, model=common.model, text=common.text, cache=common.cache, sae=sae)
-    return Setup(replace(job, runs=runs), lm, device)
+        runs[name] = replace(runs[name], init_from=absolute_init(cfg.init_from))
+    return Setup(replace(job, runs=runs), lm, device, sources=sources)
 
 
 def resolve_lm_device(cfg: TrainConfig) -> torch.device:
@@ -134,6 +156,12 @@ def resolve_lm_device(cfg: TrainConfig) -> torch.device:
     Raises:
         UserError: there is no such device, or several processes would share it.
     """
+    if cfg.lm_device_map != "none" and (cfg.lm_device != "auto" or world_size() > 1):
+        other = f"lm_device is {cfg.lm_device!r}" if world_size() == 1 else f"there are {world_size()} processes"
+        raise UserError(
+            f"lm_device_map is {cfg.lm_device_map!r}, which divides the language model among all GPUs, and {other}; "
+            "leave one of them out."
+        )
     if cfg.lm_device == "auto":
         return resolve_device(cfg.device)
     if world_size() > 1:
@@ -148,6 +176,12 @@ def matching_width(cfg: TrainConfig, lm: LanguageModel, target: Site | None = No
     """The width of the activations, or of a target, which ``sae.d_in`` or ``sae.d_out`` must equal if it is given."""
     name, given = ("d_in", cfg.sae.d_in) if target is None else ("d_out", cfg.sae.d_out)
     found = site_width(lm, target or cfg.place)
+    if given not in (0, found) and cfg.init_from is not None:
+        where = f"the blocks of {lm.name} put out" if cfg.place.kind == "resid_post" else f"{cfg.place.name} has"
+        raise UserError(
+            f"{cfg.init_from} takes activations of width {given}, but {where} {found}; name the model that it was "
+            "trained on."
+        )
     if given not in (0, found):
         raise UserError(f"sae.{name} is {given}, but {lm.name} has width {found}; leave sae.{name} out.")
     return found
@@ -165,6 +199,22 @@ def _text(cfg: TrainConfig, part: Part) -> Callable[[int], Iterator[Document]]:
     return lambda epoch: open_text(cfg.data, part=part, seed=cfg.stream_seed, config=cfg.text, epoch=epoch)
 
 
+def _sequences(cfg: TrainConfig, lm: LanguageModel) -> SequenceStream:
+    """The run's training text as sequences, from its beginning."""
+    return SequenceStream(_text(cfg, "train"), lm.tokenizer, cfg.length, prefix=lm.prepend_bos)
+
+
+def _prepend_bos(cfg: TrainConfig, *, resume: bool) -> bool | None:
+    """What `text.prepend_bos` asks of `load_language_model`.
+
+    The configuration of a run says yes or no, unless it is of an earlier version, which prepended BOS to all sequences.
+    """
+    asked = cfg.text.prepend_bos
+    if asked == "auto":
+        return True if resume else None
+    return asked == "yes"
+
+
 @contextmanager
 def open_stream(setup: Setup, check: Callable[[], None]) -> Iterator[Stream]:
     """The activations of the job, with its cache and prefetching.
@@ -178,11 +228,12 @@ def open_stream(setup: Setup, check: Callable[[], None]) -> Iterator[Stream]:
         cache = raise_on_all_ranks(lambda: open_cache(setup, write=True))
         if cache is not None:
             stack.enter_context(cache)
-        feed: ActivationFeed | PrefetchingFeed = raise_on_all_ranks(lambda: make_feed(setup, cache, check))
+        source = raise_on_all_ranks(lambda: make_feed(setup, cache, check))
+        feed: ActivationFeed | PrefetchingFeed = source
         if setup.prefetched and setup.ranks.world.size == 1:
             shown, feed.bar = feed.bar, no_progress  # one bar at a time, in this thread
             total = setup.job.sequences_harvested
-            feed = stack.enter_context(PrefetchingFeed(feed, setup.prefetched, total, shown, setup.lm.device))
+            feed = stack.enter_context(PrefetchingFeed(source, setup.prefetched, total, shown, setup.lm.device))
         yield Stream(feed, make_buffer(setup, feed))
 
 
@@ -218,9 +269,9 @@ def make_feed(
     groups.
     """
     cfg, world = setup.job.shared, setup.ranks.world
-    stream = SequenceStream(_text(cfg, "train"), setup.lm.tokenizer, cfg.length)
-    options = {"batch": setup.job.forward_batch, "dtype": setup.storage_dtype, "target": cfg.target_place}
-    harvester = Harvester(setup.lm, cfg.place, stream, **options)
+    stream = _sequences(cfg, setup.lm)
+    batch, dtype, target = setup.job.forward_batch, setup.storage_dtype, cfg.target_place
+    harvester = Harvester(setup.lm, cfg.place, stream, batch=batch, dtype=dtype, target=target)
     checking_bar = partial(_checking_bar, check_on_all_ranks(check, setup.ranks, world.size))
     return ActivationFeed(harvester, cache, checking_bar, world.rank, world.size)
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from tsae.errors import UserError, reason
 from tsae.utils.atomic import WriteError, checksum, checksum_of, save_pickle, sync, write_json, writing
+from tsae.utils.calling import resume_call
 
 STATE, MANIFEST = "state.pt", "manifest.json"
 FORMAT = 3  # of what `tsae.training.loop` saves; raise it with every change
@@ -67,7 +68,7 @@ def save(
         raise WriteError(
             final,
             error.reason,
-            advice=f"{left}; make room, and continue with python -m tsae.train --resume {directory.parent}",
+            advice=f"{left}; make room, and continue with {resume_call(directory.parent)}",
         ) from None
     return final
 

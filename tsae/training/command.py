@@ -1,113 +1,112 @@
-"""What `tsae.train` does once its command line is parsed: new runs and sweeps, resumed ones, and dry runs."""
+"""Training as asked for by a `Request`: new runs and sweeps, resumed ones, and dry runs. Prints no result."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tsae.config import TrainConfig
 from tsae.errors import UserError
 from tsae.parallel.processes import broadcast_from_rank0, processes
-from tsae.reports.table import print_table
 from tsae.rundir import layout
 from tsae.rundir.directory import new_directory
-from tsae.training.dry_run import dry_run, print_estimate
+from tsae.training.dry_run import Estimate, dry_run
+from tsae.training.init_from import adopted, field_names
 from tsae.training.job import Job
+from tsae.training.loop import Outcome
+from tsae.training.request import Request
 from tsae.training.run import owning_on_rank0, run_job
-from tsae.training.sweep import print_sweep, read_runs, run_sweep, sweep_directory
+from tsae.training.sweep import read_runs, run_sweep, sweep_directory
 from tsae.training.sweep_file import read_sweep
+from tsae.utils.calling import option
 from tsae.utils.cli import only_options
 from tsae.utils.config_json import from_dict, load_json
-from tsae.utils.output import say
-from tsae.utils.torchrun import is_rank0, world_size
+from tsae.utils.nested import flatten
+from tsae.utils.torchrun import world_size
 
-if TYPE_CHECKING:
-    from tsae.train import Command
-
-PARALLEL = ("--parallel.features", "--parallel.timeout")  # what --resume may change
+PARALLEL = ("parallel.features", "parallel.timeout")  # what a resumed run may change
 
 
-def train(cfg: TrainConfig, asked: Command, argv: list[str]) -> None:
-    """Train, or with ``--dry-run`` estimate, and print the metrics.
+@dataclass
+class Trained:
+    """What came of a request."""
 
-    cfg, asked, argv: the configuration, the parsed command line, and its words
+    job: Job
+    outcomes: dict[str, Outcome]
+    """Of the runs, by name; empty after a dry run."""
+    estimate: Estimate | None = None
+    """Of a dry run."""
+
+
+def train(cfg: TrainConfig, asked: Request, given: Collection[str]) -> Trained:
+    """Train, or with ``asked.dry_run`` estimate. Errors of single runs, such as divergence, are in their outcomes.
+
+    cfg: the configuration of a new run
+    asked: what else is asked for; with ``resume`` also the options of `PARALLEL`, and with ``sweep`` the file
+    given: dotted names of the options that the user gave
 
     Raises:
         UserError: options that do not go together, or a model or text that cannot be used.
     """
-    runs = _runs(cfg, asked, argv)
+    runs = _runs(cfg, asked, given)
     with processes(max(each.parallel.timeout for each in runs.values())):
         job = Job(runs, asked.resume or broadcast_from_rank0(lambda: _new_directory(cfg, asked)))
         if asked.dry_run:
-            print_estimate(dry_run(job), job)
-            return
+            return Trained(job, {}, dry_run(job))
         with owning_on_rank0(job.directory):
-            broadcast_from_rank0(lambda: _check_as_before(job, cfg, asked, argv))
-            _train(job, resume=asked.resume is not None)
-    say(f"Written: {job.directory}")
+            broadcast_from_rank0(lambda: _check_as_before(job, cfg, asked, given))
+            outcomes = (run_sweep if job.is_sweep else run_job)(job, resume=asked.resume is not None)
+    return Trained(job, outcomes)
 
 
-def _check_as_before(job: Job, cfg: TrainConfig, asked: Command, argv: list[str]) -> None:
+def _check_as_before(job: Job, cfg: TrainConfig, asked: Request, given: Collection[str]) -> None:
     """Raise `UserError` if the directory, which this process now owns, is not as it was when the command was read."""
     if asked.resume is None:
         if asked.out is not None:
             _new_directory(cfg, asked)
-    elif _runs(cfg, asked, argv) != job.runs:
+    elif _runs(cfg, asked, given) != job.runs:
         raise UserError(f"Another process has just changed the run {job.directory}; start again.")
 
 
-def _train(job: Job, *, resume: bool) -> None:
-    """Train and evaluate, then print; metrics that cannot be written are printed before the error is raised."""
-    if job.is_sweep:
-        run_sweep(job, resume=resume)
-        if is_rank0():
-            print_sweep(job.directory)
-        return
-    outcome = run_job(job, resume=resume)[""]
-    if not is_rank0():
-        return
-    if outcome.evaluation is not None:
-        print_table(outcome.evaluation.metrics)
-    if outcome.error is not None:
-        raise outcome.error
-
-
-def _runs(cfg: TrainConfig, asked: Command, argv: list[str]) -> dict[str, TrainConfig]:
+def _runs(cfg: TrainConfig, asked: Request, given: Collection[str]) -> dict[str, TrainConfig]:
     """The configurations to train, by name: those of a sweep, or one with the name ""."""
     if asked.resume is not None and _is_sweep(asked.resume):
-        only_options(argv, ("--resume", *PARALLEL), "--resume takes the sweep's own configuration")
-        return {name: _on_other_processes(each, asked, argv) for name, each in read_runs(asked.resume).items()}
+        only_options(given, ("resume", *PARALLEL), "--resume takes the sweep's own configuration")
+        return {name: _on_other_processes(each, asked, given) for name, each in read_runs(asked.resume).items()}
     if asked.sweep is not None:
-        only_options(argv, ("--sweep", "--out", "--overwrite", "--dry-run"), "The options of a sweep are in its file")
+        only_options(given, ("sweep", "out", "overwrite", "dry_run"), "The options of a sweep are in its file")
         return read_sweep(asked.sweep)
-    return {"": cfg if asked.resume is None else _resumed(asked.resume, asked, argv)}
+    if asked.resume is not None:
+        return {"": _resumed(asked.resume, asked, given)}
+    in_file = {} if asked.config is None else flatten(load_json(asked.config))
+    return {"": adopted(cfg, field_names(given) | set(in_file))}
 
 
-def _new_directory(cfg: TrainConfig, asked: Command) -> Path:
+def _new_directory(cfg: TrainConfig, asked: Request) -> Path:
     if asked.sweep is not None:
         return sweep_directory(asked.sweep.stem, asked.out, overwrite=asked.overwrite)
     return new_directory(cfg.preset, asked.out, overwrite=asked.overwrite)
 
 
-def _resumed(directory: Path, asked: Command, argv: list[str]) -> TrainConfig:
-    only_options(argv, ("--resume", *PARALLEL), "--resume takes the run's own configuration")
+def _resumed(directory: Path, asked: Request, given: Collection[str]) -> TrainConfig:
+    only_options(given, ("resume", *PARALLEL), "--resume takes the run's own configuration")
     if not (directory / layout.CONFIG).is_file():
         raise UserError(f"{directory} holds no run to resume; it has no config.json.")
     if _is_sweep(directory.resolve().parent):
-        raise UserError(f"{directory} is part of a sweep; resume the sweep, --resume {directory.resolve().parent}.")
+        sweep = option("resume", directory.resolve().parent)
+        raise UserError(f"{directory} is part of a sweep; resume the sweep, {sweep}.")
     cfg = from_dict(TrainConfig, load_json(directory / layout.CONFIG))
     if asked.preset not in ("", cfg.preset):
         raise UserError(f"{directory} is a run of the preset {cfg.preset!r}, not {asked.preset!r}; leave the name out.")
-    return _on_other_processes(cfg, asked, argv)
+    return _on_other_processes(cfg, asked, given)
 
 
-def _on_other_processes(cfg: TrainConfig, asked: Command, argv: list[str]) -> TrainConfig:
-    """The configuration of a resumed run, with the options of ``argv`` in ``PARALLEL``.
+def _on_other_processes(cfg: TrainConfig, asked: Request, given: Collection[str]) -> TrainConfig:
+    """The configuration of a resumed run, with the ``given`` options in ``PARALLEL``.
 
     A sharded dictionary becomes a complete one on a single process.
     """
-    given = {name.split("=")[0] for name in argv}
     parallel = cfg.parallel
     for name in PARALLEL:
         if name in given:

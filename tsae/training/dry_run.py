@@ -17,6 +17,7 @@ from tsae.data.cache import ActivationCache
 from tsae.data.harvest import ActivationBatch
 from tsae.errors import UserError
 from tsae.sae.normalization import InputNormalizer
+from tsae.training.announce import sequence_counts
 from tsae.training.assemble import Setup, estimated, make_buffer, make_feed, open_cache, prepare
 from tsae.training.job import Job
 from tsae.training.memory import cache_bytes, checkpoint_bytes, memory_parts
@@ -141,6 +142,8 @@ def print_estimate(estimate: Estimate, job: Job) -> None:
     total = sum(estimate.seconds.values())
     table.add_row("time, in all", _duration(total), f"{tokens:,} tokens; without evaluation and report", style="bold")
     tables().print(table)
+    if job.shared.length != TrainConfig.length:
+        tables().print(sequence_counts(job.shared), soft_wrap=True)
 
 
 def _size(size: float) -> str:

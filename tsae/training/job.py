@@ -17,6 +17,7 @@ from tsae.utils.nested import flatten
 SHARED = (
     *("model", "revision", "layer", "site", "target", "data", "text", "steps", "length", "batch", "data_seed"),
     *("device", "lm_device", "lm_dtype", "buffer", "evaluation", "checkpoint", "cache", "parallel"),
+    *("lm_device_map", "lm_quantization", "trust_remote_code"),
 )
 
 

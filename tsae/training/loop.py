@@ -24,9 +24,11 @@ from tsae.sae.normalization import InputNormalizer
 from tsae.training import checkpoint
 from tsae.training.announce import announce, print_waiting, report_massive
 from tsae.training.assemble import Setup, Stream, estimated, open_stream
+from tsae.training.init_from import differences, open_checked, warm_start
 from tsae.training.job import prefix_errors
 from tsae.training.trainer import DivergedError, Trainer
 from tsae.utils.atomic import write_json
+from tsae.utils.calling import resume_call
 from tsae.utils.config_json import to_dict
 from tsae.utils.interrupts import AtSafePoint, Interrupted, deferred
 from tsae.utils.output import say
@@ -136,7 +138,7 @@ class TrainingLoop:
         normalizer = broadcast_from_rank0(lambda: estimated(first_config, first))
         identity = InputNormalizer.identity(self.setup.width)
         for name, cfg in self.job.runs.items():
-            self.trainers[name] = self._new_trainer(name, normalizer if cfg.normalize else identity)
+            self.trainers[name] = self._first_trainer(name, normalizer if cfg.normalize else identity)
         if not resume and self.ranks.is_rank0:
             start_runs(self.job.runs, directory)  # last: an old run is removed only for one that can train
 
@@ -156,6 +158,22 @@ class TrainingLoop:
             self.outcomes[name] = Outcome(steps, error=DivergedError(message))
         self.step = self.saved_step = state["step"]
         say(f"Resuming {self.job.directory} after step {self.step}.")
+
+    def _first_trainer(self, name: str, normalizer: InputNormalizer) -> Trainer:
+        """A trainer at step 0, with the weights that ``init_from`` names."""
+        cfg = self.job.runs[name]
+        if cfg.init_from is None:
+            return self._new_trainer(name, normalizer)
+        with prefix_errors(name):
+            source = self.setup.sources.get(name) or raise_on_all_ranks(lambda: open_checked(cfg))
+        start = warm_start(cfg, source, normalizer)
+        trainer = self._new_trainer(name, start.normalizer)
+        trainer.start_from(start)
+        changed = "; ".join(differences(cfg, source))
+        what = f"so its features at step 0 are others: {changed}" if changed else "with its features at step 0"
+        if self.ranks.is_rank0:
+            say(f"{f'Run {name!r}: ' if name else ''}Starts from {cfg.init_from}, {what}.")
+        return trainer
 
     def _new_trainer(self, name: str, normalizer: InputNormalizer) -> Trainer:
         cfg, autocast = self.job.runs[name], self.setup.uses_autocast(self.job.runs[name])
@@ -278,4 +296,4 @@ def _advice(steps: int, directory: Path | None) -> str:
     when = f" after step {steps}, which is saved" if steps else " before the first step"
     if directory is None:
         return f"{when}; the run in the directory was left as it was, so start again as before"
-    return f"{when}; continue with python -m tsae.train --resume {directory}"
+    return f"{when}; continue with {resume_call(directory)}"

@@ -27,6 +27,7 @@ from tsae.config import ObjectiveConfig
 from tsae.parallel.axis import SINGLE_PROCESS, Axis, Ranks
 from tsae.parallel.selection import keep_k_largest_per_row
 from tsae.training.feature_lists import FeatureLists
+from tsae.training.own_terms import own_term
 from tsae.training.schedules import LossWeights, loss_weights
 from tsae.training.temporal_objectives import (
     MaskedPairs,
@@ -127,15 +128,15 @@ def _mean(values: Tensor, segments: Tensor | None, ranks: Ranks, over: Axis) -> 
 def bands_for(cfg: ObjectiveConfig) -> tuple[tuple[int, int], ...]:
     """The offset bands, ascending and disjoint, whose statistics the objective needs from the activation's pass.
 
-    `multiscale` needs ``cfg.bands``, `slow` (1, ``cfg.offset``) and `window` (1, 1). For several terms these bands are
-    split at each other's ends, so that every term's bands are unions of the bands returned.
+    `multiscale` needs ``cfg.bands``, `slow` (1, ``cfg.offset``), `window` and functions of the user's (1, 1). For
+    several terms these bands are split at each other's ends, so that every term's bands are unions of those returned.
     """
     wanted: list[tuple[int, int]] = []
     if "multiscale" in cfg.terms:
         wanted += [(low, high) for low, high in cfg.bands]
     if "slow" in cfg.terms:
         wanted.append((1, cfg.offset))
-    if "window" in cfg.terms:
+    if "window" in cfg.terms or cfg.own_terms:
         wanted.append((1, 1))
     edges = sorted({low for low, _ in wanted} | {high + 1 for _, high in wanted})
     pieces = ((low, end - 1) for low, end in pairwise(edges))
@@ -295,6 +296,8 @@ def objective(inputs: LossInputs, step: int, cfg: ObjectiveConfig) -> LossTerms:
         total = total + cfg.l0 * inputs.l0
     if weights.temporal is not None:
         temporal = temporal_term(inputs, cfg)
+        for name in cfg.own_terms:
+            temporal = temporal + own_term(name, inputs, step, cfg)
         total = total + weights.temporal * temporal
     auxiliary = zero if inputs.auxiliary is None else inputs.auxiliary
     if inputs.auxiliary is not None:

@@ -25,7 +25,7 @@ def build_optimizer(sae: SparseAutoencoder, cfg: OptimizerConfig, *, capturable:
     logarithms, for which 0 is not a neutral value. ``capturable``: for a CUDA graph, with learning rates on the device.
     """
     kind = torch.optim.AdamW if cfg.name == "adamw" else torch.optim.Adam
-    extra = {"weight_decay": cfg.weight_decay} if cfg.name == "adamw" else {}
+    extra: dict[str, Any] = {"weight_decay": cfg.weight_decay} if cfg.name == "adamw" else {}
     parameters: Any = list(sae.parameters())
     learned = threshold_parameters(sae)
     if learned and extra:
@@ -45,7 +45,7 @@ def keep_rates_on_device(optimizer: torch.optim.Optimizer) -> None:
         group["capturable"] = True
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float | Tensor) -> None:
     """Set the learning rate of all parameters."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
@@ -77,8 +77,8 @@ def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor, *, transpose
     for name in ("exp_avg", "exp_avg_sq"):
         if state[name].stride() != parameter.stride():  # a checkpoint may have another order of memory
             state[name] = torch.empty_like(parameter).copy_(state[name]).detach()
-    moments = [state[name].T if transposed else state[name] for name in ("exp_avg", "exp_avg_sq")]
-    return AdamState(*moments, state["step"])
+    first, second = (state[name].T if transposed else state[name] for name in ("exp_avg", "exp_avg_sq"))
+    return AdamState(first, second, state["step"])
 
 
 @torch.no_grad()

@@ -73,7 +73,7 @@ def _run_job(job: Job, *, resume: bool) -> dict[str, Outcome]:
     check_trackers(name for cfg in job.runs.values() for name in cfg.log)
     broadcast_from_rank0(lambda: check_writable(job.directory))
     try:
-        setup = raise_on_all_ranks(lambda: prepare(job))
+        setup = raise_on_all_ranks(lambda: prepare(job, resume=resume))
     except Interrupted as stop:  # a new run has no directory yet that could be resumed
         raise Interrupted(stop.number, stop.advice if resume else " before anything began; start again") from None
     setup = replace(setup, ranks=ranks_for(job.shared))
@@ -120,6 +120,7 @@ def _save(sae: SparseAutoencoder, setup: Setup, name: str) -> None:
         prepend_bos=setup.lm.prefix_id is not None,
         dataset_path=cfg.data,
         trained_with=fingerprint(cfg),
+        **({} if cfg.init_from is None else {"init_from": cfg.init_from}),
     )
 
 

@@ -40,7 +40,8 @@ class LossWeights(NamedTuple):
 def loss_weights(step: int, cfg: ObjectiveConfig) -> LossWeights:
     """Of ``step``."""
     ramp = temporal_ramp(step, cfg)
-    return LossWeights(reconstruction_weight(step, cfg), ramp * cfg.weight if cfg.terms and ramp > 0 else None)
+    some = ramp > 0 and (cfg.terms or cfg.own_terms)
+    return LossWeights(reconstruction_weight(step, cfg), ramp * cfg.weight if some else None)
 
 
 class StepPlan(NamedTuple):

@@ -54,6 +54,8 @@ def dense_reason(cfg: TrainConfig, processes: int = 1) -> str | None:
         return f"sae.input_scale is {sae.input_scale}"
     if cfg.target is not None or sae.d_out:
         return "a transcoder's encoder and decoder have other widths"
+    if cfg.objective.own_terms:
+        return f"the Python function {cfg.objective.own_terms[0]!r} in objective.temporal needs all features of a token"
     if processes > 1:
         return f"there are {processes} processes"
     return None
@@ -195,7 +197,7 @@ class SparseStep:
         self.most.copy_(torch.maximum(self.most, most))
         l0 = self.ranks.world.sum_no_grad(counts.sum(dtype=torch.float32))
         l0 = l0 / self.ranks.data.sum_no_grad(kept.sum()).clamp(min=1)
-        return FeatureLists(*features, shape=tuple(pre.shape)), stats, l0
+        return FeatureLists(*features, shape=(pre.shape[0], pre.shape[1], pre.shape[2])), stats, l0
 
     def decode(self, features: FeatureLists) -> list[Tensor]:
         """Reconstructions (B, T, d_in) from the Matryoshka prefixes, the last of them the whole dictionary."""

@@ -19,30 +19,16 @@ import yaml
 
 from tsae.config import TrainConfig
 from tsae.errors import UserError
-from tsae.presets import preset
+from tsae.presets import at_length, preset
 from tsae.rundir import layout
+from tsae.training.init_from import adopted
 from tsae.training.job import check_agreement
 from tsae.utils.config_json import from_dict, to_dict
+from tsae.utils.nested import flatten
+from tsae.utils.strict_yaml import load_yaml
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 RESERVED = (layout.CHECKPOINTS, layout.SWEEP)  # a sweep's own, beside its runs
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, unlike in YAML 1.1, and a duplicate key is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 def read_sweep(path: Path) -> dict[str, TrainConfig]:
@@ -52,13 +38,13 @@ def read_sweep(path: Path) -> dict[str, TrainConfig]:
         UserError: the file cannot be read, or an option is not valid; the message names run and option.
     """
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+        values = load_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"There is no file {path}; name a sweep's YAML file.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be read as YAML ({reason}); correct the file.") from None
-    parts = {"base": {}, "runs": None, "grid": {}}
+    parts: dict[str, Any] = {"base": {}, "runs": None, "grid": {}}
     if not isinstance(values, dict) or not values or set(values) - set(parts):
         raise UserError(f"{path} must be a mapping with base, and runs or grid or both.")
     parts |= {key: value for key, value in values.items() if value is not None}
@@ -106,21 +92,28 @@ def _label(value: Any) -> str:
 
 
 def _config(base: dict[str, Any], *overrides: dict[str, Any]) -> TrainConfig:
-    """The configuration of a preset with the options of the file applied in order, the last one winning."""
-    chosen = "demo"
+    """The configuration of a preset, `at_length`, with the options of the file applied in order, the last one
+    winning."""
+    chosen, length = "demo", None
     for part in (base, *overrides):
         if part is not None and not isinstance(part, dict):
             raise UserError(f"The run is {part!r}; it must be a mapping of options, or empty.")
-        chosen = (part or {}).get("preset", chosen)
-    values = to_dict(preset(chosen))
+        chosen, length = (part or {}).get("preset", chosen), (part or {}).get("length", length)
+    start = preset(chosen)
+    values = to_dict(at_length(start, length) if type(length) is int else start)
     for part in (base, *overrides):
         _assign(values, part or {})
-    cfg = from_dict(TrainConfig, values)
+    cfg = adopted(from_dict(TrainConfig, values), _names(base, *overrides))
     if cfg.data_seed is None:  # all runs share one stream, whatever their seeds
         seeds = to_dict(preset(chosen))
         _assign(seeds, base)
         cfg = replace(cfg, data_seed=from_dict(TrainConfig, seeds).seed)
     return cfg
+
+
+def _names(*parts: dict[str, Any]) -> set[str]:
+    """The dotted names of all options in nested or dotted ``parts``."""
+    return {name for part in parts for name in flatten(part or {})}
 
 
 def with_options(cfg: TrainConfig, options: dict[str, Any]) -> TrainConfig:

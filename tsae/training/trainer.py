@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,6 +63,9 @@ from tsae.utils.device import runs_behind
 from tsae.utils.nested import flatten
 from tsae.utils.output import say
 from tsae_kernels import TemporalStats, count_positions, within_sequence_variance
+
+if TYPE_CHECKING:
+    from tsae.training.init_from import WarmStart
 
 
 class DivergedError(UserError):
@@ -129,6 +132,17 @@ class Trainer:
         self.step_on_device = torch.zeros((), dtype=torch.int64, device=device)  # seeds the draws there
         self._any_dead = False  # at the last logged step
         self._lost = 0  # steps since then that changed no weight
+
+    def start_from(self, start: WarmStart) -> None:
+        """Take the weights and thresholds of an existing autoencoder, before the first step."""
+        if isinstance(self.sae, ShardedAutoencoder):
+            self.sae.load_whole_state(start.sae.state_dict())
+        else:
+            self.sae.load_state_dict(start.sae.state_dict())
+        if start.theta is not None:
+            self.controller.start(torch.tensor(start.theta, device=self.device))
+        if self.lists is not None:
+            self.lists.forget_copies()
 
     def train_step(self, batch: ActivationBatch | BatchShard, *, log: bool = False) -> dict[str, float]:
         """One optimizer step on raw activations.
@@ -517,10 +531,10 @@ class Trainer:
         They are those of a single process, whatever the ranks. To be called on all ranks; complete on rank 0.
         """
         sae, features = self.sae, self.ranks.features
-        sharded = isinstance(sae, ShardedAutoencoder)
+        sharded = sae if isinstance(sae, ShardedAutoencoder) else None
         return {
-            "sae": sae.whole_state() if sharded else sae.state_dict(),
-            "optimizer": whole_optimizer_state(self.optimizer, sae) if sharded else optimizer_state(self.optimizer),
+            "sae": sharded.whole_state() if sharded else sae.state_dict(),
+            "optimizer": whole_optimizer_state(self.optimizer, sharded) if sharded else optimizer_state(self.optimizer),
             "controller": self.controller.state_dict(),
             "temporal_buffer": whole(self.temporal_buffer.variance, 0, features),
             "silent": whole(self.dead.silent, 0, features),

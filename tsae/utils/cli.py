@@ -7,10 +7,10 @@ import errno
 import io
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import tyro
 
@@ -45,7 +45,8 @@ def parse(cls: type[T], argv: list[str], default: T | None, prog: str) -> T:
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
-            return with_expanded_paths(tyro.cli(cls, args=argv, default=default, prog=prog))
+            parsed: T = tyro.cli(cls, args=argv, default=cast(T, default), prog=prog)
+            return with_expanded_paths(parsed)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -64,11 +65,21 @@ def _sentence(box: str) -> str:
     return re.sub(r"\. Expected ", "; expected ", text[:1].upper() + text[1:])
 
 
-def only_options(argv: list[str], allowed: tuple[str, ...], why: str) -> None:
-    """Raise `UserError`, a sentence that begins with ``why``, if ``argv`` has options other than ``allowed``."""
-    others = [a for a in argv if a.startswith("-") and a.split("=")[0] not in allowed]
+def given_options(argv: Sequence[str]) -> list[str]:
+    """The dotted names of the options in a command line: ``--sae.d-sae=64`` is "sae.d_sae"."""
+    words = (word.split("=")[0] for word in argv if word.startswith("-"))
+    return [word.removeprefix("--").replace("-", "_") if word.startswith("--") else word for word in words]
+
+
+def only_options(given: Iterable[str], allowed: Iterable[str], why: str) -> None:
+    """Raise `UserError`, a sentence that begins with ``why``, if options other than ``allowed`` are given.
+
+    given, allowed: dotted names
+    """
+    others = [name for name in given if name not in tuple(allowed)]
     if others:
-        raise UserError(f"{why}; leave out {' '.join(others)}.")
+        named = (name if name.startswith("-") else f"--{name.replace('_', '-')}" for name in others)
+        raise UserError(f"{why}; leave out {' '.join(named)}.")
 
 
 def check_counts(**options: int | None) -> None:

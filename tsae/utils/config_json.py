@@ -32,13 +32,13 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
         path = f"{where}.{key}" if where else key
         if key not in known:
             raise UserError(f"The configuration has an unknown field {path!r}; {cls.__name__} has {sorted(known)}.")
-        arguments[key] = _convert(hints[key], value, path)
+        arguments[key] = convert(hints[key], value, path)
     return cls(**arguments)
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
+def convert(hint: Any, value: Any, path: str) -> Any:
     """``value``, from JSON, as the type ``hint``; raises UserError naming ``path`` if it does not fit."""
-    if dataclasses.is_dataclass(hint):
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_dict(hint, value, path)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
@@ -48,14 +48,14 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _convert(next(a for a in args if a is not type(None)), value, path)
+        return convert(next(a for a in args if a is not type(None)), value, path)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise UserError(f"The configuration's '{path}' is {value!r}; it must be a list.")
         if args[-1] is not Ellipsis and len(args) != len(value):
             raise UserError(f"The configuration's '{path}' is {value!r}; it must have {len(args)} entries.")
         inner = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        return tuple(_convert(h, v, path) for h, v in zip(inner, value, strict=True))
+        return tuple(convert(h, v, path) for h, v in zip(inner, value, strict=True))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)

@@ -17,7 +17,7 @@ def hub_is_reachable() -> bool:
         UserError: the client would keep its files in a folder `~`, because there is no home directory.
     """
     from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # not in its list of exports
 
     if constants.HF_HUB_OFFLINE:
         return False

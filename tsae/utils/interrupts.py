@@ -22,6 +22,13 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(advice)
         self.number, self.advice = number, advice
 
+    def __str__(self) -> str:
+        return f"interrupted{self.advice}"
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows: the sentence, without the frames that it came through."""
+        return [f"Interrupted{self.advice}"]
+
     @property
     def status(self) -> int:
         """The exit status by the shell's convention: 130 after SIGINT, 143 after SIGTERM."""

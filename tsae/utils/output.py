@@ -21,7 +21,8 @@ class _Console(Console):
     """A console that prints text as it is, and draws in the characters of the stream's encoding."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(markup=False, emoji=False, highlight=False, **options)
+        # In a notebook too the stream is written to, which the kernel shows in the order of everything printed.
+        super().__init__(markup=False, emoji=False, highlight=False, force_jupyter=False, **options)
 
     @property
     def encoding(self) -> str:
@@ -106,7 +107,7 @@ def tolerant_streams() -> Iterator[Tolerant]:
     before = sys.stdout, sys.stderr
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         out, err = (Tolerant(nowhere if stream is None else stream) for stream in before)
-        sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
+        sys.stdout, sys.stderr = out, err
         try:
             yield out
         finally:

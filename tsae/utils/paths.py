@@ -44,7 +44,8 @@ def check_unicode(path: Path) -> None:
 
 def with_expanded_paths(values: T) -> T:
     """A dataclass with every `Path` in it, also in tuples and nested dataclasses, `expanded`."""
-    changes = {field.name: _expand(getattr(values, field.name)) for field in dataclasses.fields(values)}  # type: ignore
+    fields = dataclasses.fields(values)  # type: ignore[arg-type]
+    changes = {field.name: _expand(getattr(values, field.name)) for field in fields}
     return dataclasses.replace(values, **changes)  # type: ignore[type-var]
 
 

@@ -16,6 +16,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from tsae.utils import notebook
 from tsae.utils.output import console
 
 
@@ -41,8 +42,13 @@ def bar(description: str, total: float | None, unit: str = "tokens") -> Iterator
 
     total: None if it is unknown
 
-    Without a terminal one line is written at the end.
+    In a notebook it is an output of the cell, updated in place. Elsewhere, without a terminal, one line is written at
+    the end.
     """
+    if notebook.shell() is not None:
+        with notebook.bar(description, total, unit) as advance:
+            yield advance
+        return
     columns = (
         TextColumn("{task.description:<10}"),
         BarColumn(bar_width=20),

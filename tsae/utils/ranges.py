@@ -60,7 +60,7 @@ def check_ranges(config: Any, prefix: str = "") -> None:
                     )
 
 
-def _numbers(value: Any) -> Iterator[float]:
+def _numbers(value: Any) -> Iterator[Any]:
     """A number itself, or the numbers in nested tuples and lists."""
     if isinstance(value, (tuple, list)):
         for inner in value:

@@ -22,6 +22,8 @@ class Arguments:
     """The file to write. Default: RUN/view.html."""
     tokens: int | None = None
     """Tokens of held-out text to compute the features on. Default: as in the run's evaluation."""
+    length: int | None = None
+    """Tokens per sequence, 2 to 4096. Default: the run's."""
 
 
 def main(argv: list[str] | None = None) -> int:

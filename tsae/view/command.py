@@ -12,6 +12,7 @@ import torch
 from tsae.data.harvest import content_activations
 from tsae.evaluation.held_out import evaluation_batches
 from tsae.evaluation.subject import open_run
+from tsae.presets import at_length
 from tsae.rundir import layout
 from tsae.rundir.ownership import check_output, owning_runs
 from tsae.utils.cli import check_counts
@@ -22,11 +23,12 @@ from tsae.view.features import Activity
 from tsae.view.page import cannot_write_page, write_page
 
 
-def view(run: Path, out: Path | None = None, tokens: int | None = None) -> None:
+def view(run: Path, out: Path | None = None, tokens: int | None = None, length: int | None = None) -> None:
     """Write the page of a finished run.
 
     out: the file; None writes RUN/view.html
     tokens: of held-out text; None takes as many as the run's evaluation
+    length: of the sequences; None takes the run's
 
     Raises:
         UserError: the directory is not a run's, the model or the text cannot be read, or the file cannot be written.
@@ -36,7 +38,7 @@ def view(run: Path, out: Path | None = None, tokens: int | None = None) -> None:
     out = run / layout.PAGE if out is None else out
     with owning_runs(run, out.parent):
         _check_writable(out)
-        size = write_page(collect(run, tokens), out)
+        size = write_page(collect(run, tokens, length), out)
     say(f"Written: {out} ({size / 1e6:.1f} MB)")
 
 
@@ -52,15 +54,16 @@ def _check_writable(page: Path) -> None:
 
 
 @torch.no_grad()
-def collect(run: Path, tokens: int | None = None) -> dict[str, Any]:
+def collect(run: Path, tokens: int | None = None, length: int | None = None) -> dict[str, Any]:
     """The content of the page, from the run's directory and its features on held-out text."""
     check_counts(tokens=tokens)
     subject = open_run(run)
-    cfg, sae = subject.config, subject.sae
+    own, sae = subject.config, subject.sae
+    subject.config = cfg = at_length(own, own.length if length is None else length)
     lm = subject.load_lm()
     sequences = cfg.evaluation.sequences if tokens is None else math.ceil(tokens / cfg.length)
     batches = evaluation_batches(cfg, lm, sequences)
-    activity = Activity(sae.cfg.d_sae)
+    activity = Activity(sae.cfg.d_sae, cfg.length)
     with bar("Features", sum(batch.segments.numel() for batch in batches)) as advance:
         for batch in batches:
             segments = batch.segments.to(lm.device)
@@ -69,4 +72,4 @@ def collect(run: Path, tokens: int | None = None) -> dict[str, Any]:
             advance(segments.numel())
     activity.finish()
     ids, texts = token_texts(lm.tokenizer, torch.cat([content_tokens(batch) for batch in batches]))
-    return page_data(run, cfg, sae, activity, ids, texts)
+    return page_data(run, own, sae, activity, ids, texts)

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from tsae.config import TrainConfig
 from tsae.data.sequences import TokenBatch
+from tsae.data.text import shown_source
 from tsae.evaluation.catalogue import METRICS
-from tsae.evaluation.metrics.temporal import CURVE_LAGS, MIN_ACTIVATIONS
+from tsae.evaluation.metrics.temporal import MIN_ACTIVATIONS
 from tsae.reports.records import read_history, read_source
 from tsae.rundir import layout
 from tsae.sae.model import SparseAutoencoder
 from tsae.utils.config_json import load_json
 from tsae.view.features import NEIGHBOUR_LAGS, Activity, neighbours
 from tsae.view.packing import pack, rounded
-from tsae_kernels import MULTISCALE
 
 LEVELS = 1023  # activations are quantized to this many steps of the feature's largest one
 PASSAGES = 8  # at most, per feature
@@ -31,7 +31,10 @@ TOP_TOKENS = 6
 POINTS = 300  # at most, per training curve
 ENTRIES = 3_500_000  # activations in a page, about 4 bytes each; beyond it each feature gets fewer passages
 # Metrics of eval.json whose labels the page shows.
-LABELED = ("explained_variance", "l0", "frac_alive", "ce_loss_score_mean_ablation", "temporal.persistence_excess")
+LABELED = (
+    *("explained_variance", "temporal.total_bits", "l0", "frac_alive", "ce_loss_score_mean_ablation"),
+    "temporal.persistence_excess",
+)
 CURVES = (
     *("reconstruction", "sparsity", "temporal", "auxiliary", "explained_variance", "l0", "dead"),
     *("lag1_correlation", "lag1_correlation_p10", "lag1_correlation_p90"),
@@ -66,22 +69,24 @@ def page_data(
 ) -> dict[str, Any]:
     """The page's content.
 
+    cfg:      of the run
     activity: of the features on the text, finished
     ids:      [N * T] the token at each position, as an index into `texts`
     """
     T = activity.segments.shape[1]
     evaluation = load_json(run / layout.EVALUATION) if (run / layout.EVALUATION).exists() else {}
+    source = read_source(run).get("data")
     return {
-        "run": {"name": run.resolve().name, "facts": facts(cfg, int((activity.segments >= 0).sum()))},
-        "evaluation": {"metrics": evaluation, "text": read_source(run).get("data")},
+        "run": {"name": run.resolve().name, "facts": facts(cfg, int((activity.segments >= 0).sum()), T)},
+        "evaluation": {"metrics": evaluation, "text": source and shown_source(source)},
         "labels": {
             key: {"name": metric.name, "title": metric.title, "digits": metric.short_digits}
             for key, metric in METRICS.items()
             if key in LABELED
         },
         "history": curves(run / layout.METRICS),
-        "lags": list(CURVE_LAGS),
-        "bands": [list(band) for band in MULTISCALE],
+        "lags": list(activity.lags.reported),
+        "bands": [list(band) for band in activity.bands.bands],
         "neighbour_lags": [NEIGHBOUR_LAGS[0], NEIGHBOUR_LAGS[-1]],
         "min_activations": MIN_ACTIVATIONS,
         "levels": LEVELS,
@@ -92,18 +97,19 @@ def page_data(
     }
 
 
-def facts(cfg: TrainConfig, tokens: int) -> list[tuple[str, str]]:
-    """The run in a few words: pairs of a name and a value."""
+def facts(cfg: TrainConfig, tokens: int, length: int) -> list[tuple[str, str]]:
+    """The run and the page's text (``tokens``, in sequences of ``length``) in a few words: pairs of name and value."""
     sae, objective = cfg.sae, cfg.objective
     activation = str(sae.activation)
     details = [f"k = {sae.k}"] if sae.kind.k_sparse else []
     details += [f"release ratio {sae.release_ratio:g}"] if sae.kind.release else []
+    trained_on = cfg.steps * cfg.batch * cfg.length
     return [
         ("model", f"{_last(cfg.model)}, {cfg.described}"),
-        ("trained on", f"{_last(cfg.data)}, {cfg.steps * cfg.batch * cfg.length:,} tokens in {cfg.steps:,} steps"),
+        ("trained on", f"{shown_source(cfg.data)}, {trained_on:,} tokens in {cfg.steps:,} steps"),
         ("features", f"{sae.d_sae:,}, {activation}" + (f" ({', '.join(details)})" if details else "")),
         ("temporal objective", str(objective.temporal)),
-        ("text on this page", f"{tokens:,} held-out tokens of {_last(cfg.data)}"),
+        ("text on this page", f"{tokens:,} held-out tokens of {shown_source(cfg.data)}, in sequences of {length:,}"),
     ]
 
 
@@ -114,7 +120,7 @@ def _last(name: str) -> str:
 
 def curves(path: Path) -> dict[str, list[list[float | None]]]:
     """Training curves as [steps, values], thinned to at most `POINTS`."""
-    out = {}
+    out: dict[str, list[list[float | None]]] = {}
     for key, (steps, values) in read_history(path).items():
         if key in CURVES:
             every = math.ceil(len(steps) / POINTS)
@@ -136,6 +142,7 @@ def run_bounds(run: np.ndarray, T: int) -> list[list[int]]:
 def columns(sae: SparseAutoencoder, activity: Activity, ids: np.ndarray) -> dict[str, Any]:
     """Columns with one value, or one list, per feature."""
     persistence = activity.persistence.per_feature()
+    by_lag = dict(zip(activity.lags.lags, activity.lags.autocorrelation_per_feature(), strict=True))
     neighbour, correlation = neighbours(activity)
     threshold, release = thresholds(sae)
     passages, kept = select(activity, neighbour)
@@ -148,7 +155,9 @@ def columns(sae: SparseAutoencoder, activity: Activity, ids: np.ndarray) -> dict
         where.append(pack(np.diff(activity.position[own], prepend=0)))
         value = activity.value[own]
         steps = np.maximum(np.rint(value / max(peak[j], 1e-30) * LEVELS), 1).astype(np.int64)
-        held = value <= threshold[j] if release is not None else np.zeros(len(own), dtype=bool)
+        held = (
+            value <= threshold[j] if threshold is not None and release is not None else np.zeros(len(own), dtype=bool)
+        )
         level.append(pack(2 * steps + held))
     return {
         "active": persistence.active.long().tolist(),
@@ -156,7 +165,7 @@ def columns(sae: SparseAutoencoder, activity: Activity, ids: np.ndarray) -> dict
         "persistence": rounded(persistence.stays),
         "excess": rounded(persistence.excess),
         "dwell": rounded(persistence.dwell),
-        "autocorrelation": [rounded(row, 3) for row in activity.lags.autocorrelation_per_feature()],
+        "autocorrelation": [rounded(by_lag[lag], 3) for lag in activity.lags.reported],
         "band_autocorrelation": [rounded(row, 3) for row in activity.bands.compute()],
         "peak": rounded(peak),
         "threshold": None if threshold is None else rounded(threshold),

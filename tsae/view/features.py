@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tsae.evaluation.metrics import Persistence
 from tsae.evaluation.metrics.accumulator import pair_mask, row_chunks
-from tsae.evaluation.metrics.bands import BandAutocorrelation
-from tsae.evaluation.metrics.temporal import MIN_ACTIVATIONS, LagStatistics
+from tsae.evaluation.metrics.bands import BandAutocorrelation, bands_at
+from tsae.evaluation.metrics.temporal import MIN_ACTIVATIONS, LagStatistics, lags_at
 from tsae_kernels.segments import find_runs
 
 NEIGHBOUR_LAGS = (1, 2, 3, 4)
@@ -25,11 +25,14 @@ class Activity:
         value:             [n] float32
 
     and `run` [N * T] int64, the segment run of each position, numbered over all rows, -1 where excluded.
+
+    length: T, of the sequences
     """
 
-    def __init__(self, d_sae: int) -> None:
+    def __init__(self, d_sae: int, length: int = 128) -> None:
         self.d_sae = d_sae
-        self.lags, self.persistence, self.bands = LagStatistics(), Persistence(), BandAutocorrelation()
+        self.lags, self.persistence = LagStatistics(lags_at(length)), Persistence()
+        self.bands = BandAutocorrelation(bands_at(length))
         self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._segments: list[Tensor] = []
 

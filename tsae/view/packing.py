@@ -16,7 +16,7 @@ def pack(values: np.ndarray) -> str:
     values: [n] integers
     """
     values = np.asarray(values, dtype=np.int64)
-    lengths = 1 + sum((values >= 1 << shift).astype(np.int64) for shift in (7, 14, 21))
+    lengths = np.ones_like(values) + sum((values >= 1 << shift).astype(np.int64) for shift in (7, 14, 21))
     ends = np.cumsum(lengths)
     out = np.zeros(int(ends[-1]) if len(ends) else 0, dtype=np.uint8)
     for i in range(4):

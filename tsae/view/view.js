@@ -31,9 +31,11 @@ function numbers() {
   const at = (key) => key.split(".").reduce((inside, part) => inside?.[part], m);
   const metric = (key, means) => [data.labels[key].name, at(key), (v) => v.toFixed(data.labels[key].digits), means];
   const dwell = known(features.dwell.filter((_, f) => features.active[f] >= data.min_activations)).sort((a, b) => a - b);
-  const shuffled = at("temporal.persistence_excess_shuffled");
+  const shuffled = at("temporal.persistence_excess_shuffled"), support = at("temporal.support_bits");
   return [
     metric("explained_variance", "1 is a perfect reconstruction, 0 no better than the mean activation"),
+    metric("temporal.total_bits",
+      "per token, to say which features are on and how strongly" + (support === undefined ? "" : `; ${support.toFixed(1)} for which`)),
     metric("l0", `of ${whole(count)}; fewer are easier to read`),
     metric("frac_alive", "fraction that was on at least once in the evaluation"),
     metric("ce_loss_score_mean_ablation", "fraction of what the language model loses when the mean replaces the activation"),

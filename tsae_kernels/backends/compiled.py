@@ -59,12 +59,13 @@ class CompiledBackend:
         self, pre: Tensor, activation: Activation, bands: Bands, segments: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See `interface.Backend`."""
-        return self._forward(pre, activation, bands, segments, True)
+        h, differences, total, square = self._forward(pre, activation, bands, segments, True)
+        return h, differences, total, square
 
     def temporal_stats(self, h: Tensor, bands: Bands, segments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """See `interface.Backend`."""
-        _, *stats = self._forward(h, Activation("identity"), bands, segments, False)
-        return tuple(stats)
+        _, differences, total, square = self._forward(h, Activation("identity"), bands, segments, False)
+        return differences, total, square
 
     def activate_with_stats_backward(
         self,
@@ -87,11 +88,13 @@ class CompiledBackend:
 
     def step_energy(self, h: Tensor, weights: Tensor) -> Tensor:
         """See `interface.Backend`."""
-        return self._ops.step_energy(h, _compute(weights, h)).sum().to(dtype_of_stats(h.dtype))
+        energies: Tensor = self._ops.step_energy(h, _compute(weights, h))
+        return energies.sum().to(dtype_of_stats(h.dtype))
 
     def step_energy_backward(self, h: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
         """See `interface.Backend`."""
-        return self._ops.step_energy_backward(h, _compute(weights, h), grad.double())
+        grad_h: Tensor = self._ops.step_energy_backward(h, _compute(weights, h), grad.double())
+        return grad_h
 
 
 class CudaBackend(CompiledBackend):
@@ -110,7 +113,9 @@ class CudaBackend(CompiledBackend):
         assert name == "relu"
         bias, threshold, release = _compute(bias, pre), _threshold(threshold, pre), _threshold(release, pre)
         offsets, ids = flatten_bands(bands), _ids(segments)
-        return self._ops.forward_with_mask(pre, bias, threshold, release, offsets, ids)
+        out = self._ops.forward_with_mask(pre, bias, threshold, release, offsets, ids)
+        active, differences, total, square = out
+        return active, differences, total, square
 
 
 cpp = CompiledBackend("tsae_kernels_cpp")

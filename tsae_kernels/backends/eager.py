@@ -44,7 +44,7 @@ def _chunks(h: Tensor, segments: Tensor | None) -> Iterator[tuple[slice, ChunkSe
     runs = None if segments is None else find_runs(segments)
     for begin in range(0, B, step):
         rows = slice(begin, min(begin + step, B))
-        yield rows, None if segments is None else ChunkSegments(runs, rows)
+        yield rows, None if runs is None else ChunkSegments(runs, rows)
 
 
 def _activated(
@@ -142,11 +142,12 @@ def activate_with_stats(
     """See `interface.Backend`."""
     h = torch.empty_like(pre, memory_format=torch.contiguous_format)
     threshold = activation.threshold
-    per_position = threshold is not None and threshold.dim() == 3
 
     def stats_of_chunks() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for rows, chunk in _chunks(pre, segments):
-            of_rows = activation._replace(threshold=threshold[rows]) if per_position else activation
+            of_rows = activation
+            if threshold is not None and threshold.dim() == 3:  # [B, T, 1]
+                of_rows = activation._replace(threshold=threshold[rows])
             yield _stats(_activated(pre[rows].unbind(1), h[rows].unbind(1), of_rows, chunk), h[rows], bands, chunk)
 
     return h, *_concatenated(pre, bands, stats_of_chunks())
@@ -156,14 +157,14 @@ def _concatenated(
     h: Tensor, bands: Bands, chunks: Iterable[tuple[Tensor, Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The statistics of all chunks in one tensor each; empty tensors for an empty batch."""
-    k = h.shape[2]
-    options = {"dtype": dtype_of_stats(h.dtype), "device": h.device}
+    k, dtype = h.shape[2], dtype_of_stats(h.dtype)
     columns = list(zip(*chunks, strict=True)) or [
-        (torch.zeros(0, len(bands), k, **options),),
-        (torch.zeros(0, k, **options),),
-        (torch.zeros(0, k, **options),),
+        (h.new_zeros(0, len(bands), k, dtype=dtype),),
+        (h.new_zeros(0, k, dtype=dtype),),
+        (h.new_zeros(0, k, dtype=dtype),),
     ]
-    return tuple(torch.cat(column).contiguous() for column in columns)
+    differences, total, square = (torch.cat(column).contiguous() for column in columns)
+    return differences, total, square
 
 
 def _window_gradient(
@@ -210,7 +211,8 @@ def activate_with_stats_backward(
     bias = None if activation.bias is None else activation.bias.to(dtype)
     coefficient, active = _active_features(grads.differences, dtype)
     for rows, chunk in _chunks(saved, segments):
-        h = inputs = saved[rows].unbind(1)
+        inputs = saved[rows].unbind(1)
+        h: Sequence[Tensor] = inputs
         if activation.name == "gelu":
             h = [torch.empty_like(x) for x in inputs]
             for _ in _activated(inputs, h, activation, None):
@@ -316,5 +318,5 @@ def _steps(h: Tensor, weights: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     slices = h.unbind(1)
     unused = rows_by_time(weights == 0)
     for t in range(len(slices) - 1):
-        step = slices[t + 1].to(dtype) - slices[t].to(dtype)
-        yield step if unused[t] is None else step.index_fill_(0, unused[t], 0)
+        step, rows = slices[t + 1].to(dtype) - slices[t].to(dtype), unused[t]
+        yield step if rows is None else step.index_fill_(0, rows, 0)

@@ -67,7 +67,8 @@ def _is_truncated(path: Path) -> bool:
     if len(header) < 64:
         return True
     (table,), (entry_bytes, entries) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
-    return table + entry_bytes * entries > path.stat().st_size  # linkers write the section table last
+    end: int = table + entry_bytes * entries  # linkers write the section table last
+    return end > path.stat().st_size
 
 
 def _load(name: str, remedy: str, targets: str, selected: str) -> Library:
@@ -93,6 +94,7 @@ def _load(name: str, remedy: str, targets: str, selected: str) -> Library:
     def text(function_name: str) -> str:
         function = getattr(library, function_name)
         function.restype = ctypes.c_char_p
-        return function().decode()
+        value: bytes = function()
+        return value.decode()
 
     return Library("", text("tsae_built_for"), text(targets), text(selected))

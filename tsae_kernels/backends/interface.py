@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from tsae_kernels.bands import Bands
@@ -41,9 +43,7 @@ class Gradients(NamedTuple):
 class Backend(Protocol):
     """The operators of `ops.py`, without autograd. Statistics are in `dtype_of_stats`, h in the dtype of its input.
 
-    A backend may also have `activate_with_mask`, with the arguments of `activate_with_stats` (relu only). It returns
-    the active mask [B, W, k] of `sparse_eager.pack_active` instead of h, and statistics of the same bits. Without it
-    the operator packs h.
+    Without `activate_with_mask` of `MaskBackend`, which a backend may also have, the operator packs h.
     """
 
     def activate_with_stats(
@@ -73,3 +73,76 @@ class Backend(Protocol):
 
     def step_energy_backward(self, h: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
         """grad_h [B, T, k]. grad: [], the gradient of the energy."""
+
+
+@runtime_checkable
+class MaskBackend(Protocol):
+    """What a backend may have besides the functions of `Backend`."""
+
+    def activate_with_mask(
+        self, pre: Tensor, activation: Activation, bands: Bands, segments: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The active mask [B, W, k] of `sparse_eager.pack_active` instead of h, and statistics of the same bits.
+
+        The arguments are those of `activate_with_stats`; relu only.
+        """
+
+
+class ListBackend(Protocol):
+    """The operators of `sparse_ops.py`, which describes the tensors: a module for lists of active features."""
+
+    def compress(
+        self, active: Tensor, pre: Tensor, bias: Tensor | None, capacity: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """values [N, C], indices [N, C] and counts [N] of the features in an active mask [B, W, k]."""
+
+    def decode(
+        self, values: Tensor, indices: Tensor, counts: Tensor, weight: Tensor, ends: Sequence[int], dtype: torch.dtype
+    ) -> Tensor:
+        """[G, N, d]: a reconstruction from the features before each of `ends`."""
+
+    def decode_backward(
+        self, grad: Tensor, indices: Tensor, counts: Tensor, weight: Tensor, ends: Sequence[int], dtype: torch.dtype
+    ) -> Tensor:
+        """[N, C]: the gradient of every value. grad: [G, N, d], for the features of each group."""
+
+    def sort_entries(self, indices: Tensor, values: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The fields of `sparse_ops.Entries`."""
+
+    def stats_backward(
+        self,
+        values: Tensor,
+        order: Tensor,
+        features: Tensor,
+        tokens: Tensor,
+        k: int,
+        grad_values: Tensor | None,
+        grad_differences: Tensor | None,
+        grad_total: Tensor | None,
+        grad_square: Tensor | None,
+        bands: Bands,
+        segments: Tensor | None,
+        T: int,
+    ) -> Tensor:
+        """[E]: the gradient of every entry through itself and the statistics, in the order by feature."""
+
+    def weight_gradients(
+        self,
+        features: Tensor,
+        tokens: Tensor,
+        offsets: Tensor,
+        grad_pre: Tensor | None,
+        x: Tensor | None,
+        values: Tensor | None,
+        grad_xhat: Tensor | None,
+        W_dec: Tensor | None,
+        ends: Sequence[int],
+        fill: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The gradients of W_enc.T [k, d], W_dec [k, d] and b_enc [k], and measures of the rows [4, k]."""
+
+    def squared_errors(self, x: Tensor, xhat: Tensor) -> Tensor:
+        """[N]: the sum over d of (x - xhat)^2."""
+
+    def squared_errors_backward(self, x: Tensor, xhat: Tensor, grad: Tensor) -> Tensor:
+        """[N, d]: the gradient of xhat."""

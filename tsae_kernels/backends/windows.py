@@ -36,7 +36,8 @@ class ChunkSegments:
 
         Multiplying by 0 would keep an inf or NaN in the padding.
         """
-        return x if self.excluded[t] is None else x.index_fill(0, self.excluded[t], 0)
+        rows = self.excluded[t]
+        return x if rows is None else x.index_fill(0, rows, 0)
 
 
 class WindowSums:
@@ -99,13 +100,16 @@ class WindowSums:
     def centred(self) -> Iterator[Tensor]:
         """Yield y[t], [B, k], zero where excluded, for t = 0, 1, ..."""
         if self.segments is None:
+            only = self.offsets[0]
+            assert only is not None  # the one segment begins at 0
             for h_t in self.slices:
-                yield self._centred(h_t, self.offsets[0])
+                yield self._centred(h_t, only)
             return
         offset = torch.zeros_like(self.rows[0])
         for t, h_t in enumerate(self.slices):
-            if self.offsets[t] is not None:
-                offset.index_copy_(0, self.segments.begins[t], self.offsets[t])
+            rows, starting = self.segments.begins[t], self.offsets[t]
+            if rows is not None and starting is not None:
+                offset.index_copy_(0, rows, starting)
             yield self.segments.zero_excluded(self._centred(h_t, offset), t)
 
     def _centred(self, h_t: Tensor, offset: Tensor) -> Tensor:

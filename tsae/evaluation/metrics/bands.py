@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from tsae.evaluation.metrics.accumulator import Accumulator, row_chunks
 from tsae_kernels import MULTISCALE, Bands, temporal_stats
 from tsae_kernels.segments import find_runs
+
+
+def bands_at(length: int) -> Bands:
+    """The paper's bands as far as sequences of ``length`` tokens have such pairs, and one for the lags beyond them."""
+    beyond = MULTISCALE[-1][1] + 1
+    return tuple((low, min(high, length - 1)) for low, high in (*MULTISCALE, (beyond, length - 1)) if low < length)
 
 
 class BandAutocorrelation(Accumulator):
@@ -52,7 +60,8 @@ class BandAutocorrelation(Accumulator):
         count, total, square = self._get("count"), self._get("sum"), self._get("square")
         mean = total[0] / count[0]
         variance = square[0] / count[0] - mean.square()
-        energy = square[0] / count[0] + 2 * mean * self._shift.double().cpu() + self._shift.double().cpu().square()
+        shift = cast(Tensor, self._shift).double().cpu()  # set by the first batch
+        energy = square[0] / count[0] + 2 * mean * shift + shift.square()
         pairs = count[1:, None]
         product = (square[1:] - self._get("differences")) / 2
         covariance = product - mean * total[1:] + pairs * mean.square()

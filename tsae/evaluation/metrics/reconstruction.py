@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -96,6 +98,7 @@ class ReconstructionMetrics(Accumulator):
 
     def _shifted(self, shift: Tensor) -> ReconstructionMetrics:
         """The same sums about another shift."""
+        assert self._shift is not None  # `merge` has seen to it
         moved = ReconstructionMetrics()
         moved._sums, moved._shift = dict(self._sums), shift
         delta, n = self._shift - shift, self._sums["tokens"]
@@ -122,6 +125,12 @@ class ReconstructionMetrics(Accumulator):
         """E|x| and E|xhat|."""
         n = self._get("tokens")
         return ratio(self._get("norm_x"), n), ratio(self._get("norm_xhat"), n)
+
+    def rms_error(self) -> float:
+        """Root of `mse`, or 2^-20 of the activations' root mean square if that is more: float32 resolves no less."""
+        dimensions = self._get("dimensions")
+        error, size = ratio(self._get("residual"), dimensions), ratio(self._get("x_square"), dimensions)
+        return max(math.sqrt(error), math.sqrt(size) * 2**-20) if math.isfinite(error) else math.nan
 
     def tokens_per_sequence(self) -> Tensor:
         """[d_sae] float64 on the CPU: active positions of each feature per sequence in which it is active."""

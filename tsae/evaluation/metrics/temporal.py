@@ -7,6 +7,7 @@ document boundary. `h` is the feature activations, [B, T, d_sae]; a feature is o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count, takewhile
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,18 @@ from tsae.evaluation.metrics.accumulator import Accumulator, mean_where, pair_ma
 DIFFERENCE_LAGS = (1, 4, 16, 64)
 CURVE_LAGS = (1, 2, 4, 8, 16, 32, 64)
 MIN_ACTIVATIONS = 20  # with fewer, a feature's P(on | on) is too noisy for persistence_excess
+
+
+def lags_at(length: int) -> tuple[int, ...]:
+    """The lags of the curve in sequences of ``length`` tokens, powers of 2: `CURVE_LAGS`, as far as they are below the
+    length, and longer ones up to three quarters of it."""
+    longer = takewhile(lambda lag: 4 * lag <= 3 * length, (2 * CURVE_LAGS[-1] << i for i in count()))
+    return (*(lag for lag in CURVE_LAGS if lag < length), *longer)
+
+
+def _has_difference(lag: int) -> bool:
+    """Whether the relative difference is reported at a lag: `DIFFERENCE_LAGS`, and further powers of 4."""
+    return lag in DIFFERENCE_LAGS or (lag > DIFFERENCE_LAGS[-1] and lag.bit_length() % 2 == 1)
 
 
 class LagStatistics(Accumulator):
@@ -89,6 +102,7 @@ class LagStatistics(Accumulator):
 
     def _shifted(self, shift: Tensor) -> LagStatistics:
         """The same sums about another shift."""
+        assert self._shift is not None  # `merge` has seen to it
         moved = LagStatistics(self.lags)
         moved._sums, moved._shift = dict(self._sums), shift
         delta = (self._shift.double() - shift.double()).to(self._sums["sum"].device)
@@ -118,6 +132,12 @@ class LagStatistics(Accumulator):
             out["relative_difference_per_feature"][lag] = mean_where(per_feature, energy[i] > 0)
             out["autocorrelation"][lag] = mean_where(correlation[i - 1], ~correlation[i - 1].isnan())
         return out
+
+    @property
+    def reported(self) -> tuple[int, ...]:
+        """The lags that have a pair, and those of `CURVE_LAGS`, which may have none."""
+        pairs = self._get("count")[1:].tolist() if self._shift is not None else [0] * len(self.lags)
+        return tuple(lag for lag, n in zip(self.lags, pairs, strict=True) if n or lag in CURVE_LAGS)
 
     def autocorrelation_per_feature(self) -> Tensor:
         """`autocorrelation` of each feature: [lags, d_sae] float64 on the CPU, NaN where undefined.
@@ -261,10 +281,13 @@ class Smoothness(Accumulator):
 
 
 class TemporalMetrics:
-    """All temporal metrics of an evaluation set except the shuffled control."""
+    """All temporal metrics of an evaluation set except the shuffled control.
 
-    def __init__(self) -> None:
-        self.lags = LagStatistics(CURVE_LAGS)
+    length: of its sequences, which decides the lags (`lags_at`)
+    """
+
+    def __init__(self, length: int = 128) -> None:
+        self.lags = LagStatistics(lags_at(length))
         self.persistence = Persistence()
         self.smoothness = Smoothness()
 
@@ -289,14 +312,19 @@ class TemporalMetrics:
         self.smoothness.merge(other.smoothness)
 
     def compute(self) -> dict[str, float | dict[str, float]]:
-        """The `temporal` object of eval.json without `persistence_excess_shuffled`; lags are string keys."""
-        lags = self.lags.compute()
+        """The `temporal` object of eval.json without `persistence_excess_shuffled`; lags are string keys.
+
+        Lags are those of `LagStatistics.reported`; the relative difference has `DIFFERENCE_LAGS` and further powers
+        of 4.
+        """
+        lags, reported = self.lags.compute(), self.lags.reported
+        differences = [lag for lag in reported if _has_difference(lag)]
         return {
-            "relative_difference": {str(lag): lags["relative_difference"][lag] for lag in DIFFERENCE_LAGS},
-            "relative_difference_per_feature": {
-                str(lag): lags["relative_difference_per_feature"][lag] for lag in DIFFERENCE_LAGS
+            **{
+                name: {str(lag): lags[name][lag] for lag in differences}
+                for name in ("relative_difference", "relative_difference_per_feature")
             },
-            "autocorrelation": {str(lag): value for lag, value in lags["autocorrelation"].items()},
+            "autocorrelation": {str(lag): lags["autocorrelation"][lag] for lag in reported},
             **self.persistence.compute(),
             "smoothness": self.smoothness.compute(),
         }

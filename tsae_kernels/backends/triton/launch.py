@@ -41,7 +41,7 @@ def unavailable_reason() -> str:
     return ""
 
 
-def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
+def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 

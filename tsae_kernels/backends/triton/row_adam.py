@@ -84,7 +84,7 @@ def row_adam_kernel(
 
 
 def _block(D: int) -> int:
-    return min(triton.next_power_of_2(D), _BLOCK)
+    return min(1 << max(D - 1, 0).bit_length(), _BLOCK)
 
 
 def launch_row_adam(

@@ -9,6 +9,7 @@ Nothing waits for the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -232,7 +233,7 @@ def weight_gradients(
     assert sources
     N, d = sources[0].shape[-2:]
     compute = compute_dtype(*sources, *(each for each in (grad_pre, values) if each is not None))
-    options = {"dtype": compute, "device": tokens.device}
+    options: dict[str, Any] = {"dtype": compute, "device": tokens.device}
     new = torch.zeros if fill else torch.empty
     encoder = None if grad_pre is None else new(k, d, **options)
     decoder = None if values is None else new(k, d, **options)
@@ -242,9 +243,9 @@ def weight_gradients(
     measures = torch.zeros(4, blocks, k, **options)
     if E > 0 and d > 0:
         chunks = -(-E // _ENTRIES)
-        outputs = encoder, decoder, bias
-        partials = tuple(None if o is None else torch.empty(chunks, 2, *o.shape[1:], **options) for o in outputs)
-        outputs += measures[0], measures[1], measures[2:]
+        gradients = encoder, decoder, bias
+        partials = tuple(None if o is None else torch.empty(chunks, 2, *o.shape[1:], **options) for o in gradients)
+        outputs = *gradients, measures[0], measures[1], measures[2:]
         W_dec = None if W_dec is None else W_dec.contiguous()
         constants = {"CHUNK": _ENTRIES, "BLOCK_D": block, "EVEN_D": d % block == 0, "num_warps": 1}
         constants["enable_fp_fusion"] = True
@@ -256,8 +257,11 @@ def weight_gradients(
             finish_weight_gradients_kernel[(chunks, blocks)](
                 features, offsets, W_dec, *outputs, *partials, k, d, **constants
             )
-    rows = (torch.empty(0, dtype=torch.float32, device=tokens.device) if o is None else o for o in (encoder, decoder))
-    return *rows, torch.zeros(0, dtype=torch.float32, device=tokens.device) if bias is None else bias, measures.sum(1)
+
+    def or_empty(x: Tensor | None) -> Tensor:
+        return torch.empty(0, dtype=torch.float32, device=tokens.device) if x is None else x
+
+    return or_empty(encoder), or_empty(decoder), or_empty(bias), measures.sum(1)
 
 
 def squared_errors(x: Tensor, xhat: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""From Python and in notebooks: `tsae.train`, `tsae.evaluate`, `tsae.open`, and what they return."""
