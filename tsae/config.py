@@ -492,7 +492,7 @@ class TrainConfig:
             return
         if target.key == place.key:
             raise UserError(f"target and site are both {place.hook_name}; leave the target out for an autoencoder.")
-        if target.layer < place.layer:
+        if target.number < place.number:
             raise UserError(f"the target {target.hook_name} comes before the site {place.hook_name}; exchange them.")
         if self.buffer.max_norm_ratio:
             raise UserError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -310,7 +310,10 @@ def _predictions(
     if wanted > 0:
         settings.progress("predictions", 0, wanted * parts[0].segments.shape[1])
     where = settings.place if settings.target is None else settings.target
-    with nullcontext([]) if settings.target is None else reading(lm, settings.place) as seen:
+    seen: list[Tensor] = []
+    with ExitStack() as stack:
+        if settings.target is not None:
+            seen = stack.enter_context(reading(lm, settings.place))
         for batch in (small for part in parts for small in part.split(settings.lm_batch)):
             if done >= wanted:
                 break

@@ -81,6 +81,7 @@ def common_site(
         if wrong:
             raise UserError(_another_place(name, saes[name].metadata, site, asked, layer))
     if asked is None:
+        assert layer is not None
         return _canonical(next(iter(said.values()), as_site(layer)))
     return asked
 

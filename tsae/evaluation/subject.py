@@ -127,7 +127,7 @@ def _subject(
     if asked is None and layer is None and all(site is None for site in sites.values()):
         raise UserError(f"{next(iter(saes))} does not say which layer it encodes; name it with --layer.")
     site = common_site(sites, saes, asked, layer)
-    config = replace(config, layer=site.layer, site=site.option, target=_common_target(saes, runs))
+    config = replace(config, layer=site.number, site=site.option, target=_common_target(saes, runs))
     if asked is None and (layer is None or site.kind != "resid_post"):
         silent = [name for name, said in sites.items() if said is None]
         taken = config.layer if site.kind == "resid_post" else site.described
@@ -184,18 +184,19 @@ def _common_target(saes: dict[str, SparseAutoencoder], runs: dict[str, TrainConf
     """
     targets: dict[str, Site | None] = {}
     for name, sae in saes.items():
-        targets[name] = target_of(sae.metadata) if sae.cfg.d_out else None
-        if sae.cfg.d_out and targets[name] is None and name in runs:
-            targets[name] = runs[name].target_place
-        if sae.cfg.d_out and targets[name] is None:
-            raise UserError(f"{called(name)} is a transcoder that does not say what it predicts (hook_name_out).")
-        if sae.cfg.d_out and not targets[name].locatable:
-            raise UserError(f"{called(name)} predicts {targets[name].name}, which this version cannot measure.")
+        targets[name] = None
+        if sae.cfg.d_out:
+            target = target_of(sae.metadata) or (runs[name].target_place if name in runs else None)
+            if target is None:
+                raise UserError(f"{called(name)} is a transcoder that does not say what it predicts (hook_name_out).")
+            if not target.locatable:
+                raise UserError(f"{called(name)} predicts {target.name}, which this version cannot measure.")
+            targets[name] = target
     if len({None if target is None else target.key for target in targets.values()}) > 1:
         each = ", ".join(f"{name}: {'nothing else' if t is None else t.name}" for name, t in targets.items())
         raise UserError(f"The autoencoders predict different places ({each}); measure those of one place at a time.")
-    target = next(iter(targets.values()))
-    return None if target is None else target.written
+    common = next(iter(targets.values()))
+    return None if common is None else common.written
 
 
 def _asked(site: str | None, layer: int | None, saes: dict[str, SparseAutoencoder]) -> Site | None:

@@ -80,13 +80,13 @@ def find(lm: LanguageModel, site: Site) -> HookPoint:
     if site not in lm.points:
         if not site.locatable:
             raise UserError(f"{site.name} is no place that can be read in {lm.name}.")
-        check_layer(lm, site.layer)
+        check_layer(lm, site.number)
         lm.points[site] = _find(lm, site)
     return lm.points[site]
 
 
 def _find(lm: LanguageModel, site: Site) -> HookPoint:
-    block, path = lm.blocks[site.layer], _path(lm, lm.blocks[site.layer])
+    block, path = lm.blocks[site.number], _path(lm, lm.blocks[site.number])
     if site.kind in ("resid_post", "resid_pre"):
         return HookPoint(block, path, site.kind == "resid_pre")
     if site.module is not None:
@@ -106,13 +106,14 @@ def _find(lm: LanguageModel, site: Site) -> HookPoint:
 
 def _by_path(lm: LanguageModel, site: Site, block: nn.Module, path: str) -> HookPoint:
     """The module that a path names: in the model, or in the block of its number, whatever the path before that is."""
-    within = site.module.partition(f".{site.layer}.")[2] if f".{site.layer}." in f".{site.module}" else ""
-    for root, name in ((lm.model, site.module), (block, within)):
+    asked = site.module or ""
+    within = asked.partition(f".{site.layer}.")[2]  # "" is the block itself
+    for root, name in ((lm.model, asked), (block, within)):
         try:
             module = root.get_submodule(name)
         except AttributeError:
             continue
-        calls = _record(lm, site.layer, {"": (module, site.of_input)})[""]
+        calls = _record(lm, site.number, {"": (module, site.of_input)})[""]
         if len(calls) != 1:
             times = f"is called {len(calls)} times" if calls else "is not called"
             raise UserError(
@@ -131,8 +132,9 @@ def _head_outputs(lm: LanguageModel, site: Site, block: nn.Module, attention: nn
     projection = None if attention is None else _child(attention, PROJECTIONS["attention"])
     if projection is None:
         raise UserError(_without("output projection of attention", lm, site, block))
-    watch = {"attention": (attention, False), "projection": (projection, False)}
-    found = _record(lm, site.layer, watch)
+    assert attention is not None
+    watch: dict[Any, tuple[nn.Module, bool]] = {"attention": (attention, False), "projection": (projection, False)}
+    found = _record(lm, site.number, watch)
     values = [value for calls in found.values() for value in calls if value is not None]
     if len(values) != 2 or not torch.equal(*values):
         raise UserError(
@@ -153,7 +155,7 @@ def _by_sum(lm: LanguageModel, site: Site, block: nn.Module, attention: nn.Modul
     watch |= {module: (module, False) for modules in adds.values() for module in modules}
     before_mlp = [*norms, *([] if mlp is None else [mlp])]  # OLMo 2 has no norm before its MLP
     watch |= {("input", module): (module, True) for module in before_mlp}
-    recorded = _record(lm, site.layer, watch)
+    recorded = _record(lm, site.number, watch)
     found = {key: calls[0] for key, calls in recorded.items() if len(calls) == 1 and calls[0] is not None}
     if not {"pre", "post"} <= found.keys():
         raise UserError(_no_sum(lm, site, block, attention))

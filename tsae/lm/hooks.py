@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,13 +93,13 @@ def activations_at(lm: LanguageModel, tokens: Tensor, *places: int | Site) -> tu
 
     with ExitStack() as stack:
         for number, point in enumerate(points):
-            stack.enter_context(_hook(point, lambda value, number=number: keep(number, value)))
+            stack.enter_context(_hook(point, partial(keep, number)))
         try:
             with torch.inference_mode():
                 forward(lm, tokens)
         except _Reached:
-            return tuple(found[number].clone().to(lm.device) for number in range(len(points)))  # a divided
-            # model's blocks are on several devices
+            # The blocks of a divided model are on several devices.
+            return tuple(found[number].clone().to(lm.device) for number in range(len(points)))
     missing = next(site for number, site in enumerate(sites) if number not in found)
     raise RuntimeError(f"the forward pass of {lm.name} did not reach {missing.name}")
 
@@ -236,7 +237,7 @@ def _check(lm: LanguageModel, tokens: Tensor, places: tuple[int | Site, ...]) ->
 
 def _read(lm: LanguageModel, site: Site, point: HookPoint, value: Any, shape: tuple[int, ...] | None) -> Activations:
     """The activations in a value of the point's module; without `shape`, of any number of sequences and tokens."""
-    of_block = point.module is lm.blocks[site.layer]
+    of_block = point.module is lm.blocks[site.number]
     what = f"Block {site.layer}" if of_block else f"Module {point.path}"
     what = f"{what} of {lm.name} ({type(point.module).__name__})"
     return Activations(lm, value, shape, what, of_input=point.of_input, flat=not of_block)

@@ -59,7 +59,7 @@ class Activations:
         self.flat = flat and shape is not None and isinstance(self.tensor, Tensor) and self.tensor.ndim == 2
         if isinstance(self.tensor, Tensor):
             hidden = self.tensor if self.stream is None else self.tensor[self.stream]
-            if self.flat and len(hidden) == shape[0] * shape[1]:
+            if self.flat and shape is not None and len(hidden) == shape[0] * shape[1]:
                 hidden = hidden.unflatten(0, shape)
             if hidden.ndim == 3 and hidden.shape[:2] == (shape or hidden.shape[:2]) and hidden.is_floating_point():
                 self.hidden = hidden

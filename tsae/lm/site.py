@@ -48,6 +48,12 @@ class Site:
         return self.kind != "other" and self.layer is not None
 
     @property
+    def number(self) -> int:
+        """`layer` of a place that has one."""
+        assert self.layer is not None
+        return self.layer
+
+    @property
     def module(self) -> str | None:
         """The path of the module that the name is, without `.input` or `.output`; None for SAELens's names."""
         if self.kind == "other" or _HOOK.fullmatch(self.name) or _MODULE.fullmatch(self.name) is None:

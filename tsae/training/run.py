@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tsae.config import TrainConfig
 from tsae.errors import UserError, WriteError
@@ -103,7 +104,7 @@ def _save(sae: SparseAutoencoder, setup: Setup, name: str) -> None:
     cfg = setup.job.runs[name]
     site = cfg.place
     # The module too, unless the name says it all.
-    module = {} if site.kind == "resid_post" else {"hf_hook_name": find(setup.lm, site).hf_name}
+    module: dict[str, Any] = {} if site.kind == "resid_post" else {"hf_hook_name": find(setup.lm, site).hf_name}
     if (target := cfg.target_place) is not None:
         module |= {
             "hook_name_out": target.written,
