@@ -48,6 +48,7 @@ WITHOUT_OPTIONS = ("--resume", "--sweep")
 # Blocks that do not run, per page.
 NOT_RUN = {
     "docs/quickstart.md": 1,
+    "docs/howto/fine-tune.md": 1,
     "docs/howto/notebook.md": 1,
     "docs/howto/own-model.md": 2,
     "docs/howto/fine-tune.md": 1,
