@@ -48,7 +48,6 @@ WITHOUT_OPTIONS = ("--resume", "--sweep")
 # Blocks that do not run, per page.
 NOT_RUN = {
     "docs/quickstart.md": 1,
-    "docs/howto/fine-tune.md": 1,
     "docs/howto/notebook.md": 1,
     "docs/howto/own-model.md": 2,
     "docs/howto/fine-tune.md": 1,
