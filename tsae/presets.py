@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from tsae.config import (
     MAX_LENGTH,
@@ -191,7 +192,7 @@ def at_length(cfg: TrainConfig, length: int) -> TrainConfig:
     if length == cfg.length:
         return cfg
 
-    def scaled(part: object, names: tuple[str, ...]) -> dict[str, int]:
+    def scaled(part: object, names: tuple[str, ...]) -> dict[str, Any]:
         counts = {name: getattr(part, name) for name in names}
         return {name: max(1, round(n * cfg.length / length)) if n > 0 else n for name, n in counts.items()}
 

@@ -78,7 +78,7 @@ def test_interrupted_before_anything_began(
 ) -> None:
     from tsae.training import run
 
-    monkeypatch.setattr(run, "prepare", lambda job: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(run, "prepare", lambda job, **_: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Interrupted, match=r"^interrupted before anything began; start again$"):
         tsae.train("demo", out=tmp_path / "run", **options)
 

@@ -64,7 +64,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)  # minutes on idle cores, most of them for the installation
 def test_the_first_commands_run_from_the_wheel(python: Path, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
     where = (
         "import tsae, tsae_kernels, pathlib as p; print(p.Path(tsae.__file__).parent, p.Path(tsae_kernels.__file__))"

@@ -213,8 +213,8 @@ def write_run(arguments: Arguments, measured: Measured) -> str:
         write_eval(result, run, measured.text.source)
         write_report(run)
         return f"{run / layout.EVALUATION} and {run / layout.REPORT}"
-    release = {} if measured.release is None else {"release": measured.release}
-    path = run / layout.other_evaluation(measured.release and measured.release["ratio"], measured.length)
+    release: dict[str, Any] = {} if measured.release is None else {"release": measured.release}
+    path = run / layout.other_evaluation(None if not release else release["release"]["ratio"], measured.length)
     write_json(path, result.metrics | release | {"source": measured.text.source or {}})
     return f"{path}; the run's own eval.json and report.png are as they were"
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -115,7 +115,7 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], name
     plain = [{"role": message.role, "content": message.content} for message in messages]
     try:
         template = _CLOCK.sub(lambda call: json.dumps(_TODAY.strftime(call[2])), tokenizer.get_chat_template())
-        return tokenizer.apply_chat_template(plain, chat_template=template, tokenize=False)
+        return str(tokenizer.apply_chat_template(plain, chat_template=template, tokenize=False))
     except Exception as error:  # whatever a template raises
         raise UserError(f"the chat template cannot write the chat {name}: {reason(error)}") from error
 
@@ -277,6 +277,6 @@ def _renamed(tokenizer: PreTrainedTokenizerBase) -> _Renamed:
             if token["special"]:
                 names[token["id"]] = token["content"] = name
         copy = Tokenizer.from_str(json.dumps(state))
-        own = {copy.token_to_id(token["content"]): token["id"] for token in state["added_tokens"]}
+        own: dict[Any, int] = {copy.token_to_id(token["content"]): token["id"] for token in state["added_tokens"]}
         _COPIES[tokenizer] = _Renamed(copy, names, own)
     return _COPIES[tokenizer]

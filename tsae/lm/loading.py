@@ -186,7 +186,7 @@ def load_language_model(
     if device_map != "none":
         device = input_device(model)
     elif getattr(model, "hf_device_map", None) is None:
-        model.to(device)
+        cast(nn.Module, model).to(device)
     return LanguageModel(model, tokenizer, name, torch_dtype, device, prepend_bos)
 
 
@@ -226,7 +226,7 @@ def _load(
         with _quiet(bar=hub):
             config = AutoConfig.from_pretrained(source, trust_remote_code=trusted, **options)
             given, _ = type(config).get_config_dict(source, **options)
-            more = {"attn_implementation": "eager"} if _caps_attention_scores(config) else {}
+            more: dict[str, Any] = {"attn_implementation": "eager"} if _caps_attention_scores(config) else {}
             more |= placed(source, given)
             if trusted and "auto_map" in given:
                 more["trust_remote_code"] = True

@@ -90,7 +90,8 @@ def _require(package: str, why: str) -> None:
 
 def input_device(model: nn.Module) -> torch.device:
     """Where a model that accelerate has divided takes its tokens and gives its logits: its first GPU, or the CPU."""
-    for place in model.hf_device_map.values():  # type: ignore[union-attr]
+    places: Any = model.hf_device_map
+    for place in places.values():
         if place not in ("cpu", "disk"):
             return torch.device(f"cuda:{place}" if isinstance(place, int) else place)
     return torch.device("cpu")

@@ -116,7 +116,7 @@ def _checked(features: Iterable[int], sae: SparseAutoencoder) -> list[int]:
 def _among(positions: Positions) -> Callable[[int, Tensor], Tensor]:
     """A function from the column of the first token of x [N, T, d] to which of its tokens are changed, [T] bool."""
     bounds = (positions.start, positions.stop, positions.step) if isinstance(positions, slice) else ()
-    listed = None if positions is None or bounds else torch.tensor(sorted({int(p) for p in positions}))  # type: ignore
+    listed = None if positions is None or bounds else torch.tensor(sorted({int(p) for p in positions}))  # type: ignore[union-attr]
     negative = [value for value in bounds if value is not None and value < 0]
     if negative or (listed is not None and len(listed) and int(listed[0]) < 0):
         raise UserError("A position is negative; they count from 0, at the first token after BOS.")

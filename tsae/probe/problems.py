@@ -52,12 +52,12 @@ def document_of_tokens(
     # Without BOS the first position is text too.
     bos = 1 if prefix and prefix_token(tokenizer) is not None else 0
     content = tokens[:, bos:].reshape(-1)
-    prefix, row = prefix_token(tokenizer), content.size // len(tokens)
+    first, row = prefix_token(tokenizer) if prefix else None, content.size // len(tokens)
     pieces: list[np.ndarray] = []
     length = 0
     for start in range(0, len(documents), 64):
         for piece in encode_documents(tokenizer, documents[start : start + 64]):
-            pieces.append(piece[int(follows_prefix(piece, length, row, prefix)) :])
+            pieces.append(piece[int(follows_prefix(piece, length, row, first)) :])
             length += len(pieces[-1])
         if length >= content.size:
             break

@@ -37,8 +37,8 @@ def new_directory(
     check_output_directory(out)
     check_writable(out)
     if (out / marker).exists() and not overwrite:
-        resume, overwrite = option("resume", out), option("overwrite")
-        raise UserError(f"{out} already has a {what}; continue it with {resume}, or replace it with {overwrite}.")
+        go_on, replace = option("resume", out), option("overwrite")
+        raise UserError(f"{out} already has a {what}; continue it with {go_on}, or replace it with {replace}.")
     if not (out / marker).exists() and not is_new(out):
         raise UserError(f"{out} is not empty and holds no {what}; name a new directory.")
     return out

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -128,7 +128,7 @@ def prepare(job: Job, *, resume: bool = False) -> Setup:
             f"text.prepend_bos is yes, but the tokenizer of {lm.name} has neither BOS nor EOS; set it to auto."
         )
     if not resume:
-        prepended = "no" if lm.prefix_id is None else "yes"
+        prepended: Literal["yes", "no"] = "no" if lm.prefix_id is None else "yes"
         common = replace(common, text=replace(common.text, prepend_bos=prepended))
     check_site(lm, common.place, 1 + common.length, predictions=common.evaluation.final)
     target = common.target_place

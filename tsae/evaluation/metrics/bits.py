@@ -138,8 +138,8 @@ class CodeLength(Accumulator):
         """
         if not self._active or step == 0:
             return 0.0
-        self._active = [tuple(torch.cat(column) for column in zip(*self._active, strict=True))]
-        column, value, before = self._active[0]
+        column, value, before = (torch.cat(each) for each in zip(*self._active, strict=True))
+        self._active = [(column, value, before)]
         if not (math.isfinite(step) and bool(value.isfinite().all()) and bool(norms.isfinite().all())):
             return math.nan
         scale, bits = (norms.detach().double().cpu() / step).repeat(2), 0.0
@@ -150,7 +150,8 @@ class CodeLength(Accumulator):
                 owner = column[index].long()
                 levels = (_quantize(numbers[index], scale[owner]) for numbers in (value, before))
                 halves.append(_Levels(owner % self.d_sae, *levels))
-            bits += sum(_amplitude_bits(*pair, self.d_sae) for pair in (halves, halves[::-1]))
+            first, second = halves
+            bits += _amplitude_bits(first, second, self.d_sae) + _amplitude_bits(second, first, self.d_sae)
         return ratio(bits, self._get("positions").sum())
 
     def compute(self, step: float, norms: Tensor) -> dict[str, float]:
