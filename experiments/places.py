@@ -2,8 +2,8 @@
 
     python experiments/places.py RUNS docs/results/places.json
 
-Each demo (`demo`, `demo-smollm2`) is trained on its block's output, on what attention adds and on what the MLP adds, one
-seed each; the run on the block's output is also evaluated in sequences of 512 and 1,024 tokens. A run or evaluation that
+Each demo (`demo`, `demo-smollm2`) is trained on its block's output, on what attention adds and on what the MLP adds,
+one seed each; the run on the output is also evaluated in sequences of 512 and 1,024 tokens. A run or evaluation that
 is in RUNS is not repeated.
 """
 # ruff: noqa: T201
