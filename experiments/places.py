@@ -2,9 +2,9 @@
 
     python experiments/places.py RUNS docs/results/places.json
 
-Each demo (`demo`, `demo-smollm2`) is trained on its block's output, on what attention adds and on what the MLP adds,
-one seed each; the run on the output is also evaluated in sequences of 512 and 1,024 tokens. A run or evaluation that
-is in RUNS is not repeated.
+The complete demos (`demo`, `demo-smollm2`) are evaluated in sequences of 128, 512 and 1,024 tokens. The places, the
+block's output and what the MLP and attention add, have shorter runs: 300 steps, and 64 sequences for the evaluation.
+One seed each. A run or evaluation that is in RUNS is not repeated.
 """
 # ruff: noqa: T201
 
@@ -20,7 +20,8 @@ from tsae.evaluation.catalogue import lookup
 
 PRESETS = ("demo", "demo-smollm2")
 SITES = ("resid_post", "mlp_out", "attn_out")
-LENGTHS = (512, 1024)
+LENGTHS = (128, 512, 1024)
+SHORT = {"steps": 300, "evaluation": {"sequences": 64, "ce_sequences": 4}}
 COLUMNS = (
     ("EV", "explained_variance", 4),
     ("EV without massive", "massive.explained_variance_without", 4),
@@ -37,29 +38,34 @@ COLUMNS = (
 
 
 def measured(runs: Path) -> dict[str, Any]:
-    """Metrics by preset, site and length."""
+    """Metrics by preset, run (`complete`, or the site of a short one) and length."""
     found: dict[str, Any] = {}
+    for preset in PRESETS:
+        trained(preset, runs / preset)
+        for length in LENGTHS:
+            written = runs / preset / ("eval.json" if length == 128 else f"eval-length-{length}.json")
+            if not written.is_file():
+                tsae.evaluate(runs / preset, length=length)
+            found[f"{preset} complete {length}"] = json.loads(written.read_text())
     for site in SITES:
         for preset in PRESETS:
             out = runs / f"{preset}-{site}"
-            if not (out / "eval.json").is_file():
-                tsae.train(preset, site=site, out=out, overwrite=True)
+            trained(preset, out, site=site, **SHORT)
             found[f"{preset} {site} 128"] = json.loads((out / "eval.json").read_text())
-    for preset in PRESETS:
-        run = runs / f"{preset}-resid_post"
-        for length in LENGTHS:
-            written = run / f"eval-length-{length}.json"
-            if not written.is_file():
-                tsae.evaluate(run, length=length)
-            found[f"{preset} resid_post {length}"] = json.loads(written.read_text())
     return found
 
 
+def trained(preset: str, out: Path, **options: Any) -> None:
+    """Train unless it is there."""
+    if not (out / "eval.json").is_file():
+        tsae.train(preset, out=out, overwrite=True, **options)
+
+
 def table(found: dict[str, Any]) -> str:
-    """Markdown, a row for each preset, site and length."""
-    head = ["preset", "site", "length", *(name for name, _, _ in COLUMNS)]
+    """Markdown, a row for each preset, run and length."""
+    head = ["preset", "run", "length", *(name for name, _, _ in COLUMNS)]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for key, metrics in sorted(found.items(), key=lambda item: (item[0].split()[0], int(item[0].split()[2]))):
+    for key, metrics in sorted(found.items()):
         values = [f"{lookup(metrics, name):.{digits}f}" for _, name, digits in COLUMNS]
         lines.append("| " + " | ".join([*key.split(), *values]) + " |")
     return "\n".join(lines)
