@@ -126,7 +126,7 @@ def test_bad_input_is_said_once_and_leaves_nothing(runs: Runs) -> None:
 
 
 def test_the_first_process_alone_writes_to_the_terminal(runs: Runs) -> None:
-    assert runs["stderr"].read_text().count("Written: ") == 4  # the jobs that succeed
+    assert runs["stderr"].read_text().count("Written: ") == 5  # the jobs that succeed
 
 
 def cut_back(run: Path, copy: Path, step: int) -> Path:

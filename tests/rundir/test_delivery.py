@@ -279,7 +279,7 @@ def test_figures_are_printed_if_the_disk_is_full_at_the_end(
     monkeypatch.setattr(EvaluationResult, "not_finite", fill(EvaluationResult.not_finite))
     monkeypatch.setattr(probe, "as_json", fill(probe.as_json))
     if name == "compare":  # of which only the table asks that
-        import tsae.evaluate as module
+        import tsae.api.evaluation as module
 
         monkeypatch.setattr(module, "write_out", fill(module.write_out))
     try:

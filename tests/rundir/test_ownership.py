@@ -89,11 +89,11 @@ def test_two_starts_into_one_new_directory(
 
     out, real, statuses = tmp_path / "new" / "run", module.prepare, []
 
-    def prepare(job: object) -> object:
+    def prepare(job: object, **options: object) -> object:
         if not statuses:
             statuses.append(0)
             statuses.append(in_thread(lambda: main(argv_of(out))))
-        return real(job)
+        return real(job, **options)
 
     monkeypatch.setattr(module, "prepare", prepare)
     assert main(argv_of(out)) == 0

@@ -67,7 +67,7 @@ def test_interrupted_before_there_is_anything_to_resume(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """While the model is loaded, or converted: no directory has been made."""
-    monkeypatch.setattr(tsae.training.run, "prepare", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(tsae.training.run, "prepare", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
     out = tmp_path / "run"
     assert main(argv_of(out)) == 130
     said = capfd.readouterr().err.splitlines()[-1]
@@ -85,7 +85,7 @@ def test_interrupted_while_a_run_that_is_resumed_loads_its_model(
     out = tmp_path / "run"
     at_step(13, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert main(argv_of(out)) == 143
-    monkeypatch.setattr(tsae.training.run, "prepare", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(tsae.training.run, "prepare", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
     assert main(["--resume", str(out)]) == 130
     assert "--resume" in capfd.readouterr().err.splitlines()[-1]
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from html import escape
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from tsae.reports.table import comparison
+from tsae.utils.output import rendered
 
 
 def as_text(table: Table, width: int = 160) -> str:
     """The table as it is printed, ``width`` characters wide at most."""
-    out = io.StringIO()
-    plain = Console(file=out, width=width, markup=False, emoji=False, color_system=None, force_jupyter=False)
-    plain.print(table, highlight=False)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+    return "\n".join(line.rstrip() for line in rendered(table, width).splitlines())
 
 
 def as_html(table: Table, note: str = "") -> str:

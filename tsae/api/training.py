@@ -66,7 +66,8 @@ def train(
         functions = {} if temporal is None else named(temporal)
         cfg, asked, given = _requested(preset, config, options)
         if functions and asked.resume is None and asked.sweep is None:
-            kept = cfg.objective.temporal if "objective.temporal" in given else None
+            asked_for = {aliases(Request).get(name, name) for name in names(options)}
+            kept = cfg.objective.temporal if "objective.temporal" in asked_for else None
             cfg = replace(cfg, objective=replace(cfg.objective, temporal=joined(kept, functions)))
         with own_terms(functions) if functions else nullcontext():
             try:

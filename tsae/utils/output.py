@@ -8,6 +8,7 @@ become "?", and once its reader is gone nothing more is written to it. Everythin
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -44,6 +45,13 @@ def tables(width: int = 0) -> Console:
     if not found.is_terminal:
         found.width = max(found.width, width)
     return found
+
+
+def rendered(content: Any, width: int) -> str:
+    """What `tables` would print, in plain text, ``width`` characters wide at most."""
+    out = io.StringIO()
+    _Console(file=out, width=width, color_system=None).print(content)
+    return out.getvalue()
 
 
 class Tolerant:

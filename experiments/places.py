@@ -1,0 +1,76 @@
+"""The two demos at three places and three lengths: trains what is missing, measures it, writes JSON and a table.
+
+    python experiments/places.py RUNS docs/results/places.json
+
+Each demo (`demo`, `demo-smollm2`) is trained on its block's output, on what attention adds and on what the MLP adds,
+one seed each; the run on the output is also evaluated in sequences of 512 and 1,024 tokens. A run or evaluation that
+is in RUNS is not repeated.
+"""
+# ruff: noqa: T201
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import tsae
+from tsae.evaluation.catalogue import lookup
+
+PRESETS = ("demo", "demo-smollm2")
+SITES = ("resid_post", "mlp_out", "attn_out")
+LENGTHS = (512, 1024)
+COLUMNS = (
+    ("EV", "explained_variance", 4),
+    ("EV without massive", "massive.explained_variance_without", 4),
+    ("L0", "l0", 1),
+    ("alive", "frac_alive", 3),
+    ("CE score", "ce_loss_score", 4),
+    ("support bits", "temporal.support_bits", 1),
+    ("memoryless", "temporal.support_bits_memoryless", 1),
+    ("total bits", "temporal.total_bits", 1),
+    ("P(stays on)", "temporal.persistence", 3),
+    ("excess", "temporal.persistence_excess", 3),
+    ("shuffled", "temporal.persistence_excess_shuffled", 3),
+)
+
+
+def measured(runs: Path) -> dict[str, Any]:
+    """Metrics by preset, site and length."""
+    found: dict[str, Any] = {}
+    for site in SITES:
+        for preset in PRESETS:
+            out = runs / f"{preset}-{site}"
+            if not (out / "eval.json").is_file():
+                tsae.train(preset, site=site, out=out, overwrite=True)
+            found[f"{preset} {site} 128"] = json.loads((out / "eval.json").read_text())
+    for preset in PRESETS:
+        run = runs / f"{preset}-resid_post"
+        for length in LENGTHS:
+            written = run / f"eval-length-{length}.json"
+            if not written.is_file():
+                tsae.evaluate(run, length=length)
+            found[f"{preset} resid_post {length}"] = json.loads(written.read_text())
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown, a row for each preset, site and length."""
+    head = ["preset", "site", "length", *(name for name, _, _ in COLUMNS)]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for key, metrics in sorted(found.items(), key=lambda item: (item[0].split()[0], int(item[0].split()[2]))):
+        values = [f"{lookup(metrics, name):.{digits}f}" for _, name, digits in COLUMNS]
+        lines.append("| " + " | ".join([*key.split(), *values]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    runs, out = (Path(argument) for argument in sys.argv[1:])
+    found = measured(runs)
+    out.write_text(json.dumps(found, indent=1) + "\n")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
