@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tsae.data.sequences import SequenceStream, TokenBatch
-from tsae.lm.hooks import activations_at
+from tsae.lm.hooks import activations, activations_at
 from tsae.lm.loading import LanguageModel
 from tsae.lm.site import Site
 from tsae.lm.trial_run import width
@@ -43,8 +43,11 @@ def content_activations(lm: LanguageModel, batch: TokenBatch, place: int | Site,
     target: a second place, read in the same forward pass
     out: [N, T, d] in the model's dtype, on its device; with a target [N, T, d_in + d_out], its activations last
     """
-    found = activations_at(lm, batch.tokens, *((place,) if target is None else (place, target)))
-    x = found[0] if target is None else torch.cat([each.to(found[0]) for each in found], dim=-1)
+    if target is None:
+        x = activations(lm, batch.tokens, place)
+    else:
+        source, y = activations_at(lm, batch.tokens, place, target)
+        x = torch.cat([source, y.to(source)], dim=-1)
     return x[:, -batch.segments.shape[1] :]
 
 
