@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -203,3 +204,21 @@ def test_layer_that_does_not_exist(lm: LanguageModel, tokens: torch.Tensor, laye
     for call in (check_layer, lambda lm, layer: activations(lm, tokens, layer)):
         with pytest.raises(UserError, match=f"layer {layer} does not exist: .* has 4 layers, 0 to 3"):
             call(lm, layer)
+
+
+def test_two_threads_read_one_model(lm: LanguageModel, tokens: torch.Tensor) -> None:
+    """A thread that harvests ahead, while another reads a place of its own: each has its own activations."""
+    others = tokens.flip(1)[:2]
+    expected = [activations(lm, tokens, 1), activations(lm, others, 0)]
+    found: list[torch.Tensor] = []
+
+    def meanwhile(module: Any, inputs: Any) -> None:
+        handle.remove()
+        thread = Thread(target=lambda: found.append(activations(lm, others, 0)))
+        thread.start()
+        thread.join()
+
+    handle = lm.blocks[0].register_forward_pre_hook(meanwhile)
+    x = activations(lm, tokens, 1)
+    torch.testing.assert_close(x, expected[0])
+    torch.testing.assert_close(found[0], expected[1])

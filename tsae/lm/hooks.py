@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -84,8 +85,11 @@ def activations_at(lm: LanguageModel, tokens: Tensor, *places: int | Site) -> tu
     """
     sites, points = _check(lm, tokens, places)
     found: dict[int, Tensor] = {}
+    own = get_ident()
 
     def keep(number: int, value: Any) -> None:
+        if get_ident() != own:  # another thread's pass through the same module
+            return
         found[number] = _read(lm, sites[number], points[number], value, tokens.shape).hidden
         if len(found) == len(points):
             raise _Reached
