@@ -207,14 +207,14 @@ def test_layer_that_does_not_exist(lm: LanguageModel, tokens: torch.Tensor, laye
 
 
 def test_two_threads_read_one_model(lm: LanguageModel, tokens: torch.Tensor) -> None:
-    """A thread that harvests ahead, while another reads a place of its own: each has its own activations."""
+    """One harvests while another is on its way to the same place: each has the activations of its own tokens."""
     others = tokens.flip(1)[:2]
-    expected = [activations(lm, tokens, 1), activations(lm, others, 0)]
+    expected = [activations(lm, tokens, 1), activations(lm, others, 1)]
     found: list[torch.Tensor] = []
 
     def meanwhile(module: Any, inputs: Any) -> None:
         handle.remove()
-        thread = Thread(target=lambda: found.append(activations(lm, others, 0)))
+        thread = Thread(target=lambda: found.append(activations(lm, others, 1)))
         thread.start()
         thread.join()
 
