@@ -54,7 +54,7 @@ class LanguageModel:
     name: as given to `load_language_model`, for records and messages.
     dtype, device: of its weights and activations.
     prepend_bos: whether sequences start with BOS, or EOS in its place, if the tokenizer has one.
-    widths: width of each place that `tsae.lm.trial_run.site_width` has measured.
+    widths: width of each place that `tsae.lm.trial_run.site_width` has measured; by its number for a block's output.
     points: the modules of each place that `tsae.lm.hook_points.find` has found.
     """
 
@@ -64,7 +64,7 @@ class LanguageModel:
     dtype: torch.dtype
     device: torch.device
     prepend_bos: bool = True
-    widths: dict[Site, int] = field(default_factory=dict, repr=False, compare=False)
+    widths: dict[int | Site, int] = field(default_factory=dict, repr=False, compare=False)
     points: dict[Site, HookPoint] = field(default_factory=dict, repr=False, compare=False)
 
     @property

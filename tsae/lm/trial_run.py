@@ -30,9 +30,14 @@ def site_width(lm: LanguageModel, place: int | Site) -> int:
     [N, T, d].
     """
     site = as_site(place)
-    if site not in lm.widths:
+    if _key(site) not in lm.widths:
         _probe(lm, site, *_PROBE)
-    return lm.widths[site]
+    return lm.widths[_key(site)]
+
+
+def _key(site: Site) -> int | Site:
+    """A block's number for its output, as in `LanguageModel.widths`."""
+    return site.number if site.kind == "resid_post" else site
 
 
 def width(lm: LanguageModel, place: int | Site, target: Site | None = None) -> int:
@@ -85,13 +90,14 @@ def _probe(lm: LanguageModel, site: Site, sequences: int, tokens: int) -> None:
         raise _cannot_run(lm, f"up to {site.described} on {sequences} sequences of {tokens} tokens", error) from error
     what = f"Block {site.layer} of {lm.name} puts out" if site.kind == "resid_post" else f"{lm.name} has at {site.name}"
     _check_finite(lm, f"{what} activations", x)
-    if site not in lm.widths and not torch.allclose(x[0, :-1].float(), x[-1, :-1].float(), rtol=0.05, equal_nan=True):
+    causal = torch.allclose(x[0, :-1].float(), x[-1, :-1].float(), rtol=0.05, equal_nan=True)
+    if _key(site) not in lm.widths and not causal:
         log.warning(
             "%s is not causal: a token's activations depend on later tokens, so its cross-entropy is no prediction "
             "(a model of BERT's kind needs is_decoder in its config.json)",
             lm.name,
         )
-    lm.widths[site] = x.shape[-1]
+    lm.widths[_key(site)] = x.shape[-1]
 
 
 def _check_predictions(lm: LanguageModel, site: Site) -> None:
