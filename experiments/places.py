@@ -3,7 +3,7 @@
     python experiments/places.py RUNS docs/results/places.json
 
 The complete demos (`demo`, `demo-smollm2`) are evaluated in sequences of 128, 512 and 1,024 tokens. The places, the
-block's output and what the MLP and attention add, have shorter runs: 300 steps, and 64 sequences for the evaluation.
+block's output and what the MLP and attention add, have shorter runs: 200 steps, and 64 sequences for the evaluation.
 One seed each. A run or evaluation that is in RUNS is not repeated.
 """
 # ruff: noqa: T201
@@ -21,7 +21,7 @@ from tsae.evaluation.catalogue import lookup
 PRESETS = ("demo", "demo-smollm2")
 SITES = ("resid_post", "mlp_out", "attn_out")
 LENGTHS = (128, 512, 1024)
-SHORT = {"steps": 300, "evaluation": {"sequences": 64, "ce_sequences": 4}}
+SHORT = {"steps": 200, "evaluation": {"sequences": 64, "ce_sequences": 4}}
 COLUMNS = (
     ("EV", "explained_variance", 4),
     ("EV without massive", "massive.explained_variance_without", 4),
