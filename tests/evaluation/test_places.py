@@ -499,6 +499,15 @@ def test_a_module_path_alone_names_the_place(options, tmp_path, capsys) -> None:
     assert open_autoencoders([str(sae)], "any").config.layer == 2
 
 
+def test_a_module_and_its_output_are_one_place(options, tmp_path) -> None:
+    """Our runs at a module write its path and, as `hf_hook_name`, the same with `.output`."""
+    path = "model.layers.1.mlp.down_proj"
+    sae = saelens(tmp_path / "sae", hook_name=path, hf_hook_name=f"{path}.output", hook_layer=1)
+    for site in (path, f"{path}.output"):
+        assert open_autoencoders([str(sae)], options[1], site=site).config.site == site
+        assert from_module(site).key == from_module(f"{path}.output").key != from_module(f"{path}.input").key
+
+
 def test_two_names_of_one_place_must_agree(tmp_path) -> None:
     for number, (name, module) in enumerate(
         [

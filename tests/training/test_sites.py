@@ -31,6 +31,7 @@ pytestmark = pytest.mark.usefixtures("blank_report")
     [
         ("mlp_out", 32, "blocks.1.hook_mlp_out", "model.layers.1.post_feedforward_layernorm.output"),
         ("model.layers.1.mlp.down_proj.input", 64, None, "model.layers.1.mlp.down_proj.input"),
+        ("model.layers.1.mlp.gate_proj", 64, None, "model.layers.1.mlp.gate_proj.output"),
     ],
 )
 def test_trained_and_measured_at_another_place(
@@ -83,7 +84,7 @@ def test_trained_and_measured_at_another_place(
     assert export([str(run), "--to", "dictionary_learning", "--out", str(tmp_path / "dl"), "--drop-hysteresis"]) == 0
     trainer = json.loads((tmp_path / "dl" / "trainer_0" / "config.json").read_text())
     if hook is None:
-        assert (trainer["trainer"]["submodule_name"], trainer["buffer"]["io"]) == ("model.layers.1.mlp.down_proj", "in")
+        assert (trainer["trainer"]["submodule_name"], trainer["buffer"]["io"]) == (name, end.removesuffix("put"))
     else:
         assert (trainer["trainer"]["submodule_name"], trainer["buffer"]["io"]) == ("mlp_out_layer_1", "out")
     assert tsae.load(tmp_path / "dl").metadata["hook_name"] == (hook or site)
