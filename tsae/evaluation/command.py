@@ -27,7 +27,7 @@ from tsae.evaluation.evaluator import (
     write_eval,
 )
 from tsae.evaluation.held_out import HeldOut, choose_source, held_out, training_sample
-from tsae.evaluation.places import common_length
+from tsae.evaluation.places import check_one_model, common_length
 from tsae.evaluation.subject import Subject, open_autoencoders, open_run
 from tsae.integrations.sae_bench_output import core_output
 from tsae.lm.placement import DeviceMap, Quantization
@@ -153,6 +153,8 @@ def measure(arguments: Arguments) -> Measured:
         subject, ratio = open_run(arguments.run), arguments.release_ratio
     else:
         subject, ratio = open_autoencoders(arguments.saes, arguments.model, arguments.layer, arguments.site), None
+    open_options = [name for name in ("revision", "lm_quantization") if getattr(arguments, name) is None]
+    check_one_model(subject.runs, [name for name in open_options if name != "revision" or arguments.model is None])
     own, length = subject.config, arguments.length or common_length(subject.runs)
     subject.config = at_length(own, own.length if length is None else length)
     source = choose_source(subject.runs.values(), arguments.data, arguments.column)
