@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import sample_text
 
 import tsae
+from tsae.config import SAEConfig
 from tsae.data.documents import Document
 from tsae.data.sequences import SequenceStream
 from tsae.evaluate import main
@@ -35,6 +36,7 @@ from tsae.lm.site import (
     from_submodule,
     submodule_name,
 )
+from tsae.sae.model import SparseAutoencoder
 
 
 @pytest.fixture
@@ -155,6 +157,17 @@ def test_names_that_mean_two_tensors_in_this_model_are_measured_apart(options, t
     assert "module encodes model.layers.1.mlp, which in" in capsys.readouterr().err
     normed = saelens(tmp_path / "normed", hook_name="model.layers.1.post_feedforward_layernorm")
     assert main([str(hook), str(normed), *options]) == 0
+
+
+def test_transcoders_to_two_tensors_of_one_name_are_measured_apart(options, tmp_path, capsys) -> None:
+    architecture = SAEConfig(d_in=D_IN, d_out=D_IN, d_sae=D_SAE, activation="relu", apply_b_dec_to_input=False)
+    for name, target in (("hook", "blocks.1.hook_mlp_out"), ("module", "model.layers.1.mlp")):
+        SparseAutoencoder(architecture).eval().save(
+            tmp_path / name, hook_name="blocks.1.hook_attn_out", hook_layer=1, hook_name_out=target, hook_layer_out=1
+        )
+    assert main([str(tmp_path / "hook"), str(tmp_path / "module"), *options]) == 2
+    assert "module predicts model.layers.1.mlp, which in" in capsys.readouterr().err
+    assert main([str(tmp_path / "module"), *options]) == 0
 
 
 def test_attention_heads_are_measured_at_the_output_projection(options, tmp_path, tiny_gemma3, capsys) -> None:

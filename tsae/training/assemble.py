@@ -23,6 +23,7 @@ from tsae.data.sequences import SequenceStream
 from tsae.data.text import Document, Part, absolute_source, open_text, split_threshold
 from tsae.errors import UserError
 from tsae.evaluation.held_out import evaluation_batches
+from tsae.evaluation.subject import check_module
 from tsae.lm.loading import LanguageModel, absolute_name, default_dtype, load_language_model
 from tsae.lm.site import Site
 from tsae.lm.trial_run import check_order, check_site, site_width, width
@@ -30,6 +31,7 @@ from tsae.parallel.axis import SINGLE_PROCESS, Ranks
 from tsae.parallel.buffer import DistributedActivationBuffer
 from tsae.parallel.processes import check_mesh, check_on_all_ranks, local_rank0_first, raise_on_all_ranks
 from tsae.rundir.ownership import check_output_directory
+from tsae.sae.metadata import site_of
 from tsae.sae.model import SparseAutoencoder
 from tsae.sae.normalization import InputNormalizer
 from tsae.training.init_from import absolute_init, bos_warnings, open_checked
@@ -131,6 +133,10 @@ def prepare(job: Job, *, resume: bool = False) -> Setup:
             f"text.prepend_bos is yes, but the tokenizer of {lm.name} has neither BOS nor EOS; set it to auto."
         )
     for name, source in sources.items():
+        with prefix_errors(name):
+            said = site_of(source.metadata)
+            advice = "" if said is None else f"name that place with --site {said.option}"
+            check_module(job.runs[name].init_from or "", source, lm, common.place, advice=advice)
         for warning in bos_warnings(job.runs[name], source, lm.prefix_id):
             log.warning("%s.", warning)
     if not resume:
