@@ -17,6 +17,7 @@ from tsae.api.features import FeatureView
 from tsae.api.run import Run
 from tsae.errors import UserError
 from tsae.evaluate import main
+from tsae.evaluation import subject
 from tsae.lm.hooks import activations
 
 TEXT = "bar den gosh lun mir tosh"
@@ -121,6 +122,30 @@ def test_an_autoencoder_of_another_library_is_the_same_object(folder: Path, tiny
     assert sorted(folder.rglob("*")) == before
     with pytest.raises(UserError, match="There is no feature 48"), other.steer({D_SAE: 1.0}):
         pass
+
+
+def test_evaluate_has_the_model_as_it_was_opened(
+    folder: Path, tiny_gemma3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[dict[str, Any]] = []
+
+    def load(name: str, **options: Any) -> Any:
+        loaded.append(options)
+        raise UserError("enough")
+
+    monkeypatch.setattr(subject, "load_language_model", load)
+    asked = {"lm_dtype": "float16", "lm_quantization": "8bit", "trust_remote_code": True, "revision": "main"}
+    other = tsae.open(folder / "sae", model=str(tiny_gemma3), layer=LAYER, lm_device="cpu", **asked)
+    for use in (lambda: other.lm, lambda: other.evaluate(tokens=300, data=str(folder / "text.txt"))):
+        with pytest.raises(UserError, match="enough"):
+            use()
+    assert loaded[0] == loaded[1]
+    assert (loaded[0]["dtype"], loaded[0]["quantization"], loaded[0]["revision"]) == ("float16", "8bit", "main")
+    for name in ("lm_dtype", "lm_quantization", "revision"):
+        with pytest.raises(UserError, match=f"`{name}` is for autoencoders with `model`; a run's metrics are of its"):
+            tsae.open(folder / "run", **{name: asked[name]}).evaluate()
+    with pytest.raises(UserError, match="lm_device_map divides the language model among all GPUs, without device"):
+        tsae.open(folder / "run", device="cpu", lm_device_map="auto")
 
 
 def test_evaluate_measures_as_the_command_does(

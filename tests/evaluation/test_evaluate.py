@@ -506,6 +506,20 @@ def test_a_length_that_cannot_be_measured(run_dir, capsys, options, message):
     assert not list(run_dir.glob("eval*"))
 
 
+def test_runs_of_models_in_other_bits_need_one_to_be_named(run_dir, tmp_path, tiny_gemma3, capsys):
+    other = write_run(tmp_path / "other", tiny_gemma3)
+    set_config(other, lm_quantization="8bit")
+    assert main([str(run_dir), str(other)]) == 2
+    said = "The runs differ in lm_quantization (run: none, other: 8bit); name the one to measure with, with --lm-quant"
+    assert said in capsys.readouterr().err
+    out = tmp_path / "out.json"
+    few = ["--tokens", "256", "--ce-sequences", "1"]
+    assert main([str(run_dir), str(other), "--lm-quantization", "none", *few, "--out", str(out)]) == 0
+    set_config(other, lm_quantization="none", revision="old")
+    assert main([str(run_dir), str(other)]) == 2
+    assert "The runs differ in revision (run: None, other: old)" in capsys.readouterr().err
+
+
 def test_runs_of_different_lengths_need_one_to_be_named(run_dir, tmp_path, tiny_gemma3, capsys):
     other = write_run(tmp_path / "other", tiny_gemma3)
     set_config(other, length=64)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import sample_text
 
 import tsae
+from tsae.config import SAEConfig
 from tsae.data.documents import Document
 from tsae.data.sequences import SequenceStream
 from tsae.evaluate import main
@@ -35,6 +36,7 @@ from tsae.lm.site import (
     from_submodule,
     submodule_name,
 )
+from tsae.sae.model import SparseAutoencoder
 
 
 @pytest.fixture
@@ -155,6 +157,17 @@ def test_names_that_mean_two_tensors_in_this_model_are_measured_apart(options, t
     assert "module encodes model.layers.1.mlp, which in" in capsys.readouterr().err
     normed = saelens(tmp_path / "normed", hook_name="model.layers.1.post_feedforward_layernorm")
     assert main([str(hook), str(normed), *options]) == 0
+
+
+def test_transcoders_to_two_tensors_of_one_name_are_measured_apart(options, tmp_path, capsys) -> None:
+    architecture = SAEConfig(d_in=D_IN, d_out=D_IN, d_sae=D_SAE, activation="relu", apply_b_dec_to_input=False)
+    for name, target in (("hook", "blocks.1.hook_mlp_out"), ("module", "model.layers.1.mlp")):
+        SparseAutoencoder(architecture).eval().save(
+            tmp_path / name, hook_name="blocks.1.hook_attn_out", hook_layer=1, hook_name_out=target, hook_layer_out=1
+        )
+    assert main([str(tmp_path / "hook"), str(tmp_path / "module"), *options]) == 2
+    assert "module predicts model.layers.1.mlp, which in" in capsys.readouterr().err
+    assert main([str(tmp_path / "module"), *options]) == 0
 
 
 def test_attention_heads_are_measured_at_the_output_projection(options, tmp_path, tiny_gemma3, capsys) -> None:
@@ -497,6 +510,15 @@ def test_a_module_path_alone_names_the_place(options, tmp_path, capsys) -> None:
     assert "encodes model.layers.2.mlp (blocks.2.hook_mlp_out), not block 1 (--layer); leave" in capsys.readouterr().err
     sae = saelens(tmp_path / "block", hf_hook_name="model.layers.2")
     assert open_autoencoders([str(sae)], "any").config.layer == 2
+
+
+def test_a_module_and_its_output_are_one_place(options, tmp_path) -> None:
+    """Our runs at a module write its path and, as `hf_hook_name`, the same with `.output`."""
+    path = "model.layers.1.mlp.down_proj"
+    sae = saelens(tmp_path / "sae", hook_name=path, hf_hook_name=f"{path}.output", hook_layer=1)
+    for site in (path, f"{path}.output"):
+        assert open_autoencoders([str(sae)], options[1], site=site).config.site == site
+        assert from_module(site).key == from_module(f"{path}.output").key != from_module(f"{path}.input").key
 
 
 def test_two_names_of_one_place_must_agree(tmp_path) -> None:

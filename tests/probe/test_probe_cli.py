@@ -172,7 +172,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(runs, capsys, spoil, optio
 def test_runs_of_different_layers_or_texts(runs, capsys):
     path = runs[1] / "config.json"
     config = json.loads(path.read_text())
-    for key, value in (("layer", 2), ("data", "python-docs"), ("length", 64)):
+    for key, value in (("layer", 2), ("data", "python-docs"), ("length", 64), ("lm_quantization", "8bit")):
         path.write_text(json.dumps(config | {key: value}))
         assert main([str(run) for run in runs]) == 2
         assert f"plain and other differ in {key}" in capsys.readouterr().err

@@ -12,13 +12,14 @@ from tiny_runs import options, weights
 
 import tsae
 from tsae import evaluate
-from tsae.config import TrainConfig
+from tsae.config import SAEConfig, TrainConfig
 from tsae.data.cache_key import cache_key
 from tsae.evaluation.held_out import evaluation_batches
 from tsae.evaluation.subject import open_run
 from tsae.export import main as export
 from tsae.hub.card import model_card
 from tsae.lm.loading import load_language_model
+from tsae.sae.model import SparseAutoencoder
 from tsae.train import main
 from tsae.utils.config_json import to_dict
 from tsae.view.command import collect
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.usefixtures("blank_report")
     [
         ("mlp_out", 32, "blocks.1.hook_mlp_out", "model.layers.1.post_feedforward_layernorm.output"),
         ("model.layers.1.mlp.down_proj.input", 64, None, "model.layers.1.mlp.down_proj.input"),
+        ("model.layers.1.mlp.gate_proj", 64, None, "model.layers.1.mlp.gate_proj.output"),
     ],
 )
 def test_trained_and_measured_at_another_place(
@@ -83,10 +85,24 @@ def test_trained_and_measured_at_another_place(
     assert export([str(run), "--to", "dictionary_learning", "--out", str(tmp_path / "dl"), "--drop-hysteresis"]) == 0
     trainer = json.loads((tmp_path / "dl" / "trainer_0" / "config.json").read_text())
     if hook is None:
-        assert (trainer["trainer"]["submodule_name"], trainer["buffer"]["io"]) == ("model.layers.1.mlp.down_proj", "in")
+        assert (trainer["trainer"]["submodule_name"], trainer["buffer"]["io"]) == (name, end.removesuffix("put"))
     else:
         assert (trainer["trainer"]["submodule_name"], trainer["buffer"]["io"]) == ("mlp_out_layer_1", "out")
     assert tsae.load(tmp_path / "dl").metadata["hook_name"] == (hook or site)
+
+
+def test_a_source_of_another_tensor_of_the_same_name_is_refused(
+    tiny_gemma3: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In Gemma the MLP's module is not what the MLP adds to the residual stream."""
+    source = tmp_path / "sae"
+    sae = SparseAutoencoder(SAEConfig(d_in=32, d_sae=48, k=6, activation="topk")).eval()
+    sae.save(source, hook_name="model.layers.1.mlp", hook_layer=1)
+    more = ("--init-from", str(source), "--dry-run", "--site")
+    assert main(options(tiny_gemma3, text_file, tmp_path / "run", *more, "mlp_out")) == 2
+    said = "another tensor than blocks.1.hook_mlp_out; name that place with --site model.layers.1.mlp"
+    assert said in capsys.readouterr().err
+    assert main(options(tiny_gemma3, text_file, tmp_path / "run", *more, "model.layers.1.mlp")) == 0
 
 
 def test_the_layer_of_a_path_must_be_the_runs(

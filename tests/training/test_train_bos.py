@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import evaluated_run
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -146,3 +147,21 @@ def test_a_run_of_an_earlier_version_resumes_with_bos(model: Path, text_file: Pa
     resumed, new = prepare(job, resume=True), prepare(job)
     assert (resumed.lm.prefix_id, new.lm.prefix_id) == (BOS, None)
     assert (resumed.job.shared.text.prepend_bos, new.job.shared.text.prepend_bos) == ("auto", "no")
+
+
+@pytest.mark.parametrize(("said", "asked"), [(True, "no"), (True, "auto"), (False, "yes"), (False, "no"), (None, "no")])
+def test_a_source_whose_sequences_began_otherwise_is_named(
+    said: bool | None, asked: str, model: Path, text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tmp_path / "sae"
+    evaluated_run.write_saelens(source)
+    values = json.loads((source / "cfg.json").read_text())
+    metadata = {"sae_lens_version": "6.54.0", "hook_name": "blocks.1.hook_resid_post", "prepend_bos": said}
+    (source / "cfg.json").write_text(json.dumps(values | {"metadata": metadata}))
+    more = ("--text.prepend-bos", asked, "--init-from", str(source), "--sae.activation", "relu")
+    config = command(options(model, text_file, tmp_path / "run", *more, "--sae.no-unit-norm-decoder"))[0]
+    prepare(Job({"": config}, tmp_path / "run"))
+    ways, fed = ("without", "with"), asked == "yes"
+    found = [message for message in caplog.messages if "BOS, and is fine-tuned" in message]
+    expected = f"{source} was trained {ways[bool(said)]} BOS, and is fine-tuned {ways[fed]} it (text.prepend_bos)."
+    assert found == ([] if said in (None, fed) else [expected])

@@ -65,6 +65,7 @@ class Run:
 
     def __init__(self, source: str | Path, directory: Path | None, device: str | None = None) -> None:
         self.source, self.directory, self._device = str(source), directory, device
+        self._lm_options: dict[str, Any] = {}
         self._identity = None if directory is None else _identity(directory)
 
     @classmethod
@@ -169,10 +170,13 @@ class Run:
             yield self
 
     def evaluate(self, **options: Any) -> Evaluation:
-        """`tsae.evaluate` of this autoencoder."""
+        """`tsae.evaluate` of this autoencoder, on the language model as it was opened."""
+        opened = dict(self._lm_options)
+        device = opened.pop("lm_device", None) if self._device is None else self._device
+        opened |= {} if device is None else {"device": device}
         if self.directory is None:
-            options = {"model": self.config.model, "layer": self.config.layer, "site": self.config.site} | options
-        return evaluate(self, **options)
+            opened |= {"model": self.config.model, "layer": self.config.layer, "site": self.config.site}
+        return evaluate(self, **(opened | options))
 
     def __repr__(self) -> str:
         return f"Run({self.source!r}): {self._summary()}"
@@ -224,15 +228,21 @@ def open(
                 raise UserError(
                     f"tsae.open has no option {name!r}; give model, layer, site, device, or one of the model's."
                 )
+        if device is not None and lm_options.get("lm_device_map", "none") != "none":
+            raise UserError(
+                "lm_device_map divides the language model among all GPUs, without device; leave one of them out."
+            )
         path = expanded(source)
         if model is None and layer is None and site is None and _is_run(path):
             run = Run(path.absolute(), path.absolute(), device)
             run._subject.config = override(run.config, lm_options)
+            run._lm_options = lm_options
             return run
         name = str(path.absolute()) if path.exists() else str(source)
         found = Run(name, None, device)
         subject = open_autoencoders((name,), model, layer, site)
         subject.config = override(subject.config, lm_options)
+        found._lm_options = lm_options
         found.__dict__["_subject"] = subject
         return found
 

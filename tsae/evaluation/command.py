@@ -27,7 +27,7 @@ from tsae.evaluation.evaluator import (
     write_eval,
 )
 from tsae.evaluation.held_out import HeldOut, choose_source, held_out, training_sample
-from tsae.evaluation.places import common_length
+from tsae.evaluation.places import check_one_model, common_length
 from tsae.evaluation.subject import Subject, open_autoencoders, open_run
 from tsae.integrations.sae_bench_output import core_output
 from tsae.lm.placement import DeviceMap, Quantization
@@ -79,6 +79,10 @@ class Arguments:
     """Seed of the text order and of the shuffled control. Default: the run's."""
     device: str | None = None
     """Device: `auto`, `cpu`, `cuda`, ... Default: the run's."""
+    revision: str | None = None
+    """Revision of the model on the hub, which --model names. Default: the hub's newest."""
+    lm_dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """Precision of the language model, which --model names. Default: as the runs were trained, or `auto`."""
     lm_device_map: DeviceMap | None = None
     """Divide the language model among all GPUs, as accelerate does. Default: the run's, without --device."""
     lm_quantization: Quantization | None = None
@@ -103,8 +107,8 @@ class Arguments:
 
     def lm_options(self, config: TrainConfig) -> dict[str, Any]:
         """Fields of ``config`` about the language model that were asked for."""
-        asked = {"lm_device_map": self.lm_device_map, "lm_quantization": self.lm_quantization}
-        asked = {name: value for name, value in asked.items() if value is not None}
+        names = ("revision", "lm_dtype", "lm_device_map", "lm_quantization")
+        asked = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return asked | {"trust_remote_code": config.trust_remote_code or self.trust_remote_code}
 
     @property
@@ -149,6 +153,8 @@ def measure(arguments: Arguments) -> Measured:
         subject, ratio = open_run(arguments.run), arguments.release_ratio
     else:
         subject, ratio = open_autoencoders(arguments.saes, arguments.model, arguments.layer, arguments.site), None
+    open_options = [name for name in ("revision", "lm_quantization") if getattr(arguments, name) is None]
+    check_one_model(subject.runs, [name for name in open_options if name != "revision" or arguments.model is None])
     own, length = subject.config, arguments.length or common_length(subject.runs)
     subject.config = at_length(own, own.length if length is None else length)
     source = choose_source(subject.runs.values(), arguments.data, arguments.column)
@@ -185,8 +191,10 @@ def _check(arguments: Arguments) -> None:
     if not arguments.saes:
         raise UserError("No autoencoder is named; give a run's directory, or others with --model and --layer.")
     check_counts(tokens=arguments.tokens, ce_sequences=arguments.ce_sequences, length=arguments.length)
-    if arguments.lm_quantization is not None and arguments.rewrites:
-        raise UserError("--lm-quantization is for autoencoders with --model; a run's metrics are of its own model.")
+    for name in ("revision", "lm_dtype", "lm_quantization") if arguments.rewrites else ():
+        if getattr(arguments, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} is for autoencoders with --model; a run's metrics are of its own model.")
     if arguments.lm_device_map is not None and arguments.device is not None:
         raise UserError("--lm-device-map divides the language model among all GPUs, without --device; leave one out.")
     massive, ratio = arguments.massive_ratio, arguments.release_ratio

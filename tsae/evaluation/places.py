@@ -7,7 +7,7 @@ that begins otherwise, are measured with a warning: names are compared loosely, 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +192,16 @@ def common_length(runs: Mapping[str, TrainConfig]) -> int | None:
         each = ", ".join(f"{name}: {length}" for name, length in lengths.items())
         raise UserError(f"The runs differ in their length ({each}); name the one to measure at, with --length.")
     return next(iter(lengths.values()), None)
+
+
+def check_one_model(runs: Mapping[str, TrainConfig], options: Iterable[str]) -> None:
+    """Raise `UserError` unless runs agree in ``options``, which decide what model the named one is loaded as."""
+    for option in options:
+        values = {name: getattr(config, option) for name, config in runs.items()}
+        if len(set(values.values())) > 1:
+            each = ", ".join(f"{name}: {value}" for name, value in values.items())
+            flag = f"--{option.replace('_', '-')}"
+            raise UserError(f"The runs differ in {option} ({each}); name the one to measure with, with {flag}.")
 
 
 def length_warnings(saes: Mapping[str, SparseAutoencoder], length: int) -> list[str]:

@@ -78,7 +78,7 @@ class Subject:
         others = {name: sae for name, sae in self.saes.items() if name not in self.runs}
         _warn([*bos_warnings(self.saes, lm.prefix_id, lm.name), *length_warnings(others, config.length)])
         for name, sae in self.saes.items():
-            _check_module(name, sae, lm, config.place)
+            check_module(name, sae, lm, config.place, config.target_place)
             check_width(sae, lm, config.place, name, config.target_place)
             sae.to(lm.device)
         return lm
@@ -216,17 +216,30 @@ def _asked(site: str | None, layer: int | None, saes: dict[str, SparseAutoencode
     return from_option(site, layer)
 
 
-def _check_module(name: str, sae: SparseAutoencoder, lm: LanguageModel, place: Site) -> None:
-    """Raise `UserError` if the place that an autoencoder names is another tensor of this model than ``place``.
+def check_module(
+    name: str,
+    sae: SparseAutoencoder,
+    lm: LanguageModel,
+    place: Site,
+    target: Site | None = None,
+    advice: str = "measure them one at a time",
+) -> None:
+    """Raise `UserError` if a place that an autoencoder names is another tensor of this model than ``place``.
 
     Names of the same kind may differ: in Gemma `model.layers.3.mlp` is not what the MLP adds to the residual stream.
+
+    target: what a transcoder is to predict
+    advice: what to do
     """
-    said = site_of(sae.metadata)
-    if said is not None and said.kind != "mlp_in" and said.block is None and not find(lm, said).same(find(lm, place)):
-        raise UserError(
-            f"{called(name)} encodes {said.name}, which in {lm.name} is another tensor than {place.name}; measure them "
-            "one at a time."
-        )
+    pairs = [("encodes", site_of(sae.metadata), place)]
+    pairs += [] if target is None else [("predicts", target_of(sae.metadata), target)]
+    for does, said, wanted in pairs:
+        if said is None or said.kind == "mlp_in" or said.block is not None:
+            continue
+        if not find(lm, said).same(find(lm, wanted)):
+            raise UserError(
+                f"{called(name)} {does} {said.name}, which in {lm.name} is another tensor than {wanted.name}; {advice}."
+            )
 
 
 def by_name(places: Sequence[Place], names: Sequence[str]) -> dict[str, Place]:

@@ -80,7 +80,8 @@ class Site:
         """Equal for names of one tensor, as far as names tell."""
         if self.block is not None:
             return "resid_post", self.block, ""
-        return self.kind, self.layer, (self.name.split(f".{self.layer}.", 1)[-1] if self.kind == "module" else "")
+        part = self.name.split(f".{self.layer}.", 1)[-1].removesuffix(".output") if self.kind == "module" else ""
+        return self.kind, self.layer, part
 
     @property
     def described(self) -> str:

@@ -31,7 +31,10 @@ from tsae.utils.cli import check_counts, deliver
 from tsae.utils.output import say
 from tsae.utils.progress import bar
 
-AGREEING = ("model", "revision", "layer", "site", "target", "lm_dtype", "data", "text", "length")
+AGREEING = (
+    *("model", "revision", "lm_dtype", "lm_quantization", "layer", "site", "target"),
+    *("data", "text", "length"),
+)
 
 
 def probe_and_print(runs: Sequence[Path], **options: str | int | None) -> None:

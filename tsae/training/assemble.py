@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from tsae.data.sequences import SequenceStream
 from tsae.data.text import Document, Part, absolute_source, open_text, split_threshold
 from tsae.errors import UserError
 from tsae.evaluation.held_out import evaluation_batches
+from tsae.evaluation.subject import check_module
 from tsae.lm.loading import LanguageModel, absolute_name, default_dtype, load_language_model
 from tsae.lm.site import Site
 from tsae.lm.trial_run import check_order, check_site, site_width, width
@@ -29,9 +31,10 @@ from tsae.parallel.axis import SINGLE_PROCESS, Ranks
 from tsae.parallel.buffer import DistributedActivationBuffer
 from tsae.parallel.processes import check_mesh, check_on_all_ranks, local_rank0_first, raise_on_all_ranks
 from tsae.rundir.ownership import check_output_directory
+from tsae.sae.metadata import site_of
 from tsae.sae.model import SparseAutoencoder
 from tsae.sae.normalization import InputNormalizer
-from tsae.training.init_from import absolute_init, open_checked
+from tsae.training.init_from import absolute_init, bos_warnings, open_checked
 from tsae.training.job import Job, prefix_errors
 from tsae.training.own_terms import check_own_terms
 from tsae.training.sparse_step import check_steps
@@ -39,6 +42,8 @@ from tsae.utils.device import resolve_device
 from tsae.utils.paths import expanded
 from tsae.utils.progress import bar
 from tsae.utils.torchrun import world_size
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,13 @@ def prepare(job: Job, *, resume: bool = False) -> Setup:
         raise UserError(
             f"text.prepend_bos is yes, but the tokenizer of {lm.name} has neither BOS nor EOS; set it to auto."
         )
+    for name, source in sources.items():
+        with prefix_errors(name):
+            said = site_of(source.metadata)
+            advice = "" if said is None else f"name that place with --site {said.option}"
+            check_module(job.runs[name].init_from or "", source, lm, common.place, advice=advice)
+        for warning in bos_warnings(job.runs[name], source, lm.prefix_id):
+            log.warning("%s.", warning)
     if not resume:
         prepended: Literal["yes", "no"] = "no" if lm.prefix_id is None else "yes"
         common = replace(common, text=replace(common.text, prepend_bos=prepended))

@@ -200,8 +200,17 @@ def place_warnings(cfg: TrainConfig, source: SparseAutoencoder) -> Iterator[str]
     if "model_name" not in source.metadata:
         yield f"{name} does not say which model it was trained on; taken as {cfg.model}"
     yield from warnings_about(name, source.metadata, cfg.model, done="fine-tuned")
-    if source.metadata.get("prepend_bos") is False:
-        yield f"{name} was trained without BOS, and is fine-tuned with the tokenizer's, if it has one"
+
+
+def bos_warnings(cfg: TrainConfig, source: SparseAutoencoder, prefix: int | None) -> Iterator[str]:
+    """Whether the source's sequences began otherwise, as a sentence.
+
+    prefix: the token that begins the run's sequences; None if they begin with text
+    """
+    said, fed = source.metadata.get("prepend_bos"), prefix is not None
+    if said is not None and said != fed:
+        ways = ("without", "with")
+        yield f"{cfg.init_from} was trained {ways[said]} BOS, and is fine-tuned {ways[fed]} it (text.prepend_bos)"
 
 
 def open_checked(cfg: TrainConfig, directory: Path | None = None) -> SparseAutoencoder:
