@@ -114,8 +114,8 @@ def test_features_may_be_integers_of_numpy_and_of_tensors(run: Run) -> None:
         assert float(run.features(TEXT).activations[:, best].max()) < 1e-4
     with (
         pytest.raises(UserError, match=r"There is no feature 1\.5; the autoencoder has 48, 0 to 47"),
-        run.steer({1.5: 1.0}),
-    ):  # type: ignore[dict-item]
+        run.steer({1.5: 1.0}),  # type: ignore[dict-item]
+    ):
         pass
     with pytest.raises(UserError, match=r"give a dictionary of strengths by feature"), run.steer(5):  # type: ignore[arg-type]
         pass
