@@ -83,6 +83,28 @@ def test_interrupted_before_anything_began(
         tsae.train("demo", out=tmp_path / "run", **options)
 
 
+def test_interrupted_while_it_is_evaluated(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tsae.training import run
+
+    out, few = tmp_path / "run", options | {"steps": 2, "evaluation": {"sequences": 8, "ce_sequences": 4}}
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_evaluate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted) as stop:
+            tsae.train("demo", out=out, **few)
+    advice = f"after the last step, which is saved; continue with tsae.train(resume={str(out)!r})"
+    assert str(stop.value) == f"interrupted {advice}"
+    assert tsae.train(resume=out).metrics["l0"] > 0
+
+
+def test_help_and_completion_show_what_is_there() -> None:
+    assert "preset: the configuration to start from" in str(tsae.train.__doc__)
+    assert "saes: run d" in str(tsae.evaluate.__doc__)
+    public = {name for name in dir(tsae) if not name.startswith("_")}
+    assert public == {*tsae.__all__, "open"}
+
+
 def test_a_run_that_was_replaced_is_not_taken_for_the_old_one(options: dict[str, Any], tmp_path: Path) -> None:
     few = options | {"steps": 2}
     first = tsae.train("demo", out=tmp_path / "run", **few)

@@ -101,6 +101,36 @@ def test_steering_raises_a_feature_and_ablation_removes_it(run: Run) -> None:
     assert run.lm.generate(TEXT, max_new_tokens=8) == plain
 
 
+def test_features_may_be_integers_of_numpy_and_of_tensors(run: Run) -> None:
+    view = run.features(TEXT)
+    best = view.activations.amax(0).argmax()  # int64 []
+    with run.steer({int(best): 20.0, 3: 1.0}):
+        expected = run.features(TEXT).activations
+    for feature in (best, best.numpy()[()]):
+        with run.steer({feature: 20.0, 3: 1.0}):  # type: ignore[dict-item]
+            assert torch.equal(run.features(TEXT).activations, expected)
+        with run.ablate(feature):
+            assert float(run.features(TEXT).activations[:, best].max()) < 1e-4
+    with run.ablate(best[None]):
+        assert float(run.features(TEXT).activations[:, best].max()) < 1e-4
+    with (
+        pytest.raises(UserError, match=r"There is no feature 1\.5; the autoencoder has 48, 0 to 47"),
+        run.steer({1.5: 1.0}),  # type: ignore[dict-item]
+    ):
+        pass
+    with pytest.raises(UserError, match=r"give a dictionary of strengths by feature"), run.steer(5):  # type: ignore[arg-type]
+        pass
+    for read in (run.features, run.lm.generate):
+        with pytest.raises(UserError, match=r"The text is of type list; give one string"):
+            read([TEXT])  # type: ignore[arg-type]
+
+
+def test_objects_say_in_one_line_what_they_are(run: Run) -> None:
+    assert repr(run.lm).startswith(f"LanguageModel({run.lm.name!r}): Gemma3ForCausalLM, {run.lm.n_layers} layers, ")
+    assert "\n" not in repr(run.lm)
+    assert repr(run.sae) == f"SparseAutoencoder(d_in={run.sae.cfg.d_in}, d_sae=48, activation=schmitt)"
+
+
 def test_an_autoencoder_of_another_library_is_the_same_object(folder: Path, tiny_gemma3: Path) -> None:
     text = str(folder / "text.txt")
     with pytest.raises(UserError, match="is not a run, so its model is not known; name it with `model`"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -163,7 +164,7 @@ class Run:
 
         positions: as in `steer`
         """
-        chosen = [features] if isinstance(features, int) else features
+        chosen = _several(features)
         if self.config.target is not None:
             raise UserError("Features of a transcoder cannot be taken out; steer them by a negative value.")
         with ablation(self.lm, self.sae, self.config.place, chosen, positions):
@@ -189,6 +190,15 @@ class Run:
         metrics = self.metrics
         about = f"{self.source}: {self._summary()}"
         return as_html(listing(metrics), about) if metrics else f"<div>{escape(about)}</div>"
+
+
+def _several(features: Any) -> Iterable[int]:
+    """A list of the one feature given, an int, NumPy's integer or a tensor without dimensions, or else the features."""
+    try:
+        one = operator.index(features)
+    except TypeError:
+        return features  # type: ignore[no-any-return]
+    return features if isinstance(features, torch.Tensor) and features.ndim else [one]
 
 
 def _identity(directory: Path) -> tuple[int, int] | None:

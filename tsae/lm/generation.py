@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 def prompt_tokens(lm: LanguageModel, text: str) -> Tensor:
     """[1, 1 + T] int64: the tokens of a text after BOS, as in training; where sequences have no BOS, the text's alone.
 
-    Raises UserError if there is no token besides the first.
+    Raises UserError if it is no text, or there is no token besides the first.
     """
+    if not isinstance(text, str):
+        raise UserError(f"The text is of type {type(text).__name__}; give one string.")
     ids = encode(lm.tokenizer, [text])[0]
     first = [] if lm.prefix_id is None else [lm.prefix_id]
     if len(first) + len(ids) < 2:

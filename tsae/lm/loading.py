@@ -67,6 +67,10 @@ class LanguageModel:
     widths: dict[int | Site, int] = field(default_factory=dict, repr=False, compare=False)
     points: dict[Site, HookPoint] = field(default_factory=dict, repr=False, compare=False)
 
+    def __repr__(self) -> str:
+        where = f"{self.n_layers} layers, {self.dtype}, {self.device}"
+        return f"LanguageModel({self.name!r}): {type(self.model).__name__}, {where}"
+
     @property
     def blocks(self) -> nn.ModuleList:
         """The decoder blocks, in order."""

@@ -8,6 +8,7 @@ prefix (BOS), which no autoencoder sees, is never changed.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -45,10 +46,14 @@ def steering(
     Raises:
         UserError: there is no such feature or block, a strength is not finite, or a position is negative.
     """
+    if not isinstance(strengths, Mapping):
+        raise UserError(
+            f"The features to steer are {strengths!r}; give a dictionary of strengths by feature, {{5: 4.0}}."
+        )
     chosen = _checked(strengths, sae)
     if bad := [value for value in strengths.values() if not math.isfinite(value)]:
         raise UserError(f"A feature is steered by {bad[0]}; name a finite number.")
-    values = torch.tensor([float(strengths[feature]) for feature in chosen], device=sae.W_dec.device)
+    values = torch.tensor([float(value) for value in strengths.values()], device=sae.W_dec.device)
     direction = sae.cfg.input_scale * (values @ sae.W_dec.detach()[chosen])  # [d_in]
     among = _among(positions)
 
@@ -80,7 +85,7 @@ def ablation(
         UserError: there is no such feature or block, or a position is negative. In a forward pass: it continues a
             cache and the features have hysteresis.
     """
-    chosen = _checked(features, sae)
+    chosen = list(dict.fromkeys(_checked(features, sae)))
     stateful = sae.cfg.kind.release
     rows = sae.cfg.input_scale * sae.W_dec.detach()[chosen]  # [n, d_in]
     among = _among(positions)
@@ -104,13 +109,19 @@ def ablation(
 
 
 def _checked(features: Iterable[int], sae: SparseAutoencoder) -> list[int]:
-    chosen = list(features)
-    for feature in chosen:
-        if not isinstance(feature, int) or isinstance(feature, bool) or not 0 <= feature < sae.cfg.d_sae:
+    """The features as Python's numbers, in their order; NumPy's integers and tensors of one integer count as such."""
+    chosen = []
+    for feature in features:
+        try:
+            number = -1 if isinstance(feature, bool) else operator.index(feature)
+        except TypeError:
+            number = -1
+        if not 0 <= number < sae.cfg.d_sae:
             raise UserError(
                 f"There is no feature {feature!r}; the autoencoder has {sae.cfg.d_sae}, 0 to {sae.cfg.d_sae - 1}."
             )
-    return list(dict.fromkeys(chosen))
+        chosen.append(number)
+    return chosen
 
 
 def _among(positions: Positions) -> Callable[[int, Tensor], Tensor]:

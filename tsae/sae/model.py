@@ -79,6 +79,11 @@ class SparseAutoencoder(nn.Module):
                 self.release_logit = nn.Parameter(torch.full((cfg.d_sae,), cfg.release_ratio).logit(1e-3))
         self.update_threshold_buffers()
 
+    def extra_repr(self) -> str:
+        """What `repr` shows."""
+        out = f", d_out={self.cfg.d_out}" if self.cfg.d_out else ""
+        return f"d_in={self.cfg.d_in}, d_sae={self.cfg.d_sae}{out}, activation={self.cfg.activation}"
+
     def parameter_dict(self) -> dict[str, nn.Parameter]:
         """The parameters, under the names that this class documents."""
         return dict(self.named_parameters())

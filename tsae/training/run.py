@@ -30,6 +30,8 @@ from tsae.sae.model import SparseAutoencoder
 from tsae.training.assemble import Setup, prepare
 from tsae.training.job import Job
 from tsae.training.loop import Outcome, train
+from tsae.training.trainer import Trainer
+from tsae.utils.calling import resume_call
 from tsae.utils.interrupts import Interrupted
 from tsae.utils.paths import expanded
 from tsae.utils.torchrun import is_rank0
@@ -79,6 +81,16 @@ def _run_job(job: Job, *, resume: bool) -> dict[str, Outcome]:
         raise Interrupted(stop.number, stop.advice if resume else " before anything began; start again") from None
     setup = replace(setup, ranks=ranks_for(job.shared))
     outcomes, trainers = train(setup, resume=resume)
+    try:
+        _finish(job, setup, outcomes, trainers)
+    except Interrupted as stop:
+        advice = f" after the last step, which is saved; continue with {resume_call(job.directory)}"
+        raise Interrupted(stop.number, advice) from None
+    return outcomes
+
+
+def _finish(job: Job, setup: Setup, outcomes: dict[str, Outcome], trainers: dict[str, Trainer]) -> None:
+    """Write the autoencoders, their metrics and reports."""
     saes = {name: trainer.finished() for name, trainer in trainers.items()}
     if setup.ranks.is_rank0:
         for name, sae in saes.items():
@@ -88,7 +100,6 @@ def _run_job(job: Job, *, resume: bool) -> dict[str, Outcome]:
         for name in job.runs:
             with _noting_errors(outcomes[name]):
                 write_report(job.directory / name)
-    return outcomes
 
 
 @contextmanager

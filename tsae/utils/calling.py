@@ -67,6 +67,11 @@ def make_callable(module: ModuleType, function: Callable[[], Callable[..., Any]]
             return function()(*args, **options)
 
         @property
+        def __doc__(self) -> str | None:  # type: ignore[override]
+            """The function's, for `help` and a notebook's question mark."""
+            return function().__doc__
+
+        @property
         def __signature__(self) -> Any:
             import inspect
 
