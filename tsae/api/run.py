@@ -197,7 +197,7 @@ def _several(features: Any) -> Iterable[int]:
     try:
         one = operator.index(features)
     except TypeError:
-        return features  # type: ignore[no-any-return]
+        return features
     return features if isinstance(features, torch.Tensor) and features.ndim else [one]
 
 
