@@ -399,7 +399,7 @@ def test_a_signal_after_training_ends_it_at_once(
     assert len(sent) == 1
     assert time.monotonic() - sent[0] < 10
     message = capsys.readouterr().err
-    assert "interrupted; continue with --resume" in message
+    assert f"continue with python -m tsae.train --resume {out}" in message
     assert "Traceback" not in message
     assert not (out / "eval.json").exists()
     assert main(["--resume", str(out)]) == 0
