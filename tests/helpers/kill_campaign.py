@@ -197,6 +197,9 @@ class Campaign:
         child = os.fork()
         if child:
             return child
+        # PyTorch makes its thread pool anew after a fork, at its first use. Of the threads that load a model two may
+        # race for it, and one finds none ("Invalid thread pool!"); so it is used here first.
+        torch.set_num_threads(1)
         status = 1
         try:
             with (directory / "log.txt").open("a") as log:
