@@ -352,7 +352,10 @@ def test_model_and_layer_are_compared(
     out = tmp_path / "run"
     other = from_run(tiny_llama, text_file, out, run)
     other[other.index("--layer") + 1] = "2"
-    assert "encodes the output of block 1, not of block 2; train with --layer 1" in fails(*other)
+    assert "encodes the output of block 1, not of block 2; train with --layer 1." in fails(*other)
+    other[other.index("--layer") + 1] = "1"  # whose input is another tensor
+    said = fails(*other, "--site", "resid_pre")
+    assert "encodes the output of block 1, not of block 0; train with --layer 1 --site resid_post." in said
     wide = saelens(tmp_path / "wide", foreign(torch.zeros(D_IN)))
     message = fails(*from_run(tiny_llama, text_file, out, wide))
     assert "takes activations of width 12, but the blocks of" in message

@@ -189,9 +189,9 @@ def place_warnings(cfg: TrainConfig, source: SparseAutoencoder) -> Iterator[str]
     if site is None:
         yield f"{name} does not say which layer it encodes; taken as {what}"
     elif site.key != place.key and None not in (site.block, place.block):
+        advice = f"--layer {site.block}" + ("" if place.kind == "resid_post" else " --site resid_post")
         raise UserError(
-            f"{name} encodes the output of block {site.block}, not of block {place.block}; train with --layer "
-            f"{site.block}."
+            f"{name} encodes the output of block {site.block}, not of block {place.block}; train with {advice}."
         )
     elif site.key != place.key:
         raise UserError(

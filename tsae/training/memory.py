@@ -87,11 +87,11 @@ def step_bytes(cfg: TrainConfig, *, autocast: bool, dense: bool = False) -> int:
     """Estimated peak of a training step beyond `sae_bytes`.
 
     The forward pass holds ``Kind.feature_tensors`` tensors [B, T, d_sae]: the pre-activation, the features, their
-    gradients and more. It holds six tensors [B, T, d_in] (input, reconstruction, residual, normalization), under
-    autocast the weights in bfloat16, and the statistics and their gradient, which weigh in short sequences. Before the
-    first piece of a chunked batch (``cfg.chunk``) there are no gradients of the weights yet. At its end the backward
-    pass holds these, one gradient not yet accumulated or cast, and the features with their gradient. AuxK, Matryoshka
-    prefixes, and temporal terms beyond the statistics are not counted.
+    gradients and more. It holds three tensors [B, T, d_in] and three [B, T, d_out] (input, target, reconstruction,
+    residual, normalization), under autocast the weights in bfloat16, and the statistics and their gradient, which weigh
+    in short sequences. Before the first piece of a chunked batch (``cfg.chunk``) there are no gradients of the weights
+    yet. At its end the backward pass holds these, one gradient not yet accumulated or cast, and the features with their
+    gradient. AuxK, Matryoshka prefixes, and temporal terms beyond the statistics are not counted.
 
     dense: matrix products are dense, as on a GPU (where this was not measured): all feature tensors and the bfloat16
         weights are then assumed to last until the end of the backward pass
@@ -109,7 +109,7 @@ def step_bytes(cfg: TrainConfig, *, autocast: bool, dense: bool = False) -> int:
         forward * features + 2 * autocast * (1 + dense) * weights - gradients,
         backward * features + 4 * (1 + autocast * dense) * weights,
     )
-    return tokens * 6 * 4 * cfg.sae.d_in + statistics + max(peaks)
+    return tokens * 3 * 4 * (cfg.sae.d_in + cfg.sae.width_out) + statistics + max(peaks)
 
 
 def cache_bytes(cfg: TrainConfig, width: int, storage: torch.dtype) -> int:
