@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tsae.data.text import TextConfig, open_text
@@ -196,17 +196,19 @@ names = st.sampled_from(["a.jsonl", "b.jsonl", "c/d.jsonl.gz", "metadata.jsonl"]
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(files=st.dictionaries(names, rows, min_size=1, max_size=3), column=st.none() | keys)
+@example(files={"a.jsonl": [{"messages": VALUES[10]}]}, column=None)
+@example(files={"a.jsonl": [{"messages": VALUES[10]}]}, column="messages")
 def test_any_rows_in_any_files(files: dict[str, list[Any]], column: str | None, caplog: Any) -> None:
-    """Every document is a string of one column; of `text` or the named one, unless the guess is said."""
+    """Every document is a string or a chat of one column; of `text` or the named one, unless the guess is said."""
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
             write(Path(folder, name), content)
         found = outcome(Path(folder), caplog, column=column)
-        columns = {column or "text"} if "reading the column" not in caplog.text else set("abcdefghi")
-        if found is None or len(columns) > 1:
+        is_guess = "reading the column" in caplog.text or "reading the chats in the column" in caplog.text
+        if found is None or is_guess:
             return
-        in_column = [
-            row[name] for some in files.values() for row in some if isinstance(row, dict) for name in columns & {*row}
-        ]
-        texts = [text.encode("utf-8", "replace").decode() for text in in_column if isinstance(text, str)]
+        name = column or "text"
+        in_column = [row[name] for some in files.values() for row in some if isinstance(row, dict) and name in row]
+        rendered = ["user: a b" if value == VALUES[10] else value for value in in_column]
+        texts = [text.encode("utf-8", "replace").decode() for text in rendered if isinstance(text, str)]
         assert found == sorted(text for text in texts if text and not text.isspace())
