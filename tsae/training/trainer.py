@@ -31,7 +31,6 @@ from tsae.parallel.sharding import (
 )
 from tsae.sae.model import SparseAutoencoder
 from tsae.sae.normalization import InputNormalizer
-from tsae.sae.thresholds import ThresholdController, initial_threshold
 from tsae.training.cuda_graph import GraphedSteps
 from tsae.training.feature_lists import FeatureLists
 from tsae.training.feature_state import DeadFeatures, TemporalBuffer, lag1_correlation
@@ -50,6 +49,7 @@ from tsae.training.optimization import (
 )
 from tsae.training.schedules import StepPlan, learning_rate, step_plan
 from tsae.training.sparse_step import DeadRows, SparseStep, check_steps, uses_lists
+from tsae.training.steering import Steering
 from tsae.training.step_metrics import Piece, correlation_metrics, loss_metrics
 from tsae.training.temporal_objectives import (
     MaskedPairs,
@@ -65,6 +65,7 @@ from tsae.utils.output import say
 from tsae_kernels import TemporalStats, count_positions, within_sequence_variance
 
 if TYPE_CHECKING:
+    from tsae.sae.thresholds import ThresholdController
     from tsae.training.init_from import WarmStart
 
 
@@ -120,7 +121,7 @@ class Trainer:
         if uses_lists(cfg, device, ranks.world.size):
             self.lists = SparseStep(cfg, self.sae, ranks, autocast=autocast)
         self.graphs = GraphedSteps(self._make_step, device) if cfg.cuda_graph else None
-        self.controller = ThresholdController(cfg.sae.k)
+        self.steering = Steering(cfg, self.sae, ranks)
         self.temporal_buffer = TemporalBuffer(cfg.sae.d_sae, cfg.objective.buffer_std, generator=generator)
         self.temporal_buffer.variance = split(self.temporal_buffer.variance, 0, ranks.features).to(device)
         self.dead = DeadFeatures(cfg.sae.d_sae // ranks.features.size)
@@ -132,6 +133,11 @@ class Trainer:
         self.step_on_device = torch.zeros((), dtype=torch.int64, device=device)  # seeds the draws there
         self._any_dead = False  # at the last logged step
         self._lost = 0  # steps since then that changed no weight
+
+    @property
+    def controller(self) -> ThresholdController:
+        """What steers the thresholds."""
+        return self.steering.controller
 
     def start_from(self, start: WarmStart) -> None:
         """Take the weights and thresholds of an existing autoencoder, before the first step."""
@@ -182,7 +188,7 @@ class Trainer:
         lists = self.lists if plan.noise == 0 else None  # noise is on all rows
         self.optimizer.zero_grad(set_to_none=True)
         pieces = self._accumulate_gradients(batch, plan, lists, check=check)
-        if self._priced:
+        if self.steering.priced:
             sums = (_sum(each) for each in zip(*(piece.l0_gradients for piece in pieces), strict=True))
             add_l0_lagrangian_gradient(sae, [ranks.data.sum_no_grad(local(gradient)) for gradient in sums])
         norm = self._prepare_gradients(plan, lists)
@@ -197,8 +203,7 @@ class Trainer:
             if self.lists is not None:
                 self.lists.forget_copies()
         l0 = _sum(piece.weight * piece.l0 for piece in pieces)
-        if self._steered:
-            self._steer(l0)
+        self.steering.update(l0)
         self.dead.update(torch.cat([piece.stats.square for piece in pieces]), tokens, ranks)
         self.step_on_device.add_(1)
         return StepResult(pieces, l0, norm)
@@ -291,12 +296,12 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             if lists is None:
                 pre = sae.pre_activation(x)
-                self._set_threshold(pre, segments)
+                self.steering.prepare(pre, segments, self.step)
                 h, stats, l0 = sae.activate_counted(pre, bands_for(cfg.objective), segments)
                 *prefixes, xhat = sae.decode_prefixes(h)
             else:
                 centred, pre = lists.pre_activation(x)
-                self._set_threshold(pre, segments)
+                self.steering.prepare(pre, segments, self.step)
                 h, stats, l0 = lists.encode(centred, pre, bands_for(cfg.objective), segments)
                 *prefixes, xhat = lists.decode(h)
             auxiliary = self._auxiliary(x, target - xhat, dead, segments)
@@ -322,7 +327,9 @@ class Trainer:
         terms = objective(inputs, self.step, cfg.objective)
         if check:
             self._check_finite(terms)
-        l0_gradients = torch.autograd.grad(l0, threshold_parameters(sae), retain_graph=True) if self._priced else ()
+        l0_gradients = (
+            torch.autograd.grad(l0, threshold_parameters(sae), retain_graph=True) if self.steering.priced else ()
+        )
         weight = 1.0 if weight is None else weight
         (weight * terms.total).backward()
         return Piece(
@@ -336,38 +343,6 @@ class Trainer:
             l0.detach(),
             tuple(weight * gradient for gradient in l0_gradients),
         )
-
-    @property
-    def _steered(self) -> bool:
-        """Whether the controller holds the mean L0 at ``sae.k``."""
-        if self.cfg.sae.kind.steered:
-            return self.cfg.sae.steering == "controller"
-        return self.sae.thresholds_learned and self.cfg.objective.l0 == 0
-
-    @property
-    def _priced(self) -> bool:
-        """Whether the L0 penalty of learned thresholds has the Lagrange multiplier that keeps their common scale."""
-        return self.sae.thresholds_learned and self._steered
-
-    @torch.no_grad()
-    def _set_threshold(self, pre: Tensor, segments: Tensor) -> None:
-        if not self._steered and not self.sae.thresholds_learned:
-            return
-        if self.step == 0 and not self.controller.started:
-            self.controller.start(initial_threshold(pre, self.sae.b_enc, self.cfg.sae.k, segments, self.ranks))
-            if self.sae.log_threshold is not None:
-                self.sae.log_threshold.fill_(self.controller.theta.log())
-        if self.cfg.sae.kind.steered:
-            self.sae.threshold.fill_(self.controller.theta)
-            self.sae.release.copy_(self.sae.threshold * self.cfg.sae.release_ratio)
-
-    @torch.no_grad()
-    def _steer(self, l0: Tensor) -> None:
-        """One step of the controller. It moves the common factor of learned thresholds."""
-        before = self.controller.theta.clone()
-        after = self.controller.update(l0)
-        if self.sae.log_threshold is not None:
-            self.sae.log_threshold.add_((after / before).log())
 
     def _pairs(self, segments: Tensor) -> Pairs | MaskedPairs | None:
         """The pairs of the contrastive objective, a function of the seed and the step alone."""
@@ -508,21 +483,15 @@ class Trainer:
             alone = Trainer(self.cfg, self.normalizer, torch.device("cpu"), autocast=False)
             alone.load_state_dict(state)
             return alone.finished()
-        sae, controller = self.sae, self.controller
-        frozen = self._steered and controller.started
-        if frozen and not sae.thresholds_learned:
-            sae.threshold.fill_(controller.frozen)
-            sae.release.copy_(sae.threshold * self.cfg.sae.release_ratio)
+        sae = self.sae
+        self.steering.freeze()
         mean, scale, target_scale = self.normalizer.mean, self.normalizer.scale, self.normalizer.target_scale
         if self.cfg.sae.d_out:
             mean, target_mean = mean.split((self.cfg.sae.d_in, self.cfg.sae.d_out))
             out = sae.folded(mean, scale, target_mean, target_scale or scale).eval()
         else:
             out = sae.folded(mean, scale).eval()
-        if frozen and sae.thresholds_learned:
-            out.threshold *= controller.frozen / controller.theta
-            out.release *= controller.frozen / controller.theta
-            out.update_threshold_parameters()
+        self.steering.freeze_learned(out)
         return out
 
     def state_dict(self) -> dict[str, Any]:
