@@ -43,16 +43,24 @@ class SAEConfig:
     """Number of features."""
     activation: Activation = "schmitt"
     """Nonlinearity of the encoder. `schmitt` (hysteresis) switches a feature on above one threshold and off below a
-    lower one, along the sequence; `jumprelu` learns a threshold per feature, `jumprelu_schmitt` both thresholds."""
+    lower one, along the sequence; `rate` does so with both thresholds per feature, from how often it switches;
+    `jumprelu` learns a threshold per feature, `jumprelu_schmitt` both thresholds."""
     k: int = 32
-    """Active features per token: exact (topk), mean (batchtopk), or the target of the mean L0 (schmitt; jumprelu and
-    jumprelu_schmitt if objective.l0 is 0)."""
+    """Active features per token: exact (topk), mean (batchtopk), or the target of the mean L0 (schmitt, rate; jumprelu
+    and jumprelu_schmitt if objective.l0 is 0)."""
+    support_bits: NonNegativeFloat = 0.0
+    """rate: target of the support's bits per token, instead of sae.k of the mean L0; 0: sae.k."""
+    amplitude_bits: NonNegativeFloat = 4.0
+    """rate: price in bits of an active value, beside what its switching costs."""
+    lookahead: bool = True
+    """rate: count in a switch what the new state saves at the next position (docs/mathematics.md, section 9)."""
     release_ratio: Fraction = 0.3
-    """schmitt: switch-off threshold divided by switch-on threshold, 0 to 1; 1 is no hysteresis. jumprelu_schmitt: its
-    initial value."""
-    hysteresis: Literal["causal", "two-sided"] = "causal"
-    """schmitt: `causal` keeps a feature on after it switches on; `two-sided` also extends it backwards, which uses
-    future tokens and costs two more passes."""
+    """schmitt: switch-off threshold divided by switch-on threshold, 0 to 1; 1 is no hysteresis. jumprelu_schmitt, rate:
+    its initial value."""
+    hysteresis: Literal["causal", "two-sided", "path"] = "causal"
+    """schmitt, rate: `causal` keeps a feature on after it switches on; `two-sided` also extends it backwards, which
+    costs two more passes. rate: `path` takes each feature's path of least error and bits over the whole sequence. Both
+    use future tokens."""
     steering: Literal["controller", "exact"] = "controller"
     """schmitt: how the threshold reaches a mean L0 of sae.k. `controller` moves it a little each step; `exact` solves
     for it in every batch, hysteresis included, and keeps a running mean for inference, as batchtopk does."""
@@ -115,12 +123,22 @@ class SAEConfig:
                 f"sae.layer_norm is 'post' with sae.activation '{self.activation}'; use 'pre' or 'none', because "
                 "normalizing after the threshold would undo its zeros."
             )
-        if not self.kind.steered and (self.hysteresis, self.steering) != ("causal", "controller"):
-            name = "steering" if self.hysteresis == "causal" else "hysteresis"
-            raise UserError(
-                f"sae.{name} is {getattr(self, name)!r} with sae.activation {self.activation!r}; only 'schmitt' has "
-                "the choice."
-            )
+        self._check_steered()
+
+    def _check_steered(self) -> None:
+        kind = self.kind
+        for name, default, allowed in (
+            ("hysteresis", "causal", kind.steered and (kind.rates or self.hysteresis != "path")),
+            ("steering", "controller", kind.steered and not kind.rates),
+            ("support_bits", 0.0, kind.rates),
+        ):
+            value = getattr(self, name)
+            if value != default and not allowed:
+                only = "rate" if name == "support_bits" or value == "path" else "schmitt"
+                also = " and 'rate' have" if name == "hysteresis" and value == "two-sided" else " has"
+                raise UserError(
+                    f"sae.{name} is {value!r} with sae.activation {self.activation!r}; only {only!r}{also} the choice."
+                )
 
 
 @dataclass

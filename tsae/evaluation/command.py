@@ -35,7 +35,7 @@ from tsae.presets import at_length
 from tsae.reports.figure import write_report
 from tsae.rundir import layout
 from tsae.rundir.ownership import check_output
-from tsae.sae.release import check_has_thresholds, with_release_ratio
+from tsae.sae.release import check_has_thresholds, with_hysteresis, with_release_ratio
 from tsae.utils.atomic import write_json
 from tsae.utils.cli import check_counts
 from tsae.utils.paths import expanded
@@ -96,6 +96,9 @@ class Arguments:
     """Measure the run's autoencoder with this release ratio, 0 to 1 (1: no hysteresis), at the same L0: all thresholds
     are multiplied by one factor, fitted on the run's training text, on as many sequences as the evaluation uses. The
     metrics go to eval-release-R.json. Default: as trained."""
+    hysteresis: Literal["causal", "two-sided", "path"] | None = None
+    """Measure the run's autoencoder with another kind of hysteresis (sae.hysteresis) and the same thresholds; `path` is
+    for the activation `rate`. The metrics go to eval-hysteresis-KIND.json. Default: as trained."""
     length: int | None = None
     """Tokens per sequence, 2 to 4096, of the same held-out documents. With another length than the run's the metrics go
     to eval-length-N.json. Default: the runs' length, or 128."""
@@ -134,6 +137,8 @@ class Measured:
     """The release ratio, the factor on the thresholds, and the L0 it keeps; None for autoencoders as trained."""
     length: int | None = None
     """Tokens per sequence; None for those of the run."""
+    hysteresis: str | None = None
+    """Another kind of hysteresis; None for autoencoders as trained."""
 
     @property
     def tokens(self) -> int:
@@ -162,6 +167,9 @@ def measure(arguments: Arguments) -> Measured:
         raise UserError("SAEBench's results are of autoencoders, and this is a transcoder; leave out --format.")
     if ratio is not None:
         check_has_thresholds(subject.sae.cfg)
+    hysteresis = arguments.hysteresis
+    if hysteresis is not None:
+        subject.saes = {name: with_hysteresis(sae, hysteresis) for name, sae in subject.saes.items()}
     subject.config = replace(subject.config, **arguments.lm_options(subject.config))
     lm = subject.load_lm(arguments.device)
     trained, sizes = subject.config, subject.config.evaluation
@@ -184,7 +192,8 @@ def measure(arguments: Arguments) -> Measured:
         results = evaluate_all(subject.saes, lm, [text.batch], **options, progress=progress)
     if len(results) == 1:
         next(iter(results.values())).check_finite()
-    return Measured(subject, text, results, release, None if trained.length == own.length else trained.length)
+    other_length = None if trained.length == own.length else trained.length
+    return Measured(subject, text, results, release, other_length, hysteresis)
 
 
 def _check(arguments: Arguments) -> None:
@@ -202,6 +211,9 @@ def _check(arguments: Arguments) -> None:
         raise UserError(f"--massive-ratio is {massive}; it must be finite and at least 1.")
     if ratio is not None and not 0.0 <= ratio <= 1.0:
         raise UserError(f"--release-ratio is {ratio}; it must be from 0 to 1.")
+    if arguments.hysteresis is not None and (ratio is not None or arguments.format == "saebench"):
+        other = "--release-ratio" if ratio is not None else "--format saebench"
+        raise UserError(f"--hysteresis and {other} change or describe the run's autoencoder; leave one of them out.")
     if arguments.format == "saebench" and len(arguments.saes) > 1:
         raise UserError("--format saebench describes one autoencoder; name them one by one.")
     if arguments.format == "saebench" and arguments.out is None and not arguments.rewrites:
@@ -217,12 +229,14 @@ def write_run(arguments: Arguments, measured: Measured) -> str:
     if not arguments.rewrites:
         return ""
     run, (result,) = arguments.run, measured.results.values()
-    if measured.release is None and measured.length is None:
+    hysteresis = measured.hysteresis
+    if (measured.release, measured.length, hysteresis) == (None, None, None):
         write_eval(result, run, measured.text.source)
         write_report(run)
         return f"{run / layout.EVALUATION} and {run / layout.REPORT}"
     release: dict[str, Any] = {} if measured.release is None else {"release": measured.release}
-    path = run / layout.other_evaluation(None if not release else release["release"]["ratio"], measured.length)
+    ratio = None if not release else release["release"]["ratio"]
+    path = run / layout.other_evaluation(ratio, measured.length, hysteresis)
     write_json(path, result.metrics | release | {"source": measured.text.source or {}})
     return f"{path}; the run's own eval.json and report.png are as they were"
 

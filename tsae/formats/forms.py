@@ -43,7 +43,9 @@ def without_hysteresis(sae: SparseAutoencoder, factor: float = 1.0) -> SparseAut
     """
     if not sae.cfg.kind.release:
         return sae
-    cfg = dataclasses.replace(sae.cfg, activation="jumprelu", hysteresis="causal", steering="controller")
+    cfg = dataclasses.replace(
+        sae.cfg, activation="jumprelu", hysteresis="causal", steering="controller", support_bits=0.0
+    )
     plain = SparseAutoencoder(cfg).to(sae.b_dec.device).eval()
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
         getattr(plain, name).copy_(getattr(sae, name))

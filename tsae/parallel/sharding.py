@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from tsae.parallel.axis import Axis, Ranks
 from tsae.sae.model import SparseAutoencoder
 
-FEATURE_DIM = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "log_threshold": 0, "release_logit": 0, "threshold": 0, "release": 0}
+FEATURE_DIM = {
+    "W_enc": 1,
+    "b_enc": 0,
+    "W_dec": 0,
+    "log_threshold": 0,
+    "release_logit": 0,
+    "threshold": 0,
+    "release": 0,
+    "rates": 1,
+}
 """The feature dimension of each sharded parameter and buffer; the others are replicated."""
 
 

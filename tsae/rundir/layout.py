@@ -31,7 +31,8 @@ REPRODUCTION_TABLE = "results.md"
 REPRODUCTION_FIGURE = "figure1.png"
 
 OUTPUTS = (
-    *(CHECKPOINTS, AUTOENCODER, METRICS, EVALUATION, EVALUATION_SOURCE, "eval-release-*.json", "eval-length-*.json"),
+    *(CHECKPOINTS, AUTOENCODER, METRICS, EVALUATION, EVALUATION_SOURCE),
+    *("eval-release-*.json", "eval-hysteresis-*.json", "eval-length-*.json"),
     *(
         REPORT,
         DIVERGED,
@@ -49,9 +50,10 @@ OUTPUTS = (
 """Glob patterns of everything that commands write into a run or a sweep, but for `CONFIG` and `SWEEP`."""
 
 
-def other_evaluation(ratio: float | None, length: int | None) -> str:
-    """The file of an evaluation with another release ratio or another length; None: as trained."""
+def other_evaluation(ratio: float | None, length: int | None, hysteresis: str | None = None) -> str:
+    """The file of an evaluation with another release ratio, length or hysteresis; None: as trained."""
     release = "" if ratio is None else f"-release-{ratio:g}"
+    release += "" if hysteresis is None else f"-hysteresis-{hysteresis}"
     return f"eval{release}{'' if length is None else f'-length-{length}'}.json"
 
 

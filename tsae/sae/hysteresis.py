@@ -11,7 +11,7 @@ from torch import Tensor
 from tsae.parallel.axis import SINGLE_PROCESS, Ranks
 from tsae.sae.thresholds import included, threshold_for, threshold_without_waiting
 from tsae.utils.device import runs_behind
-from tsae_kernels import activate_with_stats
+from tsae_kernels import activate_with_stats, viterbi_path
 
 
 def mask_two_sided(
@@ -39,6 +39,44 @@ def mask_two_sided(
         return h != 0  # also NaN, which must not be hidden
 
     kept = on(pre, segments) | on(pre.flip(1), None if segments is None else segments.flip(1)).flip(1)
+    return _only(pre, kept)
+
+
+@torch.no_grad()
+def _path(
+    pre: Tensor,
+    bias: Tensor | None,
+    transition_cost: Tensor,
+    start_cost: Tensor,
+    segments: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    z = pre if bias is None else pre.float() + bias
+    return viterbi_path(z, transition_cost, start_cost, segments, backend=backend)
+
+
+def mask_path(
+    pre: Tensor,
+    bias: Tensor | None,
+    transition_cost: Tensor,
+    start_cost: Tensor,
+    segments: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """``pre`` where each feature's cheapest path is on; elsewhere as `mask_two_sided`.
+
+    The path minimizes the costs less the squares of the pre-activations that are on, over a whole segment: the
+    non-causal bound of a trigger with thresholds from the same costs. It looks ahead.
+
+    pre: (B, T, d_sae); bias: (d_sae) or None; transition_cost: (2, 2, d_sae), start_cost: (2, d_sae), as
+        `tsae_kernels.viterbi_path`, in the square of the units of ``pre``; segments: (B, T) or None
+    out: like `mask_two_sided`
+    """
+    return _only(pre, _path(pre, bias, transition_cost, start_cost, segments, backend))
+
+
+def _only(pre: Tensor, kept: Tensor) -> Tensor:
     return pre.masked_fill(~kept, torch.finfo(pre.dtype).min / 2)  # half, so that adding a bias does not overflow
 
 

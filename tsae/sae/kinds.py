@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Activation = Literal["relu", "gelu", "topk", "batchtopk", "jumprelu", "schmitt", "jumprelu_schmitt"]
+Activation = Literal["relu", "gelu", "topk", "batchtopk", "jumprelu", "schmitt", "jumprelu_schmitt", "rate"]
 """Nonlinearities of the encoder; docs/objectives.md has the formulas."""
 
 
@@ -21,9 +21,11 @@ class Kind:
         `none`: there is none;
         `token`: k features per token, in inference too;
         `batch`: k features per token on average over the batch; a running mean is kept for inference;
-        `steered`: one number, moved towards a mean L0 of k (or found exactly, ``sae.steering``);
+        `steered`: one number, moved towards a mean L0 of k (or found exactly, ``sae.steering``); with ``rates`` it
+        scales the thresholds of all features;
         `learned`: a parameter per feature.
     release: has hysteresis, with a release threshold below the switch-on threshold.
+    rates: thresholds and releases per feature follow from its transition rates (`tsae.sae.rates`).
     nonlinearity: the kernel's activation, applied together with the threshold.
     saelens: the SAELens architecture that computes the same in inference; None if there is none.
     feature_tensors: [B, T, d_sae] tensors at the peak of a training step, without and with autocast; counted with
@@ -32,6 +34,7 @@ class Kind:
 
     threshold: Literal["none", "token", "batch", "steered", "learned"] = "none"
     release: bool = False
+    rates: bool = False
     nonlinearity: Literal["relu", "gelu"] = "relu"
     saelens: str | None = None
     feature_tensors: tuple[int, int] = (4, 5)
@@ -48,7 +51,7 @@ class Kind:
 
     @property
     def steered(self) -> bool:
-        """Whether one threshold is steered, with its release at a fixed ratio."""
+        """Whether one number is steered, which sets the thresholds of all features."""
         return self.threshold == "steered"
 
     @property
@@ -59,7 +62,7 @@ class Kind:
     @property
     def shares_threshold(self) -> bool:
         """Whether all features have the same threshold after training."""
-        return self.threshold in ("batch", "steered")
+        return self.threshold in ("batch", "steered") and not self.rates
 
     @property
     def threshold_parameters(self) -> int:
@@ -89,5 +92,6 @@ KINDS: dict[str, Kind] = {
     "batchtopk": Kind("batch", saelens="jumprelu", feature_tensors=(5, 7)),
     "jumprelu": Kind("learned", saelens="jumprelu", feature_tensors=(5, 7)),
     "schmitt": Kind("steered", release=True),
+    "rate": Kind("steered", release=True, rates=True),
     "jumprelu_schmitt": Kind("learned", release=True, feature_tensors=(8, 13)),
 }

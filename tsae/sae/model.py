@@ -14,7 +14,8 @@ from tsae.config import SAEConfig
 from tsae.errors import UserError
 from tsae.parallel.axis import SINGLE_PROCESS, Ranks
 from tsae.sae import saving
-from tsae.sae.hysteresis import exact_threshold, mask_two_sided
+from tsae.sae.hysteresis import exact_threshold, mask_path, mask_two_sided
+from tsae.sae.rates import path_costs
 from tsae.sae.sparse_linear import decode_sparse, encode_linear, use_sparse_products
 from tsae.sae.straight_through import learned_thresholds, straight_through
 from tsae.sae.thresholds import batch_topk_threshold, mean_l0, topk_threshold
@@ -36,7 +37,8 @@ class SparseAutoencoder(nn.Module):
     d_out is d_in for an autoencoder;
     for learned thresholds also ``log_threshold`` (d_sae), and with a release ``release_logit`` (d_sae).
     Buffers: ``threshold`` and ``release`` (d_sae), in the units of the pre-activation; 0 and unused by activations
-    that store none (`tsae.sae.kinds`).
+    that store none (`tsae.sae.kinds`). `rate` also keeps ``rates`` (2, d_sae), P(on | off before) and P(on | on
+    before), and ``bit_price`` (scalar), what a bit costs in the square of the pre-activation's units.
 
     In ``train()`` mode a batchtopk autoencoder, and a schmitt one with exact steering, computes its threshold from the
     batch, and learned thresholds come from their parameters. In ``eval()`` mode all thresholds come from the buffers,
@@ -71,6 +73,11 @@ class SparseAutoencoder(nn.Module):
         self.release: Tensor
         self.register_buffer("threshold", torch.zeros(cfg.d_sae))
         self.register_buffer("release", torch.zeros(cfg.d_sae))
+        if cfg.kind.rates:
+            self.rates: Tensor
+            self.bit_price: Tensor
+            self.register_buffer("rates", torch.full((2, cfg.d_sae), 0.5))
+            self.register_buffer("bit_price", torch.zeros(()))
         self.log_threshold: nn.Parameter | None = None
         self.release_logit: nn.Parameter | None = None
         if cfg.kind.learned:
@@ -90,8 +97,9 @@ class SparseAutoencoder(nn.Module):
 
     def not_finite(self) -> str | None:
         """A clause naming the first tensor with NaN or infinity; None if there is none. Thresholds may be +inf."""
-        for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "release"):
-            tensor = getattr(self, name)
+        for name, tensor in self.state_dict().items():
+            if name in ("log_threshold", "release_logit"):
+                continue
             bad = int((~(tensor.isfinite() | ((tensor == torch.inf) & (name == "threshold")))).sum())
             if bad:
                 return f"{name} has {bad} values that are not finite"
@@ -199,12 +207,17 @@ class SparseAutoencoder(nn.Module):
             assert release is not None
             pre = mask_two_sided(pre, bias, threshold, release, segments, backend=backend)
             threshold, release = None, None
+        elif cfg.hysteresis == "path":
+            costs = (self.bit_price * bits for bits in path_costs(self.rates, cfg.amplitude_bits))
+            pre = mask_path(pre, bias, *costs, segments, backend=backend)
+            threshold, release = None, None
         arguments = (pre, bias, kind.nonlinearity, threshold, release)
         if cfg.layer_norm == "post":
             h, _ = activate_with_stats(*arguments, NO_BANDS, segments, backend=backend)
             h = functional.layer_norm(h, (cfg.d_sae,))
             return *activate_with_stats(h, None, "identity", None, None, bands, segments, backend=backend), None
-        h, stats = activate_with_stats(*arguments, bands, segments, backend=backend)
+        counted = kind.rates and self.training
+        h, stats = activate_with_stats(*arguments, bands, segments, transitions=counted, backend=backend)
         if self.log_threshold is None or not self.training or not torch.is_grad_enabled():
             return h, stats, None
         h, l0 = straight_through(h, pre, bias, self.log_threshold, self.release_logit, cfg.bandwidth, segments)
@@ -358,6 +371,9 @@ class SparseAutoencoder(nn.Module):
         out.b_dec.copy_(self.b_dec * scale + mean)
         out.threshold.copy_(self.threshold * gain)
         out.release.copy_(self.release * gain)
+        if cfg.kind.rates:
+            out.rates.copy_(self.rates)
+            out.bit_price.copy_(self.bit_price * gain**2)
         out.update_threshold_parameters()
         out.metadata = dict(self.metadata)
         return out
@@ -381,6 +397,9 @@ class SparseAutoencoder(nn.Module):
         out.b_dec.copy_(self.b_dec * target_scale + target_mean)
         out.threshold.copy_(self.threshold * gain)
         out.release.copy_(self.release * gain)
+        if cfg.kind.rates:
+            out.rates.copy_(self.rates)
+            out.bit_price.copy_(self.bit_price * gain**2)
         out.update_threshold_parameters()
         out.metadata = dict(self.metadata)
         return out

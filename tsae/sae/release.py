@@ -1,10 +1,10 @@
-"""A trained autoencoder with another release ratio at the same L0: hysteresis added or removed after training."""
+"""A trained autoencoder with another release ratio at the same L0, or with another kind of hysteresis."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +40,19 @@ def check_has_thresholds(cfg: SAEConfig) -> None:
         )
 
 
+def with_hysteresis(sae: SparseAutoencoder, hysteresis: str) -> SparseAutoencoder:
+    """``sae`` with the same tensors and another kind of hysteresis, as in `SAEConfig.hysteresis`.
+
+    Raises:
+        UserError: its activation does not have that kind.
+    """
+    change: dict[str, Any] = {"hysteresis": hysteresis}
+    out = SparseAutoencoder(dataclasses.replace(sae.cfg, **change)).to(sae.b_dec.device)
+    out.metadata = dict(sae.metadata)
+    out.load_state_dict(sae.state_dict())
+    return out.train(sae.training)
+
+
 @torch.no_grad()
 def with_release_ratio(
     sae: SparseAutoencoder, ratio: float, batches: Sequence[tuple[Tensor, Tensor]]
@@ -59,9 +72,13 @@ def with_release_ratio(
     """
     cfg = sae.cfg
     check_has_thresholds(cfg)
-    out = SparseAutoencoder(dataclasses.replace(cfg, activation="schmitt", release_ratio=ratio)).to(sae.b_dec.device)
+    hysteresis = "causal" if cfg.hysteresis == "path" else cfg.hysteresis
+    as_trigger = dataclasses.replace(
+        cfg, activation="schmitt", release_ratio=ratio, hysteresis=hysteresis, support_bits=0.0
+    )
+    out = SparseAutoencoder(as_trigger).to(sae.b_dec.device)
     out.metadata = dict(sae.metadata)
-    out.eval().load_state_dict(sae.state_dict(), strict=False)  # without the parameters of learned thresholds
+    out.eval().load_state_dict(sae.state_dict(), strict=False)  # without learned thresholds' parameters and rates
     unit = sae.threshold.clamp(min=torch.finfo(torch.float32).tiny)
     batches = [(x.to(unit.device), segments.to(unit.device)) for x, segments in batches]
     active = sum(int((sae.encode(x, segments)[segments >= 0] > 0).sum()) for x, segments in batches)

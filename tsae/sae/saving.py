@@ -35,8 +35,8 @@ def architecture(cfg: SAEConfig) -> str:
     """The `architecture` in `cfg.json`: SAELens's name if it computes the same, else a name of our own."""
     if cfg.layer_norm != "none":
         return f"tsae_{cfg.activation}_layer_norm_{cfg.layer_norm}"
-    if cfg.hysteresis == "two-sided":
-        return f"tsae_{cfg.activation}_two_sided"
+    if cfg.hysteresis != "causal":
+        return f"tsae_{cfg.activation}_{cfg.hysteresis.replace('-', '_')}"
     if cfg.input_scale != 1.0 and cfg.kind.saelens is not None:
         return f"tsae_{cfg.activation}_scaled"
     if cfg.d_out:
@@ -50,7 +50,8 @@ def tensor_shapes(cfg: SAEConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,)}
     shapes |= {"W_dec": (d_sae, cfg.width_out), "b_dec": (cfg.width_out,)}
     shapes |= {"threshold": (d_sae,)} if cfg.kind.stores_threshold else {}
-    return shapes | ({"release": (d_sae,)} if cfg.kind.release else {})
+    shapes |= {"release": (d_sae,)} if cfg.kind.release else {}
+    return shapes | ({"rates": (2, d_sae), "bit_price": ()} if cfg.kind.rates else {})
 
 
 def save(directory: Path, cfg: SAEConfig, tensors: Tensors, said: dict[str, Any]) -> None:
@@ -142,6 +143,8 @@ def load(directory: Path) -> tuple[SAEConfig, Tensors, dict[str, Any]]:
             )
     if cfg.kind.release and bool(((tensors["release"] > tensors["threshold"]) | (tensors["release"] < 0)).any()):
         raise UserError(f"{path}: release must be from 0 to threshold for every feature; restore the file.")
+    if cfg.kind.rates and bool(((tensors["rates"] <= 0) | (tensors["rates"] >= 1)).any()):
+        raise UserError(f"{path}: rates must be between 0 and 1 for every feature; restore the file.")
     said = {name: value for name, value in values["metadata"].items() if name != "tsae"}
     said = metadata.checked(directory / CONFIG, said, transcoder=cfg.d_out > 0)
     if "hook_layer" in said and "hook_name" not in values["metadata"]:  # our first versions named only the layer

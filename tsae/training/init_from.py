@@ -103,6 +103,8 @@ def adopted(cfg: TrainConfig, given: Collection[str]) -> TrainConfig:
         )
     values |= {"release_ratio": own.release_ratio} if own.kind.release else {}
     values |= {"bandwidth": own.bandwidth} if ours and own.kind.learned else {}
+    if own.kind.rates and kind.rates:
+        values |= {name: getattr(own, name) for name in ("support_bits", "amplitude_bits", "lookahead")}
     if not kind.steered:
         values |= {"hysteresis": "causal", "steering": "controller"}
     elif own.kind.steered:
@@ -156,7 +158,8 @@ def check_fits(cfg: TrainConfig, source: SparseAutoencoder) -> None:
             "out."
         )
     if sae.unit_norm_decoder and not _has_unit_rows(source):
-        if not sae.kind.rescalable or sae.kind.shares_threshold or sae.layer_norm != "none":
+        one_by_one = sae.kind.rescalable and not (sae.kind.shares_threshold or sae.kind.rates)
+        if not one_by_one or sae.layer_norm != "none":
             raise UserError(
                 f"sae.unit_norm_decoder is on, but decoder rows of {cfg.init_from} have other norms, and with "
                 f"{sae.activation} features cannot be rescaled one by one; use --sae.no-unit-norm-decoder."
@@ -166,7 +169,7 @@ def check_fits(cfg: TrainConfig, source: SparseAutoencoder) -> None:
                 f"sae.unit_norm_decoder is on, but {zero} decoder rows of {cfg.init_from} are 0; use "
                 "--sae.no-unit-norm-decoder."
             )
-    if sae.kind.steered and own.kind.release:
+    if sae.kind.steered and own.kind.release and not (sae.kind.rates and own.kind.rates):
         ratios = source.release / source.threshold.clamp(min=1e-30)
         if not _is_uniform(source.threshold) or not _is_uniform(ratios):
             raise UserError(
@@ -233,6 +236,7 @@ def differences(cfg: TrainConfig, source: SparseAutoencoder) -> list[str]:
     names += ["k"] if sae.kind.threshold == "token" else []
     names += ["release_ratio"] if sae.kind.release and own.kind.release else []
     names += ["hysteresis"] if sae.kind.steered and own.kind.steered else []
+    names += ["amplitude_bits", "lookahead"] if sae.kind.rates and own.kind.rates else []
     pairs = [(name, getattr(sae, name), getattr(own, name)) for name in names]
     return [f"sae.{name} is {here} and was {there}" for name, here, there in pairs if here != there]
 
@@ -273,6 +277,12 @@ def warm_start(cfg: TrainConfig, source: SparseAutoencoder, normalizer: InputNor
 def _set_thresholds(sae: SparseAutoencoder, source: SparseAutoencoder, factor: Tensor) -> float | None:
     """Set thresholds to the source's times ``factor`` (d_sae), if both have some; where the controller starts."""
     kind, own = sae.cfg.kind, source.cfg.kind
+    if kind.rates and own.rates:
+        sae.threshold.copy_(source.threshold * factor)
+        sae.release.copy_(source.release * factor)
+        sae.rates.copy_(source.rates)
+        sae.bit_price.copy_(source.bit_price * factor[0] ** 2)  # a common factor (`check_fits`)
+        return None
     if not kind.stores_threshold or not own.stores_threshold or (kind.steered and not _is_uniform(source.threshold)):
         return None
     threshold = (source.threshold * factor).clamp(max=_INFINITE)

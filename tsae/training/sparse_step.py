@@ -188,7 +188,7 @@ class SparseStep:
         W_enc = self._operand("W_enc").T
         features, stats = encode_sparse(
             x, W_enc, bias, threshold, release, bands, segments,
-            capacity=self.capacity, pre=pre, deferred=self._deferred,
+            capacity=self.capacity, pre=pre, deferred=self._deferred, transitions=sae.cfg.kind.rates,
         )  # fmt: skip
         kept = (segments >= 0).flatten()
         counts = torch.where(kept, features.counts, 0)

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tsae.config import TrainConfig
 from tsae.parallel.axis import Ranks
+from tsae.parallel.sharding import split, whole
 from tsae.sae.model import SparseAutoencoder
+from tsae.sae.rates import MEMORY, SwitchCosts, TransitionRates, switch_costs
 from tsae.sae.thresholds import ThresholdController, initial_threshold
+from tsae_kernels.segments import count_pairs
 
 
 class Steering:
-    """Keeps the mean L0 of a run at ``sae.k``, if its activation has steered or learned thresholds.
+    """Keeps the mean L0 of a run at ``sae.k`` (or the support's bits at ``sae.support_bits``), if its activation has
+    steered or learned thresholds.
+
+    The thresholds of `rate` begin as a common one with releases at ``sae.release_ratio`` of it; over the steps in which
+    the temporal term sets in (``objective.hold_steps``, ``ramp_steps``) thresholds from the features' rates replace it.
+    From the first step, they would kill most features: rates mean nothing before features do.
 
     Args:
         cfg: configuration of the run.
@@ -22,7 +32,10 @@ class Steering:
 
     def __init__(self, cfg: TrainConfig, sae: SparseAutoencoder, ranks: Ranks) -> None:
         self.cfg, self.sae, self.ranks = cfg, sae, ranks
-        self.controller = ThresholdController(cfg.sae.k)
+        self.controller = ThresholdController(cfg.sae.support_bits or cfg.sae.k)
+        self.rates: TransitionRates | None = None
+        if cfg.sae.kind.rates:
+            self.rates = TransitionRates(cfg.sae.d_sae // ranks.features.size, sae.threshold.device)
 
     @property
     def active(self) -> bool:
@@ -37,6 +50,20 @@ class Steering:
         return self.sae.thresholds_learned and self.active
 
     @torch.no_grad()
+    def start_from(self, theta: float | None) -> None:
+        """Continue from the thresholds of the autoencoder, which has those of a trained one.
+
+        theta: of the controller; None: what the first batch gives. With `rate` thresholds of each feature, the
+            autoencoder's rates and price of a bit decide.
+        """
+        if self.rates is not None and bool(self.sae.bit_price > 0):
+            self.rates.start(self.sae.rates, MEMORY * self.cfg.batch * self.cfg.length)
+            _, mean = self._costs(self.rates)
+            self.controller.start((self.sae.bit_price * mean).sqrt())
+        elif theta is not None:
+            self.controller.start(torch.tensor(theta, device=self.sae.threshold.device))
+
+    @torch.no_grad()
     def prepare(self, pre: Tensor, segments: Tensor, step: int) -> None:
         """Set the thresholds of a step, before its activation.
 
@@ -49,33 +76,87 @@ class Steering:
             if self.sae.log_threshold is not None:
                 self.sae.log_threshold.fill_(self.controller.theta.log())
         if self.cfg.sae.kind.steered:
-            self._set(self.controller.theta)
+            self._set(self.controller.theta, step)
 
-    def _set(self, theta: Tensor) -> None:
+    def _set(self, theta: Tensor, step: int) -> None:
         """The steered thresholds of the autoencoder, from the controller's scalar."""
-        self.sae.threshold.fill_(theta)
-        self.sae.release.copy_(self.sae.threshold * self.cfg.sae.release_ratio)
+        sae = self.sae
+        if self.rates is None:
+            sae.threshold.fill_(theta)
+            sae.release.copy_(sae.threshold * self.cfg.sae.release_ratio)
+            return
+        costs, mean = self._costs(self.rates)
+        share = self._share(step)
+        from_off = (1 - share) + share * costs.from_off / mean
+        from_on = (1 - share) * self.cfg.sae.release_ratio**2 + share * costs.from_on / mean
+        sae.threshold.copy_(theta * from_off.sqrt())
+        sae.release.copy_(theta * from_on.sqrt())
+        sae.rates.copy_(self.rates.rates)
+        sae.bit_price.copy_(theta.square() / mean)
+
+    def _costs(self, rates: TransitionRates) -> tuple[SwitchCosts, Tensor]:
+        """Bits of switching, and their mean: theta^2 is the price of a bit times the mean.
+
+        So theta is the rms of the thresholds over pairs in which features are on, and keeps its size while thresholds
+        per feature replace the common one.
+        """
+        costs = switch_costs(rates.rates, self.cfg.sae.amplitude_bits, lookahead=self.cfg.sae.lookahead)
+        weights, features = rates.starts + 1, self.ranks.features
+        total = features.sum_no_grad((weights * costs.from_off).sum())
+        return costs, total / features.sum_no_grad(weights.sum())
+
+    def _share(self, step: int) -> float:
+        """How far the thresholds per feature have replaced the common one, 0 to 1."""
+        cfg = self.cfg.objective
+        if self.rates is not None and self.rates.settled:
+            return 1.0
+        return min(max((step - cfg.hold_steps) / max(cfg.ramp_steps, 1), 0.0), 1.0)
 
     @torch.no_grad()
-    def update(self, l0: Tensor) -> None:
-        """One step of the controller, a scalar ``l0`` after the optimizer's. It moves the common factor of learned
-        thresholds."""
+    def update(self, l0: Tensor, transitions: list[Tensor], segments: Tensor) -> None:
+        """One step of the controller, after the optimizer's. It moves the common factor of learned thresholds.
+
+        l0: of the step, a scalar
+        transitions: of activations with rates, the counts of each piece of the batch, (B, 3, d_sae)
+        segments: (B, T), of the full batch
+        """
         if not self.active:
             return
+        measured = l0
+        if self.rates is not None:
+            counts = self.ranks.data.sum_no_grad(sum(each.sum(0).float() for each in transitions))
+            pairs = count_pairs(segments).sum().float().to(counts.device)
+            if self.cfg.sae.support_bits:
+                measured = self.ranks.features.sum_no_grad(self.rates.support_bits(counts, pairs))
+            self.rates.update(counts, pairs)
         before = self.controller.theta.clone()
-        after = self.controller.update(l0)
+        after = self.controller.update(measured)
         if self.sae.log_threshold is not None:
             self.sae.log_threshold.add_((after / before).log())
+
+    def rates_state(self) -> dict[str, Any]:
+        """The running rates as an entry `rates` of a checkpoint, with full tensors; empty if there are none."""
+        if self.rates is None:
+            return {}
+        state = self.rates.state_dict()
+        return {"rates": state | {"counts": whole(state["counts"], 1, self.ranks.features)}}
+
+    def load_rates_state(self, checkpoint: dict[str, Any]) -> None:
+        """The inverse of `rates_state`."""
+        if self.rates is not None:
+            device, state = self.rates.counts.device, checkpoint["rates"]
+            counts = split(state["counts"], 1, self.ranks.features)
+            self.rates.load_state_dict({name: each.to(device) for name, each in {**state, "counts": counts}.items()})
 
     @property
     def _frozen(self) -> bool:
         return self.active and self.controller.started
 
     @torch.no_grad()
-    def freeze(self) -> None:
-        """Set steered thresholds to their values for inference."""
+    def freeze(self, step: int) -> None:
+        """Set steered thresholds to their values for inference, after ``step`` steps."""
         if self._frozen and not self.sae.thresholds_learned:
-            self._set(self.controller.frozen)
+            self._set(self.controller.frozen, step)
 
     @torch.no_grad()
     def freeze_learned(self, finished: SparseAutoencoder) -> None:

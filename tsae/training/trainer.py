@@ -62,7 +62,7 @@ from tsae.training.temporal_objectives import (
 from tsae.utils.device import runs_behind
 from tsae.utils.nested import flatten
 from tsae.utils.output import say
-from tsae_kernels import TemporalStats, count_positions, within_sequence_variance
+from tsae_kernels import CountedStats, TemporalStats, count_positions, within_sequence_variance
 
 if TYPE_CHECKING:
     from tsae.sae.thresholds import ThresholdController
@@ -145,8 +145,7 @@ class Trainer:
             self.sae.load_whole_state(start.sae.state_dict())
         else:
             self.sae.load_state_dict(start.sae.state_dict())
-        if start.theta is not None:
-            self.controller.start(torch.tensor(start.theta, device=self.device))
+        self.steering.start_from(start.theta)
         if self.lists is not None:
             self.lists.forget_copies()
 
@@ -203,7 +202,8 @@ class Trainer:
             if self.lists is not None:
                 self.lists.forget_copies()
         l0 = _sum(piece.weight * piece.l0 for piece in pieces)
-        self.steering.update(l0)
+        transitions = [piece.stats.transitions for piece in pieces if isinstance(piece.stats, CountedStats)]
+        self.steering.update(l0, transitions, batch.full_segments)
         self.dead.update(torch.cat([piece.stats.square for piece in pieces]), tokens, ranks)
         self.step_on_device.add_(1)
         return StepResult(pieces, l0, norm)
@@ -337,7 +337,7 @@ class Trainer:
             target,
             h.detach(),
             segments,
-            TemporalStats(*(each.detach() for each in stats)),
+            type(stats)(*(each.detach() for each in stats)),
             variance,
             LossTerms(*(term.detach() for term in terms)),
             l0.detach(),
@@ -465,7 +465,7 @@ class Trainer:
         out |= correlation_metrics(self.correlation, last, self.ranks)
         if self.cfg.sae.kind.shares_threshold:
             out["threshold"] = self.sae.threshold[0].item()
-        elif self.sae.thresholds_learned:
+        elif self.sae.thresholds_learned or self.cfg.sae.kind.rates:
             out["threshold"] = (features.sum_no_grad(self.sae.threshold.mean()) / features.size).item()
         return out
 
@@ -484,7 +484,7 @@ class Trainer:
             alone.load_state_dict(state)
             return alone.finished()
         sae = self.sae
-        self.steering.freeze()
+        self.steering.freeze(self.step)
         mean, scale, target_scale = self.normalizer.mean, self.normalizer.scale, self.normalizer.target_scale
         if self.cfg.sae.d_out:
             mean, target_mean = mean.split((self.cfg.sae.d_in, self.cfg.sae.d_out))
@@ -505,6 +505,7 @@ class Trainer:
             "sae": sharded.whole_state() if sharded else sae.state_dict(),
             "optimizer": whole_optimizer_state(self.optimizer, sharded) if sharded else optimizer_state(self.optimizer),
             "controller": self.controller.state_dict(),
+            **self.steering.rates_state(),
             "temporal_buffer": whole(self.temporal_buffer.variance, 0, features),
             "silent": whole(self.dead.silent, 0, features),
             "correlation": whole(self.correlation, 0, features),
@@ -553,6 +554,7 @@ class Trainer:
             if self.cfg.cuda_graph:
                 keep_rates_on_device(self.optimizer)
         self.controller.load_state_dict({k: v.to(self.device) for k, v in state["controller"].items()})
+        self.steering.load_rates_state(state)
         self.temporal_buffer.variance = split(state["temporal_buffer"], 0, features).to(self.device, copy=True)
         self.dead.silent = split(state["silent"], 0, features).to(self.device, copy=True)
         self.correlation = split(state["correlation"], 0, features).to(self.device)
