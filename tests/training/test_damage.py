@@ -145,6 +145,7 @@ NEWER = {
     "sae.support_bits": 9.0,
     "sae.amplitude_bits": 1.0,
     "sae.lookahead": False,
+    "sae.gate_gradient": 0.5,
     "lm_quantization": "8bit",
     "text.roles": ["assistant"],
     "text.min_characters": 3,

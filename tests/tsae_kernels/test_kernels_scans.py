@@ -188,7 +188,9 @@ def test_the_decisions_stay_exact_beside_a_huge_value(backend, dtype):
     assert paths[0].tolist() == [True, True, True, True, True, True]
     assert all(torch.equal(path, paths[0]) for path in paths)
     sticky = torch.tensor([[0.0, 2.0], [0.25, 0.75]])
-    x[0, 3:] = torch.tensor([0.5, 0.5, 0.5])  # 0.25 for each position on, 0.5 for staying on: off after the infinite one
+    x[0, 3:] = torch.tensor(
+        [0.5, 0.5, 0.5]
+    )  # 0.25 for each position on, 0.5 for staying on: off after the infinite one
     path = viterbi_path(x[..., None].to(dtype), sticky[..., None], start[:, None], backend=backend)[0, :, 0]
     assert path[2]
     assert not path[3:].any()
@@ -396,9 +398,7 @@ def test_opcheck_of_the_scans(backend, dtype):
     a, costs, decay, segments = oracle.carried((a, costs, decay, segments), backend)
     for ids in (None, segments):
         opcheck(ops.viterbi_path, (a, *costs, ids, backend))
-        opcheck(
-            ops.leaky_recurrence, (a.clone().requires_grad_(), decay.clone().requires_grad_(), ids, backend)
-        )
+        opcheck(ops.leaky_recurrence, (a.clone().requires_grad_(), decay.clone().requires_grad_(), ids, backend))
         opcheck(ops.leaky_recurrence_backward, (a, decay, a, a, ids, backend))
         opcheck(ops.leaky_recurrence_backward, (a, decay, None, None, ids, backend))
 

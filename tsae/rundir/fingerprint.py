@@ -28,6 +28,7 @@ _ADDED: dict[str, Any] = {
     "sae.support_bits": 0.0,
     "sae.amplitude_bits": 4.0,
     "sae.lookahead": True,
+    "sae.gate_gradient": 0.0,
     "lm_quantization": "none",
     "text.roles": [],
     "text.min_characters": 0,

@@ -17,7 +17,7 @@ from tsae.sae import saving
 from tsae.sae.hysteresis import exact_threshold, mask_path, mask_two_sided
 from tsae.sae.rates import path_costs
 from tsae.sae.sparse_linear import decode_sparse, encode_linear, use_sparse_products
-from tsae.sae.straight_through import learned_thresholds, straight_through
+from tsae.sae.straight_through import GateLevels, gate_gradient, learned_thresholds, straight_through
 from tsae.sae.thresholds import batch_topk_threshold, mean_l0, topk_threshold
 from tsae.utils.paths import expanded
 from tsae_kernels import TemporalStats, activate_with_stats
@@ -279,6 +279,17 @@ class SparseAutoencoder(nn.Module):
         pre = pre.reshape(-1, tokens, self.cfg.d_sae)
         h, _ = self.activate(pre, segments=None if segments is None else segments.reshape(-1, tokens))
         return h.reshape(*lead, self.cfg.d_sae)
+
+    def gated(self, h: Tensor, pre: Tensor, segments: Tensor, price: float | Tensor) -> Tensor:
+        """``h`` for `decode_prefixes` in training, with the pseudo-gradient of being on (``cfg.gate_gradient``).
+
+        h: (B, T, d_sae), from `activate_counted` of ``pre``; pre, segments: as there
+        price: what a unit of squared error of one position weighs in the loss
+        """
+        if self.cfg.gate_gradient == 0:
+            return h
+        levels = GateLevels(self.b_enc, self.threshold, self.release)
+        return gate_gradient(h, pre, levels, segments, self.cfg.bandwidth, self.cfg.gate_gradient, price)
 
     def decode(self, h: Tensor) -> Tensor:
         """Reconstruction from features.

@@ -7,7 +7,7 @@ width is a share of the threshold, so it does not depend on units.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -145,3 +145,94 @@ def _schmitt_credit(
     for t in range(z.shape[1] - 2, -1, -1):
         rows[t].addcmul_(rows[t + 1], carried[t + 1])
     return torch.where(near_threshold, credit, 0.0).sum((0, 1)), torch.where(near_release, credit, 0.0).sum((0, 1))
+
+
+NEAR_MISS = 1e-30  # of an entry that is off: it marks that the decoder computes its gradient, and adds nothing
+
+
+class GateLevels(NamedTuple):
+    """What decides whether features are on: bias (d_sae) or None, threshold and release (d_sae), release 0 to threshold."""
+
+    bias: Tensor | None
+    threshold: Tensor
+    release: Tensor
+
+
+def gate_gradient(
+    h: Tensor,
+    pre: Tensor,
+    levels: GateLevels,
+    segments: Tensor,
+    width: float,
+    strength: float,
+    price: float | Tensor,
+) -> Tensor:
+    """``h`` for the decoder, with a pseudo-gradient to ``pre`` of entries that are nearly on or nearly off.
+
+    With z = pre + bias and l the level that decides (the release if the feature was on at the position before, else the
+    threshold), the derivative of z [z > l] has a delta of weight l at z = l. A rectangular window of width ``width`` l
+    replaces it, as in JumpReLU's estimator (Rajamanoharan et al. 2024, section 3), where it reaches the thresholds and
+    here the pre-activations. At the best thresholds being on costs l^2 (section 9 of docs/mathematics.md), so
+
+        dL / dz += strength / width (g + price l)        where |z - l| < width l / 2
+
+    with g the gradient of h, also where h is 0. The effect on the feature that l keeps on later is left out.
+
+    h: (B, T, d_sae), from `activate_with_stats` with these levels; pre: (B, T, d_sae), without bias
+    segments: (B, T); width, strength: positive
+    price: what a unit of squared error of one position weighs in the loss
+    out: (B, T, d_sae), ``h`` with `NEAR_MISS` at entries in the window that are 0; for the decoder alone
+    """
+    return _Gate.apply(h, pre, *levels, segments, width, strength, price)
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        pre: Tensor,
+        bias: Tensor | None,
+        threshold: Tensor,
+        release: Tensor,
+        segments: Tensor,
+        width: float,
+        strength: float,
+        price: float | Tensor,
+    ) -> Tensor:
+        d_sae = h.shape[2]
+        low = torch.where(release > 0, release, threshold) * (1 - width / 2)
+        if bias is not None:
+            low = low - bias
+        maybe = pre > low.to(pre.dtype)  # [B, T, d_sae], all entries in the window and few others
+        place = maybe.flatten().nonzero().squeeze(1)  # [n]
+        position, feature = place // d_sae, place % d_sae
+        ids, flat = segments.flatten(), h.flatten()
+        joined = torch.zeros_like(segments, dtype=torch.bool)
+        joined[:, 1:] = segments[:, 1:] == segments[:, :-1]
+        on_before = joined.flatten()[position] & (flat[(place - d_sae).clamp(min=0)] > 0)
+        z = pre.flatten()[place].float()
+        if bias is not None:
+            z = z + bias.detach()[feature]
+        level = torch.where(on_before, release[feature], threshold[feature]).float()
+        near = ((z - level).abs() < width / 2 * level) & (ids[position] >= 0)
+        place, level, feature = place[near], level[near], feature[near]
+        out = h.clone()
+        missed = place[flat[place] == 0]
+        out.view(-1)[missed] = NEAR_MISS
+        ctx.save_for_backward(place, level, feature)
+        ctx.price, ctx.factor, ctx.d_sae = price, strength / width, d_sae
+        ctx.has_bias = bias is not None
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        place, level, feature = ctx.saved_tensors
+        extra = ctx.factor * (grad.flatten()[place].float() + ctx.price * level)
+        grad_pre = torch.zeros_like(grad)
+        grad_pre.view(-1)[place] = extra.to(grad.dtype)
+        grad_bias = None
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            grad_bias = torch.zeros(ctx.d_sae, device=grad.device).index_add_(0, feature, extra)
+        return grad, grad_pre, grad_bias, None, None, None, None, None, None

@@ -34,7 +34,7 @@ from tsae.sae.normalization import InputNormalizer
 from tsae.training.cuda_graph import GraphedSteps
 from tsae.training.feature_lists import FeatureLists
 from tsae.training.feature_state import DeadFeatures, TemporalBuffer, lag1_correlation
-from tsae.training.objectives import LossInputs, LossTerms, auxk_loss, bands_for, objective
+from tsae.training.objectives import LossInputs, LossTerms, auxk_loss, bands_for, kept_positions, objective
 from tsae.training.optimization import (
     add_gradient_noise,
     add_l0_lagrangian_gradient,
@@ -298,7 +298,8 @@ class Trainer:
                 pre = sae.pre_activation(x)
                 self.steering.prepare(pre, segments, self.step)
                 h, stats, l0 = sae.activate_counted(pre, bands_for(cfg.objective), segments)
-                *prefixes, xhat = sae.decode_prefixes(h)
+                price = plan.loss.reconstruction / kept_positions(segments, x, self.ranks)
+                *prefixes, xhat = sae.decode_prefixes(sae.gated(h, pre, segments, price * (weight or 1.0)))
             else:
                 centred, pre = lists.pre_activation(x)
                 self.steering.prepare(pre, segments, self.step)

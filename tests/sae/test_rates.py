@@ -1,0 +1,101 @@
+"""Thresholds from transition rates: the formulas, their optimality on chains, and the running estimates."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from tsae.sae.rates import MEMORY, TransitionRates, path_costs, switch_costs
+
+
+def rates(p01: list[float], p11: list[float]) -> torch.Tensor:
+    return torch.tensor([p01, p11], dtype=torch.float64)
+
+
+def test_costs_are_those_of_the_formula() -> None:
+    # The rates of a typical feature in DESIGN's words: seldom on, and on again with probability 0.43.
+    costs = switch_costs(rates([0.008], [0.43]), 0.0, lookahead=False)
+    assert float(costs.from_off) == pytest.approx(math.log2(0.992 / 0.008))
+    assert float(costs.from_on) == pytest.approx(math.log2(0.57 / 0.43))
+    assert float((costs.from_on / costs.from_off).sqrt()) == pytest.approx(0.24, abs=0.01)
+    priced = switch_costs(rates([0.008], [0.43]), 3.0, lookahead=False)
+    assert float((priced.from_on / priced.from_off).sqrt()) == pytest.approx(0.59, abs=0.01)
+    saved = 0.43 * math.log2(0.43 / 0.008) + 0.57 * math.log2(0.57 / 0.992)
+    ahead = switch_costs(rates([0.008], [0.43]), 3.0)
+    assert float(ahead.from_off) == pytest.approx(float(priced.from_off) - saved)
+    assert float(ahead.from_on) == pytest.approx(float(priced.from_on) - saved)
+
+
+@pytest.mark.parametrize("lookahead", [True, False])
+def test_a_feature_without_memory_has_no_hysteresis(lookahead: bool) -> None:
+    costs = switch_costs(rates([0.02, 0.02], [0.02, 0.001]), 2.0, lookahead=lookahead)  # a p11 below p01 counts as p01
+    assert torch.allclose(costs.from_on, costs.from_off)
+    assert torch.allclose(costs.from_off, torch.full((2,), math.log2(0.98 / 0.02) + 2.0).double())
+
+
+@pytest.mark.parametrize("lookahead", [True, False])
+def test_the_longer_a_feature_lasts_the_lower_its_release(lookahead: bool) -> None:
+    p11 = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
+    costs = switch_costs(torch.stack([torch.full_like(p11, 0.01), p11]), 4.0, lookahead=lookahead)
+    assert bool((costs.from_on.diff() <= 0).all())
+    assert bool((costs.from_on <= costs.from_off).all())
+    assert bool((costs.from_on >= 0).all())
+    assert bool((costs.from_off > 0).all())
+
+
+def test_lookahead_is_the_expected_change_of_the_next_transition() -> None:
+    """Against the chain's own code length: flip the state at t, the states around it drawn from the chain."""
+    p01, p11, a = 0.03, 0.7, 2.5
+    transition, _ = path_costs(rates([p01], [p11]), a)
+    for before, expected in enumerate(switch_costs(rates([p01], [p11]), a)):
+        change = 0.0
+        for after, share in ((0, 1 - p11), (1, p11)):  # the next state, if the feature is on
+            bits = [float(transition[before, state, 0] + transition[state, after, 0]) for state in (0, 1)]
+            change += share * (bits[1] - bits[0])
+        assert float(expected) == pytest.approx(change)
+
+
+def test_path_costs_are_the_code_length_of_a_chain() -> None:
+    p01, p11, a = 0.1, 0.6, 1.5
+    transition, start = path_costs(rates([p01], [p11]), a)
+    total = 0.0
+    for path in itertools.product((0, 1), repeat=4):
+        bits = float(start[path[0], 0]) + sum(float(transition[i, j, 0]) for i, j in itertools.pairwise(path))
+        total += 2.0 ** -(bits - a * sum(path))
+    assert total == pytest.approx(1.0)  # probabilities of all paths
+    density = p01 / (1 - p11 + p01)
+    assert float(start[1, 0]) == pytest.approx(-math.log2(density) + a)
+
+
+def test_running_rates_find_those_of_a_chain_and_follow_a_change() -> None:
+    found = TransitionRates(2)
+    pairs = torch.tensor(10_000.0)
+    for p01, p11 in (([0.02, 0.2], [0.8, 0.2]), ([0.1, 0.01], [0.5, 0.9])):
+        p01, p11 = torch.tensor(p01), torch.tensor(p11)
+        on = pairs * p01 / (1 - p11 + p01)
+        counts = torch.stack([on * p11, on * (1 - p11), (pairs - on) * p01])
+        for _ in range(5 * MEMORY):
+            found.update(counts, pairs)
+        assert torch.allclose(found.rates, torch.stack([p01, p11]), rtol=0.02)
+    entropy = -(p11 * p11.log2() + (1 - p11) * (1 - p11).log2()) * on / pairs
+    entropy -= (p01 * p01.log2() + (1 - p01) * (1 - p01).log2()) * (1 - on / pairs)
+    assert float(found.support_bits(counts, pairs)) == pytest.approx(float(entropy.sum()), rel=0.01)
+
+
+def test_a_feature_never_seen_has_the_prior_rates() -> None:
+    found = TransitionRates(3)
+    found.update(torch.zeros(3, 3), torch.tensor(0.0))
+    assert torch.allclose(found.rates, torch.tensor([[0.013] * 3, [0.3] * 3]))
+
+
+def test_a_warm_start_has_exactly_the_rates_it_is_given() -> None:
+    found, wanted = TransitionRates(3), torch.tensor([[0.001, 0.02, 0.4], [0.05, 0.9, 0.41]])
+    found.start(wanted, 200_000.0)
+    assert torch.allclose(found.rates, wanted, rtol=1e-5)
+    again = TransitionRates(3)
+    again.load_state_dict(found.state_dict())
+    assert again.settled
+    assert torch.equal(again.rates, found.rates)
