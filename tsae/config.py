@@ -68,8 +68,8 @@ class SAEConfig:
     """schmitt, rate: strength of a pseudo-gradient that teaches the encoder when a feature should be on, from entries
     within sae.bandwidth of a threshold (docs/mathematics.md, section 9); 0: none, 1: as for jumprelu's thresholds."""
     bandwidth: PositiveFloat = 0.5
-    """jumprelu, jumprelu_schmitt, and with sae.gate_gradient: width of the straight-through window around a threshold, as a fraction of the
-    threshold (Rajamanoharan et al. 2024, section 3)."""
+    """jumprelu, jumprelu_schmitt, and with sae.gate_gradient: width of the straight-through window around a threshold,
+    as a fraction of the threshold (Rajamanoharan et al. 2024, section 3)."""
     groups: tuple[int, ...] = ()
     """Matryoshka: ascending prefix sizes, the last equal to sae.d_sae; each prefix of the features must reconstruct
     on its own (Bussmann et al. 2025). Empty: off."""
@@ -133,8 +133,8 @@ class SAEConfig:
         if self.gate_gradient > 0 and not (kind.steered and (self.hysteresis, self.layer_norm) == ("causal", "none")):
             raise UserError(
                 f"sae.gate_gradient is {self.gate_gradient:g} with sae.activation {self.activation!r}, sae.hysteresis "
-                f"{self.hysteresis!r} and sae.layer_norm {self.layer_norm!r}; only 'schmitt' and 'rate' have it, causal "
-                "and without layer normalization."
+                f"{self.hysteresis!r} and sae.layer_norm {self.layer_norm!r}; only 'schmitt' and 'rate' have it, "
+                "causal and without layer normalization."
             )
         for name, default, allowed in (
             ("hysteresis", "causal", kind.steered and (kind.rates or self.hysteresis != "path")),

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from test_families import batch, make
+
 from tsae.errors import UserError
 from tsae.evaluation.metrics.bits import CodeLength
 from tsae.sae.model import SparseAutoencoder

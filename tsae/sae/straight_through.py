@@ -151,7 +151,7 @@ NEAR_MISS = 1e-30  # of an entry that is off: it marks that the decoder computes
 
 
 class GateLevels(NamedTuple):
-    """What decides whether features are on: bias (d_sae) or None, threshold and release (d_sae), release 0 to threshold."""
+    """What decides whether features are on, (d_sae) each: bias or None, threshold, and release, 0 to threshold."""
 
     bias: Tensor | None
     threshold: Tensor
