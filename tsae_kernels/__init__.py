@@ -5,7 +5,13 @@ Needs torch alone. See docs/mathematics.md for the derivations and `python -m ts
 
 from tsae_kernels.backends.registry import available_backends
 from tsae_kernels.bands import MULTISCALE, Bands
-from tsae_kernels.functions import TemporalStats, activate_with_stats, encode_with_stats, temporal_stats
+from tsae_kernels.functions import (
+    CountedStats,
+    TemporalStats,
+    activate_with_stats,
+    encode_with_stats,
+    temporal_stats,
+)
 from tsae_kernels.losses import (
     temporal_loss,
     temporal_loss_from_stats,
@@ -13,14 +19,16 @@ from tsae_kernels.losses import (
     within_sequence_variance,
 )
 from tsae_kernels.scans import leaky_recurrence, viterbi_path
-from tsae_kernels.segments import count_positions
+from tsae_kernels.segments import count_pairs, count_positions
 
 __all__ = [
     "MULTISCALE",
     "Bands",
+    "CountedStats",
     "TemporalStats",
     "activate_with_stats",
     "available_backends",
+    "count_pairs",
     "count_positions",
     "encode_with_stats",
     "leaky_recurrence",

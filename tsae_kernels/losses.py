@@ -11,7 +11,7 @@ from tsae_kernels.arguments import check_features, check_segments, check_tensor
 from tsae_kernels.backends.registry import choose_backend
 from tsae_kernels.bands import MULTISCALE, Bands, check_bands
 from tsae_kernels.dtypes import dtype_of_stats
-from tsae_kernels.functions import TemporalStats, temporal_stats
+from tsae_kernels.functions import CountedStats, TemporalStats, temporal_stats
 from tsae_kernels.segments import count_positions, find_runs
 
 
@@ -56,7 +56,7 @@ def temporal_loss(
 
 
 def temporal_loss_from_stats(
-    stats: TemporalStats,
+    stats: TemporalStats | CountedStats,
     positions: int | Tensor,
     weights: Sequence[float] = (0.01, 0.005, 0.001),
     variance: Tensor | None = None,
@@ -97,7 +97,7 @@ def temporal_loss_from_stats(
     return (per_band * torch.stack([weight * omega for weight in weights])).sum() / N
 
 
-def within_sequence_variance(stats: TemporalStats, positions: int | Tensor) -> Tensor:
+def within_sequence_variance(stats: TemporalStats | CountedStats, positions: int | Tensor) -> Tensor:
     """The variance of each feature within a sequence, averaged over the sequences with non-excluded positions.
 
     stats: [B, ...] statistics. positions: T or [B], as in `temporal_loss_from_stats`

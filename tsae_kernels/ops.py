@@ -3,6 +3,7 @@
     activate_with_stats(pre [B, T, k], bias [k]?, ...) -> h [B, T, k], and the statistics of h
     activate_with_mask(pre [B, T, k], bias [k]?, ...)  -> active [B, W, k], and the statistics of h; relu
     temporal_stats(h [B, T, k], ...)                   -> differences [B, S, k], total [B, k], square [B, k]
+    {one of these three}_counted(...)                  -> the same, and the transitions of h [B, 3, k] int32
     activate_with_stats_backward(saved [B, T, k], ...) -> grad_pre [B, T, k], grad_bias [k]
     step_energy(h [B, T, k], weights [B, T])           -> [], sum of weights[b, t] * (h[b, t+1, j] - h[b, t, j])^2
     step_energy_backward(h, weights, grad [])          -> grad_h [B, T, k]
@@ -23,6 +24,7 @@ backward operator
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -46,6 +48,10 @@ _SCHEMAS = {
     "step_energy": "(Tensor h, Tensor weights, str backend) -> Tensor",
     "step_energy_backward": "(Tensor h, Tensor weights, Tensor grad, str backend) -> Tensor",
 }
+# Operators of their own, because the number of an operator's results is fixed.
+_COUNTED = {"": False, "_counted": True}
+for _name in ("activate_with_stats", "activate_with_mask", "temporal_stats"):
+    _SCHEMAS[f"{_name}_counted"] = f"{_SCHEMAS[_name].removesuffix(')')}, Tensor)"
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"tsae_kernels::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -55,14 +61,15 @@ _DIFFERENTIABLE_ONCE = (
 )
 
 
-def _stats_like(h: Tensor, bands: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _stats_like(h: Tensor, bands: Sequence[int], transitions: bool) -> tuple[Tensor, ...]:
     B, _, k = h.shape
     dtype = dtype_of_stats(h.dtype)
-    return (
+    stats = (
         h.new_empty(B, len(bands) // 2, k, dtype=dtype),
         h.new_empty(B, k, dtype=dtype),
         h.new_empty(B, k, dtype=dtype),
     )
+    return (*stats, h.new_empty(B, 3, k, dtype=torch.int32)) if transitions else stats
 
 
 def _like(h: Tensor) -> Tensor:
@@ -78,8 +85,8 @@ def _fake(name: str) -> Callable[[Callable[..., object]], object]:
     return register
 
 
-@_implement("activate_with_stats")
-def _(
+def _activate_with_stats(
+    transitions: bool,
     pre: Tensor,
     bias: Tensor | None,
     activation: str,
@@ -88,13 +95,13 @@ def _(
     bands: Sequence[int],
     segments: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    arguments = Activation(activation, bias, threshold, release), unflatten_bands(bands), segments
+) -> tuple[Tensor, ...]:
+    arguments = Activation(activation, bias, threshold, release), unflatten_bands(bands), segments, transitions
     return get_backend(backend).activate_with_stats(pre, *arguments)
 
 
-@_fake("activate_with_stats")
-def _(
+def _fake_activate_with_stats(
+    transitions: bool,
     pre: Tensor,
     bias: Tensor | None,
     activation: str,
@@ -103,12 +110,12 @@ def _(
     bands: Sequence[int],
     segments: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _like(pre), *_stats_like(pre, bands)
+) -> tuple[Tensor, ...]:
+    return _like(pre), *_stats_like(pre, bands, transitions)
 
 
-@_implement("activate_with_mask")
-def _(
+def _activate_with_mask(
+    transitions: bool,
     pre: Tensor,
     bias: Tensor | None,
     threshold: Tensor | None,
@@ -116,17 +123,17 @@ def _(
     bands: Sequence[int],
     segments: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    arguments = Activation("relu", bias, threshold, release), unflatten_bands(bands), segments
+) -> tuple[Tensor, ...]:
+    arguments = Activation("relu", bias, threshold, release), unflatten_bands(bands), segments, transitions
     chosen = get_backend(backend)
     if isinstance(chosen, MaskBackend):
         return chosen.activate_with_mask(pre, *arguments)
-    h, differences, total, square = chosen.activate_with_stats(pre, *arguments)
-    return pack_active(h), differences, total, square
+    h, *stats = chosen.activate_with_stats(pre, *arguments)
+    return pack_active(h), *stats
 
 
-@_fake("activate_with_mask")
-def _(
+def _fake_activate_with_mask(
+    transitions: bool,
     pre: Tensor,
     bias: Tensor | None,
     threshold: Tensor | None,
@@ -134,19 +141,31 @@ def _(
     bands: Sequence[int],
     segments: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     B, T, k = pre.shape
-    return pre.new_empty(B, -(-T // WORD), k, dtype=torch.int32), *_stats_like(pre, bands)
+    return pre.new_empty(B, -(-T // WORD), k, dtype=torch.int32), *_stats_like(pre, bands, transitions)
 
 
-@_implement("temporal_stats")
-def _(h: Tensor, bands: Sequence[int], segments: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    return get_backend(backend).temporal_stats(h, unflatten_bands(bands), segments)
+def _temporal_stats(
+    transitions: bool, h: Tensor, bands: Sequence[int], segments: Tensor | None, backend: str
+) -> tuple[Tensor, ...]:
+    return get_backend(backend).temporal_stats(h, unflatten_bands(bands), segments, transitions)
 
 
-@_fake("temporal_stats")
-def _(h: Tensor, bands: Sequence[int], segments: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    return _stats_like(h, bands)
+def _fake_temporal_stats(
+    transitions: bool, h: Tensor, bands: Sequence[int], segments: Tensor | None, backend: str
+) -> tuple[Tensor, ...]:
+    return _stats_like(h, bands, transitions)
+
+
+for _suffix, _transitions in _COUNTED.items():
+    for _name, _function, _shapes in (
+        ("activate_with_stats", _activate_with_stats, _fake_activate_with_stats),
+        ("activate_with_mask", _activate_with_mask, _fake_activate_with_mask),
+        ("temporal_stats", _temporal_stats, _fake_temporal_stats),
+    ):
+        _implement(_name + _suffix)(partial(_function, _transitions))
+        _fake(_name + _suffix)(partial(_shapes, _transitions))
 
 
 @_implement("activate_with_stats_backward")
@@ -213,10 +232,13 @@ def _save_activation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
     ctx.set_materialize_grads(False)
 
 
+# The counts are integers, which autograd does not differentiate: their gradient, the last, is None.
+
+
 def _activation_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     saved, bias, segments, total = ctx.saved_tensors
     grad_pre, grad_bias = torch.ops.tsae_kernels.activate_with_stats_backward(
-        saved, bias, *grads, ctx.activation, ctx.bands, segments, ctx.backend, total
+        saved, bias, *grads[:4], ctx.activation, ctx.bands, segments, ctx.backend, total
     )
     wants_bias = ctx.bias_dtype is not None and ctx.needs_input_grad[1]
     return grad_pre, grad_bias.to(ctx.bias_dtype) if wants_bias else None, *[None] * 6
@@ -231,7 +253,7 @@ def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 def _stats_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     h, segments, total = ctx.saved_tensors
     grad, _ = torch.ops.tsae_kernels.activate_with_stats_backward(
-        h, None, None, *grads, "identity", ctx.bands, segments, ctx.backend, total
+        h, None, None, *grads[:3], "identity", ctx.bands, segments, ctx.backend, total
     )
     return grad, None, None, None
 
@@ -256,8 +278,9 @@ def _register_autograd(
     torch.library.register_autograd(f"tsae_kernels::{name}", backward, setup_context=setup_context)
 
 
-_register_autograd("activate_with_stats", _activation_backward, _save_activation)
-_register_autograd("temporal_stats", _stats_backward, _save_stats)
+for _suffix in _COUNTED:
+    _register_autograd(f"activate_with_stats{_suffix}", _activation_backward, _save_activation)
+    _register_autograd(f"temporal_stats{_suffix}", _stats_backward, _save_stats)
 _register_autograd("step_energy", _energy_backward, _save_energy)
 _register_autograd("activate_with_stats_backward", _no_double_backward)
 _register_autograd("step_energy_backward", _no_double_backward)

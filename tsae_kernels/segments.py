@@ -40,3 +40,12 @@ def count_positions(segments: Tensor) -> Tensor:
     out: [B] int64 on the same device
     """
     return (segments >= 0).sum(1)
+
+
+def count_pairs(segments: Tensor) -> Tensor:
+    """The number of pairs (t, t + 1) inside a segment in each row: those of `CountedStats.transitions`.
+
+    segments: [B, T] integer ids, negative where excluded
+    out: [B] int64 on the same device
+    """
+    return ((segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] >= 0)).sum(1)

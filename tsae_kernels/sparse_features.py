@@ -15,7 +15,7 @@ the weights out of autograd: `weight_gradients` then writes the rows of the feat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from tsae_kernels.arguments import check_activation, check_features, check_segments, check_tensor, check_weight
 from tsae_kernels.backends.registry import choose_backend
 from tsae_kernels.bands import MULTISCALE, Bands, check_bands, flatten_bands
-from tsae_kernels.functions import TemporalStats
+from tsae_kernels.functions import CountedStats, TemporalStats
 from tsae_kernels.sparse_ops import Entries, backend_for_lists
 
 _ops = torch.ops.tsae_kernels
@@ -186,16 +186,18 @@ class _Encode(torch.autograd.Function):
         bands: list[int],
         segments: Tensor | None,
         capacity: int,
+        transitions: bool,
         backend: str,
         deferred: DeferredGradients | None,
         anchor: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        active, *stats = _ops.activate_with_mask(pre, bias, *levels, bands, segments, backend)
+        activate = _ops.activate_with_mask_counted if transitions else _ops.activate_with_mask
+        active, *stats = activate(pre, bias, *levels, bands, segments, backend)
         ctx.bands, ctx.backend, ctx.deferred, ctx.k = bands, backend_for_lists(backend), deferred, pre.shape[2]
         values, indices, counts = _ops.sparse_compress(active, pre, bias, capacity, ctx.backend)
         ctx.save_for_backward(x, weight, segments, values, indices, counts)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(indices, counts)
+        ctx.mark_non_differentiable(indices, counts, *stats[3:])
         ctx.set_materialize_grads(False)
         return values, indices, counts, *stats
 
@@ -203,7 +205,7 @@ class _Encode(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_values: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, segments, values, indices, counts = ctx.saved_tensors
-        grads = rest[2:]  # after indices and counts
+        grads = rest[2:5]  # after indices and counts, without the transitions'
         tokens = x.reshape(-1, x.shape[2])  # [N, d]
         entries = Entries(*_ops.sparse_sort_entries(indices, values, ctx.k, ctx.backend))
         options = ctx.bands, segments, x.shape[1], ctx.backend
@@ -223,9 +225,57 @@ class _Encode(torch.autograd.Function):
             )
             grad_weight = grad_rows.to(weight.dtype).T
             grad_bias = None if ctx.bias_dtype is None else sums.to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, *[None] * 8
+        return grad_x, grad_weight, grad_bias, *[None] * 9
 
 
+@overload
+def encode_sparse(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = ...,
+    threshold: float | Tensor | None = ...,
+    release: float | Tensor | None = ...,
+    bands: Bands = ...,
+    segments: Tensor | None = ...,
+    *,
+    capacity: int,
+    pre: Tensor | None = ...,
+    deferred: DeferredGradients | None = ...,
+    transitions: Literal[False] = ...,
+    backend: str | None = ...,
+) -> tuple[SparseFeatures, TemporalStats]: ...
+@overload
+def encode_sparse(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = ...,
+    threshold: float | Tensor | None = ...,
+    release: float | Tensor | None = ...,
+    bands: Bands = ...,
+    segments: Tensor | None = ...,
+    *,
+    capacity: int,
+    pre: Tensor | None = ...,
+    deferred: DeferredGradients | None = ...,
+    transitions: Literal[True],
+    backend: str | None = ...,
+) -> tuple[SparseFeatures, CountedStats]: ...
+@overload
+def encode_sparse(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = ...,
+    threshold: float | Tensor | None = ...,
+    release: float | Tensor | None = ...,
+    bands: Bands = ...,
+    segments: Tensor | None = ...,
+    *,
+    capacity: int,
+    pre: Tensor | None = ...,
+    deferred: DeferredGradients | None = ...,
+    transitions: bool,
+    backend: str | None = ...,
+) -> tuple[SparseFeatures, TemporalStats | CountedStats]: ...
 def encode_sparse(
     x: Tensor,
     weight: Tensor,
@@ -238,8 +288,9 @@ def encode_sparse(
     capacity: int,
     pre: Tensor | None = None,
     deferred: DeferredGradients | None = None,
+    transitions: bool = False,
     backend: str | None = None,
-) -> tuple[SparseFeatures, TemporalStats]:
+) -> tuple[SparseFeatures, TemporalStats | CountedStats]:
     """`encode_with_stats` with relu, as lists of active features: the one dense product of a sparse training step.
 
     x: [B, T, d] language-model activations; B may be 0
@@ -249,10 +300,11 @@ def encode_sparse(
     capacity: C, the places of a token's list; check `SparseFeatures.overflow`
     pre: [B, T, k], ``x @ weight`` if the caller has it already, to choose a threshold; gradients pass by it
     deferred: where to leave the gradients of weight and bias, which then get none from autograd
-    backend: as in `temporal_stats`; for the lists "triton", or "eager" where Triton is unavailable
+    transitions, backend: as in `temporal_stats`; for the lists "triton", or "eager" where Triton is unavailable
     out: `SparseFeatures` of the N = B T tokens, whose values have the bits of `activate_with_stats`'s h;
-        `TemporalStats` of h. Differentiable once in x, weight and bias. The statistics' gradient reaches active
-        features only, as relu has it, and comes from the pairs of a feature in a band: only ``pre`` is [B, T, k].
+        `TemporalStats` (or `CountedStats`) of h. Differentiable once in x, weight and bias. The statistics' gradient
+        reaches active features only, as relu has it, and comes from the pairs of a feature in a band: only ``pre`` is
+        [B, T, k].
 
     Raises the errors of `encode_with_stats`, and `ValueError` for a capacity below 1.
     """
@@ -276,10 +328,11 @@ def encode_sparse(
     if deferred is not None:
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         anchor = x.new_empty(0).requires_grad_()  # else autograd would not call the backward pass
-    options = flat_bands, segments, capacity, chosen, deferred, anchor
+    options = flat_bands, segments, capacity, transitions, chosen, deferred, anchor
     out = _Encode.apply(x, weight, bias, pre.detach(), levels, *options)  # type: ignore[no-untyped-call]
     values, indices, counts, *stats = out
-    return SparseFeatures(values, indices, counts), TemporalStats(*stats)
+    features = SparseFeatures(values, indices, counts)
+    return features, CountedStats(*stats) if transitions else TemporalStats(*stats)
 
 
 class _Decode(torch.autograd.Function):

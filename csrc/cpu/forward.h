@@ -11,8 +11,21 @@ namespace TSAE_TARGET {
 
 enum class Mode { kIdentity, kRelu, kSchmitt, kGelu };
 
+// Where a feature is on. NaN compares false, so it is.
+template <class E>
+TSAE_INLINE Mask<E> is_on(const Pack<E>& h) {
+  return ~less_equal(h, Pack<E>{});
+}
+
+// Sums over the positions of a block, or of all: where a feature is on, and where it is on and was at the position
+// before.
+template <class E>
+struct OnCounts {
+  Counts<E> on, still;
+};
+
 // The activation of one tile.
-template <class T, Mode mode, class E = compute_of<T>>
+template <class T, Mode mode, bool counted, class E = compute_of<T>>
 struct Activate {
   using V = Pack<E>;
   const Forward& f;
@@ -30,10 +43,13 @@ struct Activate {
         thresholds(f.threshold_per_position ? static_cast<const E*>(f.threshold) + tile.b * f.T : nullptr) {}
 
   // Computes and writes h at positions [begin, end) of a run. Puts h - centre into the ring buffer y, and adds h *
-  // kSumScale to total and h^2 to square. `state`: where the Schmitt trigger is off.
+  // kSumScale to total and h^2 to square. `state`: where the Schmitt trigger is off. If `counted`, adds to `counts`;
+  // `last_on`: where h is on at the last position.
   TSAE_INLINE void operator()(const Run& run, int begin, int end, const V& centre, const Ring<E>& y, Mask<E>& state,
-                              V& total, V& square) {
-    Mask<E> off = state;
+                              V& total, V& square, Mask<E>& last_on, OnCounts<E>& counts) {
+    Mask<E> off = state, before{};
+    OnCounts<E> part{};
+    if constexpr (counted) before = last_on;
     for (int t = begin; t < end; ++t) {
       V z = pre(run.begin + t) + bias;
       if constexpr (mode == Mode::kRelu || mode == Mode::kSchmitt) {
@@ -53,8 +69,18 @@ struct Activate {
       y[t] = value - centre;
       total = total + value * kSumScale<E>;
       square = square + value * value;
+      if constexpr (counted) {
+        const Mask<E> on = is_on(value);
+        part.on = counted_in(part.on, on);
+        part.still = counted_in(part.still, on & before);
+        before = on;
+      }
     }
     if constexpr (mode == Mode::kSchmitt) state = off;
+    if constexpr (counted) {
+      last_on = before;
+      counts = part;
+    }
   }
 };
 
@@ -67,27 +93,46 @@ struct ForwardState {
   V* past;     // of each band, see band_block
   V centre, total, square;
   Mask<E> off;  // where the Schmitt trigger is off
+  // If transitions are counted: where h is on at the last position, and the pairs that are on at both ends, at their
+  // first and at their second.
+  Mask<E> on;
+  Counts<E> both, first, second;
 };
 
 template <class E>
 TSAE_INLINE void forward_start(const Forward& f, ForwardState<E>& at) {
   at.total = at.square = {};
+  at.both = at.first = at.second = {};
   for (int64_t s = 0; s < f.S; ++s) at.energy[s] = {};
 }
 
-template <class T, Mode mode, class E = compute_of<T>>
+// Adds the pairs of a block. Every position but a run's last is the first of a pair, and every one but its first is the
+// second. `starts`: where the run's first position is on, if it is in this block.
+template <class E>
+TSAE_INLINE void count_pairs(const OnCounts<E>& block, const Mask<E>& starts, bool last, ForwardState<E>& at) {
+  at.both = at.both + block.still;
+  at.first = at.first + block.on;
+  at.second = uncounted_in(at.second + block.on, starts);
+  if (last) at.first = uncounted_in(at.first, at.on);
+}
+
+template <class T, Mode mode, bool counted, class E = compute_of<T>>
 TSAE_INLINE void forward_block(const Forward& f, const Run& run, int begin, const Tile& tile, ForwardState<E>& at) {
   using V = Pack<E>;
   const int n = run.end - run.begin, end = smaller(begin + kBlock, n);
   if (begin == 0) {
     at.centre = V{};
     at.off = everywhere<E>();
+    if constexpr (counted) at.on = Mask<E>{};
     for (int64_t s = 0; s < f.S; ++s) at.past[s] = V{};
   }
   const Ring<E> y(at.rows, f.ring, begin - (f.S > 0 ? f.bands[2 * f.S - 1] : 0) - 1);
   V part{}, part_square{};
-  Activate<T, mode>(f, tile)(run, begin, end, at.centre, y, at.off, part, part_square);
+  OnCounts<E> counts;
+  Activate<T, mode, counted>(f, tile)(run, begin, end, at.centre, y, at.off, part, part_square, at.on, counts);
   if (run.excluded) return;
+  // In the first block the centre is still 0, so y is h.
+  if constexpr (counted) count_pairs(counts, begin == 0 ? is_on(y(0)) : Mask<E>{}, end == n, at);
   at.total = at.total + part;
   at.square = at.square + part_square;
   if (f.S == 0 || f.bands[0] >= n) return;
@@ -99,7 +144,7 @@ TSAE_INLINE void forward_block(const Forward& f, const Run& run, int begin, cons
     at.energy[s] = at.energy[s] + band_block(y, begin, end, n, f.bands[2 * s], f.bands[2 * s + 1], at.past[s]);
 }
 
-template <class E>
+template <bool counted, class E>
 TSAE_INLINE void forward_finish(const Forward& f, const Tile& tile, const ForwardState<E>& at) {
   using V = Pack<E>;
   // Rounding can make a sum of squares negative, and overflowing squares can give inf - inf = NaN. Unless a feature is
@@ -113,9 +158,15 @@ TSAE_INLINE void forward_finish(const Forward& f, const Tile& tile, const Forwar
   }
   store_numbers<E>(f.total, tile.b * f.k + tile.j, at.total * (1 / kSumScale<E>), tile.count);
   store_numbers<E>(f.square, tile.b * f.k + tile.j, at.square, tile.count);
+  if constexpr (counted) {
+    const int64_t to = tile.b * 3 * f.k + tile.j;
+    store_counts<E>(f.transitions, to, at.both, tile.count);
+    store_counts<E>(f.transitions, to + f.k, at.first - at.both, tile.count);
+    store_counts<E>(f.transitions, to + 2 * f.k, at.second - at.both, tile.count);
+  }
 }
 
-template <class T, Mode mode, class E = compute_of<T>>
+template <class T, Mode mode, bool counted, class E = compute_of<T>>
 void forward_tiles(const Forward& f, Runs runs, int64_t b, int64_t first, int64_t tiles, void* scratch) {
   using V = Pack<E>;
   ForwardState<E> at[kTilesTogether];
@@ -127,20 +178,20 @@ void forward_tiles(const Forward& f, Runs runs, int64_t b, int64_t first, int64_
     forward_start(f, at[i]);
   }
   const auto block = [&](int64_t i, const Run& run, int begin, const Tile& tile) {
-    forward_block<T, mode>(f, run, begin, tile, at[i]);
+    forward_block<T, mode, counted>(f, run, begin, tile, at[i]);
   };
   block_by_block<V::width>(f.pre, f.T, f.k, runs, b, first, tiles, block);
-  for (int64_t i = 0; i < tiles; ++i) forward_finish(f, Tile(f.k, V::width, b, first + i), at[i]);
+  for (int64_t i = 0; i < tiles; ++i) forward_finish<counted>(f, Tile(f.k, V::width, b, first + i), at[i]);
 }
 
-template <class T>
+template <class T, bool counted>
 void forward_tiles(const Forward& f, Runs runs, int64_t b, int64_t first, int64_t tiles, void* scratch) {
   switch (f.activation) {
-    case kIdentity: return forward_tiles<T, Mode::kIdentity>(f, runs, b, first, tiles, scratch);
-    case kGelu: return forward_tiles<T, Mode::kGelu>(f, runs, b, first, tiles, scratch);
+    case kIdentity: return forward_tiles<T, Mode::kIdentity, counted>(f, runs, b, first, tiles, scratch);
+    case kGelu: return forward_tiles<T, Mode::kGelu, counted>(f, runs, b, first, tiles, scratch);
     case kRelu:
-      return f.release ? forward_tiles<T, Mode::kSchmitt>(f, runs, b, first, tiles, scratch)
-                       : forward_tiles<T, Mode::kRelu>(f, runs, b, first, tiles, scratch);
+      return f.release ? forward_tiles<T, Mode::kSchmitt, counted>(f, runs, b, first, tiles, scratch)
+                       : forward_tiles<T, Mode::kRelu, counted>(f, runs, b, first, tiles, scratch);
   }
 }
 

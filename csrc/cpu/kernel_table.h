@@ -21,7 +21,9 @@ namespace TSAE_TARGET {
 
 static int64_t width(Dtype dtype) { return dtype == kDouble ? Pack<double>::width : Pack<float>::width; }
 static void forward(Dtype dtype, const Forward& f, Runs runs, int64_t b, int64_t first, int64_t tiles, void* scratch) {
-#define TSAE_CALL(T) forward_tiles<T>(f, runs, b, first, tiles, scratch)
+#define TSAE_CALL(T)                                                                 \
+  f.transitions ? forward_tiles<T, true>(f, runs, b, first, tiles, scratch)          \
+                : forward_tiles<T, false>(f, runs, b, first, tiles, scratch)
   TSAE_BY_DTYPE(dtype, TSAE_CALL)
 #undef TSAE_CALL
   if (f.stream) finish_streaming();

@@ -31,6 +31,7 @@ struct Forward {
   void* differences;     // [B, S, k] compute type
   void* total;           // [B, k]
   void* square;          // [B, k]
+  void* transitions;     // [B, 3, k] int32: on to on, on to off, off to on; or null
 };
 
 struct Backward {

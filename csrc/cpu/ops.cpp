@@ -74,10 +74,11 @@ void for_each_tile(const Tensor& x, const std::optional<Tensor>& segments, bool 
   });
 }
 
-// If `with_h` is false, h is an empty tensor.
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor pre, std::optional<Tensor> bias, int64_t activation,
-                                                   std::optional<Tensor> threshold, std::optional<Tensor> release,
-                                                   Sizes bands, std::optional<Tensor> segments, bool with_h) {
+using Counted = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Counted run_forward(Tensor pre, std::optional<Tensor> bias, int64_t activation, std::optional<Tensor> threshold,
+                    std::optional<Tensor> release, Sizes bands, std::optional<Tensor> segments, bool with_h,
+                    bool counted) {
   Tensor owner;
   Forward f{};
   f.pre = features("pre", pre, pre, owner);
@@ -95,17 +96,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor pre, std::optional<Ten
   Tensor h = empty(pre, with_h ? Sizes{B, f.T, f.k} : Sizes{0}, pre.scalar_type());
   Tensor differences = empty(pre, {B, S, f.k}, dtype), total = empty(pre, {B, f.k}, dtype),
          square = empty(pre, {B, f.k}, dtype);
+  Tensor transitions = counted ? empty(pre, {B, 3, f.k}, ScalarType::Int) : square;
   f.h = with_h ? h.mutable_data_ptr() : nullptr;
   f.stream = with_h && use_streaming_stores(h);
   f.differences = differences.mutable_data_ptr();
   f.total = total.mutable_data_ptr();
   f.square = square.mutable_data_ptr();
+  f.transitions = counted ? transitions.mutable_data_ptr() : nullptr;
   const Dtype stored = dtype_of(pre);
   const int64_t rows = f.ring + 2 * S;
   for_each_tile(pre, segments, true, rows, [&](int64_t b, int64_t tile, int64_t tiles, void* scratch, Runs runs) {
     kernels().forward(stored, f, runs, b, tile, tiles, scratch);
   });
+  return {h, differences, total, square, transitions};
+}
+
+// If `with_h` is false, h is an empty tensor.
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor pre, std::optional<Tensor> bias, int64_t activation,
+                                                   std::optional<Tensor> threshold, std::optional<Tensor> release,
+                                                   Sizes bands, std::optional<Tensor> segments, bool with_h) {
+  const auto [h, differences, total, square, none] =
+      run_forward(pre, bias, activation, threshold, release, bands, segments, with_h, false);
   return {h, differences, total, square};
+}
+
+Counted forward_counted(Tensor pre, std::optional<Tensor> bias, int64_t activation, std::optional<Tensor> threshold,
+                        std::optional<Tensor> release, Sizes bands, std::optional<Tensor> segments, bool with_h) {
+  return run_forward(pre, bias, activation, threshold, release, bands, segments, with_h, true);
 }
 
 // `grad_differences` is [1 or B, S, k]. The second result is grad_bias before the sum over the batch, [B, k]; the
@@ -259,6 +276,7 @@ STABLE_TORCH_LIBRARY(tsae_kernels_cpp, library) { tsae::define_operators(library
 
 STABLE_TORCH_LIBRARY_IMPL(tsae_kernels_cpp, CPU, library) {
   library.impl("forward", TORCH_BOX(&tsae::forward));
+  library.impl("forward_counted", TORCH_BOX(&tsae::forward_counted));
   library.impl("backward", TORCH_BOX(&tsae::backward));
   library.impl("step_energy", TORCH_BOX(&tsae::step_energy));
   library.impl("step_energy_backward", TORCH_BOX(&tsae::step_energy_backward));

@@ -44,7 +44,6 @@ TSAE_OPERATOR(Pack, *)
 TSAE_OPERATOR(Pack, /)
 TSAE_OPERATOR(Mask, &)
 TSAE_OPERATOR(Mask, |)
-#undef TSAE_OPERATOR
 
 template <class E>
 TSAE_INLINE Pack<E> splat(E value) {
@@ -77,6 +76,12 @@ TSAE_INLINE Mask<E> equal(const Pack<E>& a, const Pack<E>& b) {
   return out;
 }
 template <class E>
+TSAE_INLINE Mask<E> operator~(const Mask<E>& a) {
+  Mask<E> out;
+  TSAE_EACH_VECTOR out.v[i] = ~a.v[i];
+  return out;
+}
+template <class E>
 TSAE_INLINE Mask<E> everywhere() {
   Mask<E> out;
   TSAE_EACH_VECTOR out.v[i] = typename Mask<E>::Vector{} == typename Mask<E>::Vector{};
@@ -86,6 +91,27 @@ template <class E>
 TSAE_INLINE Pack<E> select(const Mask<E>& mask, const Pack<E>& yes, const Pack<E>& no) {
   Pack<E> out;
   TSAE_EACH_VECTOR out.v[i] = mask.v[i] ? yes.v[i] : no.v[i];
+  return out;
+}
+
+// Integers of the width of E. A mask is -1 where true, so subtracting it counts.
+template <class E>
+struct Counts {
+  typename Mask<E>::Vector v[kVectors];
+};
+TSAE_OPERATOR(Counts, +)
+TSAE_OPERATOR(Counts, -)
+#undef TSAE_OPERATOR
+template <class E>
+TSAE_INLINE Counts<E> counted_in(const Counts<E>& a, const Mask<E>& mask) {
+  Counts<E> out;
+  TSAE_EACH_VECTOR out.v[i] = a.v[i] - mask.v[i];
+  return out;
+}
+template <class E>
+TSAE_INLINE Counts<E> uncounted_in(const Counts<E>& a, const Mask<E>& mask) {
+  Counts<E> out;
+  TSAE_EACH_VECTOR out.v[i] = a.v[i] + mask.v[i];
   return out;
 }
 
@@ -238,6 +264,11 @@ TSAE_INLINE Pack<E> load_numbers(const void* from, int64_t at, int count) {
 template <class E>
 TSAE_INLINE void store_numbers(void* to, int64_t at, const Pack<E>& x, int count) {
   store<E>(static_cast<E*>(to) + at, narrow<E>(x), count);
+}
+template <class E>
+TSAE_INLINE void store_counts(void* to, int64_t at, const Counts<E>& x, int count) {
+  for (int i = 0; i < count; ++i)
+    static_cast<int32_t*>(to)[at + i] = int32_t(x.v[i / Pack<E>::lanes][i % Pack<E>::lanes]);
 }
 
 }  // namespace TSAE_TARGET

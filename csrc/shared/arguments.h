@@ -94,12 +94,16 @@ inline std::vector<BackwardWindow> backward_windows(const std::vector<int>& limi
   return windows;
 }
 
-// The schemas of both libraries. `threshold` is [k], or [B, T] for one threshold per position.
+// The schemas of both libraries. `threshold` is [k], or [B, T] for one threshold per position. The last result of
+// forward_counted is the transitions of h, [B, 3, k] int32.
 template <class Library>
 void define_operators(Library& library) {
   library.def(
       "forward(Tensor pre, Tensor? bias, int activation, Tensor? threshold, Tensor? release, int[] bands, "
       "Tensor? segments, bool with_h) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "forward_counted(Tensor pre, Tensor? bias, int activation, Tensor? threshold, Tensor? release, int[] bands, "
+      "Tensor? segments, bool with_h) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "backward(Tensor saved, Tensor? bias, Tensor? grad_h, Tensor? grad_differences, Tensor? grad_total, "
       "Tensor? grad_square, int activation, int[] bands, Tensor? segments, Tensor? total=None) -> (Tensor, Tensor)");

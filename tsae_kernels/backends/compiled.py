@@ -50,23 +50,26 @@ class CompiledBackend:
     def _ops(self) -> Any:
         return getattr(torch.ops, self._namespace)
 
-    def _forward(self, x: Tensor, activation: Activation, bands: Bands, segments: Tensor | None, with_h: bool) -> Any:
+    def _forward(
+        self, x: Tensor, activation: Activation, bands: Bands, segments: Tensor | None, transitions: bool, with_h: bool
+    ) -> tuple[Tensor, ...]:
         name, bias, threshold, release = activation
         bias, threshold, release = _compute(bias, x), _threshold(threshold, x), _threshold(release, x)
         offsets, ids = flatten_bands(bands), _ids(segments)
-        return self._ops.forward(x, bias, _CODES[name], threshold, release, offsets, ids, with_h)
+        function = self._ops.forward_counted if transitions else self._ops.forward
+        return tuple(function(x, bias, _CODES[name], threshold, release, offsets, ids, with_h))
 
     def activate_with_stats(
-        self, pre: Tensor, activation: Activation, bands: Bands, segments: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self, pre: Tensor, activation: Activation, bands: Bands, segments: Tensor | None, transitions: bool = False
+    ) -> tuple[Tensor, ...]:
         """See `interface.Backend`."""
-        h, differences, total, square = self._forward(pre, activation, bands, segments, True)
-        return h, differences, total, square
+        return self._forward(pre, activation, bands, segments, transitions, True)
 
-    def temporal_stats(self, h: Tensor, bands: Bands, segments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def temporal_stats(
+        self, h: Tensor, bands: Bands, segments: Tensor | None, transitions: bool = False
+    ) -> tuple[Tensor, ...]:
         """See `interface.Backend`."""
-        _, differences, total, square = self._forward(h, Activation("identity"), bands, segments, False)
-        return differences, total, square
+        return self._forward(h, Activation("identity"), bands, segments, transitions, False)[1:]
 
     def activate_with_stats_backward(
         self,
@@ -118,11 +121,11 @@ class CompiledBackend:
 
 
 class CudaBackend(CompiledBackend):
-    """`CompiledBackend` with the operator `forward_with_mask` besides."""
+    """`CompiledBackend` with the operators `forward_with_mask` and `forward_with_mask_counted` besides."""
 
     def activate_with_mask(
-        self, pre: Tensor, activation: Activation, bands: Bands, segments: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self, pre: Tensor, activation: Activation, bands: Bands, segments: Tensor | None, transitions: bool = False
+    ) -> tuple[Tensor, ...]:
         """The mask of relu's active features instead of h, and h's statistics.
 
         The mask is int32 [B, ceil(T / 32), k]: bit i (of value 2^i) of word w is 1 if h, rounded to the dtype of `pre`,
@@ -133,9 +136,8 @@ class CudaBackend(CompiledBackend):
         assert name == "relu"
         bias, threshold, release = _compute(bias, pre), _threshold(threshold, pre), _threshold(release, pre)
         offsets, ids = flatten_bands(bands), _ids(segments)
-        out = self._ops.forward_with_mask(pre, bias, threshold, release, offsets, ids)
-        active, differences, total, square = out
-        return active, differences, total, square
+        function = self._ops.forward_with_mask_counted if transitions else self._ops.forward_with_mask
+        return tuple(function(pre, bias, threshold, release, offsets, ids))
 
 
 cpp = CompiledBackend("tsae_kernels_cpp")

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tsae_kernels.backends.interface import Activation, Gradients
+from tsae_kernels.backends.transitions import TransitionCounts
 from tsae_kernels.backends.windows import ChunkSegments, WindowSums, rows_by_time
 from tsae_kernels.bands import Bands
 from tsae_kernels.dtypes import dtype_of_stats, sum_scale
@@ -88,23 +89,34 @@ def _activated(
 
 
 def _stats(
-    slices: Iterable[Tensor], h: Tensor, bands: Bands, segments: ChunkSegments | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    slices: Iterable[Tensor], h: Tensor, bands: Bands, segments: ChunkSegments | None, transitions: bool
+) -> tuple[Tensor, ...]:
     """The statistics of h. `slices` yields h[:, t] in order and may write them to h first."""
-    B, _, k = h.shape
+    B, T, k = h.shape
     dtype = dtype_of_stats(h.dtype)
     total = torch.zeros(B, k, dtype=dtype, device=h.device)
     square = torch.zeros_like(total)
+    counts = TransitionCounts(T, total, segments) if transitions else None
     for t, h_t in enumerate(slices):
         x = h_t.to(dtype)
         if segments is not None:
             x = segments.zero_excluded(x, t)
         total.add_(x, alpha=sum_scale(dtype))
         square.addcmul_(x, x)
+        if counts is not None:
+            counts.add(t, x)
     total /= sum_scale(dtype)
+    differences = _differences(h, square, bands, segments)
+    return (differences, total, square) if counts is None else (differences, total, square, counts.counts())
+
+
+def _differences(h: Tensor, square: Tensor, bands: Bands, segments: ChunkSegments | None) -> Tensor:
+    """[B, S, k], given the sum of squares."""
+    B, _, k = h.shape
+    dtype = square.dtype
     differences = torch.zeros(len(bands), B, k, dtype=dtype, device=h.device)
     if not bands:
-        return differences.transpose(0, 1), total, square
+        return differences.transpose(0, 1)
 
     windows = WindowSums(h.unbind(1), bands, segments, dtype)
     half_degree = windows.degrees() / 2
@@ -127,44 +139,45 @@ def _stats(
             difference.addcmul_(y, term, value=-2)
     # Overflowing squares can give inf - inf = NaN. Unless a feature is NaN, the true value is then infinite.
     differences = differences.clamp_min_(0).where(differences == differences, torch.where(square == square, inf, nan))
-    return differences.transpose(0, 1), total, square
+    return differences.transpose(0, 1)
 
 
-def temporal_stats(h: Tensor, bands: Bands, segments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def temporal_stats(h: Tensor, bands: Bands, segments: Tensor | None, transitions: bool = False) -> tuple[Tensor, ...]:
     """See `interface.Backend`."""
     chunks = _chunks(h, segments)
-    return _concatenated(h, bands, (_stats(h[rows].unbind(1), h[rows], bands, chunk) for rows, chunk in chunks))
+    stats = (_stats(h[rows].unbind(1), h[rows], bands, chunk, transitions) for rows, chunk in chunks)
+    return _concatenated(h, bands, stats, transitions)
 
 
 def activate_with_stats(
-    pre: Tensor, activation: Activation, bands: Bands, segments: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pre: Tensor, activation: Activation, bands: Bands, segments: Tensor | None, transitions: bool = False
+) -> tuple[Tensor, ...]:
     """See `interface.Backend`."""
     h = torch.empty_like(pre, memory_format=torch.contiguous_format)
     threshold = activation.threshold
 
-    def stats_of_chunks() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def stats_of_chunks() -> Iterator[tuple[Tensor, ...]]:
         for rows, chunk in _chunks(pre, segments):
             of_rows = activation
             if threshold is not None and threshold.dim() == 3:  # [B, T, 1]
                 of_rows = activation._replace(threshold=threshold[rows])
-            yield _stats(_activated(pre[rows].unbind(1), h[rows].unbind(1), of_rows, chunk), h[rows], bands, chunk)
+            slices = _activated(pre[rows].unbind(1), h[rows].unbind(1), of_rows, chunk)
+            yield _stats(slices, h[rows], bands, chunk, transitions)
 
-    return h, *_concatenated(pre, bands, stats_of_chunks())
+    return h, *_concatenated(pre, bands, stats_of_chunks(), transitions)
 
 
 def _concatenated(
-    h: Tensor, bands: Bands, chunks: Iterable[tuple[Tensor, Tensor, Tensor]]
-) -> tuple[Tensor, Tensor, Tensor]:
+    h: Tensor, bands: Bands, chunks: Iterable[tuple[Tensor, ...]], transitions: bool
+) -> tuple[Tensor, ...]:
     """The statistics of all chunks in one tensor each; empty tensors for an empty batch."""
     k, dtype = h.shape[2], dtype_of_stats(h.dtype)
-    columns = list(zip(*chunks, strict=True)) or [
-        (h.new_zeros(0, len(bands), k, dtype=dtype),),
-        (h.new_zeros(0, k, dtype=dtype),),
-        (h.new_zeros(0, k, dtype=dtype),),
-    ]
-    differences, total, square = (torch.cat(column).contiguous() for column in columns)
-    return differences, total, square
+    columns = list(zip(*chunks, strict=True))
+    if not columns:
+        shapes = (0, len(bands), k), (0, k), (0, k)
+        columns = [(h.new_zeros(shape, dtype=dtype),) for shape in shapes]
+        columns += [(h.new_zeros(0, 3, k, dtype=torch.int32),)] * transitions
+    return tuple(torch.cat(column).contiguous() for column in columns)
 
 
 def _window_gradient(

@@ -47,12 +47,17 @@ class Backend(Protocol):
     """
 
     def activate_with_stats(
-        self, pre: Tensor, activation: Activation, bands: Bands, segments: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self, pre: Tensor, activation: Activation, bands: Bands, segments: Tensor | None, transitions: bool = False
+    ) -> tuple[Tensor, ...]:
         """h [B, T, k], contiguous, and its statistics as in `temporal_stats`."""
 
-    def temporal_stats(self, h: Tensor, bands: Bands, segments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """differences [B, S, k], total [B, k] and square [B, k] of h [B, T, k]."""
+    def temporal_stats(
+        self, h: Tensor, bands: Bands, segments: Tensor | None, transitions: bool = False
+    ) -> tuple[Tensor, ...]:
+        """differences [B, S, k], total [B, k] and square [B, k] of h [B, T, k].
+
+        With `transitions` also the counts [B, 3, k] int32 of `tsae_kernels.CountedStats`.
+        """
 
     def activate_with_stats_backward(
         self,
@@ -80,8 +85,8 @@ class MaskBackend(Protocol):
     """What a backend may have besides the functions of `Backend`."""
 
     def activate_with_mask(
-        self, pre: Tensor, activation: Activation, bands: Bands, segments: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self, pre: Tensor, activation: Activation, bands: Bands, segments: Tensor | None, transitions: bool = False
+    ) -> tuple[Tensor, ...]:
         """The active mask [B, W, k] of `sparse_eager.pack_active` instead of h, and statistics of the same bits.
 
         The arguments are those of `activate_with_stats`; relu only.

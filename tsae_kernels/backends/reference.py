@@ -53,7 +53,16 @@ def activate(pre: Tensor, activation: Activation, segments: Tensor | None) -> Te
     return z.masked_fill(off, 0).to(pre.dtype)
 
 
-def temporal_stats(h: Tensor, bands: Bands, segments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def count_transitions(h: Tensor, segments: Tensor | None) -> Tensor:
+    """[B, 3, k] int32: on to on, on to off and off to on over the pairs (t, t+1) in one segment; NaN is on."""
+    on = ~(h <= 0)
+    early, late = on[:, :-1], on[:, 1:]
+    connected = pair_mask(segment_numbers(h, segments), 1) > 0
+    counts = [(change & connected).sum(1) for change in (early & late, early & ~late, ~early & late)]
+    return torch.stack(counts, 1).int()
+
+
+def temporal_stats(h: Tensor, bands: Bands, segments: Tensor | None, transitions: bool = False) -> tuple[Tensor, ...]:
     """See `interface.Backend`."""
     numbers = segment_numbers(h, segments)
     x = h.double().masked_fill(numbers[..., None] < 0, 0)
@@ -64,15 +73,16 @@ def temporal_stats(h: Tensor, bands: Bands, segments: Tensor | None) -> tuple[Te
             step = x[:, offset:] - x[:, :-offset]
             differences[:, s] += (pair_mask(numbers, offset) * step**2).sum(1)
     out = dtype_of_stats(h.dtype)
-    return differences.to(out), x.sum(1).to(out), (x**2).sum(1).to(out)
+    stats = differences.to(out), x.sum(1).to(out), (x**2).sum(1).to(out)
+    return (*stats, count_transitions(h, segments)) if transitions else stats
 
 
 def activate_with_stats(
-    pre: Tensor, activation: Activation, bands: Bands, segments: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pre: Tensor, activation: Activation, bands: Bands, segments: Tensor | None, transitions: bool = False
+) -> tuple[Tensor, ...]:
     """See `interface.Backend`."""
     h = activate(pre, activation, segments)
-    return h, *temporal_stats(h, bands, segments)
+    return h, *temporal_stats(h, bands, segments, transitions)
 
 
 def activate_with_stats_backward(

@@ -279,15 +279,25 @@ def pair_energy(
 
 
 @triton.jit
+def is_on(h):
+    """1 where a feature is on, h > 0 or NaN (which compares false), else 0; int32."""
+    return tl.where(h <= 0, 0, 1)
+
+
+@triton.jit
 def forward_chunk(
-    arrived, before, off, history, windows, parts, sums,
+    arrived, before, off, history, windows, parts, sums, counts,
     source, h, k, words, threshold, threshold_t, on_threshold, release_level, shift, centre, columns, t, p, n,
     FIRST: tl.constexpr, LAST: tl.constexpr, TRAIL: tl.constexpr, OUTER: tl.constexpr,
     ACTIVATION: tl.constexpr, OUTPUT: tl.constexpr, THRESHOLD_PER_POSITION: tl.constexpr,
-    SCALE: tl.constexpr, STORED: tl.constexpr, ROUNDING: tl.constexpr, CHUNK: tl.constexpr,
+    SCALE: tl.constexpr, COUNTED: tl.constexpr, STORED: tl.constexpr, ROUNDING: tl.constexpr, CHUNK: tl.constexpr,
     GUARDED: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """One chunk at position p of a segment of n that begins at t; see `forward_kernel`. GUARDED: rows may be missing"""
+    """One chunk at position p of a segment of n that begins at t; see `forward_kernel`. GUARDED: rows may be missing
+
+    counts: of the segment, if COUNTED: whether a feature is on at the last position, at how many positions it is on,
+        and at how many it is on as at the one before
+    """
     S: tl.constexpr = len(FIRST)
     row = t + p
     out = row_pointers(h, row, k, VECTOR)
@@ -317,6 +327,13 @@ def forward_chunk(
         if GUARDED:
             counted = tl.where(p + i < n, x, 0.0)
             x = tl.where(p + i < n, x, centre)
+        if COUNTED:
+            on = is_on(counted)
+            still = counts[2] + (on & counts[0])
+            last_on = on
+            if GUARDED:
+                last_on = tl.where(p + i < n, on, counts[0])
+            counts = (last_on, counts[1] + on, still)
         if OUTPUT == "mask":
             bits = bits | tl.where(counted != 0, 1 << i, 0).to(tl.uint32)
         chunk_x = tl.fma(counted, zero + SCALE, chunk_x)
@@ -366,7 +383,7 @@ def forward_chunk(
         history = add_bits(history, bits, words, row, tl.minimum(n - p, CHUNK), k, VECTOR)
     if OUTPUT != "nothing":
         tl.debug_barrier()  # rows may be read by other threads than wrote them
-    return current, off, history, new_windows, new_parts, sums
+    return current, off, history, new_windows, new_parts, sums, counts
 
 
 @triton.jit
@@ -385,7 +402,8 @@ def add_bits(history, bits, words, row, taken, k, VECTOR: tl.constexpr):
         "pre_b", "pre_t", "pre_k", "bias_k", "threshold_b", "threshold_t", "threshold_k", "release_k",
     ],
     do_not_specialize_on_alignment=[
-        "pre", "bias", "threshold", "release", "output", "differences", "total", "square", "segment_ends",
+        "pre", "bias", "threshold", "release", "output", "differences", "total", "square", "transitions",
+        "segment_ends",
     ],
 )  # fmt: skip
 def forward_kernel(
@@ -397,6 +415,7 @@ def forward_kernel(
     differences,
     total,
     square,
+    transitions,
     segment_ends,
     T,
     k,
@@ -421,6 +440,7 @@ def forward_kernel(
     OUTPUT: tl.constexpr,
     THRESHOLD_PER_POSITION: tl.constexpr,
     SCALE: tl.constexpr,
+    COUNTED: tl.constexpr,
     ROUNDING: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -436,6 +456,7 @@ def forward_kernel(
     FIRST, LAST: the bands' offsets
     TRAIL: the offset at which a row leaves each band's window, or -1 for a band that is summed pair by pair
     OUTER: the band that is computed as all pairs minus the others, or -1
+    COUNTED: whether transitions [B, 3, k] int32 is written
     """
     S: tl.constexpr = len(FIRST)
     COMPUTE: tl.constexpr = total.dtype.element_ty
@@ -466,6 +487,10 @@ def forward_kernel(
     SUMS: tl.constexpr = 4 if OUTER >= 0 else 2  # of x * SCALE, so that no partial sum overflows, xx, y, yy
     totals = (zero,) * SUMS
     energies = (zero,) * S
+    none = each(columns, 0)
+    changes = ()  # pairs that are on at both positions, at the first, at the second
+    if COUNTED:
+        changes = (none, none, none)
     history = each(columns, 0).to(tl.uint32)
     t = 0
     while t < T:
@@ -499,6 +524,9 @@ def forward_kernel(
 
         off = tl.full([BLOCK_K], True, tl.int1)
         before = (centre,) * CHUNK
+        counts = ()
+        if COUNTED:
+            counts = (none, none, none)
         for q in range(0, n, refresh):
             sums = (zero,) * SUMS
             parts = (zero,) * S
@@ -517,18 +545,18 @@ def forward_kernel(
                 arrived = upcoming
                 at = row_pointers(x_in, t + p + CHUNK, pre_t, VECTOR)
                 upcoming = load_rows(at, pre_t, n - p - CHUNK, columns, CHUNK, True, VECTOR)
-                before, off, history, windows, parts, sums = forward_chunk(
-                    arrived, before, off, history, windows, parts, sums,
+                before, off, history, windows, parts, sums, counts = forward_chunk(
+                    arrived, before, off, history, windows, parts, sums, counts,
                     source, out, k, words, thresholds, threshold_t, on_threshold, release_level, shift, centre, columns,
                     t, p, n, FIRST, LAST, TRAIL, OUTER, ACTIVATION, OUTPUT, THRESHOLD_PER_POSITION, SCALE,
-                    STORED, ROUNDING, CHUNK, False, VECTOR,
+                    COUNTED, STORED, ROUNDING, CHUNK, False, VECTOR,
                 )  # fmt: skip
             if whole < stop:
-                before, off, history, windows, parts, sums = forward_chunk(
-                    upcoming, before, off, history, windows, parts, sums,
+                before, off, history, windows, parts, sums, counts = forward_chunk(
+                    upcoming, before, off, history, windows, parts, sums, counts,
                     source, out, k, words, thresholds, threshold_t, on_threshold, release_level, shift, centre, columns,
                     t, whole, n, FIRST, LAST, TRAIL, OUTER, ACTIVATION, OUTPUT, THRESHOLD_PER_POSITION, SCALE,
-                    STORED, ROUNDING, CHUNK, True, VECTOR,
+                    COUNTED, STORED, ROUNDING, CHUNK, True, VECTOR,
                 )  # fmt: skip
 
             new_energies = ()
@@ -539,6 +567,13 @@ def forward_kernel(
             for i in tl.static_range(SUMS):
                 new_totals = new_totals + (totals[i] + tl.where(excluded, 0.0, sums[i]),)
             totals = new_totals
+        if COUNTED:
+            # All positions but the last are the first of a pair, all but the first are the second.
+            changes = (
+                changes[0] + tl.where(excluded, 0, counts[2]),
+                changes[1] + tl.where(excluded, 0, counts[1] - counts[0]),
+                changes[2] + tl.where(excluded, 0, counts[1] - is_on(first)),
+            )
         t = end
 
     if OUTPUT == "mask":
@@ -564,3 +599,7 @@ def forward_kernel(
         store_column_values(differences, b * S + s, k, columns, energy, VECTOR)
     store_column_values(total, b, k, columns, totals[0] * (1 / SCALE), VECTOR)
     store_column_values(square, b, k, columns, totals[1], VECTOR)
+    if COUNTED:
+        store_column_values(transitions, b * 3, k, columns, changes[0], VECTOR)
+        store_column_values(transitions, b * 3 + 1, k, columns, changes[1] - changes[0], VECTOR)
+        store_column_values(transitions, b * 3 + 2, k, columns, changes[2] - changes[0], VECTOR)

@@ -175,8 +175,14 @@ def _present(*tensors: Tensor | None) -> list[int]:
 
 
 def _forward(
-    pre: Tensor, activation: Activation, bands: Bands, segments: Tensor | None, output: str, out: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    pre: Tensor,
+    activation: Activation,
+    bands: Bands,
+    segments: Tensor | None,
+    transitions: bool,
+    output: str,
+    out: Tensor | None,
+) -> tuple[Tensor, ...]:
     """The statistics. output: what is written to `out`, see `forward_kernel`"""
     from tsae_kernels.backends.triton.forward import forward_kernel
 
@@ -184,8 +190,10 @@ def _forward(
     dtype = dtype_of_stats(pre.dtype)
     differences = pre.new_empty(B, len(bands), k, dtype=dtype)
     total, square = pre.new_empty(B, k, dtype=dtype), pre.new_empty(B, k, dtype=dtype)
+    counts = pre.new_empty(B, 3, k, dtype=torch.int32) if transitions else None
+    stats = (differences, total, square) if counts is None else (differences, total, square, counts)
     if B == 0:
-        return differences, total, square
+        return stats
     # Small tensors in one dtype, because another one would compile another kernel.
     name, (bias, threshold, release) = activation.name, (x if x is None else x.to(dtype) for x in activation[1:])
     per_position = threshold is not None and threshold.dim() == 3
@@ -198,7 +206,7 @@ def _forward(
     with _on_device_of(pre):
         forward_kernel[_grid(pre, block)](
             pre, _or(bias, total), _or(threshold, total), _or(release, total), _or(out, stand_in),
-            differences, total, square, _or(_segment_ends(segments), stand_in),
+            differences, total, square, _or(counts, stand_in), _or(_segment_ends(segments), stand_in),
             T, k, _refresh(reach), *_present(bias, threshold, release, segments),
             *pre.stride(), *_strides(bias, 1), *threshold_strides, release_stride,
             **forward_bands(bands, outer),
@@ -207,32 +215,33 @@ def _forward(
             OUTPUT=output,
             THRESHOLD_PER_POSITION=per_position,
             SCALE=sum_scale(pre.dtype),
+            COUNTED=transitions,
             **_constants(pre, block),
             enable_fp_fusion=False,
         )  # fmt: skip
-    return differences, total, square
+    return stats
 
 
 def activate_with_stats(
-    pre: Tensor, activation: Activation, bands: Bands, segments: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pre: Tensor, activation: Activation, bands: Bands, segments: Tensor | None, transitions: bool = False
+) -> tuple[Tensor, ...]:
     """See `interface.Backend`."""
     h = torch.empty_like(pre, memory_format=torch.contiguous_format)
-    return h, *_forward(pre, activation, bands, segments, "h", h)
+    return h, *_forward(pre, activation, bands, segments, transitions, "h", h)
 
 
 def activate_with_mask(
-    pre: Tensor, activation: Activation, bands: Bands, segments: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pre: Tensor, activation: Activation, bands: Bands, segments: Tensor | None, transitions: bool = False
+) -> tuple[Tensor, ...]:
     """See `interface.Backend`."""
     B, T, k = pre.shape
     active = pre.new_empty(B, -(-T // 32), k, dtype=torch.int32)
-    return active, *_forward(pre, activation, bands, segments, "mask", active)
+    return active, *_forward(pre, activation, bands, segments, transitions, "mask", active)
 
 
-def temporal_stats(h: Tensor, bands: Bands, segments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def temporal_stats(h: Tensor, bands: Bands, segments: Tensor | None, transitions: bool = False) -> tuple[Tensor, ...]:
     """See `interface.Backend`."""
-    return _forward(h, Activation("identity"), bands, segments, "nothing", None)
+    return _forward(h, Activation("identity"), bands, segments, transitions, "nothing", None)
 
 
 def activate_with_stats_backward(
