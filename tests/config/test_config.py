@@ -222,7 +222,7 @@ def test_bad_configuration_files_are_named(values: dict[str, object], words: str
         (["--sae.activation", "jumprelu", "--sae.layer-norm", "post"], "sae.layer_norm is 'post' with sae.activation"),
         (
             ["--sae.activation", "jumprelu_schmitt", "--sae.hysteresis", "two-sided"],
-            "sae.hysteresis is 'two-sided' with sae.activation 'jumprelu_schmitt'; only 'schmitt' has the choice",
+            "sae.hysteresis is 'two-sided' with sae.activation 'jumprelu_schmitt'; only 'schmitt' and 'rate' have the ",
         ),
         (
             ["--sae.activation", "batchtopk", "--sae.steering", "exact"],

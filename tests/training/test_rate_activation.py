@@ -20,12 +20,12 @@ from tsae.sae.release import with_hysteresis
 from tsae.training.init_from import warm_start
 from tsae.training.trainer import Trainer
 
-RATE: dict[str, Any] = {"activation": "rate", "release_ratio": 0.5, "encoder_scale": 0.3}
+RATE: dict[str, Any] = {"activation": "rate", "release_ratio": 0.5, "encoder_scale": 0.3, "amplitude_bits": 8.0}
 NONE = {"temporal": "none", "hold_steps": 20, "ramp_steps": 20}
 
 
-def trained(steps: int = 80, **sae: Any) -> Trainer:
-    trainer = make(RATE | sae, NONE)
+def trained(steps: int = 80, lr: float = 0.02, **sae: Any) -> Trainer:
+    trainer = make(RATE | sae, NONE, lr)
     for step in range(steps):
         trainer.train_step(batch(step, 24))
     return trainer
@@ -44,7 +44,7 @@ def test_thresholds_are_common_before_the_blend_and_those_of_the_rates_after() -
         assert (spread < 1e-6) == (step <= 20)
     sae, rates = trainer.sae, trainer.steering.rates
     assert rates is not None
-    costs = switch_costs(sae.rates, 4.0)
+    costs = switch_costs(sae.rates, RATE["amplitude_bits"])
     torch.testing.assert_close(sae.threshold.square(), sae.bit_price * costs.from_off)
     torch.testing.assert_close(sae.release.square(), sae.bit_price * costs.from_on)
     assert float((sae.release / sae.threshold).std()) > 0.01
@@ -75,7 +75,7 @@ def test_it_holds_the_wanted_l0_on_other_text() -> None:
 
 
 def test_it_holds_the_wanted_bits_on_other_text() -> None:
-    sae = trained(120, support_bits=12.0).finished()
+    sae = trained(150, lr=0.005, support_bits=12.0).finished()
     code = CodeLength()
     h, segments = held_out(sae)
     code.update(h[:24], segments[:24], 0)
@@ -123,7 +123,7 @@ def cost(sae: SparseAutoencoder, h: torch.Tensor, segments: torch.Tensor) -> flo
     from tsae.sae.rates import path_costs
 
     transition, start = (sae.bit_price * bits for bits in path_costs(sae.rates, sae.cfg.amplitude_bits))
-    total, on = -float(h.double().square().sum()), (h > 0).long()
+    total, on = -float(h.detach().double().square().sum()), (h > 0).long()
     features = torch.arange(h.shape[2])
     for b, t in (segments >= 0).nonzero().tolist():
         joined = t > 0 and segments[b, t] == segments[b, t - 1]

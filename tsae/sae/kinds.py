@@ -92,6 +92,6 @@ KINDS: dict[str, Kind] = {
     "batchtopk": Kind("batch", saelens="jumprelu", feature_tensors=(5, 7)),
     "jumprelu": Kind("learned", saelens="jumprelu", feature_tensors=(5, 7)),
     "schmitt": Kind("steered", release=True),
-    "rate": Kind("steered", release=True, rates=True),
     "jumprelu_schmitt": Kind("learned", release=True, feature_tensors=(8, 13)),
+    "rate": Kind("steered", release=True, rates=True),
 }
