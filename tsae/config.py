@@ -99,6 +99,11 @@ class SAEConfig:
         """The properties of ``activation``."""
         return KINDS[self.activation]
 
+    @property
+    def uses_gate_gradient(self) -> bool:
+        """Whether the activation has the pseudo-gradient of ``gate_gradient``."""
+        return self.gate_gradient > 0 and self.kind.steered
+
     def check(self) -> None:
         """Raise `UserError` for the first invalid value."""
         check_ranges(self, "sae.")
@@ -130,11 +135,10 @@ class SAEConfig:
 
     def _check_steered(self) -> None:
         kind = self.kind
-        if self.gate_gradient > 0 and not (kind.steered and (self.hysteresis, self.layer_norm) == ("causal", "none")):
+        if self.uses_gate_gradient and (self.hysteresis, self.layer_norm) != ("causal", "none"):
             raise UserError(
-                f"sae.gate_gradient is {self.gate_gradient:g} with sae.activation {self.activation!r}, sae.hysteresis "
-                f"{self.hysteresis!r} and sae.layer_norm {self.layer_norm!r}; only 'schmitt' and 'rate' have it, "
-                "causal and without layer normalization."
+                f"sae.gate_gradient is {self.gate_gradient:g} with sae.hysteresis {self.hysteresis!r} and sae.layer_norm "
+                f"{self.layer_norm!r}; it is for causal hysteresis without layer normalization, so set it to 0."
             )
         for name, default, allowed in (
             ("hysteresis", "causal", kind.steered and (kind.rates or self.hysteresis != "path")),

@@ -60,8 +60,14 @@ def test_tcsae_preset_is_the_papers() -> None:
     assert cfg.buffer.sequences == 2048
 
 
-def test_demo_is_hysteresis_with_a_contrastive_and_a_window_term() -> None:
+def test_demo_is_rate_without_a_temporal_term() -> None:
     cfg = preset("demo")
+    assert (cfg.sae.activation, cfg.sae.gate_gradient, cfg.sae.k) == ("rate", 0.2, 36)
+    assert cfg.objective.terms == ()
+
+
+def test_the_earlier_demo_is_hysteresis_with_a_contrastive_and_a_window_term() -> None:
+    cfg = preset("demo-hysteresis")
     assert (cfg.model, cfg.layer, cfg.data) == ("gemma-3-270m", 9, "python-docs")
     assert (cfg.sae.activation, cfg.sae.release_ratio) == ("schmitt", 0.4)
     assert cfg.objective.terms == ("window", "contrastive")
@@ -120,7 +126,10 @@ def test_a_configuration_without_newer_fields_takes_their_defaults() -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["nonsense"], "no preset 'nonsense'; choose one of demo, demo-smollm2, tsae-gemma-2-2b, tcsae-pythia-70m"),
+        (
+            ["nonsense"],
+            "no preset 'nonsense'; choose one of demo, demo-hysteresis, demo-smollm2, tsae-gemma-2-2b, tcsae-pythia-70m",
+        ),
         (["--stepz", "3"], "--stepz"),
         (["--steps", "many"], "--steps"),
         (["--sae.activation", "tanh"], "tanh"),
@@ -211,7 +220,7 @@ def test_bad_configuration_files_are_named(values: dict[str, object], words: str
         (["--objective.window", "1"], "objective.window is 1"),
         (["--steps", "0"], "steps is 0"),
         (["--batch", "0"], "batch is 0"),
-        (["--objective.window", "129"], "objective.window is 129"),
+        (["demo-hysteresis", "--objective.window", "129"], "objective.window is 129"),
         (["--objective", "multiscale", "--objective.weights", "1", "-1", "1"], "objective.weights is (1.0, -1.0, 1.0)"),
         (["--objective.boost", "0"], "objective.boost is 0"),
         (["--optimizer.lr", "0"], "optimizer.lr is 0"),
@@ -222,13 +231,13 @@ def test_bad_configuration_files_are_named(values: dict[str, object], words: str
         (["--sae.activation", "jumprelu", "--sae.layer-norm", "post"], "sae.layer_norm is 'post' with sae.activation"),
         (
             ["--sae.activation", "jumprelu_schmitt", "--sae.hysteresis", "two-sided"],
-            "sae.hysteresis is 'two-sided' with sae.activation 'jumprelu_schmitt'; only 'schmitt' and 'rate' have the ",
+            "sae.hysteresis is 'two-sided' with sae.activation 'jumprelu_schmitt'; only 'schmitt' and 'rate' have ",
         ),
         (
             ["--sae.activation", "batchtopk", "--sae.steering", "exact"],
             "sae.steering is 'exact' with sae.activation 'batchtopk'",
         ),
-        (["--objective.l0", "1"], "objective.l0 is 1.0; sae.activation 'schmitt' has no learned threshold"),
+        (["--objective.l0", "1"], "objective.l0 is 1.0; sae.activation 'rate' has no learned threshold"),
         (["--objective.weight", "-1"], "objective.weight is -1"),
         (["--objective.group", "2561"], "objective.group is 2561; the autoencoder has 2560 features"),
         (["--objective", "fast"], "objective.temporal is 'fast'; it must be none, or any of multiscale, window,"),

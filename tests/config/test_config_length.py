@@ -105,7 +105,7 @@ def test_a_term_may_not_reach_beyond_the_sequence() -> None:
 
 
 def test_negatives_from_other_sequences_need_another_sequence() -> None:
-    options = ["--objective.negatives", "other-sequences", "--length", "1024"]
+    options = ["demo-hysteresis", "--objective.negatives", "other-sequences", "--length", "1024"]
     for alone in ([], ["--batch", "4", "--chunk", "1"]):
         with pytest.raises(UserError, match="with one sequence at a time"):
             command([*options, *alone])[0].check()

@@ -44,7 +44,7 @@ def dense_reason(cfg: TrainConfig, processes: int = 1) -> str | None:
     sae, kind = cfg.sae, cfg.sae.kind
     if not kind.k_sparse or kind.nonlinearity != "relu":
         return f"sae.activation {sae.activation!r} has no threshold that keeps few features active"
-    if sae.gate_gradient > 0:
+    if sae.uses_gate_gradient:
         return f"sae.gate_gradient is {sae.gate_gradient:g}, which needs gradients of features that are off"
     if kind.learned:
         return f"sae.activation {sae.activation!r} needs gradients of features that are off, for its thresholds"
