@@ -128,7 +128,7 @@ def test_a_configuration_without_newer_fields_takes_their_defaults() -> None:
     [
         (
             ["nonsense"],
-            "no preset 'nonsense'; choose one of demo, demo-hysteresis, demo-smollm2, tsae-gemma-2-2b, tcsae-pythia-70m",
+            "no preset 'nonsense'; choose one of demo, demo-hysteresis, demo-smollm2, tsae-gemma-2-2b, tcsae-",
         ),
         (["--stepz", "3"], "--stepz"),
         (["--steps", "many"], "--steps"),
