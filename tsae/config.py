@@ -138,7 +138,8 @@ class SAEConfig:
         if self.uses_gate_gradient and (self.hysteresis, self.layer_norm) != ("causal", "none"):
             raise UserError(
                 f"sae.gate_gradient is {self.gate_gradient:g} with sae.hysteresis {self.hysteresis!r} and "
-                f"sae.layer_norm {self.layer_norm!r}; it is for causal hysteresis without layer normalization, so set it to 0."
+                f"sae.layer_norm {self.layer_norm!r}; it needs causal "
+                "hysteresis and no layer normalization, or 0."
             )
         for name, default, allowed in (
             ("hysteresis", "causal", kind.steered and (kind.rates or self.hysteresis != "path")),
