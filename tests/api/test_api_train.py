@@ -212,4 +212,4 @@ def test_the_command_prints_what_the_function_returns(
     assert capsys.readouterr().out == ""
     assert f"{run.metrics['explained_variance']:.4f}" in printed
     assert f"{run.metrics['explained_variance']:.4f}" in run._repr_html_()
-    assert "96 features (schmitt)" in repr(run)
+    assert "96 features (rate)" in repr(run)

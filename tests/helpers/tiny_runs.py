@@ -39,7 +39,7 @@ def run_options(model: Path, text: Path, out: Path) -> list[str]:
     """Turns on everything that has state: noise, temporal loss, dead features, a buffer that refills."""
     more = "--steps 24 --optimizer.noise-eta 0.1 --optimizer.clip-norm 2 --objective.hold-steps 4"
     more += " --objective.ramp-steps 4 --objective.dead-after-tokens 600 --evaluation.no-final"
-    more += " --sae.d-sae 96 --sae.k 1"  # few enough active that some die
+    more += " --sae.d-sae 96 --sae.k 1 --objective contrastive+window"  # few enough active that some die
     return options(model, text, out, *more.split())
 
 

@@ -32,11 +32,18 @@ def without_header(file: Path) -> int:
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize(
     ("activation", "length"),
-    [*((kind, 128) for kind in KINDS), ("relu", 1024), ("schmitt", 512), ("topk", 16), ("relu", 4)],
+    [
+        *((kind, 128) for kind in (*KINDS, "rate with gate")),
+        ("relu", 1024),
+        ("schmitt", 512),
+        ("topk", 16),
+        ("relu", 4),
+    ],
 )
 def test_memory_of_an_autoencoder_and_of_a_step(activation: str, length: int, autocast: bool) -> None:
     """As many tokens need as much memory at any length."""
-    sae = SAEConfig(d_in=64, d_sae=1024, k=16, activation=activation)  # type: ignore[arg-type]
+    activation, *gate = activation.split()
+    sae = SAEConfig(d_in=64, d_sae=1024, k=16, activation=activation, gate_gradient=0.2 * bool(gate))  # type: ignore[arg-type]
     cfg = at_length(TrainConfig(batch=8, sae=sae), length)
     trainer = Trainer(cfg, InputNormalizer.identity(64), torch.device("cpu"), autocast=autocast)
     shape = cfg.batch, length

@@ -58,7 +58,7 @@ def test_the_start_up_line_states_the_buffers_bound(
     start = " ".join(capsys.readouterr().err.split())
     # 64 sequences x 128 tokens x width 32 x 4 bytes = 1 MiB
     assert "Activation buffer: at most 64 sequences, 1 MiB (float32)" in start
-    assert "layer 1 (float32) on cpu, 48 schmitt features, 3 steps of 32 x 128 tokens." in start
+    assert "layer 1 (float32) on cpu, 48 rate features, 3 steps of 32 x 128 tokens." in start
     assert start.index("Activation buffer") < start.index("Harvest") < start.index("Training")
 
 

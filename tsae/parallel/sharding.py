@@ -79,7 +79,9 @@ class ShardedAutoencoder(SparseAutoencoder):
             placement = Replicate() if dim is None else Shard(dim)
             self.shards[name] = nn.Parameter(DTensor.from_local(part.to(device), mesh, [placement], run_check=False))
         for name, buffer in autoencoder.named_buffers():
-            self.register_buffer(name, split(buffer, FEATURE_DIM[name], ranks.features).to(device))
+            dim = FEATURE_DIM.get(name)
+            part = buffer.clone() if dim is None else split(buffer, dim, ranks.features)
+            self.register_buffer(name, part.to(device))
 
     def parameter_dict(self) -> dict[str, nn.Parameter]:
         """The parameters, DTensors of the full shape, under the names that `SparseAutoencoder` uses."""

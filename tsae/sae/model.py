@@ -286,8 +286,6 @@ class SparseAutoencoder(nn.Module):
         h: (B, T, d_sae), from `activate_counted` of ``pre``; pre, segments: as there
         price: what a unit of squared error of one position weighs in the loss
         """
-        if not self.cfg.uses_gate_gradient:
-            return h
         levels = GateLevels(self.b_enc, self.threshold, self.release)
         return gate_gradient(h, pre, levels, segments, self.cfg.bandwidth, self.cfg.gate_gradient, price)
 

@@ -80,7 +80,8 @@ def sae_parameters(cfg: SAEConfig) -> int:
 
 def sae_bytes(cfg: SAEConfig) -> int:
     """Bytes of the parameters, gradients, Adam's two moments and the threshold buffers, all float32."""
-    return 4 * (4 * sae_parameters(cfg) + 2 * cfg.d_sae)
+    rates = 2 * cfg.d_sae + 1 if cfg.kind.rates else 0
+    return 4 * (4 * sae_parameters(cfg) + 2 * cfg.d_sae + rates)
 
 
 def step_bytes(cfg: TrainConfig, *, autocast: bool, dense: bool = False) -> int:
@@ -102,6 +103,8 @@ def step_bytes(cfg: TrainConfig, *, autocast: bool, dense: bool = False) -> int:
     features, weights = tokens * width * cfg.sae.d_sae, cfg.sae.d_in * cfg.sae.d_sae
     kind = cfg.sae.kind
     forward = backward = kind.feature_tensors[autocast]
+    if cfg.sae.uses_gate_gradient:  # the features with marks, and the entries near a threshold
+        forward = backward = forward + (4 if autocast else 2)
     if kind.k_sparse and not kind.learned and not dense:
         backward = 2  # the backward pass of sparse products frees the others early
     gradients = 0 if 0 < cfg.chunk < cfg.batch else 8 * weights  # not yet there in the forward pass

@@ -298,8 +298,7 @@ class Trainer:
                 pre = sae.pre_activation(x)
                 self.steering.prepare(pre, segments, self.step)
                 h, stats, l0 = sae.activate_counted(pre, bands_for(cfg.objective), segments)
-                price = plan.loss.reconstruction / kept_positions(segments, x, self.ranks)
-                *prefixes, xhat = sae.decode_prefixes(sae.gated(h, pre, segments, price * (weight or 1.0)))
+                *prefixes, xhat = sae.decode_prefixes(self._gated(h, pre, segments, weight, plan))
             else:
                 centred, pre = lists.pre_activation(x)
                 self.steering.prepare(pre, segments, self.step)
@@ -344,6 +343,13 @@ class Trainer:
             l0.detach(),
             tuple(weight * gradient for gradient in l0_gradients),
         )
+
+    def _gated(self, h: Tensor, pre: Tensor, segments: Tensor, weight: float | Tensor | None, plan: StepPlan) -> Tensor:
+        """The features for the decoder, with `SparseAutoencoder.gated` if the activation uses it."""
+        if not self.cfg.sae.uses_gate_gradient:
+            return h
+        price = plan.loss.reconstruction / kept_positions(segments, h, self.ranks)
+        return self.sae.gated(h, pre, segments, price if weight is None else weight * price)
 
     def _pairs(self, segments: Tensor) -> Pairs | MaskedPairs | None:
         """The pairs of the contrastive objective, a function of the seed and the step alone."""
