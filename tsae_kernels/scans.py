@@ -58,9 +58,7 @@ def viterbi_path(
     return path
 
 
-def leaky_recurrence(
-    a: Tensor, decay: Tensor, segments: Tensor | None = None, *, backend: str | None = None
-) -> Tensor:
+def leaky_recurrence(a: Tensor, decay: Tensor, segments: Tensor | None = None, *, backend: str | None = None) -> Tensor:
     """h_t = decay h_{t-1} + (1 - decay) a_t along T, per feature (Persistent SAE, arXiv 2607.17117).
 
     h is 0 before the first position of every segment. docs/mathematics.md, section 8.

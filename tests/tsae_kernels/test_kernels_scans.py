@@ -50,7 +50,7 @@ def path_cost(on, z, transition, start, segments=None):
 
 
 def cheapest(z, transition, start):
-    """Over all 2^T paths of one segment: the path, off at the last position where two cheapest ones differ. z: [T, k]."""
+    """Over all 2^T paths of one segment z [T, k]: the one that is off where two cheapest last differ."""
     T, k = z.shape
     best, found = torch.full((k,), math.inf, dtype=torch.float64), torch.zeros(T, k, dtype=torch.bool)
     for states in itertools.product((False, True), repeat=T):  # the last position's state changes last
@@ -188,9 +188,7 @@ def test_the_decisions_stay_exact_beside_a_huge_value(backend, dtype):
     assert paths[0].tolist() == [True, True, True, True, True, True]
     assert all(torch.equal(path, paths[0]) for path in paths)
     sticky = torch.tensor([[0.0, 2.0], [0.25, 0.75]])
-    x[0, 3:] = torch.tensor(
-        [0.5, 0.5, 0.5]
-    )  # 0.25 for each position on, 0.5 for staying on: off after the infinite one
+    x[0, 3:] = torch.tensor([0.5, 0.5, 0.5])  # staying on costs 0.5 and gains 0.25
     path = viterbi_path(x[..., None].to(dtype), sticky[..., None], start[:, None], backend=backend)[0, :, 0]
     assert path[2]
     assert not path[3:].any()
@@ -210,8 +208,8 @@ def test_nan_and_negative_values_are_off(backend):
 def strided(shape, dtype, generator):
     """Views of one tensor's values: with strides, transposed, unaligned, and constant along k."""
     base = torch.randn(shape, generator=generator).to(dtype)
-    B, T, k = shape
-    every = torch.stack([base, base]).permute(1, 2, 3, 0)[..., 0]
+    B, T, _ = shape
+    every = torch.stack([base, base], 3)[..., 0]
     transposed = base.transpose(1, 2).contiguous().transpose(1, 2)
     batch = base.transpose(0, 1).contiguous().transpose(0, 1)
     unaligned = torch.cat([base[..., :1], base], 2)[..., 1:]

@@ -177,10 +177,9 @@ def leaky_recurrence_backward_kernel(
     CHUNK: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """grad_a [B, T, k], and grad_decay [B, k] before the sum over the batch; without `with_decay`, a and h are not read.
+    """grad_a [B, T, k], and grad_decay [B, k] before the sum over the batch. Walks back in chunks of rows.
 
-    Walks back in chunks of rows, the first of which may be short. Sums are taken over BLOCK_T positions, then over
-    those.
+    Without `with_decay`, a and h are not read. Sums are taken over BLOCK_T positions, then over those.
     """
     b, columns = sequence_and_columns(k, BLOCK_K, VECTOR)
     grad_in = column_pointers(grad_h, b, grad_h_b, columns, grad_h_k, VECTOR)
@@ -195,7 +194,8 @@ def leaky_recurrence_backward_kernel(
         part = tl.zeros([BLOCK_K], COMPUTE)
         for chunk in range(BLOCK_T // CHUNK - 1, -1, -1):
             t = block * BLOCK_T + chunk * CHUNK
-            arrived = load_rows(row_pointers(grad_in, t, grad_h_t, VECTOR), grad_h_t, T - t, columns, CHUNK, True, VECTOR)
+            at = row_pointers(grad_in, t, grad_h_t, VECTOR)
+            arrived = load_rows(at, grad_h_t, T - t, columns, CHUNK, True, VECTOR)
             left = with_decay * (T - t)
             now = load_rows(row_pointers(a_in, t, a_t, VECTOR), a_t, left, columns, CHUNK, True, VECTOR)
             for i in tl.static_range(CHUNK - 1, -1, -1):
