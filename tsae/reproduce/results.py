@@ -28,7 +28,8 @@ from tsae.utils.output import tables
 COLUMNS = (
     METRICS["explained_variance"],
     Metric("explained_variance_with_bos", "explained variance with BOS", heading="with BOS"),
-    *(METRICS[key] for key in ("l0", "l1", "cossim", "l2_ratio", "relative_reconstruction_bias", "ce_loss_score")),
+    *(METRICS[key] for key in ("ce_loss_score", "temporal.support_bits", "temporal.total_bits", "l0", "l1")),
+    *(METRICS[key] for key in ("cossim", "l2_ratio", "relative_reconstruction_bias")),
 )
 # Only in results.json.
 FURTHER = ("mse", "ce_loss_with_sae", "ce_loss_without_sae", "frac_alive", "temporal.persistence_excess")
