@@ -62,7 +62,7 @@ class Curve:
 
     Of the measured points those stay that no other one beats in both; between neighbours, log(1 - quality) is linear in
     log(bits). So errors follow a power of the bits, as an SAE's error follows a power of its L0. For neighbours whose
-    bits differ by a factor r, a straight line in the bits would give up to (ln r)^2 / 8 more bits: 0.4 % at r = 1.2.
+    bits differ by a factor r, linear in the bits would give up to (ln r)^2 / 8 more of them: 0.4 % at r = 1.2.
 
     points: (bits, quality), in any order; quality is below 1 and bits are above 0, others are left out
     """

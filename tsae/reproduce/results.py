@@ -106,7 +106,9 @@ def collect(
             metrics = run["metrics"] or {}
             if metrics:
                 metrics["explained_variance_with_bos"] = explained["with_bos"]["runs"][f"{name}-{given}"]
-            values = {key: lookup(metrics, key) if metrics else None for key in keys}
+            # Bits are missing where features fall below 0, as with gelu.
+            found = {key: lookup(metrics, key) for key in keys}
+            values = {key: value if isinstance(value, (int, float)) else None for key, value in found.items()}
             row[given] = values | {"steps": run["steps"], "error": run["error"]}
         rows.append(row)
     return {
