@@ -1,11 +1,11 @@
-"""The bits of a trained autoencoder are those that an arithmetic coder writes, and its bytes hold the reconstruction."""
+"""The bits of a trained autoencoder are those that an arithmetic coder writes; its bytes hold the reconstruction."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from feature_coder import FeatureCoder
-from persistent_activations import D, Activations
+from persistent_activations import Activations, D
 from torch import Tensor
 
 from tsae.config import SAEConfig
