@@ -254,7 +254,8 @@ def colours(methods: list[str]) -> dict[str, Any]:
     """A colour for each method: its own, or the next one of a palette."""
     import matplotlib
 
-    others = matplotlib.colormaps["tab20"].colors
+    palette = matplotlib.colormaps["tab20"].colors
+    others = palette[2::2] + palette[3::2]  # strong ones first
     return {method: COLOURS.get(method, others[i % len(others)]) for i, method in enumerate(methods)}
 
 

@@ -148,7 +148,7 @@ def test_panels_have_titles_labels_and_the_data(run_dir):
     assert panels["Loss terms"].get_yscale() == "log"
     target = panels["Active features (L0)"].get_legend().get_texts()[-1].get_text()
     assert target == "target k = 32"
-    lags = panels["Memory of the features over lags"]
+    lags = panels["Memory over lags"]
     assert list(lags.lines[0].get_xdata()) == [1, 2, 4, 8, 16, 32, 64]
     assert list(lags.lines[0].get_ydata()) == list(EVALUATION["temporal"]["autocorrelation"].values())
 

@@ -183,9 +183,9 @@ def _bits(ax: Axes, evaluation: dict[str, Any]) -> None:
     if not rows:
         return _empty(ax, "not measured")
     places = np.arange(len(rows))[::-1]
-    support = [row[1] for row in rows]
-    ax.barh(places, support, color=BLUE, height=0.5, label="support")
-    ax.barh(places, [row[2] for row in rows], left=support, color=ORANGE, height=0.5, label="amplitudes")
+    widths = [row[1] for row in rows]
+    ax.barh(places, widths, color=BLUE, height=0.5, label="support")
+    ax.barh(places, [row[2] for row in rows], left=widths, color=ORANGE, height=0.5, label="amplitudes")
     for place, (_, first, second) in zip(places, rows, strict=True):
         ax.text(
             first / 2, place, METRICS["temporal.support_bits"].short(first), color="white", ha="center", va="center"
@@ -273,7 +273,7 @@ def _dead(ax: Axes, records: Records) -> None:
 
 
 def _lags(ax: Axes, evaluation: dict[str, Any]) -> None:
-    ax.set_title("Memory of the features over lags")
+    ax.set_title("Memory over lags")
     temporal = evaluation.get("temporal", {})
     drawn = False
     for key, color, marker in (
@@ -305,7 +305,7 @@ def _lags(ax: Axes, evaluation: dict[str, Any]) -> None:
 
 
 def _persistence(ax: Axes, evaluation: dict[str, Any]) -> None:
-    ax.set_title("Does an active feature stay on?")
+    ax.set_title("Do features stay on?")
     colors = {"persistence": BLUE, "persistence_excess": GREEN, "persistence_excess_shuffled": GREY}
     metrics = [METRICS[f"temporal.{key}"] for key in colors]
     rows = [(m, lookup(evaluation, m.key), color) for m, color in zip(metrics, colors.values(), strict=True)]
