@@ -189,9 +189,8 @@ def compressed(path: Path) -> Iterator[str]:
 
 
 def scripture(path: Path) -> Iterator[str]:
-    """The books or chapters of a SWORD module: of `nt.bzs` the index, `nt.bzz` zlib blocks, `nt.bzv` the verses."""
-    unit = path.suffix[:-1]  # .bz books, .cz chapters
-    blocks, verses = path.with_suffix(unit + "z").read_bytes(), path.with_suffix(unit + "v").read_bytes()
+    """The books of a SWORD module, one a document: of `nt.bzs` the index, `nt.bzz` zlib blocks, `nt.bzv` the verses."""
+    blocks, verses = path.with_suffix(".bzz").read_bytes(), path.with_suffix(".bzv").read_bytes()
     books = []
     for offset, size, _ in struct.iter_unpack("<III", path.read_bytes()):
         books.append(zlib.decompress(blocks[offset : offset + size]))
