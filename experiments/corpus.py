@@ -273,7 +273,8 @@ def unpacked(package: Path, source: Source, directory: Path) -> Path:
     (archive,) = fnmatch.filter(names, source.archive)
     members = directory / "members"
     with tarfile.open(content / archive) as file:
-        file.extractall(members, [member for member in file if _is_wanted(source, member.name)], filter="data")
+        wanted = [member for member in file if member.isfile() and _is_wanted(source, member.name)]  # no links
+        file.extractall(members, wanted, filter="data")
     return members
 
 
