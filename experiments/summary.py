@@ -1,10 +1,12 @@
-"""Summarize sweeps: a Markdown table of means over seeds, and explained variance against persistence as a figure.
+"""Summarize sweeps: Markdown tables of means over seeds, and explained variance against bits as a figure.
 
     python experiments/summary.py SWEEP ... [--figure docs/figures/frontier.png] [--json docs/results/frontier.json]
 
 SWEEP is a sweep's directory or a file that `--json` wrote. Runs that differ in the seed alone are averaged; ± is half
-the range over seeds. The second table compares every configuration with `plain`. Measurements of a run at another
-release ratio (`python -m tsae.evaluate RUN --release-ratio R`) are listed as RUN@R.
+the range over seeds. The second table compares every configuration with `plain`, the third its bits with those of the
+best baseline at equal explained variance (`tsae.reports.frontier`): for that, the baselines are measured at two sizes
+or more, `plain-k30-seed0`, `plain-k36-seed0`. `--at 0.915` adds the bits of all methods at one explained variance.
+Measurements of a run at another release ratio (`python -m tsae.evaluate RUN --release-ratio R`) are listed as RUN@R.
 """
 # ruff: noqa: T201
 
@@ -12,17 +14,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
+import math
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from tsae.evaluation.catalogue import lookup
+from tsae.reports.frontier import BASELINES, CE, EV, SUPPORT, TOTAL, Estimate, Frontier, run_name
 
+# Quality and bits stand first.
 COLUMNS = (
-    ("EV", "explained_variance", 4),
-    ("CE score", "ce_loss_score", 4),
+    ("EV", EV, 4),
+    ("EV without massive", "massive.explained_variance_without", 4),
+    ("support bits", SUPPORT, 1),
+    ("total bits", TOTAL, 1),
+    ("CE score", CE, 4),
     ("L0", "l0", 1),
     ("alive", "frac_alive", 3),
     ("excess", "temporal.persistence_excess", 3),
@@ -40,9 +47,13 @@ COLOURS = {
     "default": "#D55E00",
 }
 OTHER = "#CC79A7"
+EXCESS, SHUFFLED = "temporal.persistence_excess", "temporal.persistence_excess_shuffled"
+STEPS = tuple(key for _, key, _ in COLUMNS[-3:])
+"""Relative differences at lag 1, and smoothness."""
 
 
 Runs = dict[str, dict[str, Any]]  # name -> metrics
+Named = list[tuple[str, dict[str, Any]]]
 
 
 def read_sweep_directory(directory: Path) -> Runs:
@@ -76,6 +87,8 @@ def write_json(sweeps: dict[str, Runs], path: Path) -> None:
     def line(run: dict[str, Any]) -> dict[str, Any]:
         kept: dict[str, Any] = {}
         for _, key, _ in COLUMNS:
+            if not measured(run, key):
+                continue
             *parents, leaf = key.split(".")
             inner = kept
             for parent in parents:
@@ -92,24 +105,50 @@ def write_json(sweeps: dict[str, Runs], path: Path) -> None:
     path.write_text("{" + ",\n".join(blocks) + "}\n")
 
 
+def measured(run: dict[str, Any], key: str) -> bool:
+    """Whether a run has the metric; those of earlier versions lack some."""
+    value = lookup(run, key)
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def by_configuration(sweeps: dict[str, Runs]) -> dict[str, list[dict[str, Any]]]:
     """Configuration (a run's name without its seed) -> the metrics of its seeds."""
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for runs in sweeps.values():
         for name, run in runs.items():
-            found[re.sub(r"-seed\d+(?=$|@)", "", name)].append(run)
+            found[without_seed(name)].append(run)
     return dict(found)
 
 
+def without_seed(name: str) -> str:
+    """The name of a run without its seed."""
+    seed = run_name(name).seed
+    return name.replace(f"-seed{seed}", "", 1) if seed else name
+
+
+def named(sweeps: dict[str, Runs]) -> Named:
+    """The runs of all sweeps."""
+    return [run for runs in sweeps.values() for run in runs.items()]
+
+
+def average(found: dict[str, list[dict[str, Any]]], name: str, key: str) -> float:
+    """The mean over seeds; NaN if a seed lacks the metric."""
+    return mean(lookup(run, key) if measured(run, key) else math.nan for run in found[name])
+
+
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
-    """One row per configuration: the mean, and ± half the range if there are several seeds."""
+    """One row per configuration: the mean, and ± half the range over seeds. Columns that any run has."""
+    columns = [column for column in COLUMNS if any(measured(run, column[1]) for runs in found.values() for run in runs)]
     lines = [
-        "| run | seeds | " + " | ".join(heading for heading, _, _ in COLUMNS) + " |",
-        "| --- " * (len(COLUMNS) + 2) + "|",
+        "| run | seeds | " + " | ".join(heading for heading, _, _ in columns) + " |",
+        "| --- " * (len(columns) + 2) + "|",
     ]
     for name, runs in found.items():
         cells = []
-        for _, key, digits in COLUMNS:
+        for _, key, digits in columns:
+            if not all(measured(run, key) for run in runs):
+                cells.append("–")
+                continue
             values = [lookup(run, key) for run in runs]
             spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{mean(values):.{digits}f}{spread}")
@@ -118,71 +157,160 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def against_plain(found: dict[str, list[dict[str, Any]]]) -> str:
-    """Every configuration against `plain`: differences and ratios of means."""
+    """Every configuration against `plain`: differences and ratios of means. Not at equal explained variance."""
 
-    def average(name: str, key: str) -> float:
-        return mean(lookup(run, key) for run in found[name])
+    def difference(name: str, key: str) -> str:
+        return f"{average(found, name, key) - average(found, 'plain', key):+.4f}"
+
+    def change(name: str, key: str) -> str:
+        return f"{average(found, name, key) / average(found, 'plain', key) - 1:+.1%}"
 
     def over_control(name: str) -> float:
-        return average(name, "temporal.persistence_excess") - average(name, "temporal.persistence_excess_shuffled")
+        return average(found, name, EXCESS) - average(found, name, SHUFFLED)
 
-    lines = [
-        "| against plain | EV | CE score | L0 | alive | excess | excess minus control | lag 1 pooled | per feature |"
-        " smoothness |",
-        "| --- " * 10 + "|",
+    bits = [
+        (heading, key)
+        for heading, key in (("support bits", SUPPORT), ("total bits", TOTAL))
+        if all(measured(run, key) for run in found["plain"])
     ]
+    heads = ["against plain", "EV", *(heading for heading, _ in bits), "CE score", "L0", "alive", "excess"]
+    heads += ["excess minus control", "lag 1 pooled", "per feature", "smoothness"]
+    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for name in found:
         if name == "plain":
             continue
-        lines.append(
-            f"| {name} | "
-            f"{average(name, 'explained_variance') - average('plain', 'explained_variance'):+.4f} | "
-            f"{average(name, 'ce_loss_score') - average('plain', 'ce_loss_score'):+.4f} | "
-            f"{average(name, 'l0') / average('plain', 'l0') - 1:+.1%} | "
-            f"{average(name, 'frac_alive') / average('plain', 'frac_alive'):.1%} | "
-            f"{average(name, COLUMNS[4][1]) / average('plain', COLUMNS[4][1]):.2f} x | "
-            f"{over_control(name) / over_control('plain'):.2f} x | "
-            + " | ".join(f"{average(name, key) / average('plain', key) - 1:+.1%}" for _, key, _ in COLUMNS[6:])
-            + " |"
-        )
+        cells = [name, difference(name, EV), *(change(name, key) for _, key in bits), difference(name, CE)]
+        cells += [
+            change(name, "l0"),
+            f"{average(found, name, 'frac_alive') / average(found, 'plain', 'frac_alive'):.1%}",
+        ]
+        cells += [f"{average(found, name, EXCESS) / average(found, 'plain', EXCESS):.2f} x"]
+        cells += [f"{over_control(name) / over_control('plain'):.2f} x", *(change(name, key) for key in STEPS)]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def figure(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Explained variance against persistence beyond chance; a line joins the points of one family."""
+def shown(found: Estimate, form: str) -> str:
+    """A value and half its range over seeds; a dash if there is none."""
+    if found.value is None:
+        return "–"
+    spread = f" ± {found.half_range:{form.replace('+', '')}}" if found.seeds > 1 else ""
+    value = f"{found.value:{form}}"
+    return (value.replace("-", "+") if float(value.rstrip("%")) == 0 else value) + spread  # no -0.0
+
+
+def at_equal_quality(runs: Named, baselines: tuple[str, ...] = BASELINES, quality: str = EV) -> str:
+    """Bits of every configuration relative to the best of the baselines at equal explained variance; "" without bits.
+
+    Of each bits: the configuration's, how many per cent fewer or more than the best baseline, and which that is. Below
+    the table, which baselines could not be compared, and why.
+    """
+    label = {EV: "EV", CE: "CE score"}.get(quality, quality)
+    frontiers = [Frontier(runs, bits, quality) for bits in (SUPPORT, TOTAL)]
+    if not frontiers[0].configurations:
+        return ""
+    heads = [f"at equal {label}", label]
+    for heading in ("support bits", "total bits"):
+        heads += [heading, "relative", "best baseline"]
+    lines, notes = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"], []
+    for name in frontiers[0].configurations:
+        found = [frontier.relative(name, baselines) for frontier in frontiers if name in frontier.configurations]
+        cells = [name, shown(found[0].quality, ".4f")]
+        for each in found:
+            cells += [shown(each.bits, ".1f"), shown(each.difference, "+.1%"), each.baseline or "–"]
+            notes += [f"{name}: {note}" for note in (*each.notes, each.difference.why) if note]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, *(["", *(f"* {note}" for note in dict.fromkeys(notes))] if notes else [])])
+
+
+def at_one_quality(runs: Named, at: float, quality: str = EV) -> str:
+    """Bits of every method at one explained variance, interpolated between its sizes."""
+    frontiers = [Frontier(runs, bits, quality) for bits in (SUPPORT, TOTAL)]
+    lines = [f"| at {quality} {at:g} | support bits | total bits |", "| --- | --- | --- |"]
+    notes = []
+    for method in frontiers[0].methods:
+        found = [frontier.bits_at(method, at) for frontier in frontiers]
+        notes += [each.why for each in found if each.why]
+        lines.append(f"| {method} | " + " | ".join(shown(each, ".1f") for each in found) + " |")
+    return "\n".join([*lines, *(["", *(f"* {note}" for note in dict.fromkeys(notes))] if notes else [])])
+
+
+def start_figure(columns: int) -> tuple[Any, Any, Any]:
+    """matplotlib.pyplot, a figure, and its panels."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, columns, figsize=(7.5 if columns == 1 else 11, 5), layout="constrained", sharey=True, squeeze=False
+    )
+    for ax in axes[0]:
+        ax.grid(alpha=0.3)
+    return pyplot, figure, axes[0]
+
+
+def colours(methods: list[str]) -> dict[str, Any]:
+    """A colour for each method: its own, or the next one of a palette."""
+    import matplotlib
+
+    palette = matplotlib.colormaps["tab20"].colors
+    others = palette[2::2] + palette[3::2]  # strong ones first
+    return {method: COLOURS.get(method, others[i % len(others)]) for i, method in enumerate(methods)}
+
+
+def figure(runs: Named, path: Path, quality: str = EV) -> None:
+    """Explained variance against support bits and against total bits; a line joins the sizes of one method."""
+    pyplot, drawing, axes = start_figure(2)
+    for ax, (bits, label) in zip(axes, ((SUPPORT, "support bits"), (TOTAL, "total bits")), strict=True):
+        frontier = Frontier(runs, bits, quality)
+        chosen = colours(list(frontier.methods))
+        for method in frontier.methods:
+            points = sorted(
+                (mean(p[0] for p in seeds), mean(p[1] for p in seeds), run_name(name).size)
+                for name, seeds in frontier.configurations.items()
+                if run_name(name).method == method
+            )
+            colour = chosen[method]
+            style = {"marker": "*", "markersize": 11} if method == "default" else {"marker": "o", "markersize": 4.5}
+            ax.plot([p[0] for p in points], [p[1] for p in points], color=colour, label=method, **style)
+        ax.set_xlabel(f"{label} per token")
+    axes[0].set_ylabel({EV: "explained variance (share)", CE: "cross-entropy recovered (share)"}.get(quality, quality))
+    axes[1].legend(frameon=False, fontsize=8)
+    drawing.savefig(path, dpi=150)
+    pyplot.close(drawing)
+
+
+def persistence_figure(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Explained variance against persistence beyond chance; a line joins the points of one method."""
+    pyplot, drawing, (axes,) = start_figure(1)
     families: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
-    for name, runs in found.items():
-        parts = re.fullmatch(r"(.+?)-([\d.]+)", name)
-        family, value = parts.groups() if parts else (name, "")
-        point = [
-            mean(lookup(run, key) for run in runs) for key in ("temporal.persistence_excess", "explained_variance")
-        ]
-        families[family].append((point[0], point[1], value))
+    for name in found:
+        parts = run_name(name)
+        families[parts.method].append((average(found, name, EXCESS), average(found, name, EV), parts.size))
     for family, points in families.items():
         colour = COLOURS.get(family, OTHER)
-        ordered = sorted(points, key=lambda point: float(point[2]) if point[2] else 0.0)
+        ordered = sorted(points, key=lambda point: float(point[2].lstrip("k") or 0))
         style = {"marker": "*", "markersize": 13} if family == "default" else {"marker": "o"}
         axes.plot(*zip(*[point[:2] for point in ordered], strict=True), color=colour, label=family, **style)
         for x, y, value in ordered:
             axes.annotate(value, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8, color=colour)
     axes.set_xlabel("persistence beyond chance (probability)")
     axes.set_ylabel("explained variance (share)")
-    axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    drawing.savefig(path, dpi=150)
+    pyplot.close(drawing)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", type=Path, nargs="+")
-    parser.add_argument("--figure", type=Path, help="draw explained variance against persistence into this file")
+    parser.add_argument("--figure", type=Path, help="draw explained variance against bits into this file")
+    parser.add_argument("--persistence", type=Path, help="draw explained variance against persistence into this file")
     parser.add_argument("--json", type=Path, help="write the metrics of every run in compact form into this file")
+    parser.add_argument("--at", type=float, help="the bits of all methods at this explained variance")
+    parser.add_argument("--quality", default=EV, help=f"what is equal or drawn instead of {EV}, such as {CE}")
+    parser.add_argument("--baselines", nargs="+", default=BASELINES, help="the methods to compare with")
     arguments = parser.parse_args()
     sweeps = read_sweeps(arguments.sweeps)
     if arguments.json:
@@ -191,8 +319,15 @@ def main() -> None:
     print(table(found))
     if "plain" in found:
         print("\n" + against_plain(found))
+    runs = named(sweeps)
+    if relative := at_equal_quality(runs, tuple(arguments.baselines), arguments.quality):
+        print("\n" + relative)
+    if arguments.at is not None:
+        print("\n" + at_one_quality(runs, arguments.at, arguments.quality))
     if arguments.figure:
-        figure(found, arguments.figure)
+        figure(runs, arguments.figure, arguments.quality)
+    if arguments.persistence:
+        persistence_figure(found, arguments.persistence)
 
 
 if __name__ == "__main__":

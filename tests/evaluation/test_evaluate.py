@@ -19,6 +19,7 @@ from tsae.evaluate import evaluate, main, write_eval
 from tsae.evaluation import command as module
 from tsae.evaluation import evaluator as measure
 from tsae.evaluation.catalogue import GROUPS
+from tsae.evaluation.coding import Sample, coding_step
 from tsae.evaluation.metrics import CodeLength
 from tsae.lm.hooks import activations
 from tsae.lm.loading import load_language_model
@@ -226,11 +227,18 @@ def test_bits_are_counted_in_one_half_of_the_text_and_charged_in_the_other(lm, b
     code.update(sae.encode(x), batch.segments, half)
     for size in (6, 4, 1):
         metrics = evaluate(sae, lm, [batch], layer=LAYER, harvest_batch=size).metrics
-        # The step of the quantization is the rms error, and 0.7 the norm of each decoder row.
-        expected = code.compute(math.sqrt(metrics["mse"]), torch.full((64,), 0.7))
+        norms = torch.full((64,), 0.7)
+        step = coding_step(sae, Sample(x, x, batch.segments), math.sqrt(metrics["mse"]), norms)
+        expected = code.compute(step, norms)
         found = {name: metrics["temporal"][name] for name in expected}
         assert found == pytest.approx(expected, rel=1e-3)
         assert metrics["temporal"]["total_bits_shuffled"] > 0
+
+
+def test_an_autoencoder_with_values_below_0_has_no_bits(lm, batch):
+    sae = SparseAutoencoder(SAEConfig(d_in=32, d_sae=48, activation="gelu"))
+    temporal = evaluate(sae, lm, [batch], layer=LAYER).metrics["temporal"]
+    assert set(temporal) == {key for key in TEMPORAL_KEYS if "bits" not in key}
 
 
 def test_bits_of_an_autoencoder_without_error_are_finite(lm, batch):
@@ -326,7 +334,7 @@ def test_table_names_groups_and_units(lm, batch, capsys):
     table = capsys.readouterr().out
     for word in (
         "Reconstruction",
-        "Code length",
+        "Quality and code length",
         "total bits",
         "Sparsity",
         "Language model",

@@ -31,6 +31,7 @@ def evaluation() -> dict[str, Any]:
         "temporal": {
             "total_bits": 313.9,
             "support_bits": 187.6,
+            "support_bits_memoryless": 215.2,
             "persistence_excess": 0.31,
             "persistence_excess_shuffled": 0.09,
         },

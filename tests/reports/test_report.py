@@ -30,6 +30,10 @@ EVALUATION = {
         "transitions": {"on_on": 0.006, "on_off": 0.0066, "off_on": 0.0066, "off_off": 0.9808},
         "smoothness": 0.12,
         "support_bits": 187.6,
+        "support_bits_memoryless": 215.2,
+        "support_bits_shuffled": 209.4,
+        "amplitude_bits": 126.3,
+        "amplitude_bits_shuffled": 127.0,
         "total_bits": 313.9,
     },
 }
@@ -135,7 +139,8 @@ def test_each_series_may_be_missing(drop):
 
 def test_panels_have_titles_labels_and_the_data(run_dir):
     panels = axes_of(page(run_dir))
-    assert len(panels) == 8
+    assert len(panels) == 9
+    assert next(iter(panels)) == "Bits per token"  # the yardstick stands first
     for ax in panels.values():
         assert ax.get_xlabel()
     losses = {line.get_label(): line for line in panels["Loss terms"].lines}
@@ -143,31 +148,62 @@ def test_panels_have_titles_labels_and_the_data(run_dir):
     assert panels["Loss terms"].get_yscale() == "log"
     target = panels["Active features (L0)"].get_legend().get_texts()[-1].get_text()
     assert target == "target k = 32"
-    lags = panels["Memory of the features over lags"]
+    lags = panels["Memory over lags"]
     assert list(lags.lines[0].get_xdata()) == [1, 2, 4, 8, 16, 32, 64]
     assert list(lags.lines[0].get_ydata()) == list(EVALUATION["temporal"]["autocorrelation"].values())
 
 
-def test_bits_stand_beside_the_explained_variance(run_dir):
+def test_quality_and_bits_stand_first_in_the_report():
     def texts(evaluation):
         figure = draw(Records("run", {}, evaluation, config=CONFIG, density=None))
         return [text.get_text() for text in figure.subfigs[0].texts]
 
     found = texts(EVALUATION)
-    assert found[found.index("total bits") - 1] == "313.9"
-    assert found[found.index("total bits") + 1] == "187.6 of support; per token"
-    assert found.index("explained variance") < found.index("total bits") < found.index("active features (L0)")
+    places = [
+        found.index(name)
+        for name in (
+            "explained variance",
+            "loss recovered (zero ablation)",
+            "support bits",
+            "total bits",
+            "active features (L0)",
+        )
+    ]
+    assert places == sorted(places)
+    assert [found[place - 1] for place in places] == ["0.915", "0.977", "187.6", "313.9", "32.4"]
+    assert found[places[1] + 1] == "0.911 against mean ablation"
     old = texts({**EVALUATION, "temporal": {"persistence_excess": 0.3}})  # written before bits were measured
     assert old[old.index("total bits") - 1] == "–"
 
 
-def test_the_comparison_begins_with_explained_variance_and_bits(capsys):
+def test_bars_show_support_and_amplitudes(run_dir):
+    bits = axes_of(page(run_dir))["Bits per token"]
+    assert [bar.get_width() for bar in bits.patches] == pytest.approx([187.6, 215.2, 209.4, 126.3, 0, 127.0])
+    written = [text.get_text().strip() for text in bits.texts]
+    assert written == ["187.6", "313.9", "215.2", "209.4", "336.4"]
+    old = {**EVALUATION, "temporal": {"persistence_excess": 0.3}}
+    panels = axes_of(draw(Records("run", {}, old, config=CONFIG, density=None)))
+    assert [text.get_text() for text in panels["Bits per token"].texts] == ["not measured"]
+
+
+def test_the_comparison_begins_with_quality_and_bits(capsys):
     old = {**EVALUATION, "temporal": {"persistence_excess": 0.313}}
     print_comparison({"new": {"metrics": EVALUATION, "error": None}, "old": {"metrics": old, "error": None}})
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert next(line for line in lines if line[0] == "run")[1:5] == ["EV", "bits", "bits", "L0"]
-    assert next(line for line in lines if line[0] == "new")[1:5] == ["0.915", "313.9", "187.6", "32.4"]
-    assert next(line for line in lines if line[0] == "old")[1:5] == ["0.915", "–", "–", "32.4"]
+    assert next(line for line in lines if line[0] == "run")[1:6] == ["EV", "score", "bits", "bits", "L0"]
+    assert next(line for line in lines if line[0] == "new")[1:6] == ["0.915", "0.977", "187.6", "313.9", "32.4"]
+    assert next(line for line in lines if line[0] == "old")[1:6] == ["0.915", "0.977", "–", "–", "32.4"]
+
+
+def test_the_table_begins_with_quality_and_bits(capsys):
+    print_table(EVALUATION)
+    rows = [line.split("│")[0].strip() for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert rows[:4] == [
+        "Quality and code length",
+        "explained variance",
+        "loss recovered (zero ablation)",
+        "support bits",
+    ]
 
 
 def test_the_table_leaves_out_what_was_not_measured(capsys):

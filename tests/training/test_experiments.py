@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 
-from experiments.summary import against_plain, by_configuration, figure, read_sweeps, table, write_json
+from experiments.summary import (
+    against_plain,
+    at_equal_quality,
+    at_one_quality,
+    by_configuration,
+    figure,
+    named,
+    persistence_figure,
+    read_sweeps,
+    table,
+    write_json,
+)
 from tsae.training.sweep_file import read_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -77,8 +88,70 @@ def test_other_release_ratios_stand_beside_their_run(tmp_path: Path, capsys: pyt
 
 
 def test_the_figure_is_drawn(found: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
-    figure(found | {"schmitt-0.4+other-words": found["plain"]}, tmp_path / "frontier.png")
-    assert (tmp_path / "frontier.png").stat().st_size > 10_000
+    persistence_figure(found | {"schmitt-0.4+other-words": found["plain"]}, tmp_path / "persistence.png")
+    assert (tmp_path / "persistence.png").stat().st_size > 10_000
+
+
+def with_bits(ev: float, support: float) -> dict[str, Any]:
+    found = metrics(ev, 0.1)
+    found["massive"] = {"explained_variance_without": ev - 0.01}
+    found["temporal"] |= {"support_bits": support, "total_bits": 1.6 * support}
+    return found
+
+
+@pytest.fixture
+def sweep_with_bits(tmp_path: Path) -> Path:
+    """The error is 1 over the root of the bits; `memory` needs 20 % fewer."""
+    runs = {}
+    for seed in range(2):
+        for k in (24, 36):
+            runs[f"plain-k{k}-seed{seed}"] = with_bits(1 - (5 * k) ** -0.5, 5 * k)
+            runs[f"topk-k{k}-seed{seed}"] = with_bits(1 - (5 * k) ** -0.5, 5.5 * k)
+        runs[f"memory-k30-seed{seed}"] = with_bits(1 - 144**-0.5, 115.2 + 6 * seed)
+    runs["jumprelu-k36"] = with_bits(0.5, 100)
+    runs["old-k36"] = metrics(0.9, 0.1)
+    (tmp_path / "bits").mkdir()
+    kept = {name: {"metrics": run} for name, run in runs.items()}
+    (tmp_path / "bits" / "sweep.json").write_text(json.dumps({"runs": kept}))
+    return tmp_path / "bits"
+
+
+def test_bits_at_equal_explained_variance(sweep_with_bits: Path) -> None:
+    runs = named(read_sweeps([sweep_with_bits]))
+    lines = at_equal_quality(runs).splitlines()
+    assert lines[0] == (
+        "| at equal EV | EV | support bits | relative | best baseline | total bits | relative | best baseline |"
+    )
+    row = next(line for line in lines if line.startswith("| memory-k30"))
+    # 118.2 of 144 bits, and half the range over seeds.
+    assert row == (
+        "| memory-k30 | 0.9167 ± 0.0000 | 118.2 ± 3.0 | -17.9% ± 2.1% | plain | 189.1 ± 4.8 | -17.9% ± 2.1% | plain |"
+    )
+    assert "| plain-k36 | 0.9255 ± 0.0000 | 180.0 ± 0.0 | +0.0% ± 0.0% | plain |" in "\n".join(lines)
+    assert "* memory-k30: jumprelu was measured at 0.5000 to 0.5000, which 0.9167 lies outside of" in lines
+    assert "| jumprelu-k36 | 0.5000 | 100.0 | +0.0% | jumprelu |" in "\n".join(lines)
+    assert "old-k36" not in "\n".join(lines)
+    at = at_one_quality(runs, 1 - 144**-0.5).splitlines()
+    assert "| topk | 158.4 ± 0.0 | 253.4 ± 0.0 |" in at
+    assert "| jumprelu | – | – |" in at
+    assert at_equal_quality([("old-k36", metrics(0.9, 0.1))]) == ""
+
+
+def test_bits_stand_behind_explained_variance_in_the_table(sweep_with_bits: Path) -> None:
+    rows = table(by_configuration(read_sweeps([sweep_with_bits]))).splitlines()
+    assert rows[0].startswith("| run | seeds | EV | EV without massive | support bits | total bits | CE score |")
+    assert rows[2].startswith("| plain-k24 | 2 | 0.9087 ± 0.0000 | 0.8987 ± 0.0000 | 120.0 ± 0.0 | 192.0 ± 0.0 |")
+    assert "| old-k36 | 1 | 0.9000 | – | – | – |" in rows[-1]
+
+
+def test_the_compact_file_keeps_the_bits_and_the_figure_is_drawn(sweep_with_bits: Path, tmp_path: Path) -> None:
+    sweeps = read_sweeps([sweep_with_bits])
+    write_json(sweeps, tmp_path / "kept.json")
+    kept = read_sweeps([tmp_path / "kept.json"])
+    assert at_equal_quality(named(kept)) == at_equal_quality(named(sweeps))
+    assert table(by_configuration(kept)) == table(by_configuration(sweeps))
+    figure(named(kept), tmp_path / "bits.png")
+    assert (tmp_path / "bits.png").stat().st_size > 10_000
 
 
 def test_the_compact_file_gives_the_same_tables(found: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:

@@ -54,10 +54,13 @@ def test_opens_without_an_error_in_the_scheme_that_is_preferred(browser: Any, pa
     shade = "return getComputedStyle(document.body).backgroundColor.match(/\\d+/g).reduce((a, b) => +a + +b, 0) / 3"
     assert (browser.execute_script(shade) < 60) == (scheme == "dark")
     assert len(browser.find_elements("css selector", "#charts svg")) == 9
-    assert len(browser.find_elements("css selector", "#numbers > div")) == 7
+    assert len(browser.find_elements("css selector", "#numbers > div")) == 8
     assert text(browser, "#numbers .value") == "0.910"
-    assert text(browser, "#numbers > div:nth-child(2)") == (
-        "total bits313.9per token, to say which features are on and how strongly; 187.6 for which"
+    assert text(browser, "#numbers > div:nth-child(3)") == (
+        "support bits187.6per token, to say which features are on; 215.2 without the token before"
+    )
+    assert text(browser, "#numbers > div:nth-child(4)") == (
+        "total bits313.9per token, to say which features are on and how strongly"
     )
 
     toggle = browser.find_element("id", "theme")

@@ -67,28 +67,30 @@ def _bits(name: str, label: str, of: str = "", heading: str = "") -> Metric:
 
 
 GROUPS: dict[str, tuple[Metric, ...]] = {
-    "Reconstruction": (
+    # The yardstick stands first: what the reconstruction is worth, and what its code costs.
+    "Quality and code length": (
         Metric("explained_variance", EV, heading="EV"),
-        Metric("explained_variance_legacy", "mean of per-token ratios (legacy)", of=EV),
-        Metric("explained_variance_saebench", "as SAEBench 0.6.0", of=EV),
         Metric("massive.explained_variance_without", "without massive activations", of=EV),
-        Metric("massive.tokens", "massive activations", unit="of tokens"),
-        Metric("massive.norm_share", "squared norm that they hold", of="massive activations"),
-        Metric("massive.norm_ratio", "least norm", 1, "x median", of="massive activations"),
-        Metric("mse", "mean squared error", unit="act²"),
-        Metric("cossim", "cosine similarity", heading="cosine"),
-        Metric("l2_ratio", "norm out / norm in", heading="L2 ratio"),
-        Metric("relative_reconstruction_bias", "relative reconstruction bias", heading="rel. bias", short_digits=2),
-    ),
-    "Code length": (
-        _bits("total_bits", TOTAL, heading="total\nbits"),
-        _bits("total_bits_shuffled", "tokens shuffled", TOTAL),
+        Metric("ce_loss_score", "loss recovered (zero ablation)", heading="CE\nscore"),
         _bits("support_bits", SUPPORT, heading="support\nbits"),
         _bits("support_bits_memoryless", "without memory", SUPPORT),
         _bits("support_bits_shuffled", "tokens shuffled", SUPPORT),
         _bits("support_bits_memoryless_shuffled", "without memory, tokens shuffled", SUPPORT),
         _bits("amplitude_bits", AMPLITUDE),
         _bits("amplitude_bits_shuffled", "tokens shuffled", AMPLITUDE),
+        _bits("total_bits", TOTAL, heading="total\nbits"),
+        _bits("total_bits_shuffled", "tokens shuffled", TOTAL),
+    ),
+    "Reconstruction": (
+        Metric("mse", "mean squared error", unit="act²"),
+        Metric("cossim", "cosine similarity", heading="cosine"),
+        Metric("l2_ratio", "norm out / norm in", heading="L2 ratio"),
+        Metric("relative_reconstruction_bias", "relative reconstruction bias", heading="rel. bias", short_digits=2),
+        Metric("explained_variance_legacy", "explained variance, mean of per-token ratios (legacy)"),
+        Metric("explained_variance_saebench", "explained variance, as SAEBench 0.6.0"),
+        Metric("massive.tokens", "massive activations", unit="of tokens"),
+        Metric("massive.norm_share", "squared norm that they hold", of="massive activations"),
+        Metric("massive.norm_ratio", "least norm", 1, "x median", of="massive activations"),
     ),
     "Sparsity": (
         Metric("l0", "active features (L0)", 2, "per token", heading="L0", short_digits=1),
@@ -100,7 +102,6 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         Metric("ce_loss_with_sae", "cross-entropy with the SAE", unit="nats/token"),
         Metric("ce_loss_with_mean_ablation", "cross-entropy, mean ablation", unit="nats/token"),
         Metric("ce_loss_with_ablation", "cross-entropy, zero ablation", unit="nats/token"),
-        Metric("ce_loss_score", "loss recovered (zero ablation)", heading="CE\nscore"),
         Metric("ce_loss_score_mean_ablation", "loss recovered (mean ablation)"),
         Metric("kl_div_score", "KL recovered (zero ablation)"),
     ),

@@ -21,6 +21,7 @@ from tsae.config import TrainConfig
 from tsae.data.harvest import content_activations
 from tsae.data.sequences import TokenBatch
 from tsae.errors import UserError
+from tsae.evaluation.coding import Sample, coding_step
 from tsae.evaluation.metrics import (
     CodeLength,
     LanguageModelMetrics,
@@ -237,11 +238,13 @@ class _Features:
         self.shuffled.update_features(h, segments)
         self.bits_shuffled.update(h, segments, half)
 
-    def result(self, sae: SparseAutoencoder, predictions: LanguageModelMetrics) -> EvaluationResult:
+    def result(self, sae: SparseAutoencoder, predictions: LanguageModelMetrics, sample: Sample) -> EvaluationResult:
+        """sample: of the activations, for the step in which amplitudes are quantized"""
         reconstruction = self.reconstruction.compute()
         temporal: dict[str, Any] = self.temporal.compute()
         temporal["persistence_excess_shuffled"] = self.shuffled.excess()
-        step, norms = self.reconstruction.rms_error(), decoder_norms(sae, self.bits.d_sae)
+        norms = decoder_norms(sae, self.bits.d_sae)
+        step = coding_step(sae, sample, self.reconstruction.rms_error(), norms)
         temporal |= self.bits.compute(step, norms)
         temporal |= {f"{name}_shuffled": bits for name, bits in self.bits_shuffled.compute(step, norms).items()}
         return EvaluationResult(
@@ -269,6 +272,7 @@ def _measure(
     length = max((part.segments.shape[1] for part in parts), default=0)
     features = {name: _Features(length, settings.massive_ratio) for name in saes}
     done, total = 0, sum(part.segments.numel() for part in parts)
+    sample: Sample | None = None
     settings.progress("features", 0, total)  # starts the bar's clock
     for part in parts:
         segments = part.segments.to(device)
@@ -277,6 +281,8 @@ def _measure(
         if settings.target is not None:
             d_in = site_width(lm, settings.place)
             x, y = x[..., :d_in].contiguous(), x[..., d_in:].contiguous()
+        own = Sample(x, y, segments)
+        sample = own.first() if sample is None else sample.with_more(own)
         shuffled = shuffle_within_segments(x, segments, generator)
         # Bits are counted in the first half of the text and charged in the second, and the reverse.
         position = torch.arange(done, done + segments.numel(), device=device).view(segments.shape)
@@ -286,13 +292,13 @@ def _measure(
         done += segments.numel()
         settings.progress("features", done, total)
     inputs = next(iter(features.values())).reconstruction
-    if inputs.tokens == 0:
+    if sample is None or inputs.tokens == 0:
         raise UserError("The evaluation set has no token; give more text, or more sequences.")
     logger.info("evaluated %d tokens", inputs.tokens)
 
     mean = inputs.mean() if settings.reference_mean is None else settings.reference_mean
     predictions = _predictions(saes, lm, parts, replace(settings, reference_mean=mean))
-    results = {name: features[name].result(sae, predictions[name]) for name, sae in saes.items()}
+    results = {name: features[name].result(sae, predictions[name], sample) for name, sae in saes.items()}
     for name, sae in saes.items():
         if isinstance(sae, SparseAutoencoder):
             results[name].weights = sae.not_finite()

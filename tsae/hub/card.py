@@ -15,11 +15,11 @@ from tsae.lm.site import from_option
 ROWS = (
     *(
         "explained_variance",
-        "temporal.total_bits",
+        "ce_loss_score",
         "temporal.support_bits",
+        "temporal.total_bits",
         "l0",
         "frac_alive",
-        "ce_loss_score",
         "ce_loss_score_mean_ablation",
     ),
     *("temporal.persistence", "temporal.persistence_excess", "temporal.persistence_excess_shuffled"),

@@ -80,15 +80,18 @@ def draw(records: Records) -> Figure:
     _header(head, records)
     _numbers(head, records.evaluation)
     cast(Any, figure.get_layout_engine()).set(w_pad=0.12, h_pad=0.1, wspace=0.02, hspace=0.03)
-    axes = body.subplots(2, 4)
-    _loss(axes[0, 0], records.history)
-    _explained_variance(axes[0, 1], records)
-    _l0(axes[0, 2], records)
-    _dead(axes[0, 3], records)
-    _lags(axes[1, 0], records.evaluation)
-    _persistence(axes[1, 1], records.evaluation)
-    _lag_one(axes[1, 2], records.history)
-    _density(axes[1, 3], records.density)
+    grid = body.add_gridspec(2, 5)
+    top = [body.add_subplot(grid[0, i]) for i in range(5)]
+    bottom = [body.add_subplot(grid[1, place]) for place in (0, 1, 2, slice(3, 5))]
+    _bits(top[0], records.evaluation)
+    _loss(top[1], records.history)
+    _explained_variance(top[2], records)
+    _l0(top[3], records)
+    _dead(top[4], records)
+    _lags(bottom[0], records.evaluation)
+    _persistence(bottom[1], records.evaluation)
+    _lag_one(bottom[2], records.history)
+    _density(bottom[3], records.density)
     return figure
 
 
@@ -148,12 +151,12 @@ def _numbers(head: SubFigure, evaluation: dict[str, Any]) -> None:
 
     notes = {
         "explained_variance": "1 is perfect, 0 the mean",
-        "temporal.total_bits": with_value("temporal.support_bits", "{} of support; per token"),
+        "ce_loss_score": with_value("ce_loss_score_mean_ablation", "{} against mean ablation"),
+        "temporal.support_bits": "per token, which features are on",
+        "temporal.total_bits": "per token, with their amplitudes",
         "l0": "per token",
         "frac_alive": "fired in the evaluation",
-        "ce_loss_score_mean_ablation": with_value("ce_loss_score", "{} against zero ablation"),
         "temporal.persistence_excess": with_value("temporal.persistence_excess_shuffled", "{} with tokens shuffled"),
-        "temporal.relative_difference.1": "0 constant, 1 unrelated",
     }
     for i, (key, note) in enumerate(notes.items()):
         x = 0.012 + i * 0.98 / len(notes)
@@ -163,6 +166,40 @@ def _numbers(head: SubFigure, evaluation: dict[str, Any]) -> None:
         head.text(x, 0.46, number, fontsize=20, fontweight="bold", color=BLUE, va="center")
         head.text(x, 0.23, METRICS[key].name, fontsize=8, va="center")
         head.text(x, 0.1, note if known else "", fontsize=8, color=GREY, va="center")
+
+
+def _bits(ax: Axes, evaluation: dict[str, Any]) -> None:
+    """What the code costs in order, without memory, and with the tokens shuffled: support, and amplitudes on top."""
+    ax.set_title("Bits per token")
+    rows = []
+    for name, support, amplitude in (
+        ("in order", "support_bits", "amplitude_bits"),
+        ("without\nmemory", "support_bits_memoryless", None),
+        ("tokens\nshuffled", "support_bits_shuffled", "amplitude_bits_shuffled"),
+    ):
+        bits = [lookup(evaluation, f"temporal.{key}") if key else 0.0 for key in (support, amplitude)]
+        if isinstance(bits[0], (int, float)):
+            rows.append((name, bits[0], bits[1] if isinstance(bits[1], (int, float)) else 0.0))
+    if not rows:
+        return _empty(ax, "not measured")
+    places = np.arange(len(rows))[::-1]
+    widths = [row[1] for row in rows]
+    ax.barh(places, widths, color=BLUE, height=0.5, label="support")
+    ax.barh(places, [row[2] for row in rows], left=widths, color=ORANGE, height=0.5, label="amplitudes")
+    for place, (_, first, second) in zip(places, rows, strict=True):
+        ax.text(
+            first / 2, place, METRICS["temporal.support_bits"].short(first), color="white", ha="center", va="center"
+        )
+        if second:
+            label = METRICS["temporal.total_bits"].short(first + second)
+            ax.text(first + second, place, f" {label}", va="center", fontweight="bold")
+    ax.set_yticks(places, [row[0] for row in rows])
+    ax.tick_params(axis="y", left=False)
+    ax.grid(axis="y", visible=False)
+    ax.set_xlim(0, 1.3 * max(max(first + second for _, first, second in rows), 1e-9))
+    ax.set_ylim(-0.5, len(rows) + 0.1)  # room for the legend
+    ax.legend(ncols=2, loc="upper left", handlelength=1.0, columnspacing=0.8, fontsize=8)
+    ax.set_xlabel("bits per token")
 
 
 def _loss(ax: Axes, history: History) -> None:
@@ -236,7 +273,7 @@ def _dead(ax: Axes, records: Records) -> None:
 
 
 def _lags(ax: Axes, evaluation: dict[str, Any]) -> None:
-    ax.set_title("Memory of the features over lags")
+    ax.set_title("Memory over lags")
     temporal = evaluation.get("temporal", {})
     drawn = False
     for key, color, marker in (
@@ -268,7 +305,7 @@ def _lags(ax: Axes, evaluation: dict[str, Any]) -> None:
 
 
 def _persistence(ax: Axes, evaluation: dict[str, Any]) -> None:
-    ax.set_title("Does an active feature stay on?")
+    ax.set_title("Do features stay on?")
     colors = {"persistence": BLUE, "persistence_excess": GREEN, "persistence_excess_shuffled": GREY}
     metrics = [METRICS[f"temporal.{key}"] for key in colors]
     rows = [(m, lookup(evaluation, m.key), color) for m, color in zip(metrics, colors.values(), strict=True)]

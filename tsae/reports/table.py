@@ -13,7 +13,7 @@ from tsae.utils.output import tables
 
 # Columns of the side-by-side table.
 COMPARED = (
-    *("explained_variance", "temporal.total_bits", "temporal.support_bits", "l0", "ce_loss_score", "frac_alive"),
+    *("explained_variance", "ce_loss_score", "temporal.support_bits", "temporal.total_bits", "l0", "frac_alive"),
     *("temporal.persistence_excess", "temporal.persistence_excess_shuffled"),
     *("temporal.relative_difference.1", "temporal.relative_difference_per_feature.1", "temporal.smoothness"),
 )

@@ -28,7 +28,8 @@ from tsae.utils.output import tables
 COLUMNS = (
     METRICS["explained_variance"],
     Metric("explained_variance_with_bos", "explained variance with BOS", heading="with BOS"),
-    *(METRICS[key] for key in ("l0", "l1", "cossim", "l2_ratio", "relative_reconstruction_bias", "ce_loss_score")),
+    *(METRICS[key] for key in ("ce_loss_score", "temporal.support_bits", "temporal.total_bits", "l0", "l1")),
+    *(METRICS[key] for key in ("cossim", "l2_ratio", "relative_reconstruction_bias")),
 )
 # Only in results.json.
 FURTHER = ("mse", "ce_loss_with_sae", "ce_loss_without_sae", "frac_alive", "temporal.persistence_excess")
@@ -105,7 +106,9 @@ def collect(
             metrics = run["metrics"] or {}
             if metrics:
                 metrics["explained_variance_with_bos"] = explained["with_bos"]["runs"][f"{name}-{given}"]
-            values = {key: lookup(metrics, key) if metrics else None for key in keys}
+            # Bits are missing where features fall below 0, as with gelu.
+            found = {key: lookup(metrics, key) for key in keys}
+            values = {key: value if isinstance(value, (int, float)) else None for key, value in found.items()}
             row[given] = values | {"steps": run["steps"], "error": run["error"]}
         rows.append(row)
     return {

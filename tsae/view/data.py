@@ -32,8 +32,8 @@ POINTS = 300  # at most, per training curve
 ENTRIES = 3_500_000  # activations in a page, about 4 bytes each; beyond it each feature gets fewer passages
 # Metrics of eval.json whose labels the page shows.
 LABELED = (
-    *("explained_variance", "temporal.total_bits", "l0", "frac_alive", "ce_loss_score_mean_ablation"),
-    "temporal.persistence_excess",
+    *("explained_variance", "ce_loss_score_mean_ablation", "temporal.support_bits", "temporal.total_bits"),
+    *("l0", "frac_alive", "temporal.persistence_excess"),
 )
 CURVES = (
     *("reconstruction", "sparsity", "temporal", "auxiliary", "explained_variance", "l0", "dead"),

@@ -31,14 +31,15 @@ function numbers() {
   const at = (key) => key.split(".").reduce((inside, part) => inside?.[part], m);
   const metric = (key, means) => [data.labels[key].name, at(key), (v) => v.toFixed(data.labels[key].digits), means];
   const dwell = known(features.dwell.filter((_, f) => features.active[f] >= data.min_activations)).sort((a, b) => a - b);
-  const shuffled = at("temporal.persistence_excess_shuffled"), support = at("temporal.support_bits");
+  const shuffled = at("temporal.persistence_excess_shuffled"), memoryless = at("temporal.support_bits_memoryless");
   return [
     metric("explained_variance", "1 is a perfect reconstruction, 0 no better than the mean activation"),
-    metric("temporal.total_bits",
-      "per token, to say which features are on and how strongly" + (support === undefined ? "" : `; ${support.toFixed(1)} for which`)),
+    metric("ce_loss_score_mean_ablation", "fraction of what the language model loses when the mean replaces the activation"),
+    metric("temporal.support_bits",
+      "per token, to say which features are on" + (memoryless === undefined ? "" : `; ${memoryless.toFixed(1)} without the token before`)),
+    metric("temporal.total_bits", "per token, to say which features are on and how strongly"),
     metric("l0", `of ${whole(count)}; fewer are easier to read`),
     metric("frac_alive", "fraction that was on at least once in the evaluation"),
-    metric("ce_loss_score_mean_ablation", "fraction of what the language model loses when the mean replaces the activation"),
     metric("temporal.persistence_excess",
       "0: on at random, 1: never switches off" + (shuffled === undefined ? "" : `; ${shuffled.toFixed(3)} with the tokens shuffled`)),
     ["median dwell time", quantile(dwell, 0.5), (v) => `${v.toFixed(2)} tokens`, "how long a feature stays on, on average; half of the features stay longer"],

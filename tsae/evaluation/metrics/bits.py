@@ -5,12 +5,14 @@ features are on, and how strongly. Along the sequence a feature that lasts is ch
 model of the code is counted on one half of the tokens and charged on the other, in both directions, so that nothing is
 fitted where it is judged. docs/metrics.md derives the formulas and says what the figures depend on.
 
-`h` is the feature activations, [B, T, d_sae]; a feature is on where h > 0, and only values above 0 are coded.
+`h` is the feature activations, [B, T, d_sae]; a feature is on where h > 0, and only values above 0 are coded, so
+features with values below 0 have no code length.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -85,9 +87,11 @@ class CodeLength(Accumulator):
         first, second = torch.zeros_like(counted), torch.zeros_like(counted)
         first[:, : pairs.shape[1]] = pairs
         second[:, 1:] = pairs
-        on = h > 0
+        on, below = h > 0, h < 0
         if not bool(counted.all()):
             on &= counted[..., None]
+            below &= counted[..., None]
+        self._add("below", below.any())
         place = on.flatten().nonzero().squeeze(1)  # of the active values, [n]
         position, flat = place // d_sae, h.flatten()
         value, before = flat[place].float(), flat[(place - d_sae).clamp(min=0)].float()
@@ -138,24 +142,34 @@ class CodeLength(Accumulator):
         """
         if not self._active or step == 0:
             return 0.0
+        if not (math.isfinite(step) and bool(norms.isfinite().all()) and self._finite()):
+            return math.nan
+        bits = 0.0
+        for first, second in self._levels(step, norms):
+            bits += _AmplitudeCode(first, self.d_sae).bits(second) + _AmplitudeCode(second, self.d_sae).bits(first)
+        return ratio(bits, self._get("positions").sum())
+
+    def _finite(self) -> bool:
+        return all(bool(value.isfinite().all()) for _, value, _ in self._active)
+
+    def _levels(self, step: float, norms: Tensor) -> Iterator[tuple[_Levels, _Levels]]:
+        """The active values of both halves, quantized: first where the feature was off before, then where it was on."""
         column, value, before = (torch.cat(each) for each in zip(*self._active, strict=True))
         self._active = [(column, value, before)]
-        if not (math.isfinite(step) and bool(value.isfinite().all()) and bool(norms.isfinite().all())):
-            return math.nan
-        scale, bits = (norms.detach().double().cpu() / step).repeat(2), 0.0
+        scale = (norms.detach().double().cpu() / step).repeat(2)
         for lasts in (False, True):
             halves = []
             for side in (0, 1):
                 index = ((before > 0) == lasts).logical_and_((column >= self.d_sae) == bool(side)).nonzero().squeeze(1)
                 owner = column[index].long()
-                levels = (_quantize(numbers[index], scale[owner]) for numbers in (value, before))
+                levels = (quantize(numbers[index], scale[owner]) for numbers in (value, before))
                 halves.append(_Levels(owner % self.d_sae, *levels))
-            first, second = halves
-            bits += _amplitude_bits(first, second, self.d_sae) + _amplitude_bits(second, first, self.d_sae)
-        return ratio(bits, self._get("positions").sum())
+            yield halves[0], halves[1]
 
     def compute(self, step: float, norms: Tensor) -> dict[str, float]:
-        """The four metrics of the class docstring. step, norms: as in `amplitude`."""
+        """The four metrics of the class docstring; none if a value was below 0. step, norms: as in `amplitude`."""
+        if self._get("below") > 0:
+            return {}
         support, memoryless = self.support()
         amplitude = self.amplitude(step, norms)
         return {
@@ -192,22 +206,27 @@ class _Levels(NamedTuple):
     """The same feature's value at the position before; 0 if it was off."""
 
 
-def _quantize(values: Tensor, scale: Tensor) -> Tensor:
+def quantize(values: Tensor, scale: Tensor) -> Tensor:
+    """Levels, int64, of active values: value times scale, the norm of its decoder row over the step, rounded."""
     return (values.double() * scale).clamp_(max=_LARGEST / 2).round_().long()
 
 
-def _amplitude_bits(counted: _Levels, charged: _Levels, d_sae: int) -> float:
-    """Bits of the charged values in a code whose model is fitted to the counted ones."""
-    predict = _Prediction(counted, d_sae)
-    residuals = predict.residual(counted)
-    kind = _scale_class(counted.feature, residuals, d_sae)
-    tables = [
-        _histogram(kind[levels.feature], r)
-        for levels, r in ((counted, residuals), (charged, predict.residual(charged)))
-    ]
-    observed, cost = tables[1], _costs(tables[0])
-    present = observed > 0
-    return float((observed[present] * cost[present]).sum())
+class _AmplitudeCode:
+    """A code for quantized active values, fitted to the `counted` ones."""
+
+    def __init__(self, counted: _Levels, d_sae: int) -> None:
+        self.prediction = _Prediction(counted, d_sae)
+        residuals = self.prediction.residual(counted)
+        self.kind = _scale_class(counted.feature, residuals, d_sae)
+        """The class of each feature, [d_sae]."""
+        self.cost = _costs(_histogram(self.kind[counted.feature], residuals))
+        """Bits of a residual by class, sign and bin: [classes, 2, bins]."""
+
+    def bits(self, charged: _Levels) -> float:
+        """The length of the code of the `charged` values."""
+        observed = _histogram(self.kind[charged.feature], self.prediction.residual(charged))
+        present = observed > 0
+        return float((observed[present] * self.cost[present]).sum())
 
 
 class _Prediction:
@@ -233,10 +252,13 @@ class _Prediction:
         self.slope = (slope * n / (n + _SHRINK)).clamp(0, 1)
 
     def residual(self, levels: _Levels) -> Tensor:
-        """The value less its prediction, rounded: [n] int64."""
-        feature = levels.feature
-        shift = self.slope[feature] * (levels.before - self.mean_before[feature])
-        return levels.value - (self.mean[feature] + shift).round_().long()
+        """The value less its prediction: [n] int64."""
+        return levels.value - self.expected(levels.feature, levels.before)
+
+    def expected(self, feature: Tensor, before: Tensor) -> Tensor:
+        """The prediction of a feature's level from the one before, rounded: [n] int64."""
+        shift = self.slope[feature] * (before - self.mean_before[feature])
+        return (self.mean[feature] + shift).round_().long()
 
 
 def _scale_class(feature: Tensor, residual: Tensor, d_sae: int) -> Tensor:
