@@ -2,10 +2,11 @@
 
     python experiments/scale_figure.py docs/results/scale.jsonl [--figure docs/figures/scale.png] [--bits support]
 
-Reads the lines of experiments/scale.py. At every width, number of tokens and seed, each method's measurement is compared
-with the best of plain and BatchTopK: in bits at the same explained variance, and in explained variance at the same bits,
-by `tsae.reports.frontier`. The gains are fitted as a + b log10(tokens) + c log10(width), and extrapolated; intervals are
-the 5th and 95th percentile of fits to measurements drawn with replacement, cell by cell, plus a drawn residual.
+Reads the lines of experiments/scale.py. At every width, number of tokens and seed, each method's measurement is
+compared with the best of plain and BatchTopK: in bits at the same explained variance, and in explained variance at the
+same bits, by `tsae.reports.frontier`. The gains are fitted as a + b log10(tokens) + c log10(width), and extrapolated;
+intervals are the 5th and 95th percentile of fits to measurements drawn with replacement, cell by cell, plus a drawn
+residual.
 """
 # ruff: noqa: T201
 
