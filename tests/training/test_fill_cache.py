@@ -167,9 +167,7 @@ def test_of_a_sweep_and_from_python(tiny_gemma2: Path, text_file: Path, tmp_path
     sweep = tmp_path / "sweep.yaml"
     base = f"model: {tiny_gemma2}, data: {text_file}, layer: 1, steps: 12, batch: 4, device: cpu"
     base += f", cache: {tmp_path / 'cache'}"
-    nested = (
-        "buffer: {harvest_batch: 8, reuse: 1, sequences: 24}, text: {evaluation_share: 0.2}, sae: {d_sae: 48, k: 6}"
-    )
+    nested = "buffer.harvest_batch: 8, buffer.reuse: 1, buffer.sequences: 24, text.evaluation_share: 0.2, sae.k: 6"
     sweep.write_text(f"base: {{{base}, {nested}}}\nruns: {{a: {{seed: 0}}, b: {{seed: 1, data_seed: 0}}}}\n")
     filled: Any = tsae.train(sweep=sweep, harvest_only=True)
     assert (filled.tokens, filled.harvested) == (48 * 128, 48 * 128)

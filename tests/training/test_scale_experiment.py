@@ -129,7 +129,7 @@ def test_cells_that_are_done_or_failed_are_not_repeated(tmp_path: Path, monkeypa
 def test_a_cell_is_harvested_trained_killed_and_resumed(
     tiny_gemma2: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny = {"model": str(tiny_gemma2), "layer": 1, "device": "cpu", "log_every": 1}
+    tiny: dict[str, Any] = {"model": str(tiny_gemma2), "layer": 1, "device": "cpu", "log_every": 1}
     tiny["buffer"] = {**scale.STREAM["buffer"], "sequences": 16, "estimate_sequences": 8}
     tiny["evaluation"] = {"sequences": 8, "ce_sequences": 4}
     tiny["text"] = {"shuffle_buffer": scale.SHUFFLE, "evaluation_share": 0.2}
