@@ -55,9 +55,13 @@ def _print(trained: Trained) -> None:
     """Print the metrics, or the estimate; metrics that could not be written are printed before the error is raised."""
     from tsae.reports.table import print_table
     from tsae.training.dry_run import print_estimate
+    from tsae.training.fill_cache import print_filled
     from tsae.training.sweep import print_sweep
 
     job = trained.job
+    if trained.filled is not None:
+        print_filled(trained.filled)
+        return
     if trained.estimate is not None:
         print_estimate(trained.estimate, job)
         return

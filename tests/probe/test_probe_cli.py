@@ -208,3 +208,35 @@ def test_without_scikit_learn(runs, capsys, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     assert main([str(runs[0])]) == 2
     assert 'run pip install "tsae[probes]"' in capsys.readouterr().err
+
+
+def labelled(folder: Path, model: Path) -> Path:
+    """A run on rows with a column of words, one of objects, and one of numbers that few rows have."""
+    rows = [
+        {"text": sample_text(150, seed=i), "kind": ("book", "code")[i % 2], "other": {"a": i}, "year": 1900 + i % 2}
+        for i in range(60)
+    ]
+    text = folder / "text.jsonl"
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return write_run(folder / "run", model, text, 0)
+
+
+def test_columns_of_the_text_are_labels(tmp_path, tiny_gemma3, capsys):
+    run = labelled(tmp_path, tiny_gemma3)
+    assert main([str(run), "--labels", "kind", "year"]) == 0
+    assert "label kind" in capsys.readouterr().out
+    problems = json.loads((run / "probes.json").read_text())["problems"]
+    assert set(problems["label_kind"]["auc_by_label"]) == {"book", "code"}
+    assert set(problems["label_year"]["auc_by_label"]) == {"1900", "1901"}
+    for problem in ("label_kind", "label_year"):
+        assert min(problems[problem]["train_tokens"], problems[problem]["test_tokens"]) > 200
+
+
+@pytest.mark.parametrize(
+    ("column", "sentence"), [("topic", "no document of"), ("other", "which is no label: name a column of words")]
+)
+def test_columns_that_are_no_labels_are_refused(tmp_path, tiny_gemma3, capsys, column, sentence):
+    run = labelled(tmp_path, tiny_gemma3)
+    assert main([str(run), "--labels", column]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (run / "probes.json").exists()

@@ -27,12 +27,13 @@ def packed(texts, tokenizer, sequences=1000):
     return stream.next_batch(sequences), documents
 
 
-def posed(tokenizer, texts, sections=None, seed=0):
+def posed(tokenizer, texts, sections=None, seed=0, labels=None):
     batch, documents = packed(texts, tokenizer)
     owner = document_of_tokens(batch, documents, tokenizer)
     places = {documents[i].name: section for i, section in (sections or {}).items()}
     classes = token_classes(counted_tokens(batch).numpy(), tokenizer)
-    problems, left_out = pose_problems(batch, owner, documents, places, classes, seed)
+    labels = {column: {documents[i].name: value for i, value in of.items()} for column, of in (labels or {}).items()}
+    problems, left_out = pose_problems(batch, owner, documents, places, classes, seed, labels)
     counted = batch.segments.numpy() >= 0
     row = np.broadcast_to(np.arange(len(owner))[:, None], owner.shape)[counted]
     return {problem.name: problem for problem in problems}, left_out, owner[counted], row, classes
@@ -108,6 +109,26 @@ def test_the_parts_of_a_section_are_of_different_documents_and_sequences(tokeniz
         assert {sections[i].name for i in owner[np.concatenate([train, test])]} == {name}
         assert not set(row[train]) & set(row[test])
     assert not (problem.train & problem.test).any()
+
+
+def test_the_parts_of_a_label_are_of_different_documents_and_sequences(tokenizer):
+    texts = [sample_text(120, seed=seed) for seed in range(9)]
+    kinds = {i: ("book", "code")[i % 2] for i in range(8)}  # document 8 has none
+    problems, left_out, owner, row, _ = posed(
+        tokenizer, texts, labels={"kind": kinds, "year": dict.fromkeys(range(9), "1")}
+    )
+    problem = problems["label kind"]
+    assert problem.labels == ("book", "code")
+    assert "fewer than two values" in left_out["label year"]
+    assert not (problem.train & problem.test).any()
+    for label, name in enumerate(problem.labels):
+        train, test = (np.flatnonzero(part & (problem.y == label)) for part in (problem.train, problem.test))
+        assert {kinds[i] for i in owner[np.concatenate([train, test])]} == {name}
+        assert len(set(owner[train])) == len(set(owner[test])) == 2
+        assert not set(owner[train]) & set(owner[test])
+        assert not set(row[train]) & set(row[test])
+    other, *_ = posed(tokenizer, texts, labels={"kind": kinds}, seed=1)
+    assert (other["label kind"].train != problem.train).any()
 
 
 def test_a_sequence_that_the_parts_of_a_section_share_trains_only(tokenizer):

@@ -21,6 +21,7 @@ from tsae.rundir import layout
 from tsae.training.command import Trained
 from tsae.training.command import train as start
 from tsae.training.dry_run import Estimate, print_estimate
+from tsae.training.fill_cache import Filled, print_filled
 from tsae.training.own_terms import OwnTerm, joined, named, own_terms
 from tsae.training.request import Request, base_of
 from tsae.utils.calling import from_python
@@ -41,7 +42,7 @@ def train(
     config: str | Path | Mapping[str, Any] | TrainConfig | None = None,
     temporal: OwnTerm | Mapping[str, OwnTerm] | None = None,
     **options: Any,
-) -> Run | Sweep | Estimate | None:
+) -> Run | Sweep | Estimate | Filled | None:
     """Train a temporal sparse autoencoder, evaluate it, and write its run directory, as `python -m tsae.train` does.
 
     preset: the configuration to start from, one of `tsae.presets.PRESETS`; default demo
@@ -52,9 +53,10 @@ def train(
         ``sae={"d_sae": 4096}``, or dataclasses, ``sae=SAEConfig(...)``, which set all of their options.
         ``out``: the run directory, by default runs/PRESET/TIMESTAMP. ``overwrite=True`` replaces a run there.
         ``resume``: continues the run or sweep in this directory. ``sweep``: trains the runs of a YAML file.
-        ``dry_run=True``: prints an estimate of memory, disk space and time, and stops.
-    out: the `Run`; of a sweep a dictionary of them; of a dry run the `Estimate`. With several processes None on all but
-        the first.
+        ``dry_run=True``: prints an estimate of memory, disk space and time, and stops. ``harvest_only=True``: fills the
+        cache, and stops.
+    out: the `Run`; of a sweep a dictionary of them; of a dry run the `Estimate`; of a harvest what is `Filled`. With
+        several processes None on all but the first.
 
     Interrupting it, as a cell of a notebook, saves a checkpoint; the message says how to go on.
 
@@ -104,9 +106,12 @@ def _requested(
     return replace(asked.run, preset=base.preset), replace(asked, preset=preset or "", config=path), given
 
 
-def _result(trained: Trained) -> Run | Sweep | Estimate:
+def _result(trained: Trained) -> Run | Sweep | Estimate | Filled:
     """What the caller gets; metrics that could not be written are printed before the error is raised."""
     job = trained.job
+    if trained.filled is not None:
+        print_filled(trained.filled)
+        return trained.filled
     if trained.estimate is not None:
         print_estimate(trained.estimate, job)
         return trained.estimate
@@ -133,7 +138,7 @@ def _signature() -> inspect.Signature:
     own = list(inspect.signature(train).parameters.values())
     shown = [p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD]
     rest = keywords(Request, without=("preset", "config"))
-    return inspect.Signature([*shown, *rest], return_annotation="Run | Sweep | Estimate | None")
+    return inspect.Signature([*shown, *rest], return_annotation="Run | Sweep | Estimate | Filled | None")
 
 
 train.__signature__ = _signature()  # type: ignore[attr-defined]

@@ -14,8 +14,9 @@ from tsae.utils.cli import parse, report_errors
 
 @dataclass
 class Arguments:
-    """Probe features for the document, the section and the class of a token, with 1, 5 and 20 features per label, on
-    text that the runs did not train on. Writes probes.json into each run and prints a table of the runs."""
+    """Probe features for the document, the section and the class of a token, and for labels that the text has, with 1,
+    5 and 20 features per label, on text that the runs did not train on. Writes probes.json into each run and prints a
+    table of the runs."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run directories with the same model, layer and text; the others are compared with the first."""
@@ -31,6 +32,8 @@ class Arguments:
     """Column of the data set that holds the text. Default: the runs'."""
     length: int | None = None
     """Tokens per sequence, 2 to 4096. Default: the runs', which must then agree."""
+    labels: tuple[str, ...] = ()
+    """Columns of the text's rows, such as `language`, whose values are labels too, one problem for each column."""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tsae.data.harvest import content_activations
+from tsae.data.labels import labels as labels_of
 from tsae.data.sections import sections
 from tsae.data.sequences import TokenBatch
 from tsae.errors import UserError
@@ -37,7 +38,7 @@ AGREEING = (
 )
 
 
-def probe_and_print(runs: Sequence[Path], **options: str | int | None) -> None:
+def probe_and_print(runs: Sequence[Path], **options: Any) -> None:
     """`probe_runs`, then print the table and the files written."""
     probe_runs(runs, show=_print, **options)
 
@@ -86,12 +87,13 @@ def measure(
     device: str | None = None,
     column: str | None = None,
     length: int | None = None,
+    labels: Sequence[str] = (),
 ) -> Results:
     """Probe runs, by name; writes nothing. The options are those of the command line.
 
     Raises:
         UserError: a directory is not a run's, the runs differ in model, layer, length or text, the text is too short
-            for any problem, or scikit-learn is missing.
+            for any problem or has no such labels, or scikit-learn is missing.
     """
     check_installed()
     check_counts(tokens=tokens)
@@ -106,9 +108,10 @@ def measure(
     batch, documents, named = held_out(source, lm, config.length, sequences, seed)
 
     owner = document_of_tokens(batch, documents, lm.tokenizer, prefix=lm.prepend_bos)
+    labelled = {each: labels_of(source.data, documents, each, source.text) for each in labels}
     classes = token_classes(counted_tokens(batch).numpy(), lm.tokenizer)
     problems, left_out = pose_problems(
-        batch, owner, documents, sections(source.data, documents, source.text), classes, seed
+        batch, owner, documents, sections(source.data, documents, source.text), classes, seed, labelled
     )
     if not problems:
         raise UserError("The text is too short for any probe; give more text, or more of it with --tokens.")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 MIN_TOKENS = 20  # per label, in each part
 MAX_LABELS = 64  # documents or sections; a larger number is sampled
 GAP = 8  # unused tokens between the two parts of a document
+NO_LABELS: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -77,19 +79,23 @@ def pose_problems(
     sections: dict[str, Section],
     classes: np.ndarray,
     seed: int,
+    labels: Mapping[str, Mapping[str, str]] = NO_LABELS,
 ) -> tuple[list[Problem], dict[str, str]]:
     """The problems that a text supports, and the reasons against the others, by name.
 
     owner:    [N, T] from `document_of_tokens`
     sections: of the documents, by name, from `tsae.data.sections`; empty if the source has none
     classes:  [n] class of each counted token, from `token_classes`
-    seed:     of the choice of training documents for classes, and of labels if there are too many
+    seed:     of the choice of training documents for classes and labels, and of labels if there are too many
+    labels:   by column, the label of a document by its name, from `tsae.data.labels`
 
     "document"     which document. Its first part trains and the rest tests, in different sequences, so that neither
                    the language model's context nor a latched feature carries over.
     "section"      which section, for sections of several documents. The first documents train, the others test, at
                    tokens whose sequence has no training token of that section.
     "token class"  which of `CLASSES`. Half of the documents train, the others test.
+    "label COLUMN" which value of a column. Half of the documents of each value train, the others test, at tokens whose
+                   sequence has no training token of that value.
     """
     counted = batch.segments.numpy() >= 0
     row = np.broadcast_to(np.arange(len(owner))[:, None], owner.shape)[counted]
@@ -100,6 +106,8 @@ def pose_problems(
         "section": _section(owner, row, [sections.get(document.name) for document in documents], rng),
         "token class": _token_class(owner, classes, rng),
     }
+    for column, label in labels.items():
+        posed[f"label {column}"] = _label(column, owner, row, [label.get(each.name) for each in documents], rng)
     problems = [problem for problem in posed.values() if isinstance(problem, Problem)]
     return problems, {name: why for name, why in posed.items() if isinstance(why, str)}
 
@@ -124,21 +132,40 @@ def _section(
             "several files"
         )
     members: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    of_document = _tokens_by(owner)
-    for document in of_document:
+    for document in np.unique(owner).tolist():
         if (place := places[document]) is not None:
             members[place.name].append((place.place, document))
+    why = f"fewer than two sections have {MIN_TOKENS} tokens in one document and as many in a later one; give more text"
+    ordered = {name: [document for _, document in sorted(inside)] for name, inside in members.items()}
+    return _of_parts("section", _halves(ordered, owner, row), len(owner), rng) or why
+
+
+def _label(
+    column: str, owner: np.ndarray, row: np.ndarray, labels: list[str | None], rng: np.random.Generator
+) -> Problem | str:
+    members: dict[str, list[int]] = defaultdict(list)
+    for document in rng.permutation(np.unique(owner)).tolist():
+        if (label := labels[document]) is not None:
+            members[label].append(document)
+    why = f"fewer than two values have {MIN_TOKENS} tokens in some documents and as many in others; give more text"
+    return _of_parts(f"label {column}", _halves(members, owner, row), len(owner), rng) or why
+
+
+def _halves(
+    members: Mapping[str, list[int]], owner: np.ndarray, row: np.ndarray
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Training tokens, of the first documents of each name, and test tokens, of the others in other sequences."""
+    of_document = _tokens_by(owner)
     parts = {}
     for name, inside in members.items():
-        order = [of_document[document] for _, document in sorted(inside)]
+        order = [of_document[document] for document in inside]
         border = _middle(np.repeat(np.arange(len(order)), [len(tokens) for tokens in order]))
         tokens = np.concatenate(order)
         train, test = tokens[:border], tokens[border:]
         test = test[~np.isin(row[test], row[train])]
         if min(len(train), len(test)) >= MIN_TOKENS:
             parts[name] = (train, test)
-    why = f"fewer than two sections have {MIN_TOKENS} tokens in one document and as many in a later one; give more text"
-    return _of_parts("section", parts, len(owner), rng) or why
+    return parts
 
 
 def _token_class(owner: np.ndarray, classes: np.ndarray, rng: np.random.Generator) -> Problem | str:

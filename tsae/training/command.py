@@ -12,6 +12,7 @@ from tsae.parallel.processes import broadcast_from_rank0, processes
 from tsae.rundir import layout
 from tsae.rundir.directory import new_directory
 from tsae.training.dry_run import Estimate, dry_run
+from tsae.training.fill_cache import Filled, fill_cache
 from tsae.training.init_from import adopted, field_names
 from tsae.training.job import Job
 from tsae.training.loop import Outcome
@@ -37,10 +38,14 @@ class Trained:
     """Of the runs, by name; empty after a dry run."""
     estimate: Estimate | None = None
     """Of a dry run."""
+    filled: Filled | None = None
+    """The cache that ``harvest_only`` filled."""
 
 
 def train(cfg: TrainConfig, asked: Request, given: Collection[str]) -> Trained:
-    """Train, or with ``asked.dry_run`` estimate. Errors of single runs, such as divergence, are in their outcomes.
+    """Train; or with ``asked.dry_run`` estimate, or with ``asked.harvest_only`` fill the cache.
+
+    Errors of single runs, such as divergence, are in their outcomes.
 
     cfg: the configuration of a new run
     asked: what else is asked for; with ``resume`` also the options of `PARALLEL`, and with ``sweep`` the file
@@ -50,10 +55,14 @@ def train(cfg: TrainConfig, asked: Request, given: Collection[str]) -> Trained:
         UserError: options that do not go together, or a model or text that cannot be used.
     """
     runs = _runs(cfg, asked, given)
+    if asked.harvest_only and (other := next((n for n in ("out", "overwrite", "dry_run") if n in given), None)):
+        raise UserError(f"--harvest-only writes the cache and no run; leave --{other.replace('_', '-')} out.")
     with processes(max(each.parallel.timeout for each in runs.values())):
         job = Job(runs, asked.resume or broadcast_from_rank0(lambda: _new_directory(cfg, asked)))
         if asked.dry_run:
             return Trained(job, {}, dry_run(job))
+        if asked.harvest_only:
+            return Trained(job, {}, filled=fill_cache(job))
         with owning_on_rank0(job.directory):
             broadcast_from_rank0(lambda: _check_as_before(job, cfg, asked, given))
             outcomes = (run_sweep if job.is_sweep else run_job)(job, resume=asked.resume is not None)
@@ -75,7 +84,9 @@ def _runs(cfg: TrainConfig, asked: Request, given: Collection[str]) -> dict[str,
         only_options(given, ("resume", *PARALLEL), "--resume takes the sweep's own configuration")
         return {name: _on_other_processes(each, asked, given) for name, each in read_runs(asked.resume).items()}
     if asked.sweep is not None:
-        only_options(given, ("sweep", "out", "overwrite", "dry_run"), "The options of a sweep are in its file")
+        only_options(
+            given, ("sweep", "out", "overwrite", "dry_run", "harvest_only"), "The options of a sweep are in its file"
+        )
         return read_sweep(asked.sweep)
     if asked.resume is not None:
         return {"": _resumed(asked.resume, asked, given)}

@@ -36,6 +36,9 @@ class Request(TrainConfig):
     """Resume the run or the sweep in this directory from its last checkpoint, with its own configuration."""
     dry_run: bool = False
     """Estimate memory, disk space and time, print them, and stop; writes nothing."""
+    harvest_only: bool = False
+    """Fill the cache (`--cache`) with the activations that the run or the sweep reads, and stop; trains nothing. Goes
+    on with a cache that was begun (docs/cache.md)."""
     sweep: Path | None = None
     """Train every run of this YAML file on one stream of activations, into --out or runs/sweep-NAME/TIMESTAMP."""
 
