@@ -43,10 +43,11 @@ class SAEConfig:
     """Number of features."""
     activation: Activation = "schmitt"
     """Nonlinearity of the encoder. `schmitt` (hysteresis) switches a feature on above one threshold and off below a
-    lower one, along the sequence; `jumprelu` learns a threshold per feature, `jumprelu_schmitt` both thresholds."""
+    lower one, along the sequence; `jumprelu` learns a threshold per feature, `jumprelu_schmitt` both thresholds;
+    `persistent` is a leaky recurrence of batchtopk's features along the sequence, with a decay learned per feature."""
     k: int = 32
-    """Active features per token: exact (topk), mean (batchtopk), or the target of the mean L0 (schmitt; jumprelu and
-    jumprelu_schmitt if objective.l0 is 0)."""
+    """Active features per token: exact (topk), mean (batchtopk; persistent, before its recurrence), or the target of
+    the mean L0 (schmitt; jumprelu and jumprelu_schmitt if objective.l0 is 0)."""
     release_ratio: Fraction = 0.3
     """schmitt: switch-off threshold divided by switch-on threshold, 0 to 1; 1 is no hysteresis. jumprelu_schmitt: its
     initial value."""
@@ -56,6 +57,8 @@ class SAEConfig:
     steering: Literal["controller", "exact"] = "controller"
     """schmitt: how the threshold reaches a mean L0 of sae.k. `controller` moves it a little each step; `exact` solves
     for it in every batch, hysteresis included, and keeps a running mean for inference, as batchtopk does."""
+    initial_decay: Annotated[float, Range("above 0 and below 0.999", lambda decay: 0 < decay < 0.999)] = 0.5
+    """persistent: initial decay l of every feature, above 0 and below 0.999, in h_t = l h_{t-1} + (1 - l) a_t."""
     bandwidth: PositiveFloat = 0.5
     """jumprelu, jumprelu_schmitt: width of the straight-through window around a threshold, as a fraction of the
     threshold (Rajamanoharan et al. 2024, section 3)."""
@@ -110,7 +113,7 @@ class SAEConfig:
                 f"sae.groups is {self.groups}; it must be ascending numbers of features, the last of them sae.d_sae, "
                 f"which is {self.d_sae}."
             )
-        if (self.kind.steered or self.kind.learned) and self.layer_norm == "post":
+        if (self.kind.steered or self.kind.learned or self.kind.recurrent) and self.layer_norm == "post":
             raise UserError(
                 f"sae.layer_norm is 'post' with sae.activation '{self.activation}'; use 'pre' or 'none', because "
                 "normalizing after the threshold would undo its zeros."

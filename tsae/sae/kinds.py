@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Activation = Literal["relu", "gelu", "topk", "batchtopk", "jumprelu", "schmitt", "jumprelu_schmitt"]
+Activation = Literal["relu", "gelu", "topk", "batchtopk", "jumprelu", "schmitt", "jumprelu_schmitt", "persistent"]
 """Nonlinearities of the encoder; docs/objectives.md has the formulas."""
 
 
@@ -24,6 +24,7 @@ class Kind:
         `steered`: one number, moved towards a mean L0 of k (or found exactly, ``sae.steering``);
         `learned`: a parameter per feature.
     release: has hysteresis, with a release threshold below the switch-on threshold.
+    recurrent: features are a leaky recurrence of the thresholded ones along the sequence (`tsae.sae.recurrence`).
     nonlinearity: the kernel's activation, applied together with the threshold.
     saelens: the SAELens architecture that computes the same in inference; None if there is none.
     feature_tensors: [B, T, d_sae] tensors at the peak of a training step, without and with autocast; counted with
@@ -32,6 +33,7 @@ class Kind:
 
     threshold: Literal["none", "token", "batch", "steered", "learned"] = "none"
     release: bool = False
+    recurrent: bool = False
     nonlinearity: Literal["relu", "gelu"] = "relu"
     saelens: str | None = None
     feature_tensors: tuple[int, int] = (4, 5)
@@ -62,6 +64,16 @@ class Kind:
         return self.threshold in ("batch", "steered")
 
     @property
+    def keeps_state(self) -> bool:
+        """Whether a feature depends on earlier tokens of its segment."""
+        return self.release or self.recurrent
+
+    @property
+    def thresholded(self) -> bool:
+        """Whether features are pre-activations above stored thresholds."""
+        return self.stores_threshold and not self.recurrent
+
+    @property
     def threshold_parameters(self) -> int:
         """Threshold parameters per feature."""
         return self.learned * (1 + self.release)
@@ -90,4 +102,5 @@ KINDS: dict[str, Kind] = {
     "jumprelu": Kind("learned", saelens="jumprelu", feature_tensors=(5, 7)),
     "schmitt": Kind("steered", release=True),
     "jumprelu_schmitt": Kind("learned", release=True, feature_tensors=(8, 13)),
+    "persistent": Kind("batch", recurrent=True, feature_tensors=(8, 10)),
 }

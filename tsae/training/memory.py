@@ -75,12 +75,13 @@ def check_memory(parts: dict[str, int], device: torch.device, lm_device: torch.d
 
 def sae_parameters(cfg: SAEConfig) -> int:
     """Number of parameters."""
-    return (cfg.d_in + cfg.width_out) * cfg.d_sae + cfg.width_out + (1 + cfg.kind.threshold_parameters) * cfg.d_sae
+    per_feature = 1 + cfg.kind.threshold_parameters + cfg.kind.recurrent
+    return (cfg.d_in + cfg.width_out + per_feature) * cfg.d_sae + cfg.width_out
 
 
 def sae_bytes(cfg: SAEConfig) -> int:
-    """Bytes of the parameters, gradients, Adam's two moments and the threshold buffers, all float32."""
-    return 4 * (4 * sae_parameters(cfg) + 2 * cfg.d_sae)
+    """Bytes of the parameters, gradients, Adam's two moments and the buffers of thresholds and decays, all float32."""
+    return 4 * (4 * sae_parameters(cfg) + (2 + cfg.kind.recurrent) * cfg.d_sae)
 
 
 def step_bytes(cfg: TrainConfig, *, autocast: bool, dense: bool = False) -> int:
@@ -102,7 +103,7 @@ def step_bytes(cfg: TrainConfig, *, autocast: bool, dense: bool = False) -> int:
     features, weights = tokens * width * cfg.sae.d_sae, cfg.sae.d_in * cfg.sae.d_sae
     kind = cfg.sae.kind
     forward = backward = kind.feature_tensors[autocast]
-    if kind.k_sparse and not kind.learned and not dense:
+    if kind.k_sparse and not kind.learned and not kind.recurrent and not dense:
         backward = 2  # the backward pass of sparse products frees the others early
     gradients = 0 if 0 < cfg.chunk < cfg.batch else 8 * weights  # not yet there in the forward pass
     peaks = (
