@@ -134,13 +134,13 @@ class Crosscoder(nn.Module):
         """``decode(encode(x))``."""
         return self.decode(self.encode(x, segments))
 
-    def codes(self, h: Tensor, segments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def window_codes(self, x: Tensor, segments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The codes behind the features of the tokens: one for each window and each segment in it.
 
-        h: (B, T, d_sae), from `encode`; segments: (B, T)
+        x: (B, T, d); segments: (B, T)
         out: (B, N, d_sae), their segments (B, N), -1 where a row has fewer, and the token at which each begins (B, N)
         """
-        first = segments >= 0
+        h, first = self.encode(x, segments), segments >= 0
         position = torch.arange(segments.shape[1], device=segments.device)
         first[:, 1:] &= (position[1:] % self.window == 0) | (segments[:, 1:] != segments[:, :-1])
         places = [row.nonzero().squeeze(1) for row in first]

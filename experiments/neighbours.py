@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from experiments import inputs
 from experiments.inputs import Crosscoder, RunningMeans, encoder_mask, windows
@@ -45,6 +46,8 @@ CONSTANTS = (4.0, 16.0, 64.0)
 ACTIVE = (80, 112, 144, 176)  # of a crosscoder's window; 144 is 36 a token
 SIZES = (32, 64, 128, 256)  # features of each running mean
 EVALUATION = layout.EVALUATION
+
+Codes = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 class Method:
@@ -159,31 +162,33 @@ def measure(modules: dict[str, nn.Module], cfg: TrainConfig, lm: LanguageModel) 
         result.check_finite()
         module = modules[name]
         if isinstance(module, Crosscoder):
-            found = window_bits(module, batches, cfg, lm, result.metrics["mse"] ** 0.5)
+            norms, step = module.inner.W_dec.double().norm(dim=1), result.metrics["mse"] ** 0.5
+            found = code_bits(module.window_codes, norms, step, batches, cfg, lm)
             result.metrics["l0"] = found.pop("l0")
             result.metrics["temporal"] |= found
     return {name: result.metrics for name, result in results.items()}
 
 
 @torch.no_grad()
-def window_bits(
-    module: Crosscoder, batches: list[TokenBatch], cfg: TrainConfig, lm: LanguageModel, step: float
+def code_bits(
+    codes: Codes, norms: Tensor, step: float, batches: list[TokenBatch], cfg: TrainConfig, lm: LanguageModel
 ) -> dict[str, float]:
-    """`l0` and the bits of `CodeLength`, of a crosscoder's codes, per token.
+    """`l0` and the bits of `CodeLength` per token, of a code that is not what `encode` gives.
 
+    codes: of activations (B, T, d) and segments (B, T) the code (B, N, d_sae), its segments (B, N), and the token at
+        which each begins (B, N)
+    norms: (d_sae), root of the squared error that an error of 1 in one value makes
     step: of the quantization: the rms reconstruction error per dimension
     """
-    bits, tokens, active, codes, done = CodeLength(), 0, 0, 0, 0
+    bits, tokens, active, coded, done = CodeLength(), 0, 0, 0, 0
     total = sum(batch.segments.numel() for batch in batches)
     for batch in batches:
-        x = content_activations(lm, batch, cfg.place).float()
-        h, ids, place = module.codes(module.encode(x, batch.segments), batch.segments)
+        h, ids, place = codes(content_activations(lm, batch, cfg.place).float(), batch.segments)
         row = torch.arange(done, done + batch.segments.numel(), batch.segments.shape[1])[:, None]
         bits.update(h, ids, (2 * (row + place) >= total).int())
         tokens, done = tokens + int((batch.segments >= 0).sum()), done + batch.segments.numel()
-        active, codes = active + int((h[ids >= 0] > 0).sum()), codes + int((ids >= 0).sum())
-    norms = module.inner.W_dec.double().norm(dim=1)
-    found = {name: value * codes / tokens for name, value in bits.compute(step, norms).items()}
+        active, coded = active + int((h[ids >= 0] > 0).sum()), coded + int((ids >= 0).sum())
+    found = {name: value * coded / tokens for name, value in bits.compute(step, norms).items()}
     return found | {"l0": active / tokens}
 
 

@@ -13,7 +13,7 @@ import torch
 from tiny_sae import D_IN, D_SAE, make
 from torch import Tensor
 
-from experiments import hmm, inputs, neighbours, slow_variance
+from experiments import hmm, inputs, neighbours, persistent_code, slow_variance
 from experiments.inputs import Crosscoder, RunningMeans, encoder_mask, running_means, windows
 from experiments.neighbours import CrosscoderTraining, RunningMeansTraining
 from experiments.summary import read_sweeps
@@ -22,6 +22,7 @@ from tsae.data.harvest import ActivationBatch
 from tsae.errors import UserError
 from tsae.evaluation.metrics import CodeLength
 from tsae.sae.model import SparseAutoencoder
+from tsae.sae.recurrence import leaky_recurrence
 from tsae.training.sweep_file import with_options
 
 SEGMENTS = torch.tensor([[0] * 16, [0] * 5 + [1] * 11, [3, 3, -1, 3, 4, 4, 4, 4, -1, -1, 5, 5, 5, 5, 5, 5]])
@@ -110,7 +111,7 @@ def test_a_crosscoder_reads_and_writes_each_window_within_a_segment() -> None:
     assert torch.equal(module.encode(changed, SEGMENTS)[1, :5], h[1, :5])
     assert not torch.equal(h[1, 4], h[1, 5])
     torch.testing.assert_close(module.encode(x[:, :14], SEGMENTS[:, :14])[0, :12], h[0, :12])  # any length
-    codes, ids, places = module.codes(h, SEGMENTS)
+    codes, ids, places = module.window_codes(x, SEGMENTS)
     assert [row[row >= 0].tolist() for row in ids] == [[0] * 4, [0, 0, 1, 1, 1], [3, 3, 4, 5, 5]]
     assert places[1, :5].tolist() == [0, 4, 5, 8, 12]
     assert torch.equal(codes[1, 3], h[1, 8])
@@ -125,13 +126,31 @@ def test_a_crosscoder_is_charged_once_for_each_window(monkeypatch: pytest.Monkey
     monkeypatch.setattr(neighbours, "content_activations", lambda lm, batch, place: x)
     module, cfg = crosscoder(), TrainConfig()
     batch = type("Batch", (), {"segments": segments})()
-    found = neighbours.window_bits(module, [batch], cfg, Model(), 0.3)  # type: ignore[arg-type, list-item]
+    norms = module.inner.W_dec.double().norm(dim=1)
+    found = neighbours.code_bits(module.window_codes, norms, 0.3, [batch], cfg, Model())  # type: ignore[arg-type, list-item]
     codes = module.inner.encode(x.reshape(4, 4, -1))
     expected = CodeLength()
     expected.update(codes, segments[:, :4], torch.tensor([0, 0, 1, 1])[:, None].expand(4, 4))
-    wanted = expected.compute(0.3, module.inner.W_dec.double().norm(dim=1))
+    wanted = expected.compute(0.3, norms)
     assert found.pop("l0") == pytest.approx(float((codes > 0).sum()) / 64)
     assert found == pytest.approx({name: value / 4 for name, value in wanted.items()})
+
+
+def test_what_a_recurrence_integrates_is_its_code() -> None:
+    sae, plain = make(activation="persistent"), make(activation="batchtopk")
+    sae.decay.fill_(0.8)
+    code, x = persistent_code.SparseInput(sae), activations()
+    h, ids, _ = code.codes(x, SEGMENTS)
+    counted = SEGMENTS >= 0
+    torch.testing.assert_close(h[counted], plain.encode(x, SEGMENTS)[counted])
+    assert torch.equal(ids, SEGMENTS)
+    assert float(sae.decay[0]) == pytest.approx(0.8)
+    error = torch.zeros(1, 200, D_SAE)
+    error[0, 0, 3] = 1.0
+    made = leaky_recurrence(error, sae.decay) @ sae.W_dec
+    assert float(made.detach().square().sum().sqrt()) == pytest.approx(float(code.norms[3]), rel=1e-4)
+    with pytest.raises(UserError, match="name a run of persistent"):
+        persistent_code.SparseInput(plain)
 
 
 def test_json_is_read_by_the_summary(tmp_path: Path) -> None:
