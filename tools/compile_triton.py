@@ -35,7 +35,7 @@ from triton.compiler import ASTSource
 from tools import sparse_launches
 from tsae_kernels import MULTISCALE
 from tsae_kernels.backends.interface import Activation, Gradients
-from tsae_kernels.backends.triton import launch
+from tsae_kernels.backends.triton import launch, scan_launch
 
 _TYPES = {
     torch.float64: "*fp64",
@@ -114,7 +114,7 @@ def resources(cubin: bytes, name: str) -> dict[str, int]:
 def launches() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """Variant name -> kernel and arguments, for [2048, 128, 2304] features on the meta device."""
     recorders = {}
-    for module_name in ("forward", "backward", "steps", *sparse_launches.MODULES):
+    for module_name in ("forward", "backward", "steps", "scans", *sparse_launches.MODULES):
         module = importlib.import_module(f"tsae_kernels.backends.triton.{module_name}")
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
             recorders[name] = Recorder(getattr(module, name))
@@ -160,6 +160,9 @@ def launches() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
                 record(label, launch.activate_with_stats_backward, rows, *arguments, MULTISCALE, None)
         record(f"steps-{short}", launch.step_energy, x, weights)
         record(f"steps-backward-{short}", launch.step_energy_backward, x, weights, one)
+        record(f"path-{short}", scan_launch.viterbi_path, x, empty(2, 2, k), empty(2, k), None)
+        record(f"leaky-{short}", scan_launch.leaky_recurrence, x, bias, None)
+        record(f"leaky-backward-{short}", scan_launch.leaky_recurrence_backward, x, bias, x, x, None)
     sparse_launches.record_sparse(record, empty)
     return out
 

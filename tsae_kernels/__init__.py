@@ -12,6 +12,7 @@ from tsae_kernels.losses import (
     window_consistency,
     within_sequence_variance,
 )
+from tsae_kernels.scans import leaky_recurrence, viterbi_path
 from tsae_kernels.segments import count_positions
 
 __all__ = [
@@ -22,9 +23,11 @@ __all__ = [
     "available_backends",
     "count_positions",
     "encode_with_stats",
+    "leaky_recurrence",
     "temporal_loss",
     "temporal_loss_from_stats",
     "temporal_stats",
+    "viterbi_path",
     "window_consistency",
     "within_sequence_variance",
 ]

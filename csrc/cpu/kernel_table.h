@@ -4,6 +4,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "scans.h"
 #include "sparse.h"
 #include "step_energy.h"
 
@@ -46,11 +47,33 @@ static void step_energy_backward(Dtype dtype, const Steps& f, int64_t b, int64_t
 #undef TSAE_CALL
   if (f.stream) finish_streaming();
 }
+static int64_t path_rows(Dtype dtype, int64_t T) {
+  const int64_t positions = dtype == kDouble ? kPathsPerWord<double> : kPathsPerWord<float>;
+  return (T + positions - 1) / positions;
+}
+static void path(Dtype dtype, const Path& f, Runs runs, int64_t b, int64_t tile, void* scratch) {
+#define TSAE_CALL(T) path_tile<T>(f, runs, b, tile, scratch)
+  TSAE_BY_DTYPE(dtype, TSAE_CALL)
+#undef TSAE_CALL
+}
+static void leaky(Dtype dtype, const Leaky& f, Runs runs, int64_t b, int64_t tile) {
+#define TSAE_CALL(T) leaky_tile<T>(f, runs, b, tile)
+  TSAE_BY_DTYPE(dtype, TSAE_CALL)
+#undef TSAE_CALL
+  if (f.stream) finish_streaming();
+}
+static void leaky_backward(Dtype dtype, const LeakyBackward& f, Runs runs, int64_t b, int64_t tile) {
+#define TSAE_CALL(T) leaky_backward_tile<T>(f, runs, b, tile)
+  TSAE_BY_DTYPE(dtype, TSAE_CALL)
+#undef TSAE_CALL
+  if (f.stream) finish_streaming();
+}
 
 #define TSAE_STRING(x) #x
 #define TSAE_NAME(x) TSAE_STRING(x)
 extern const Kernels kernels = {TSAE_NAME(TSAE_TARGET), sizeof(Pack<float>), width, forward, backward, step_energy,
-                                step_energy_backward, nonzeros, weighted_sum, inner_products};
+                                step_energy_backward, path_rows, path, leaky, leaky_backward,
+                                nonzeros, weighted_sum, inner_products};
 
 }  // namespace TSAE_TARGET
 }  // namespace tsae

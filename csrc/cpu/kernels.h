@@ -62,6 +62,30 @@ struct Steps {
   void* grad_h;         // backward: [B, T, k]
 };
 
+struct Path {
+  int64_t T, k;
+  Features z;
+  const void* levels;  // [kPathLevels][k] compute type
+  uint8_t* on;         // [B, T, k]
+};
+
+struct Leaky {
+  int64_t T, k;
+  Features a;
+  const void* decay;  // [k] compute type
+  bool stream;        // write h with streaming stores
+  void* h;            // [B, T, k]
+};
+
+struct LeakyBackward {
+  int64_t T, k;
+  Features grad_h, a, h;  // a.data and h.data may be null: grad_decay is then 0
+  const void* decay;      // [k] compute type
+  bool stream;            // write grad_a with streaming stores
+  void* grad_a;           // [B, T, k]
+  void* grad_decay;       // [B, k] compute type: summed over T, not yet over the batch
+};
+
 // A sequence of up to kRowsKept rows is processed one tile at a time. In longer sequences kTilesTogether adjacent tiles
 // are processed together, block by block: every row is on different memory pages, whose addresses the processor then
 // translates once for all these tiles.
@@ -79,6 +103,11 @@ struct Kernels {
   void (*backward)(Dtype, const Backward&, Runs, int64_t b, int64_t first, int64_t tiles, void* scratch);
   void (*step_energy)(Dtype, const Steps&, int64_t b, int64_t tile);
   void (*step_energy_backward)(Dtype, const Steps&, int64_t b, int64_t tile);
+  // See scans.h. `scratch` has path_rows(dtype, T) rows.
+  int64_t (*path_rows)(Dtype, int64_t T);
+  void (*path)(Dtype, const Path&, Runs, int64_t b, int64_t tile, void* scratch);
+  void (*leaky)(Dtype, const Leaky&, Runs, int64_t b, int64_t tile);
+  void (*leaky_backward)(Dtype, const LeakyBackward&, Runs, int64_t b, int64_t tile);
   // On float32 rows (nonzeros: also bfloat16); see sparse.h.
   int64_t (*nonzeros)(Dtype, const void* x, int64_t n, int32_t* index, float* value);
   void (*weighted_sum)(const float* rows, int64_t d, const int32_t* index, const float* weight, int64_t count,

@@ -183,11 +183,68 @@ Tensor step_energy_backward(Tensor h, Tensor weights, Tensor grad) {
   return grad_h;
 }
 
+// levels: [kPathLevels, k], from tsae_kernels/backends/two_state.py.
+Tensor viterbi_path(Tensor z, Tensor levels, std::optional<Tensor> segments) {
+  Tensor owner;
+  Path f{};
+  f.z = features("z", z, z, owner);
+  f.T = z.size(1), f.k = z.size(2);
+  f.levels = data_of("levels", levels, z, compute_type(z), {kPathLevels, f.k});
+  Tensor on = empty(z, {z.size(0), f.T, f.k}, ScalarType::Bool);
+  f.on = static_cast<uint8_t*>(on.mutable_data_ptr());
+  const Dtype stored = dtype_of(z);
+  const int64_t rows = kernels().path_rows(stored, f.T);
+  for_each_tile(z, segments, false, rows, [&](int64_t b, int64_t tile, int64_t, void* scratch, Runs runs) {
+    kernels().path(stored, f, runs, b, tile, scratch);
+  });
+  return on;
+}
+
+Tensor leaky_recurrence(Tensor a, Tensor decay, std::optional<Tensor> segments) {
+  Tensor owner;
+  Leaky f{};
+  f.a = features("a", a, a, owner);
+  f.T = a.size(1), f.k = a.size(2);
+  f.decay = data_of("decay", decay, a, compute_type(a), {f.k});
+  Tensor h = empty(a, {a.size(0), f.T, f.k}, a.scalar_type());
+  f.h = h.mutable_data_ptr();
+  f.stream = use_streaming_stores(h);
+  const Dtype stored = dtype_of(a);
+  for_each_tile(a, segments, false, 0, [&](int64_t b, int64_t tile, int64_t, void*, Runs runs) {
+    kernels().leaky(stored, f, runs, b, tile);
+  });
+  return h;
+}
+
+// Without a and h, grad_decay is 0. It is returned before the sum over the batch, [B, k]; the caller sums it in a fixed
+// order.
+std::tuple<Tensor, Tensor> leaky_recurrence_backward(Tensor grad_h, Tensor decay, std::optional<Tensor> a,
+                                                     std::optional<Tensor> h, std::optional<Tensor> segments) {
+  STD_TORCH_CHECK(a.has_value() == h.has_value(), "a and h must be given together");
+  Tensor owner, a_owner, h_owner;
+  LeakyBackward f{};
+  f.grad_h = features("grad_h", grad_h, grad_h, owner);
+  if (a) f.a = features("a", *a, grad_h, a_owner), f.h = features("h", *h, grad_h, h_owner);
+  const int64_t B = grad_h.size(0);
+  f.T = grad_h.size(1), f.k = grad_h.size(2);
+  const ScalarType dtype = compute_type(grad_h);
+  f.decay = data_of("decay", decay, grad_h, dtype, {f.k});
+  Tensor grad_a = empty(grad_h, {B, f.T, f.k}, grad_h.scalar_type()), grad_decay = empty(grad_h, {B, f.k}, dtype);
+  f.grad_a = grad_a.mutable_data_ptr();
+  f.stream = use_streaming_stores(grad_a);
+  f.grad_decay = grad_decay.mutable_data_ptr();
+  const Dtype stored = dtype_of(grad_h);
+  for_each_tile(grad_h, segments, false, 0, [&](int64_t b, int64_t tile, int64_t, void*, Runs runs) {
+    kernels().leaky_backward(stored, f, runs, b, tile);
+  });
+  return {grad_a, grad_decay};
+}
+
 }  // namespace
 }  // namespace tsae
 
 // Raise this with every change of an operator's signature, so that a library built from older sources is not used.
-TSAE_EXPORT int tsae_interface() { return 4; }
+TSAE_EXPORT int tsae_interface() { return 5; }
 TSAE_EXPORT const char* tsae_built_for() { return "torch " TORCH_VERSION ", " TSAE_COMPILER; }
 TSAE_EXPORT const char* tsae_instruction_sets() {
 #if defined(__x86_64__)
@@ -205,4 +262,7 @@ STABLE_TORCH_LIBRARY_IMPL(tsae_kernels_cpp, CPU, library) {
   library.impl("backward", TORCH_BOX(&tsae::backward));
   library.impl("step_energy", TORCH_BOX(&tsae::step_energy));
   library.impl("step_energy_backward", TORCH_BOX(&tsae::step_energy_backward));
+  library.impl("viterbi_path", TORCH_BOX(&tsae::viterbi_path));
+  library.impl("leaky_recurrence", TORCH_BOX(&tsae::leaky_recurrence));
+  library.impl("leaky_recurrence_backward", TORCH_BOX(&tsae::leaky_recurrence_backward));
 }

@@ -65,6 +65,12 @@ TSAE_INLINE Mask<E> less_equal(const Pack<E>& a, const Pack<E>& b) {
   return out;
 }
 template <class E>
+TSAE_INLINE Mask<E> less(const Pack<E>& a, const Pack<E>& b) {
+  Mask<E> out;
+  TSAE_EACH_VECTOR out.v[i] = a.v[i] < b.v[i];
+  return out;
+}
+template <class E>
 TSAE_INLINE Mask<E> equal(const Pack<E>& a, const Pack<E>& b) {
   Mask<E> out;
   TSAE_EACH_VECTOR out.v[i] = a.v[i] == b.v[i];

@@ -46,6 +46,10 @@ TSAE_INLINE Mask less_equal(const Pair<E>& x, const Pair<E>& y) {
   return {x.a <= y.a, x.b <= y.b};
 }
 template <class E>
+TSAE_INLINE Mask less(const Pair<E>& x, const Pair<E>& y) {
+  return {x.a < y.a, x.b < y.b};
+}
+template <class E>
 TSAE_INLINE Mask equal(const Pair<E>& x, const Pair<E>& y) {
   return {x.a == y.a, x.b == y.b};
 }

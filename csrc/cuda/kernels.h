@@ -81,6 +81,44 @@ struct Steps {
 constexpr int kStepThreads = 128;
 constexpr int64_t blocks_of_steps(int64_t k) { return (k + 2 * kStepThreads - 1) / (2 * kStepThreads); }
 
+// The scans (scans.cu), in blocks like those of `Steps`.
+constexpr int kPathPositions = 16;  // to a word of decisions
+struct Path {
+  int64_t B, k;
+  int T;
+  Dtype dtype;
+  Source z;
+  const void* levels;  // [kPathLevels, k] compute type
+  const int64_t* ids;  // segments [B, T], or null
+  bool paired;
+  int words;           // ceil(T / kPathPositions)
+  void* decisions;     // [B, words, k] of 32 bits
+  void* on;            // [B, T, k] of 8 bits, 0 or 1
+};
+
+struct Leaky {
+  int64_t B, k;
+  int T;
+  Dtype dtype;
+  Source a;
+  const void* decay;   // [k] compute type
+  const int64_t* ids;  // segments [B, T], or null
+  bool paired;
+  void* h;             // [B, T, k]
+};
+
+struct LeakyBackward {
+  int64_t B, k;
+  int T;
+  Dtype dtype;
+  Source grad_h, a, h;  // a.x.data and h.x.data may be null: grad_decay is then 0
+  const void* decay;    // [k] compute type
+  const int64_t* ids;   // segments [B, T], or null
+  bool paired;
+  void* grad_a;         // [B, T, k]
+  void* grad_decay;     // [B, k] compute type: summed over T, not yet over the batch
+};
+
 // Whether the tuned kernels apply: bands (1, 3), (4, 15) and optionally one that begins at 16, an even k, and a tile
 // that fits into shared memory. It depends on nothing else, so the statistics of h have the same bits whether they are
 // computed with the activation or alone.
@@ -99,6 +137,9 @@ const char* forward_any(const Forward& f, void* stream);  // which `forward` cal
 const char* backward(const Backward& f, void* stream);
 const char* step_energy(const Steps& f, void* stream);
 const char* step_energy_backward(const Steps& f, void* stream);
+const char* viterbi_path(const Path& f, void* stream);
+const char* leaky_recurrence(const Leaky& f, void* stream);
+const char* leaky_recurrence_backward(const LeakyBackward& f, void* stream);
 
 const char* built_for();      // CUDA version
 const char* architectures();  // sm_80, ...

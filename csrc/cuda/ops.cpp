@@ -180,11 +180,73 @@ Tensor step_energy_backward_op(Tensor h, Tensor weights, Tensor grad) {
   return grad_h;
 }
 
+const int64_t* ids_of(const OptionalTensor& segments, const Tensor& x) {
+  return static_cast<const int64_t*>(data_of("segments", segments, x, ScalarType::Long, {x.size(0), x.size(1)}));
+}
+
+// levels: [kPathLevels, k], from tsae_kernels/backends/two_state.py.
+Tensor viterbi_path_op(Tensor z, Tensor levels, OptionalTensor segments) {
+  const CurrentStream stream(z);
+  Tensor owner;
+  Path f{};
+  f.z = source("z", z, z, owner);
+  f.B = z.size(0), f.T = int(z.size(1)), f.k = z.size(2);
+  f.dtype = dtype_of(z);
+  f.levels = data_of("levels", levels, z, compute_type(z), {kPathLevels, f.k});
+  f.ids = ids_of(segments, z);
+  f.paired = even(f.k);
+  f.words = (f.T + kPathPositions - 1) / kPathPositions;
+  Tensor decisions = empty(z, {f.B, f.words, f.k}, ScalarType::Int), on = empty(z, {f.B, f.T, f.k}, ScalarType::Bool);
+  f.decisions = decisions.mutable_data_ptr();
+  f.on = on.mutable_data_ptr();
+  check_launch(viterbi_path(f, stream.get()));
+  return on;
+}
+
+Tensor leaky_recurrence_op(Tensor a, Tensor decay, OptionalTensor segments) {
+  const CurrentStream stream(a);
+  Tensor owner;
+  Leaky f{};
+  f.a = source("a", a, a, owner);
+  f.B = a.size(0), f.T = int(a.size(1)), f.k = a.size(2);
+  f.dtype = dtype_of(a);
+  f.decay = data_of("decay", decay, a, compute_type(a), {f.k});
+  f.ids = ids_of(segments, a);
+  f.paired = even(f.k);
+  Tensor h = empty(a, {f.B, f.T, f.k}, a.scalar_type());
+  f.h = h.mutable_data_ptr();
+  check_launch(leaky_recurrence(f, stream.get()));
+  return h;
+}
+
+// Without a and h, grad_decay is 0. It is returned before the sum over the batch, [B, k]; the caller sums it in a fixed
+// order.
+std::tuple<Tensor, Tensor> leaky_recurrence_backward_op(Tensor grad_h, Tensor decay, OptionalTensor a, OptionalTensor h,
+                                                        OptionalTensor segments) {
+  STD_TORCH_CHECK(a.has_value() == h.has_value(), "a and h must be given together");
+  const CurrentStream stream(grad_h);
+  Tensor owner, a_owner, h_owner;
+  LeakyBackward f{};
+  f.grad_h = source("grad_h", grad_h, grad_h, owner);
+  if (a) f.a = source("a", *a, grad_h, a_owner), f.h = source("h", *h, grad_h, h_owner);
+  f.B = grad_h.size(0), f.T = int(grad_h.size(1)), f.k = grad_h.size(2);
+  f.dtype = dtype_of(grad_h);
+  const ScalarType dtype = compute_type(grad_h);
+  f.decay = data_of("decay", decay, grad_h, dtype, {f.k});
+  f.ids = ids_of(segments, grad_h);
+  f.paired = even(f.k);
+  Tensor grad_a = empty(grad_h, {f.B, f.T, f.k}, grad_h.scalar_type()), grad_decay = empty(grad_h, {f.B, f.k}, dtype);
+  f.grad_a = grad_a.mutable_data_ptr();
+  f.grad_decay = grad_decay.mutable_data_ptr();
+  check_launch(leaky_recurrence_backward(f, stream.get()));
+  return {grad_a, grad_decay};
+}
+
 }  // namespace
 }  // namespace tsae::cuda
 
 // Raise this with every change of an operator's signature, so that a library built from older sources is not used.
-TSAE_EXPORT int tsae_interface() { return 4; }
+TSAE_EXPORT int tsae_interface() { return 5; }
 TSAE_EXPORT const char* tsae_built_for() { return "torch " TORCH_VERSION ", " TSAE_COMPILER; }
 TSAE_EXPORT const char* tsae_cuda_version() { return tsae::cuda::built_for(); }
 TSAE_EXPORT const char* tsae_architectures() { return tsae::cuda::architectures(); }
@@ -203,4 +265,7 @@ STABLE_TORCH_LIBRARY_IMPL(TSAE_LIBRARY, TSAE_DISPATCH_KEY, library) {
   library.impl("backward", TORCH_BOX(&tsae::cuda::backward_op));
   library.impl("step_energy", TORCH_BOX(&tsae::cuda::step_energy_op));
   library.impl("step_energy_backward", TORCH_BOX(&tsae::cuda::step_energy_backward_op));
+  library.impl("viterbi_path", TORCH_BOX(&tsae::cuda::viterbi_path_op));
+  library.impl("leaky_recurrence", TORCH_BOX(&tsae::cuda::leaky_recurrence_op));
+  library.impl("leaky_recurrence_backward", TORCH_BOX(&tsae::cuda::leaky_recurrence_backward_op));
 }

@@ -105,6 +105,11 @@ void define_operators(Library& library) {
       "Tensor? grad_square, int activation, int[] bands, Tensor? segments, Tensor? total=None) -> (Tensor, Tensor)");
   library.def("step_energy(Tensor h, Tensor weights) -> Tensor");
   library.def("step_energy_backward(Tensor h, Tensor weights, Tensor grad) -> Tensor");
+  library.def("viterbi_path(Tensor z, Tensor levels, Tensor? segments) -> Tensor");
+  library.def("leaky_recurrence(Tensor a, Tensor decay, Tensor? segments) -> Tensor");
+  library.def(
+      "leaky_recurrence_backward(Tensor grad_h, Tensor decay, Tensor? a, Tensor? h, Tensor? segments) "
+      "-> (Tensor, Tensor)");
 }
 
 }  // namespace

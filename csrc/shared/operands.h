@@ -10,6 +10,9 @@ namespace tsae {
 // kBlock + n / kBlock instead of n.
 constexpr int kBlock = 64;
 
+// Rows of the costs of a two-state path, see two_state.h.
+constexpr int kPathLevels = 5;
+
 enum Activation : int64_t { kIdentity = 0, kRelu = 1, kGelu = 2 };
 enum Dtype : int { kDouble = 0, kFloat = 1, kBFloat16 = 2, kHalf = 3 };
 

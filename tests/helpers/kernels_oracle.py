@@ -68,8 +68,10 @@ def _carried(function):
 
 activate_with_stats = _carried(tsae_kernels.activate_with_stats)
 encode_with_stats = _carried(tsae_kernels.encode_with_stats)
+leaky_recurrence = _carried(tsae_kernels.leaky_recurrence)
 temporal_loss = _carried(tsae_kernels.temporal_loss)
 temporal_stats = _carried(tsae_kernels.temporal_stats)
+viterbi_path = _carried(tsae_kernels.viterbi_path)
 window_consistency = _carried(tsae_kernels.window_consistency)
 
 

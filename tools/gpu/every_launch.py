@@ -37,7 +37,7 @@ def cases(backend: str) -> Iterator[Case]:
 
 
 def launch(case: Case, backend: str, device: torch.device, generator: torch.Generator) -> int:
-    """Forward, statistics alone, backward, window loss and its gradient; the number of launches."""
+    """Forward, statistics alone, backward, window loss and its gradient, walks along T; the number of launches."""
     T, k, dtype, bands, activation = case
     ops, flat = torch.ops.tsae_kernels, flatten_bands(bands)
 
@@ -57,7 +57,10 @@ def launch(case: Case, backend: str, device: torch.device, generator: torch.Gene
     gradients = (normal(2, len(bands), k), normal(2, k), normal(2, k))
     ops.activate_with_stats_backward(saved, bias, grad_h, *gradients, activation, flat, segments, backend)
     window_consistency(pre.detach().requires_grad_(), 3, segments, backend=backend).backward()
-    return 5
+    ops.viterbi_path(pre, normal(2, 2, k), normal(2, k), segments, backend)
+    states = ops.leaky_recurrence(pre, torch.full((k,), 0.9).to(device), segments, backend)
+    ops.leaky_recurrence_backward(grad_h, torch.full((k,), 0.9).to(device), pre, states, segments, backend)
+    return 8
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tsae_kernels.arguments import ACTIVATIONS
 from tsae_kernels.backends.interface import Activation, Gradients
+from tsae_kernels.backends.two_state import path_levels
 from tsae_kernels.bands import Bands, flatten_bands
 from tsae_kernels.dtypes import dtype_of_stats
 
@@ -37,9 +38,9 @@ def _threshold(value: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 class CompiledBackend:
-    """`interface.Backend` on the operators of one library.
+    """`interface.Backend` and `interface.ScanBackend` on the operators of one library.
 
-    namespace: of the operators `forward`, `backward`, `step_energy` and `step_energy_backward` in `torch.ops`
+    namespace: of the operators of `define_operators` in csrc/shared/arguments.h, in `torch.ops`
     """
 
     def __init__(self, namespace: str) -> None:
@@ -95,6 +96,25 @@ class CompiledBackend:
         """See `interface.Backend`."""
         grad_h: Tensor = self._ops.step_energy_backward(h, _compute(weights, h), grad.double())
         return grad_h
+
+    def viterbi_path(self, z: Tensor, transition_cost: Tensor, start_cost: Tensor, segments: Tensor | None) -> Tensor:
+        """See `interface.ScanBackend`."""
+        levels = path_levels(transition_cost, start_cost, dtype_of_stats(z.dtype))
+        on: Tensor = self._ops.viterbi_path(z, levels, _ids(segments))
+        return on
+
+    def leaky_recurrence(self, a: Tensor, decay: Tensor, segments: Tensor | None) -> Tensor:
+        """See `interface.ScanBackend`."""
+        h: Tensor = self._ops.leaky_recurrence(a, _compute(decay, a), _ids(segments))
+        return h
+
+    def leaky_recurrence_backward(
+        self, grad_h: Tensor, decay: Tensor, a: Tensor | None, h: Tensor | None, segments: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """See `interface.ScanBackend`."""
+        arguments = _compute(decay, grad_h), a, h, _ids(segments)
+        grad_a, grad_decay = self._ops.leaky_recurrence_backward(grad_h, *arguments)
+        return grad_a, grad_decay.sum(0)
 
 
 class CudaBackend(CompiledBackend):

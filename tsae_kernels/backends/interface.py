@@ -88,6 +88,21 @@ class MaskBackend(Protocol):
         """
 
 
+class ScanBackend(Protocol):
+    """The operators of `scan_ops.py`, which describes the tensors; `scans.py` defines the results."""
+
+    def viterbi_path(self, z: Tensor, transition_cost: Tensor, start_cost: Tensor, segments: Tensor | None) -> Tensor:
+        """[B, T, k] bool: the states of the cheapest path."""
+
+    def leaky_recurrence(self, a: Tensor, decay: Tensor, segments: Tensor | None) -> Tensor:
+        """h [B, T, k] in a's dtype, contiguous."""
+
+    def leaky_recurrence_backward(
+        self, grad_h: Tensor, decay: Tensor, a: Tensor | None, h: Tensor | None, segments: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """grad_a [B, T, k] and grad_decay [k], which is 0 without a and h, in `dtype_of_stats`."""
+
+
 class ListBackend(Protocol):
     """The operators of `sparse_ops.py`, which describes the tensors: a module for lists of active features."""
 
