@@ -16,8 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tsae.rundir import layout
 from tsae.sae.model import SparseAutoencoder
-from tsae.sae.recurrence import leaky_recurrence
 from tsae.utils.atomic import write_json
+from tsae_kernels import leaky_recurrence
 
 METHOD = "method.json"
 

@@ -18,7 +18,7 @@ from tsae.errors import UserError
 from tsae.formats.forms import common_architecture
 from tsae.sae.model import SparseAutoencoder
 from tsae.sae.normalization import InputNormalizer
-from tsae.sae.recurrence import LARGEST_DECAY, decay_of, leaky_recurrence, logit_of
+from tsae.sae.recurrence import LARGEST_DECAY, decay_of, logit_of
 from tsae.sae.release import with_release_ratio
 from tsae.training.init_from import check_fits, warm_start
 from tsae.training.sparse_step import dense_reason
@@ -42,25 +42,6 @@ def defined(a: Tensor, decay: Tensor, segments: Tensor | None) -> Tensor:
             row.append(state)
         rows.append(torch.stack(row))
     return torch.stack(rows)
-
-
-@pytest.mark.parametrize("segments", [None, SEGMENTS])
-def test_the_recurrence_and_its_gradients(segments: Tensor | None) -> None:
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randn(B, T, 5, dtype=torch.float64, generator=generator).requires_grad_()
-    decay = torch.tensor([0.0, 0.3, 0.9, 0.999, 0.5], dtype=torch.float64, requires_grad=True)
-    h = leaky_recurrence(a, decay, segments)
-    torch.testing.assert_close(h, defined(a, decay, segments))
-    assert torch.autograd.gradcheck(lambda a, decay: leaky_recurrence(a, decay, segments), (a, decay))
-    if segments is not None:
-        assert not h[2, 2].any()
-
-
-def test_bfloat16_is_computed_in_float32() -> None:
-    a, decay = torch.ones(1, 400, 1, dtype=torch.bfloat16), torch.tensor([0.999])
-    h = leaky_recurrence(a, decay)
-    assert h.dtype == torch.bfloat16
-    assert float(h[0, -1, 0]) == pytest.approx(1 - 0.999**400, rel=0.01)  # in bfloat16 it would stop at 0.25
 
 
 def test_decays_survive_their_parameters() -> None:

@@ -22,8 +22,8 @@ from tsae.data.harvest import ActivationBatch
 from tsae.errors import UserError
 from tsae.evaluation.metrics import CodeLength
 from tsae.sae.model import SparseAutoencoder
-from tsae.sae.recurrence import leaky_recurrence
 from tsae.training.sweep_file import with_options
+from tsae_kernels import leaky_recurrence
 
 SEGMENTS = torch.tensor([[0] * 16, [0] * 5 + [1] * 11, [3, 3, -1, 3, 4, 4, 4, 4, -1, -1, 5, 5, 5, 5, 5, 5]])
 

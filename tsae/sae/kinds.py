@@ -24,7 +24,7 @@ class Kind:
         `steered`: one number, moved towards a mean L0 of k (or found exactly, ``sae.steering``);
         `learned`: a parameter per feature.
     release: has hysteresis, with a release threshold below the switch-on threshold.
-    recurrent: features are a leaky recurrence of the thresholded ones along the sequence (`tsae.sae.recurrence`).
+    recurrent: features are the thresholded ones after a leaky recurrence (`tsae_kernels.leaky_recurrence`).
     nonlinearity: the kernel's activation, applied together with the threshold.
     saelens: the SAELens architecture that computes the same in inference; None if there is none.
     feature_tensors: [B, T, d_sae] tensors at the peak of a training step, without and with autocast; counted with

@@ -15,12 +15,12 @@ from tsae.errors import UserError
 from tsae.parallel.axis import SINGLE_PROCESS, Ranks
 from tsae.sae import saving
 from tsae.sae.hysteresis import exact_threshold, mask_two_sided
-from tsae.sae.recurrence import decay_of, leaky_recurrence, logit_of
+from tsae.sae.recurrence import decay_of, logit_of
 from tsae.sae.sparse_linear import decode_sparse, encode_linear, use_sparse_products
 from tsae.sae.straight_through import learned_thresholds, straight_through
 from tsae.sae.thresholds import batch_topk_threshold, mean_l0, topk_threshold
 from tsae.utils.paths import expanded
-from tsae_kernels import TemporalStats, activate_with_stats
+from tsae_kernels import TemporalStats, activate_with_stats, leaky_recurrence
 
 NO_BANDS = ((1, 1),)  # the cheapest statistics, for callers that need only the features
 THRESHOLD_EMA_WEIGHT = 0.05  # of the latest batch, in the running threshold
@@ -219,7 +219,7 @@ class SparseAutoencoder(nn.Module):
         if self.decay_logit is not None:
             a, _ = activate_with_stats(*arguments, NO_BANDS, segments, backend=backend)
             decay = decay_of(self.decay_logit) if self.training else self.decay
-            h = leaky_recurrence(a, decay, segments)
+            h = leaky_recurrence(a, decay, segments, backend=backend)
             return *activate_with_stats(h, None, "identity", None, None, bands, segments, backend=backend), None
         h, stats = activate_with_stats(*arguments, bands, segments, backend=backend)
         if self.log_threshold is None or not self.training or not torch.is_grad_enabled():
