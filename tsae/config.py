@@ -44,10 +44,11 @@ class SAEConfig:
     activation: Activation = "schmitt"
     """Nonlinearity of the encoder. `schmitt` (hysteresis) switches a feature on above one threshold and off below a
     lower one, along the sequence; `rate` does so with both thresholds per feature, from how often it switches;
-    `jumprelu` learns a threshold per feature, `jumprelu_schmitt` both thresholds."""
+    `jumprelu` learns a threshold per feature, `jumprelu_schmitt` both thresholds; `persistent` is a leaky recurrence of
+    batchtopk's features along the sequence, with a decay learned per feature."""
     k: int = 32
-    """Active features per token: exact (topk), mean (batchtopk), or the target of the mean L0 (schmitt, rate; jumprelu
-    and jumprelu_schmitt if objective.l0 is 0)."""
+    """Active features per token: exact (topk), mean (batchtopk; persistent, before its recurrence), or the target of
+    the mean L0 (schmitt, rate; jumprelu and jumprelu_schmitt if objective.l0 is 0)."""
     support_bits: NonNegativeFloat = 0.0
     """rate: target of the support's bits per token, instead of sae.k of the mean L0; 0: sae.k."""
     amplitude_bits: NonNegativeFloat = 4.0
@@ -67,6 +68,8 @@ class SAEConfig:
     gate_gradient: NonNegativeFloat = 0.0
     """schmitt, rate: strength of a pseudo-gradient that teaches the encoder when a feature should be on, from entries
     within sae.bandwidth of a threshold (docs/mathematics.md, section 9); 0: none, 1: as for jumprelu's thresholds."""
+    initial_decay: Annotated[float, Range("above 0 and below 0.999", lambda decay: 0 < decay < 0.999)] = 0.5
+    """persistent: initial decay l of every feature, above 0 and below 0.999, in h_t = l h_{t-1} + (1 - l) a_t."""
     bandwidth: PositiveFloat = 0.5
     """jumprelu, jumprelu_schmitt, and with sae.gate_gradient: width of the straight-through window around a threshold,
     as a fraction of the threshold (Rajamanoharan et al. 2024, section 3)."""
@@ -126,7 +129,7 @@ class SAEConfig:
                 f"sae.groups is {self.groups}; it must be ascending numbers of features, the last of them sae.d_sae, "
                 f"which is {self.d_sae}."
             )
-        if (self.kind.steered or self.kind.learned) and self.layer_norm == "post":
+        if (self.kind.steered or self.kind.learned or self.kind.recurrent) and self.layer_norm == "post":
             raise UserError(
                 f"sae.layer_norm is 'post' with sae.activation '{self.activation}'; use 'pre' or 'none', because "
                 "normalizing after the threshold would undo its zeros."

@@ -113,6 +113,7 @@ def test_width_mismatch_is_named() -> None:
         {"activation": "schmitt", "apply_b_dec_to_input": False},
         {"activation": "jumprelu"},
         {"activation": "jumprelu_schmitt"},
+        {"activation": "persistent"},
         {"activation": "gelu"},
         {"activation": "gelu", "apply_b_dec_to_input": False},
         {"activation": "relu", "layer_norm": "pre"},

@@ -151,6 +151,7 @@ NEWER = {
     "text.min_characters": 3,
     "text.max_characters": 9,
     "text.prepend_bos": "no",
+    "sae.initial_decay": 0.25,
 }
 
 

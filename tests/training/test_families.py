@@ -15,7 +15,7 @@ from tsae.sae.normalization import InputNormalizer
 from tsae.training.trainer import Trainer
 
 B, T, D, K = 6, 24, 8, 40
-ACTIVATIONS = ("relu", "gelu", "topk", "batchtopk", "jumprelu", "schmitt", "jumprelu_schmitt", "rate")
+ACTIVATIONS = ("relu", "gelu", "topk", "batchtopk", "jumprelu", "schmitt", "jumprelu_schmitt", "rate", "persistent")
 GROUPS = ((), (10, 25, K))
 OBJECTIVES = ("none", "multiscale", "window", "contrastive", "slow", "contrastive+window", "slow+multiscale")
 

@@ -75,25 +75,26 @@ def ablation(
     """Within the block, ``x + decode(h') - decode(h)`` stands for the activations x, where h are their features and h'
     the same with ``features`` at 0: what the autoencoder does not reconstruct stays.
 
-    Features with hysteresis depend on all earlier tokens, which the model does not pass on with a key-value cache.
-    Within the block `generate` then uses none, and a forward pass that continues a cache is refused.
+    Features with hysteresis, or of the activation `persistent`, depend on all earlier tokens, which the model does not
+    pass on with a key-value cache. Within the block `generate` then uses none, and a forward pass that continues a
+    cache is refused.
 
     sae, layer, positions: as in `steering`
     features: to take out
 
     Raises:
         UserError: there is no such feature or block, or a position is negative. In a forward pass: it continues a
-            cache and the features have hysteresis.
+            cache and the features depend on earlier tokens.
     """
     chosen = list(dict.fromkeys(_checked(features, sae)))
-    stateful = sae.cfg.kind.release
+    stateful = sae.cfg.kind.keeps_state
     rows = sae.cfg.input_scale * sae.W_dec.detach()[chosen]  # [n, d_in]
     among = _among(positions)
 
     def remove(x: Tensor, start: int) -> Tensor:  # [N, T, d_in]
         if stateful and start > 0:
             raise UserError(
-                "A feature with hysteresis depends on all earlier tokens, so it cannot be ablated where a forward pass "
+                "A feature that depends on all earlier tokens cannot be ablated where a forward pass "
                 "continues a key-value cache; generate with use_cache=False."
             )
         prefix = int(start == 0)

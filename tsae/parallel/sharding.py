@@ -21,8 +21,10 @@ FEATURE_DIM = {
     "W_dec": 0,
     "log_threshold": 0,
     "release_logit": 0,
+    "decay_logit": 0,
     "threshold": 0,
     "release": 0,
+    "decay": 0,
     "rates": 1,
 }
 """The feature dimension of each sharded parameter and buffer; the others are replicated."""
@@ -96,6 +98,7 @@ class ShardedAutoencoder(SparseAutoencoder):
     b_dec = property(lambda self: self._part("b_dec"))
     log_threshold = property(lambda self: self._part("log_threshold"))
     release_logit = property(lambda self: self._part("release_logit"))
+    decay_logit = property(lambda self: self._part("decay_logit"))
 
     def whole_state(self) -> dict[str, Tensor | None]:
         """`state_dict` of the full autoencoder; its sharded tensors are None except on the first feature rank."""

@@ -34,6 +34,7 @@ _ADDED: dict[str, Any] = {
     "text.min_characters": 0,
     "text.max_characters": 0,
     "text.prepend_bos": "auto",
+    "sae.initial_decay": 0.5,
 }
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Activation = Literal["relu", "gelu", "topk", "batchtopk", "jumprelu", "schmitt", "jumprelu_schmitt", "rate"]
+Activation = Literal[
+    "relu", "gelu", "topk", "batchtopk", "jumprelu", "schmitt", "jumprelu_schmitt", "rate", "persistent"
+]
 """Nonlinearities of the encoder; docs/objectives.md has the formulas."""
 
 
@@ -26,6 +28,7 @@ class Kind:
         `learned`: a parameter per feature.
     release: has hysteresis, with a release threshold below the switch-on threshold.
     rates: thresholds and releases per feature follow from its transition rates (`tsae.sae.rates`).
+    recurrent: features are the thresholded ones after a leaky recurrence (`tsae_kernels.leaky_recurrence`).
     nonlinearity: the kernel's activation, applied together with the threshold.
     saelens: the SAELens architecture that computes the same in inference; None if there is none.
     feature_tensors: [B, T, d_sae] tensors at the peak of a training step, without and with autocast; counted with
@@ -35,6 +38,7 @@ class Kind:
     threshold: Literal["none", "token", "batch", "steered", "learned"] = "none"
     release: bool = False
     rates: bool = False
+    recurrent: bool = False
     nonlinearity: Literal["relu", "gelu"] = "relu"
     saelens: str | None = None
     feature_tensors: tuple[int, int] = (4, 5)
@@ -63,6 +67,16 @@ class Kind:
     def shares_threshold(self) -> bool:
         """Whether all features have the same threshold after training."""
         return self.threshold in ("batch", "steered") and not self.rates
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a feature depends on earlier tokens of its segment."""
+        return self.release or self.recurrent
+
+    @property
+    def thresholded(self) -> bool:
+        """Whether features are pre-activations above stored thresholds."""
+        return self.stores_threshold and not self.recurrent
 
     @property
     def threshold_parameters(self) -> int:
@@ -94,4 +108,5 @@ KINDS: dict[str, Kind] = {
     "schmitt": Kind("steered", release=True),
     "jumprelu_schmitt": Kind("learned", release=True, feature_tensors=(8, 13)),
     "rate": Kind("steered", release=True, rates=True),
+    "persistent": Kind("batch", recurrent=True, feature_tensors=(8, 14)),
 }

@@ -16,11 +16,12 @@ from tsae.parallel.axis import SINGLE_PROCESS, Ranks
 from tsae.sae import saving
 from tsae.sae.hysteresis import exact_threshold, mask_path, mask_two_sided
 from tsae.sae.rates import path_costs
+from tsae.sae.recurrence import decay_of, logit_of
 from tsae.sae.sparse_linear import decode_sparse, encode_linear, use_sparse_products
 from tsae.sae.straight_through import GateLevels, gate_gradient, learned_thresholds, straight_through
 from tsae.sae.thresholds import batch_topk_threshold, mean_l0, topk_threshold
 from tsae.utils.paths import expanded
-from tsae_kernels import TemporalStats, activate_with_stats
+from tsae_kernels import TemporalStats, activate_with_stats, leaky_recurrence
 
 NO_BANDS = ((1, 1),)  # the cheapest statistics, for callers that need only the features
 THRESHOLD_EMA_WEIGHT = 0.05  # of the latest batch, in the running threshold
@@ -35,10 +36,12 @@ class SparseAutoencoder(nn.Module):
 
     Parameters, float32: ``W_enc`` (d_in, d_sae), ``b_enc`` (d_sae), ``W_dec`` (d_sae, d_out), ``b_dec`` (d_out), where
     d_out is d_in for an autoencoder;
-    for learned thresholds also ``log_threshold`` (d_sae), and with a release ``release_logit`` (d_sae).
+    for learned thresholds also ``log_threshold`` (d_sae), and with a release ``release_logit`` (d_sae); for the
+    recurrence of persistent ``decay_logit`` (d_sae).
     Buffers: ``threshold`` and ``release`` (d_sae), in the units of the pre-activation; 0 and unused by activations
     that store none (`tsae.sae.kinds`). `rate` also keeps ``rates`` (2, d_sae), P(on | off before) and P(on | on
-    before), and ``bit_price`` (scalar), what a bit costs in the square of the pre-activation's units.
+    before), and ``bit_price`` (scalar), what a bit costs in the square of the pre-activation's units. With a recurrence
+    also ``decay`` (d_sae).
 
     In ``train()`` mode a batchtopk autoencoder, and a schmitt one with exact steering, computes its threshold from the
     batch, and learned thresholds come from their parameters. In ``eval()`` mode all thresholds come from the buffers,
@@ -71,6 +74,7 @@ class SparseAutoencoder(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(cfg.width_out))
         self.threshold: Tensor
         self.release: Tensor
+        self.decay: Tensor
         self.register_buffer("threshold", torch.zeros(cfg.d_sae))
         self.register_buffer("release", torch.zeros(cfg.d_sae))
         if cfg.kind.rates:
@@ -84,6 +88,10 @@ class SparseAutoencoder(nn.Module):
             self.log_threshold = nn.Parameter(torch.zeros(cfg.d_sae))
             if cfg.kind.release:
                 self.release_logit = nn.Parameter(torch.full((cfg.d_sae,), cfg.release_ratio).logit(1e-3))
+        self.decay_logit: nn.Parameter | None = None
+        if cfg.kind.recurrent:
+            self.decay_logit = nn.Parameter(logit_of(torch.full((cfg.d_sae,), cfg.initial_decay)))
+            self.register_buffer("decay", torch.full((cfg.d_sae,), cfg.initial_decay))
         self.update_threshold_buffers()
 
     def extra_repr(self) -> str:
@@ -98,7 +106,7 @@ class SparseAutoencoder(nn.Module):
     def not_finite(self) -> str | None:
         """A clause naming the first tensor with NaN or infinity; None if there is none. Thresholds may be +inf."""
         for name, tensor in self.state_dict().items():
-            if name in ("log_threshold", "release_logit"):
+            if name in ("log_threshold", "release_logit", "decay_logit"):
                 continue
             bad = int((~(tensor.isfinite() | ((tensor == torch.inf) & (name == "threshold")))).sum())
             if bad:
@@ -112,7 +120,9 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def update_threshold_buffers(self) -> None:
-        """Copy learned thresholds, if any, from the parameters to the buffers."""
+        """Copy learned thresholds and decays, if any, from the parameters to the buffers."""
+        if self.decay_logit is not None:
+            self.decay.copy_(decay_of(self.decay_logit))
         if self.log_threshold is not None:
             threshold, release = learned_thresholds(self.log_threshold, self.release_logit)
             self.threshold.copy_(threshold)
@@ -121,7 +131,9 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def update_threshold_parameters(self) -> None:
-        """Set the parameters of learned thresholds, if any, to the values in the buffers."""
+        """Set the parameters of learned thresholds and decays, if any, to the values in the buffers."""
+        if self.decay_logit is not None:
+            self.decay_logit.copy_(logit_of(self.decay))
         if self.log_threshold is not None:
             self.log_threshold.copy_(self.threshold.clamp(min=1e-30).log())
         if self.release_logit is not None:
@@ -215,6 +227,11 @@ class SparseAutoencoder(nn.Module):
         if cfg.layer_norm == "post":
             h, _ = activate_with_stats(*arguments, NO_BANDS, segments, backend=backend)
             h = functional.layer_norm(h, (cfg.d_sae,))
+            return *activate_with_stats(h, None, "identity", None, None, bands, segments, backend=backend), None
+        if self.decay_logit is not None:
+            a, _ = activate_with_stats(*arguments, NO_BANDS, segments, backend=backend)
+            decay = decay_of(self.decay_logit) if self.training else self.decay
+            h = leaky_recurrence(a, decay, segments, backend=backend)
             return *activate_with_stats(h, None, "identity", None, None, bands, segments, backend=backend), None
         counted = kind.rates and self.training
         h, stats = activate_with_stats(*arguments, bands, segments, transitions=counted, backend=backend)
@@ -325,7 +342,8 @@ class SparseAutoencoder(nn.Module):
             h = h.to(W_dec.dtype)
         # Learned thresholds need the gradient of features that are 0, which the sparse product skips.
         full_gradient = self.thresholds_learned and self.training and torch.is_grad_enabled()
-        sparse = self._sparse_features and not full_gradient and len(W_dec) > 0 and use_sparse_products(h)
+        dense = full_gradient or self.cfg.kind.recurrent  # whose features stay above 0 once they were
+        sparse = self._sparse_features and not dense and len(W_dec) > 0 and use_sparse_products(h)
         return decode_sparse(h, W_dec) if sparse else h @ W_dec
 
     def _rescale(self, product: Tensor) -> Tensor:
@@ -383,6 +401,8 @@ class SparseAutoencoder(nn.Module):
         if cfg.kind.rates:
             out.rates.copy_(self.rates)
             out.bit_price.copy_(self.bit_price * gain**2)
+        if self.decay_logit is not None:
+            out.decay.copy_(self.decay)
         out.update_threshold_parameters()
         out.metadata = dict(self.metadata)
         return out
@@ -409,6 +429,8 @@ class SparseAutoencoder(nn.Module):
         if cfg.kind.rates:
             out.rates.copy_(self.rates)
             out.bit_price.copy_(self.bit_price * gain**2)
+        if self.decay_logit is not None:
+            out.decay.copy_(self.decay)
         out.update_threshold_parameters()
         out.metadata = dict(self.metadata)
         return out

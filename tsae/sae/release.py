@@ -32,8 +32,8 @@ class AdjustedRelease(NamedTuple):
 
 def check_has_thresholds(cfg: SAEConfig) -> None:
     """Raise `UserError` unless the features of ``cfg`` are its pre-activations above stored thresholds."""
-    if not cfg.kind.stores_threshold or cfg.layer_norm == "post":
-        usable = ", ".join(name for name, kind in KINDS.items() if kind.stores_threshold)
+    if not cfg.kind.thresholded or cfg.layer_norm == "post":
+        usable = ", ".join(name for name, kind in KINDS.items() if kind.thresholded)
         raise UserError(
             f"The autoencoder's activation is {cfg.activation!r} (layer_norm {cfg.layer_norm!r}); a release ratio "
             f"needs one with thresholds ({usable}) and no layer normalization after it."

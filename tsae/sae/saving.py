@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from tsae.config import SAEConfig
 from tsae.errors import UserError
 from tsae.sae import metadata
+from tsae.sae.recurrence import LARGEST_DECAY
 from tsae.utils.atomic import atomic_write, checksum_of, write_json
 from tsae.utils.config_json import from_dict, load_json
 from tsae.utils.tensor_files import Tensors, read_safetensors, require_tensors
@@ -51,6 +52,7 @@ def tensor_shapes(cfg: SAEConfig) -> dict[str, tuple[int, ...]]:
     shapes |= {"W_dec": (d_sae, cfg.width_out), "b_dec": (cfg.width_out,)}
     shapes |= {"threshold": (d_sae,)} if cfg.kind.stores_threshold else {}
     shapes |= {"release": (d_sae,)} if cfg.kind.release else {}
+    shapes |= {"decay": (d_sae,)} if cfg.kind.recurrent else {}
     return shapes | ({"rates": (2, d_sae), "bit_price": ()} if cfg.kind.rates else {})
 
 
@@ -145,6 +147,8 @@ def load(directory: Path) -> tuple[SAEConfig, Tensors, dict[str, Any]]:
         raise UserError(f"{path}: release must be from 0 to threshold for every feature; restore the file.")
     if cfg.kind.rates and bool(((tensors["rates"] <= 0) | (tensors["rates"] >= 1)).any()):
         raise UserError(f"{path}: rates must be between 0 and 1 for every feature; restore the file.")
+    if cfg.kind.recurrent and not bool(((tensors["decay"] >= 0) & (tensors["decay"] <= LARGEST_DECAY)).all()):
+        raise UserError(f"{path}: decay must be from 0 to {LARGEST_DECAY} for every feature; restore the file.")
     said = {name: value for name, value in values["metadata"].items() if name != "tsae"}
     said = metadata.checked(directory / CONFIG, said, transcoder=cfg.d_out > 0)
     if "hook_layer" in said and "hook_name" not in values["metadata"]:  # our first versions named only the layer

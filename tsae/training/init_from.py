@@ -152,6 +152,11 @@ def check_fits(cfg: TrainConfig, source: SparseAutoencoder) -> None:
             f"sae.activation is {sae.activation!r}, but {cfg.init_from} has {own.activation!r}, whose features have "
             "another nonlinearity; leave sae.activation out."
         )
+    if own.kind.recurrent and not sae.kind.recurrent:
+        raise UserError(
+            f"sae.activation is {sae.activation!r}, but {cfg.init_from} has {own.activation!r}, whose features are a "
+            "recurrence along the sequence; leave sae.activation out."
+        )
     if sae.input_scale != _input_scale(cfg, own):
         raise UserError(
             f"sae.input_scale is {sae.input_scale:g}, but {cfg.init_from} needs {_input_scale(cfg, own):g}; leave it "
@@ -271,6 +276,9 @@ def warm_start(cfg: TrainConfig, source: SparseAutoencoder, normalizer: InputNor
     sae.b_enc.copy_(b_enc * norms / gain)
     sae.W_dec.copy_(source.W_dec / norms[:, None])
     sae.b_dec.copy_(new)
+    if own.kind.recurrent:
+        sae.decay.copy_(source.decay)
+        sae.update_threshold_parameters()
     return WarmStart(sae, normalizer, _set_thresholds(sae, source, norms / gain))
 
 

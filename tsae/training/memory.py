@@ -75,13 +75,14 @@ def check_memory(parts: dict[str, int], device: torch.device, lm_device: torch.d
 
 def sae_parameters(cfg: SAEConfig) -> int:
     """Number of parameters."""
-    return (cfg.d_in + cfg.width_out) * cfg.d_sae + cfg.width_out + (1 + cfg.kind.threshold_parameters) * cfg.d_sae
+    per_feature = 1 + cfg.kind.threshold_parameters + cfg.kind.recurrent
+    return (cfg.d_in + cfg.width_out + per_feature) * cfg.d_sae + cfg.width_out
 
 
 def sae_bytes(cfg: SAEConfig) -> int:
-    """Bytes of the parameters, gradients, Adam's two moments and the threshold buffers, all float32."""
-    rates = 2 * cfg.d_sae + 1 if cfg.kind.rates else 0
-    return 4 * (4 * sae_parameters(cfg) + 2 * cfg.d_sae + rates)
+    """Bytes of parameters, gradients, Adam's two moments and buffers (thresholds, rates, decays), all float32."""
+    buffers = (2 + cfg.kind.recurrent) * cfg.d_sae + (2 * cfg.d_sae + 1 if cfg.kind.rates else 0)
+    return 4 * (4 * sae_parameters(cfg) + buffers)
 
 
 def step_bytes(cfg: TrainConfig, *, autocast: bool, dense: bool = False) -> int:
@@ -105,7 +106,7 @@ def step_bytes(cfg: TrainConfig, *, autocast: bool, dense: bool = False) -> int:
     forward = backward = kind.feature_tensors[autocast]
     if cfg.sae.uses_gate_gradient:  # the features with marks, and the entries near a threshold
         forward = backward = forward + (4 if autocast else 2)
-    if kind.k_sparse and not kind.learned and not dense:
+    if kind.k_sparse and not kind.learned and not kind.recurrent and not dense:
         backward = 2  # the backward pass of sparse products frees the others early
     gradients = 0 if 0 < cfg.chunk < cfg.batch else 8 * weights  # not yet there in the forward pass
     peaks = (

@@ -21,13 +21,15 @@ def threshold_parameters(sae: SparseAutoencoder) -> list[torch.nn.Parameter]:
 
 
 def build_optimizer(sae: SparseAutoencoder, cfg: OptimizerConfig, *, capturable: bool = False) -> torch.optim.Optimizer:
-    """Fused Adam or AdamW over the parameters of the autoencoder. Learned thresholds have no weight decay: they are
-    logarithms, for which 0 is not a neutral value. ``capturable``: for a CUDA graph, with learning rates on the device.
+    """Fused Adam or AdamW over the parameters of the autoencoder. Learned thresholds and decays have no weight decay:
+    they are logarithms and logits, for which 0 is not a neutral value. ``capturable``: for a
+    CUDA graph, with learning rates on the device.
     """
     kind = torch.optim.AdamW if cfg.name == "adamw" else torch.optim.Adam
     extra: dict[str, Any] = {"weight_decay": cfg.weight_decay} if cfg.name == "adamw" else {}
     parameters: Any = list(sae.parameters())
-    learned = threshold_parameters(sae)
+    names = ("log_threshold", "release_logit", "decay_logit")
+    learned = [parameter for name, parameter in sae.parameter_dict().items() if name in names]
     if learned and extra:
         others = [p for p in parameters if all(p is not q for q in learned)]
         parameters = [{"params": others}, {"params": learned, "weight_decay": 0.0}]

@@ -48,6 +48,8 @@ def dense_reason(cfg: TrainConfig, processes: int = 1) -> str | None:
         return f"sae.gate_gradient is {sae.gate_gradient:g}, which needs gradients of features that are off"
     if kind.learned:
         return f"sae.activation {sae.activation!r} needs gradients of features that are off, for its thresholds"
+    if kind.recurrent:
+        return f"sae.activation {sae.activation!r} has features that stay active along the sequence"
     if sae.layer_norm != "none":
         return f"sae.layer_norm {sae.layer_norm!r} needs all features of a token"
     if sae.hysteresis != "causal":

@@ -181,7 +181,7 @@ def columns(sae: SparseAutoencoder, activity: Activity, ids: np.ndarray) -> dict
 
 def thresholds(sae: SparseAutoencoder) -> tuple[np.ndarray | None, np.ndarray | None]:
     """[d_sae] switch-on threshold and release of each feature; None if the activation has none."""
-    if not sae.cfg.kind.stores_threshold or sae.cfg.layer_norm == "post":
+    if not sae.cfg.kind.thresholded or sae.cfg.layer_norm == "post":
         return None, None
     release = sae.release.cpu().numpy() if sae.cfg.kind.release else None
     return sae.threshold.cpu().numpy(), release
