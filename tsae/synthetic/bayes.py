@@ -28,14 +28,20 @@ def filter_states(observed: Tensor, segments: Tensor, chain: Chain) -> Tensor:
 def smooth_states(observed: Tensor, segments: Tensor, chain: Chain) -> Tensor:
     """P(on at t | all observations of the segment), [B, T, n]: forward-backward."""
     ratio, starts = likelihood_ratio(observed, chain), starts_of(segments)
-    out = _forward(ratio, starts, chain)
+    return updated(_forward(ratio, starts, chain), backward_ratios(ratio, starts, chain))
+
+
+def backward_ratios(ratio: Tensor, starts: Tensor, chain: Chain) -> Tensor:
+    """P(later observations of the segment | on at t) / P(... | off at t), [B, T, n].
+
+    ratio: from `likelihood_ratio`; starts: from `starts_of`
+    """
     to_on, to_off = chain.on_after_on.float(), chain.on_after_off.float()
-    future = torch.ones_like(out[:, 0])  # P(later observations | on) / P(later observations | off)
-    for t in range(out.shape[1] - 1, -1, -1):
-        out[:, t] = _updated(out[:, t], future)
-        likelihood = ratio[:, t] * future - 1
+    out = torch.ones_like(ratio)
+    for t in range(ratio.shape[1] - 1, 0, -1):
+        likelihood = ratio[:, t] * out[:, t] - 1
         future = (1 + to_on * likelihood) / (1 + to_off * likelihood)
-        future.masked_fill_(starts[:, t, None], 1.0)
+        out[:, t - 1] = future.masked_fill(starts[:, t, None], 1.0)
     return out
 
 
@@ -53,13 +59,13 @@ def _forward(ratio: Tensor, starts: Tensor, chain: Chain) -> Tensor:
     state = torch.zeros_like(ratio[:, 0])
     for t in range(ratio.shape[1]):
         predicted = torch.where(starts[:, t, None], prior, to_off + rho * state)
-        state = _updated(predicted, ratio[:, t])
+        state = updated(predicted, ratio[:, t])
         out[:, t] = state
     return out
 
 
-def _updated(probability: Tensor, ratio: Tensor) -> Tensor:
-    """The posterior of a probability and a likelihood ratio."""
+def updated(probability: Tensor, ratio: Tensor) -> Tensor:
+    """The posterior probability of a probability and a likelihood ratio."""
     return probability * ratio / (1 + probability * (ratio - 1))
 
 
