@@ -122,7 +122,7 @@ def collect(
         "seed": cfg.seed,
         "date": date.today().isoformat(),
         "machine": {
-            "processor": _processor(),
+            "processor": processor(),
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() and cfg.device != "cpu" else "cpu",
             "torch": torch.__version__,
@@ -135,7 +135,8 @@ def collect(
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name, and how many cores are seen."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
