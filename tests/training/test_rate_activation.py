@@ -54,7 +54,7 @@ def test_counts_are_those_of_the_features() -> None:
     trainer = make(RATE, NONE)
     x, segments = batch(0)
     with torch.no_grad():
-        trainer.steering.prepare(trainer.sae.pre_activation(x), segments, 0)
+        trainer.steering.prepare(trainer.sae.pre_activation(x), segments, 0, 0.0)
     trainer.sae.eval()
     on = trainer.sae.encode(x, segments) > 0
     trainer.sae.train()

@@ -88,6 +88,7 @@ CASES: dict[str, Callable[[], TrainConfig]] = {
     "batchtopk, l1": lambda: config("batchtopk", {"l1": 0.05}),
     "schmitt": lambda: config(),
     "schmitt, exact": lambda: config(sae={"steering": "exact"}),
+    "rate": lambda: config("rate", {"hold_steps": 1, "ramp_steps": 1}, sae={"release_ratio": 0.5}),
     "multiscale": lambda: config(objective={"temporal": "multiscale", "weights": (0.5, 0.2, 0.1), "hold_steps": 1}),
     "multiscale, equal weights, first features": lambda: config(
         "topk", {"temporal": "multiscale", "adaptive": False, "group": 30, "weight": 20.0}

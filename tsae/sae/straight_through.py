@@ -200,34 +200,47 @@ class _Gate(torch.autograd.Function):
         strength: float,
         price: float | Tensor,
     ) -> Tensor:
-        d_sae = h.shape[2]
+        ctx.price, ctx.factor, ctx.has_bias = price, strength / width, bias is not None
+        ctx.dense = runs_behind(h.device)
+        joined = torch.zeros_like(segments, dtype=torch.bool)
+        joined[:, 1:] = segments[:, 1:] == segments[:, :-1]
+        if ctx.dense:
+            on_before = torch.zeros_like(h, dtype=torch.bool)
+            on_before[:, 1:] = h[:, :-1] > 0
+            level = torch.where(on_before & joined[..., None], release, threshold).float()
+            z = pre.float() if bias is None else pre.float() + bias.detach()
+            near = ((z - level).abs() < width / 2 * level) & (segments >= 0)[..., None]
+            ctx.save_for_backward(near, level)
+            return torch.where(near & (h == 0), NEAR_MISS, h).to(h.dtype)
+        d_sae = ctx.d_sae = h.shape[2]
         low = torch.where(release > 0, release, threshold) * (1 - width / 2)
         if bias is not None:
             low = low - bias
         maybe = pre > low.to(pre.dtype)  # [B, T, d_sae], all entries in the window and few others
         place = maybe.flatten().nonzero().squeeze(1)  # [n]
         position, feature = place // d_sae, place % d_sae
-        ids, flat = segments.flatten(), h.flatten()
-        joined = torch.zeros_like(segments, dtype=torch.bool)
-        joined[:, 1:] = segments[:, 1:] == segments[:, :-1]
+        flat = h.flatten()
         on_before = joined.flatten()[position] & (flat[(place - d_sae).clamp(min=0)] > 0)
         z = pre.flatten()[place].float()
         if bias is not None:
             z = z + bias.detach()[feature]
         level = torch.where(on_before, release[feature], threshold[feature]).float()
-        near = ((z - level).abs() < width / 2 * level) & (ids[position] >= 0)
+        near = ((z - level).abs() < width / 2 * level) & (segments.flatten()[position] >= 0)
         place, level, feature = place[near], level[near], feature[near]
         out = h.clone()
         missed = place[flat[place] == 0]
         out.view(-1)[missed] = NEAR_MISS
         ctx.save_for_backward(place, level, feature)
-        ctx.price, ctx.factor, ctx.d_sae = price, strength / width, d_sae
-        ctx.has_bias = bias is not None
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.dense:
+            near, level = ctx.saved_tensors
+            dense = torch.where(near, ctx.factor * (grad.float() + ctx.price * level), 0.0)
+            grad_bias = dense.sum((0, 1)) if ctx.has_bias and ctx.needs_input_grad[2] else None
+            return grad, dense.to(grad.dtype), grad_bias, None, None, None, None, None, None
         place, level, feature = ctx.saved_tensors
         extra = ctx.factor * (grad.flatten()[place].float() + ctx.price * level)
         grad_pre = torch.zeros_like(grad)

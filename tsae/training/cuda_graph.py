@@ -29,14 +29,14 @@ class PlanOnDevice:
     """
 
     def __init__(self, plan: StepPlan, device: torch.device) -> None:
-        self.values = [torch.zeros((), device=device) for _ in range(4)]
-        reconstruction, temporal, mixing, lr = self.values
+        self.values = [torch.zeros((), device=device) for _ in range(5)]
+        reconstruction, temporal, mixing, ramp, lr = self.values
         loss = LossWeights(reconstruction, None if plan.loss.temporal is None else temporal)
-        self.plan = StepPlan(loss, mixing, lr, 0.0)
+        self.plan = StepPlan(loss, mixing, ramp, lr, 0.0)
 
     def set(self, plan: StepPlan) -> None:
         """Set the tensors to the numbers of ``plan``, without waiting for the device."""
-        numbers = (*plan.loss, plan.mixing, plan.lr)
+        numbers = (*plan.loss, plan.mixing, plan.ramp, plan.lr)
         for value, number in zip(self.values, numbers, strict=True):
             if number is not None:
                 value.fill_(number)

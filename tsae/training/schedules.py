@@ -48,11 +48,13 @@ class StepPlan(NamedTuple):
     """What the host knows of a step before it starts. Numbers, or scalar tensors on the device that it can set.
 
     loss: the changing factors of the loss; mixing: of the temporal buffer; lr: learning rate
+    ramp: `temporal_ramp`, by which thresholds from rates replace a common one
     noise: standard deviation of the gradient noise
     """
 
     loss: LossWeights
     mixing: float | Tensor
+    ramp: float | Tensor
     lr: float | Tensor
     noise: float
 
@@ -62,6 +64,7 @@ def step_plan(step: int, steps: int, objective: ObjectiveConfig, optimizer: Opti
     return StepPlan(
         loss_weights(step, objective),
         buffer_mixing(step, objective),
+        temporal_ramp(step, objective),
         learning_rate(step, steps, optimizer),
         noise_std(step, optimizer),
     )

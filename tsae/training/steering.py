@@ -64,10 +64,11 @@ class Steering:
             self.controller.start(torch.tensor(theta, device=self.sae.threshold.device))
 
     @torch.no_grad()
-    def prepare(self, pre: Tensor, segments: Tensor, step: int) -> None:
+    def prepare(self, pre: Tensor, segments: Tensor, step: int, ramp: float | Tensor = 1.0) -> None:
         """Set the thresholds of a step, before its activation.
 
         pre: (B, T, d_sae), without bias; segments: (B, T); step: from 0
+        ramp: `tsae.training.schedules.temporal_ramp` of the step
         """
         if not self.active and not self.sae.thresholds_learned:
             return
@@ -76,9 +77,9 @@ class Steering:
             if self.sae.log_threshold is not None:
                 self.sae.log_threshold.fill_(self.controller.theta.log())
         if self.cfg.sae.kind.steered:
-            self._set(self.controller.theta, step)
+            self._set(self.controller.theta, ramp)
 
-    def _set(self, theta: Tensor, step: int) -> None:
+    def _set(self, theta: Tensor, ramp: float | Tensor) -> None:
         """The steered thresholds of the autoencoder, from the controller's scalar."""
         sae = self.sae
         if self.rates is None:
@@ -86,7 +87,7 @@ class Steering:
             sae.release.copy_(sae.threshold * self.cfg.sae.release_ratio)
             return
         costs, mean = self._costs(self.rates)
-        share = self._share(step)
+        share = 1.0 if self.rates.settled else ramp
         from_off = (1 - share) + share * costs.from_off / mean
         from_on = (1 - share) * self.cfg.sae.release_ratio**2 + share * costs.from_on / mean
         sae.threshold.copy_(theta * from_off.sqrt())
@@ -104,13 +105,6 @@ class Steering:
         weights, features = rates.starts + 1, self.ranks.features
         total = features.sum_no_grad((weights * costs.from_off).sum())
         return costs, total / features.sum_no_grad(weights.sum())
-
-    def _share(self, step: int) -> float:
-        """How far the thresholds per feature have replaced the common one, 0 to 1."""
-        cfg = self.cfg.objective
-        if self.rates is not None and self.rates.settled:
-            return 1.0
-        return min(max((step - cfg.hold_steps) / max(cfg.ramp_steps, 1), 0.0), 1.0)
 
     @torch.no_grad()
     def update(self, l0: Tensor, transitions: list[Tensor], segments: Tensor) -> None:
@@ -153,10 +147,10 @@ class Steering:
         return self.active and self.controller.started
 
     @torch.no_grad()
-    def freeze(self, step: int) -> None:
-        """Set steered thresholds to their values for inference, after ``step`` steps."""
+    def freeze(self, ramp: float) -> None:
+        """Set steered thresholds to their values for inference; ramp: of the step that would follow."""
         if self._frozen and not self.sae.thresholds_learned:
-            self._set(self.controller.frozen, step)
+            self._set(self.controller.frozen, ramp)
 
     @torch.no_grad()
     def freeze_learned(self, finished: SparseAutoencoder) -> None:

@@ -47,7 +47,7 @@ from tsae.training.optimization import (
     set_learning_rate,
     threshold_parameters,
 )
-from tsae.training.schedules import StepPlan, learning_rate, step_plan
+from tsae.training.schedules import StepPlan, learning_rate, step_plan, temporal_ramp
 from tsae.training.sparse_step import DeadRows, SparseStep, check_steps, uses_lists
 from tsae.training.steering import Steering
 from tsae.training.step_metrics import Piece, correlation_metrics, loss_metrics
@@ -296,12 +296,12 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             if lists is None:
                 pre = sae.pre_activation(x)
-                self.steering.prepare(pre, segments, self.step)
+                self.steering.prepare(pre, segments, self.step, plan.ramp)
                 h, stats, l0 = sae.activate_counted(pre, bands_for(cfg.objective), segments)
                 *prefixes, xhat = sae.decode_prefixes(self._gated(h, pre, segments, weight, plan))
             else:
                 centred, pre = lists.pre_activation(x)
-                self.steering.prepare(pre, segments, self.step)
+                self.steering.prepare(pre, segments, self.step, plan.ramp)
                 h, stats, l0 = lists.encode(centred, pre, bands_for(cfg.objective), segments)
                 *prefixes, xhat = lists.decode(h)
             auxiliary = self._auxiliary(x, target - xhat, dead, segments)
@@ -491,7 +491,7 @@ class Trainer:
             alone.load_state_dict(state)
             return alone.finished()
         sae = self.sae
-        self.steering.freeze(self.step)
+        self.steering.freeze(temporal_ramp(self.step, self.cfg.objective))
         mean, scale, target_scale = self.normalizer.mean, self.normalizer.scale, self.normalizer.target_scale
         if self.cfg.sae.d_out:
             mean, target_mean = mean.split((self.cfg.sae.d_in, self.cfg.sae.d_out))

@@ -30,7 +30,12 @@ def features(pre: torch.Tensor, levels: GateLevels, segments: torch.Tensor) -> t
     return activate_with_stats(pre, *levels[:1], "relu", *levels[1:], ((1, 1),), segments)[0]
 
 
-def test_it_is_the_definition(case: tuple[torch.Tensor, GateLevels, torch.Tensor]) -> None:
+@pytest.mark.parametrize("dense", [False, True], ids=["listed", "dense"])
+def test_it_is_the_definition(
+    case: tuple[torch.Tensor, GateLevels, torch.Tensor], dense: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Listed, as on a CPU, and dense, as where the host must not wait for the number of entries."""
+    monkeypatch.setattr("tsae.sae.straight_through.runs_behind", lambda _: dense)
     pre, levels, segments = case
     bias, threshold, release = levels
     assert bias is not None
