@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tsae.synthetic.bayes import filter_states, starts_of
 from tsae.synthetic.chains import Chain, Source
 from tsae.synthetic.estimate import chain_from_moments, fit_chain
 
@@ -39,8 +40,6 @@ def test_false_observations_are_told_from_others(seen):
 
 def test_baum_welch_never_lowers_the_likelihood(seen):
     """Checked through the predictions: the mean log-probability of each observation given those before it."""
-    from tsae.synthetic.bayes import filter_states, starts_of
-
     observed, segments = seen
 
     def log_likelihood(chain: Chain) -> float:

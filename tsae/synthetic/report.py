@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -111,7 +111,7 @@ def write_figure(results: dict[str, Any], path: Path) -> Path:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(max(5.6 * len(settings), 7.0), 8.0), dpi=120, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
-        axes = figure.subplots(2, len(settings), squeeze=False)
+        axes = cast(Any, figure.subplots(2, len(settings), squeeze=False))
         for column, (name, result) in zip(axes.T, settings.items(), strict=True):
             for ax, key, label in zip(
                 column, ("corr_hidden", "ratio"), ("correlation with the hidden state", "denoising ratio"), strict=True
@@ -130,7 +130,9 @@ def _panel(ax: Axes, result: dict[str, Any], key: str) -> None:
     for i, (method, found) in enumerate(result["methods"].items()):
         for readout, row in found["rows"].items():
             values = [part.get(key, float("nan")) for part in row["groups"]]
-            style = {"linestyle": (0, (3, 2)), "linewidth": 1.2} if method == CEILING else {"linewidth": 1.0}
+            style: dict[str, Any] = (
+                {"linestyle": (0, (3, 2)), "linewidth": 1.2} if method == CEILING else {"linewidth": 1.0}
+            )
             marker = "" if method == CEILING else MARKERS[i % len(MARKERS)]
             ax.plot(
                 dwell, values, marker=marker, markersize=4, color=COLORS[readout], label=f"{method}, {readout}", **style

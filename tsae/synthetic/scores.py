@@ -91,7 +91,7 @@ def summary(scores: StateScores, which: Tensor, ceiling: StateScores | None = No
     """
     hidden, observed = scores.correlation("hidden"), scores.correlation("observed")
     which = which & ~hidden.isnan() & ~observed.isnan()
-    out = {"features": int(which.sum())}
+    out: dict[str, float] = {"features": int(which.sum())}
     if not out["features"]:
         return out
 
