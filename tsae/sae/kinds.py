@@ -102,5 +102,5 @@ KINDS: dict[str, Kind] = {
     "jumprelu": Kind("learned", saelens="jumprelu", feature_tensors=(5, 7)),
     "schmitt": Kind("steered", release=True),
     "jumprelu_schmitt": Kind("learned", release=True, feature_tensors=(8, 13)),
-    "persistent": Kind("batch", recurrent=True, feature_tensors=(8, 14)),
+    "persistent": Kind("batch", recurrent=True, feature_tensors=(6, 7)),
 }
