@@ -38,6 +38,7 @@ void path_tile(const Path& f, Runs runs, int64_t b, int64_t tile, void* scratch)
   const Reader<T> z(f.z, at);
   const PathLevels<V> levels =
       path_levels<V>([&](int i) { return load_numbers<E>(f.levels, i * f.k + at.j, at.count); });
+  const V infinity = splat(E(__builtin_inf()));
   Mask<E>* words = static_cast<Mask<E>*>(scratch);
   Mask<E> word{};
   for (int64_t r = 0; r < runs.count; ++r) {
@@ -46,7 +47,7 @@ void path_tile(const Path& f, Runs runs, int64_t b, int64_t tile, void* scratch)
     for (int t = run.begin; t < run.end; ++t) {
       const int place = t % positions;
       if (!run.excluded) {
-        excess = (t == run.begin ? levels.start : next_excess(levels, excess)) + cost_of_on(z(t));
+        excess = (t == run.begin ? levels.start : next_excess(levels, excess)) + cost_of_on(z(t), infinity);
         const bool last = t + 1 == run.end;
         const Mask<E> to_off = less(excess, last ? V{} : levels.stay_off);
         const Mask<E> to_on = less(excess, last ? V{} : levels.stay_on);

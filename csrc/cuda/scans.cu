@@ -64,6 +64,7 @@ __global__ void __launch_bounds__(kStepThreads) path_kernel(const __grid_constan
   const PathLevels<V> levels =
       path_levels<V>([&](int i) { return load_numbers<E>(f.levels, i * f.k + place.j, place.count); });
   const int64_t* ids = ids_of(f.ids, f.T, place);
+  const V infinity = splat(E(__builtin_inf()));
   V excess{};
   for (int word = 0; word < f.words; ++word) {
     const int begin = word * kPathPositions, end = smaller(begin + kPathPositions, f.T);
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(kStepThreads) path_kernel(const __grid_constan
 #pragma unroll 8
     for (int t = begin; t < end; ++t) {
       const Bounds at = bounds_at(ids, t, f.T);
-      excess = (at.begins ? levels.start : next_excess(levels, excess)) + cost_of_on(z(t));
+      excess = (at.begins ? levels.start : next_excess(levels, excess)) + cost_of_on(z(t), infinity);
       const Mask to_off = less(excess, at.ends ? V{} : levels.stay_off);
       const Mask to_on = less(excess, at.ends ? V{} : levels.stay_on);
       if (at.excluded) continue;  // what it computed is not read: the next segment starts anew

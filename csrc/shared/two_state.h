@@ -22,11 +22,10 @@ TSAE_INLINE PathLevels<V> path_levels(const Load& load) {
   return out;
 }
 
-// The cost of on rather than off at a position: -z^2, infinite where on is not allowed (NaN is not).
+// The cost of on rather than off at a position: -z^2, or `infinity` where on is not allowed (NaN is not).
 template <class V>
-TSAE_INLINE V cost_of_on(const V& z) {
-  using E = element_of<V>;
-  return select(less(V{}, z), V{} - z * z, splat(E(__builtin_inf())));
+TSAE_INLINE V cost_of_on(const V& z, const V& infinity) {
+  return select(less(V{}, z), V{} - z * z, infinity);
 }
 
 // The excess cost at the next position, before that position's own cost.

@@ -25,10 +25,12 @@ from tools.compile_triton import specialization
 
 os.environ["TRITON_INTERPRET"] = "0"  # tests/conftest.py would set it to 1
 
+from tsae_kernels import scan_ops
 from tsae_kernels.backends import registry
-from tsae_kernels.backends.triton import launch
+from tsae_kernels.backends.triton import launch, scan_launch
 
-ON_CPU = registry.get_backend(registry.choose_backend(None, torch.device("cpu")))
+_FASTEST = registry.choose_backend(None, torch.device("cpu"))
+ON_CPU, SCANS_ON_CPU = registry.get_backend(_FASTEST), scan_ops._backend(_FASTEST)
 MULTIPROCESSORS = 132
 """Of an H100."""
 
@@ -56,9 +58,7 @@ def _activate_with_mask(*arguments: Any) -> tuple[torch.Tensor, ...]:
     return active_words(h), *statistics
 
 
-def _recorded(name: str) -> Callable[..., Any]:
-    launcher = getattr(launch, name)
-    result = _activate_with_mask if name == "activate_with_mask" else getattr(ON_CPU, name)
+def _recorded(launcher: Callable[..., Any], result: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(first: torch.Tensor, *rest: Any) -> Any:
         launched = launcher(first, *rest)
@@ -68,7 +68,7 @@ def _recorded(name: str) -> Callable[..., Any]:
 
 
 def pytest_configure() -> None:
-    for module_name in ("forward", "backward", "steps"):
+    for module_name in ("forward", "backward", "steps", "scans"):
         module = importlib.import_module(f"tsae_kernels.backends.triton.{module_name}")
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             setattr(module, name, _Recorder(getattr(module, name)))
@@ -80,7 +80,10 @@ def pytest_configure() -> None:
         "step_energy",
         "step_energy_backward",
     ):
-        setattr(launch, name, _recorded(name))
+        result = _activate_with_mask if name == "activate_with_mask" else getattr(ON_CPU, name)
+        setattr(launch, name, _recorded(getattr(launch, name), result))
+    for name in ("viterbi_path", "leaky_recurrence", "leaky_recurrence_backward"):
+        setattr(scan_launch, name, _recorded(getattr(scan_launch, name), getattr(SCANS_ON_CPU, name)))
     launch._programs_wanted = lambda x: 8 * MULTIPROCESSORS
     registry._AVAILABLE["triton"] = launch
     registry._UNAVAILABLE.pop("triton", None)

@@ -15,7 +15,7 @@ SHAPES = """
 import itertools, torch
 from tsae_kernels import MULTISCALE
 from tsae_kernels.backends.interface import Activation, Gradients
-from tsae_kernels.backends.triton import launch
+from tsae_kernels.backends.triton import launch, scan_launch
 
 def test_shapes():
     for T, k in itertools.product((1, 7, 127, 129, 600), (2, 33, 2304, 2312)):
@@ -30,6 +30,10 @@ def test_shapes():
             launch.activate_with_stats(x, Activation("relu", bias, None if T == 1 else level), MULTISCALE, ids)
             launch.activate_with_stats_backward(x, grads, Activation("relu"), MULTISCALE, ids)
             launch.step_energy(x, torch.empty(3, T))
+            decay = torch.empty(k)
+            scan_launch.viterbi_path(x, torch.empty(2, 2, k), torch.empty(2, k), ids)
+            scan_launch.leaky_recurrence(x, decay, ids)
+            scan_launch.leaky_recurrence_backward(x, decay, x if T % 3 else None, x if T % 3 else None, ids)
 """
 
 pytestmark = list(parameters(["triton"])[0].marks)
@@ -61,12 +65,19 @@ def test_no_shape_stride_or_absent_argument_of_the_same_kind_compiles_a_kernel(t
     counts = {name: sum(key.startswith(f"{name}_kernel ") for key in kernels) for name in ("forward", "backward")}
     assert counts["forward"] <= 3
     assert counts["backward"] <= 6
-    assert len(kernels) <= 11
+    walks = ("viterbi_path", "leaky_recurrence", "leaky_recurrence_backward")
+    counts = {name: sum(key.startswith(f"{name}_kernel ") for key in kernels) for name in walks}
+    assert all(0 < count <= 2 for count in counts.values())
+    assert len(kernels) <= 17
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_tests_compile_at_most_60_kernels_on_a_gpu(tmp_path):
-    """Those of statistics and their gradient; the kernels on lists and of Adam compile in under a second each."""
-    kernels = compiled(tmp_path, "tests/tsae_kernels", "-k", "triton and not compil and not sparse and not adam")
+    """Those of statistics and their gradient; the kernels on lists and of Adam compile in under a second each.
+
+    Nor the walks along T, of which every dtype and alignment compiles one.
+    """
+    selection = "triton and not compil and not sparse and not adam and not scans"
+    kernels = compiled(tmp_path, "tests/tsae_kernels", "-k", selection)
     assert len(kernels) <= 60
