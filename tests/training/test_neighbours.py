@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from tsae.data.harvest import ActivationBatch
 from tsae.errors import UserError
 from tsae.evaluation.metrics import CodeLength
 from tsae.sae.model import SparseAutoencoder
+from tsae.train import main as train
 from tsae.training.sweep_file import with_options
 from tsae_kernels import leaky_recurrence
 
@@ -275,3 +277,62 @@ def test_slow_variance_is_found_and_what_explains_it() -> None:
     assert runs["half"]["explained_variance"] == pytest.approx(0.75, abs=0.01)
     with pytest.raises(UserError, match=r"No direction has a held-out autocorrelation above 0\.99"):
         slow_variance.measure({}, slow_text(0), slow_text(1), lag=8, above=0.99)
+
+
+SWEEP = """
+base:
+  {{model: {model}, data: {data}, layer: 1, steps: 6, batch: 4, device: cpu, log_every: 3, sae.d_sae: 48, sae.k: 6,
+   sae.release_ratio: 1.0, objective.temporal: none, buffer.sequences: 24, buffer.harvest_batch: 8, buffer.reuse: 1,
+   buffer.estimate_sequences: 16, evaluation.sequences: 8, evaluation.ce_sequences: 2, text.evaluation_share: 0.2}}
+runs:
+  plain: {{}}
+  persistent: {{sae.activation: persistent}}
+"""
+
+
+def test_the_commands_together(
+    tiny_gemma2: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file, runs, more = tmp_path / "sweep.yaml", tmp_path / "runs", tmp_path / "inputs"
+    file.write_text(SWEEP.format(model=tiny_gemma2, data=text_file))
+    methods = {"crosscoder-8": (CrosscoderTraining, 8), "running-means-4": (RunningMeansTraining, 4)}
+    monkeypatch.setattr(neighbours, "SWEEP", file)
+    monkeypatch.setattr(neighbours, "METHODS", methods)
+
+    def called(module: Any, *arguments: object) -> str:
+        monkeypatch.setattr("sys.argv", ["script", *map(str, arguments)])
+        module.main()
+        return capsys.readouterr().out
+
+    assert train(["--sweep", str(file), "--out", str(runs)]) == 0
+    output = called(neighbours, more, "--json", tmp_path / "inputs.json")
+    assert "crosscoder-8, step 6: explained variance" in output
+    again = called(neighbours, more, "--json", tmp_path / "inputs.json")
+    assert "step 6" not in again
+    called(hmm, runs / "plain", "--json", tmp_path / "hmm.json")
+    called(hmm, runs / "plain", "--causal", "--json", tmp_path / "filter.json")
+    called(persistent_code, runs / "persistent", "--json", tmp_path / "code.json")
+    names = ("inputs", "hmm", "filter", "code")
+    found = read_sweeps([runs, *(tmp_path / f"{name}.json" for name in names)])
+    assert {name for each in found.values() for name in each} == {
+        *("plain", "persistent", *methods, "plain@hmm", "plain@filter", "persistent@code")
+    }
+    integrated, code = found["runs"]["persistent"], found["neighbours-persistent"]["persistent@code"]
+    assert code["l0"] < integrated["l0"]
+    assert code["explained_variance"] == pytest.approx(integrated["explained_variance"], rel=1e-5)
+    assert found["neighbours-inputs"]["crosscoder-8"]["l0"] < 8
+    both = [runs / "plain", runs / "persistent", more / "crosscoder-8", more / "running-means-4", runs / "checkpoint"]
+    sizes = ("--training", 16, "--held-out", 8, "--lag", 4, "--above", -2)
+    called(slow_variance, tmp_path / "slow.json", *both, *sizes)
+    slow = json.loads((tmp_path / "slow.json").read_text())
+    assert slow["directions"] == 32  # all of them
+    assert slow["variance_share"] == pytest.approx(1.0, abs=1e-3)
+    assert list(slow["runs"]) == ["plain", "persistent", *methods]
+    for name, values in slow["runs"].items():
+        assert values["slow_explained_variance"] == pytest.approx(values["explained_variance"], abs=1e-3), name
+        known = found["runs" if name in found["runs"] else "neighbours-inputs"][name]["explained_variance"]
+        assert values["explained_variance"] == pytest.approx(known, abs=0.02), name

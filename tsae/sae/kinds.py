@@ -108,5 +108,5 @@ KINDS: dict[str, Kind] = {
     "schmitt": Kind("steered", release=True),
     "jumprelu_schmitt": Kind("learned", release=True, feature_tensors=(8, 13)),
     "rate": Kind("steered", release=True, rates=True),
-    "persistent": Kind("batch", recurrent=True, feature_tensors=(8, 14)),
+    "persistent": Kind("batch", recurrent=True, feature_tensors=(6, 7)),
 }
