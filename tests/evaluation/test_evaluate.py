@@ -26,6 +26,7 @@ from tsae.lm.loading import load_language_model
 from tsae.reports.table import print_table
 from tsae.rundir.directory import remove_run
 from tsae.sae.model import SparseAutoencoder
+from tsae.sae.rates import switch_costs
 from tsae.utils.config_json import to_dict
 from tsae.utils.nested import flatten
 
@@ -634,3 +635,46 @@ def test_bad_input_is_one_sentence_and_writes_nothing(run_dir, capsys, spoil, op
 def test_no_such_run(tmp_path, capsys):
     assert main([str(tmp_path / "nothing")]) == 2
     assert "no run directory" in capsys.readouterr().err
+
+
+def test_command_line_with_another_hysteresis(run_dir, capsys):
+    cfg = SAEConfig(d_in=32, d_sae=48, k=4, activation="rate")
+    set_config(run_dir, sae=to_dict(cfg))
+    sae = SparseAutoencoder(cfg)
+    sae.rates.copy_(torch.stack([torch.full((48,), 0.05), torch.full((48,), 0.5)]))
+    sae.bit_price.fill_(0.6)
+    costs = switch_costs(sae.rates, cfg.amplitude_bits)
+    sae.threshold.copy_((sae.bit_price * costs.from_off).sqrt())
+    sae.release.copy_((sae.bit_price * costs.from_on).sqrt())
+    sae.save(run_dir / "sae")
+    assert main([str(run_dir)]) == 0
+    capsys.readouterr()
+    for kind in ("two-sided", "path"):
+        assert main([str(run_dir), "--hysteresis", kind]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert f"Wrote {run_dir}/eval-hysteresis-{kind}.json; the run's own eval.json and report.png are as" in out
+    causal, sided, path = (
+        json.loads((run_dir / f"eval{name}.json").read_text())
+        for name in ("", "-hysteresis-two-sided", "-hysteresis-path")
+    )
+    assert set(path) == KEYS | {"source"}
+    assert sided["l0"] > causal["l0"]
+    assert path["temporal"]["support_bits"] != causal["temporal"]["support_bits"]
+    remove_run(run_dir)
+    assert sorted(path.name for path in run_dir.iterdir()) == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--hysteresis", "two-sided"], "sae.hysteresis is 'two-sided' with sae.activation 'topk'"),
+        (["--hysteresis", "path", "--release-ratio", "1"], "--hysteresis and --release-ratio change"),
+        (["--hysteresis", "path", "--format", "saebench"], "--hysteresis and --format saebench change"),
+    ],
+)
+def test_a_hysteresis_that_makes_no_sense_is_one_sentence(run_dir, capsys, options, message):
+    before = sorted(run_dir.rglob("*"))
+    assert main([str(run_dir), *options]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error
+    assert sorted(run_dir.rglob("*")) == before

@@ -39,6 +39,8 @@ METHODS: dict[str, Method] = {
     "batchtopk": Method({"activation": "batchtopk"}, readouts=STATES),
     "jumprelu": Method({"activation": "jumprelu"}),
     "schmitt": Method({"activation": "schmitt", "release_ratio": 0.4}, readouts=STATES),
+    "rate": Method({"activation": "rate", "release_ratio": 0.4, "gate_gradient": 0.2}, readouts=STATES),
+    "persistent": Method({"activation": "persistent"}),
 }
 """A new activation is a line here."""
 
@@ -73,7 +75,8 @@ READOUTS: dict[str, Readout] = {
 def configuration(method: Method, setting: Setting, seed: int) -> TrainConfig:
     """The training configuration of a method, checked: no temporal term, so that activations alone differ."""
     tokens = setting.steps * setting.batch * setting.length
-    objective = {"temporal": "none", "boost": 1.0, "hold_steps": 0, "l1": 0.0} | method.objective
+    objective = {"temporal": "none", "boost": 1.0, "l1": 0.0} | method.objective
+    objective = {"hold_steps": setting.steps // 4, "ramp_steps": setting.steps // 4} | objective  # of `rate`
     if method.sae["activation"] == "relu":
         objective |= {"l1": setting.l1}
     cfg = TrainConfig(
