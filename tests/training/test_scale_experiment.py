@@ -91,16 +91,6 @@ def test_the_plan_says_what_is_done_dropped_and_waits(tmp_path: Path, capsys: py
 
 
 @pytest.mark.usefixtures("small")
-def test_a_version_without_an_activation_leaves_it_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(scale, "METHODS", {**scale.METHODS, "later": {"sae": {"activation": "of-a-later-version"}}})
-    write_cache(tmp_path / "cache", 32)
-    assert {each.cell.method for each in scale.plan(arguments(tmp_path), 3600)} == {"plain", "batchtopk"}
-    assert "later: left out" in capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("small")
 def test_cells_that_are_done_or_failed_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cache(tmp_path / "cache", 32)
     measured: list[str] = []
