@@ -66,7 +66,7 @@ class SAEConfig:
     """schmitt: how the threshold reaches a mean L0 of sae.k. `controller` moves it a little each step; `exact` solves
     for it in every batch, hysteresis included, and keeps a running mean for inference, as batchtopk does."""
     gate_gradient: NonNegativeFloat = 0.0
-    """schmitt, rate: strength of a pseudo-gradient that teaches the encoder when a feature should be on, from entries
+    """schmitt, rate: strength of a pseudo-gradient of being on, which reaches the encoder from entries
     within sae.bandwidth of a threshold (docs/mathematics.md, section 9); 0: none, 1: as for jumprelu's thresholds."""
     initial_decay: Annotated[float, Range("above 0 and below 0.999", lambda decay: 0 < decay < 0.999)] = 0.5
     """persistent: initial decay l of every feature, above 0 and below 0.999, in h_t = l h_{t-1} + (1 - l) a_t."""
@@ -138,11 +138,17 @@ class SAEConfig:
 
     def _check_steered(self) -> None:
         kind = self.kind
-        if self.uses_gate_gradient and (self.hysteresis, self.layer_norm) != ("causal", "none"):
+        needed = ("causal", "controller", "none")
+        if self.uses_gate_gradient and (self.hysteresis, self.steering, self.layer_norm) != needed:
             raise UserError(
-                f"sae.gate_gradient is {self.gate_gradient:g} with sae.hysteresis {self.hysteresis!r} and "
-                f"sae.layer_norm {self.layer_norm!r}; it needs causal "
-                "hysteresis and no layer normalization, or 0."
+                f"sae.gate_gradient is {self.gate_gradient:g} with sae.hysteresis {self.hysteresis!r}, sae.steering "
+                f"{self.steering!r} and sae.layer_norm {self.layer_norm!r}; set it to 0, or these to 'causal', "
+                "'controller' and 'none'."
+            )
+        if kind.rates and (not self.unit_norm_decoder or self.layer_norm != "none"):
+            raise UserError(
+                f"sae.activation is {self.activation!r}, whose thresholds are those of features with decoder rows of "
+                "norm 1; use sae.unit_norm_decoder and no sae.layer_norm."
             )
         for name, default, allowed in (
             ("hysteresis", "causal", kind.steered and (kind.rates or self.hysteresis != "path")),

@@ -35,7 +35,12 @@ def options(tiny_gemma2: Path, text_file: Path) -> dict[str, Any]:
         "log_every": 3,
         "device": "cpu",
         "sae": {"d_sae": 96, "k": 1},
-        "objective": {"hold_steps": 4, "ramp_steps": 4, "dead_after_tokens": 600},
+        "objective": {
+            "temporal": "contrastive+window",
+            "hold_steps": 4,
+            "ramp_steps": 4,
+            "dead_after_tokens": 600,
+        },
         "optimizer": {"noise_eta": 0.1, "clip_norm": 2},
         "buffer": cfg.buffer,
         "checkpoint": {"every": 4},

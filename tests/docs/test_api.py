@@ -26,12 +26,14 @@ OBVIOUS = {"progress", "mode", "other"}  # explained by the function's summary, 
 
 def undocumented(path: Path) -> list[str]:
     """The public functions, classes and methods of a source file without a docstring. A method may inherit it from an
-    earlier class of the file, such as a protocol."""
+    earlier class of the file, such as a protocol; the variants of an overloaded function have that of the function."""
     described, missing = set(), []
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         inside = node.body if isinstance(node, ast.ClassDef) else []
         for each in (node, *inside):
             if not isinstance(each, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
+                continue
+            if any(isinstance(decorator, ast.Name) and decorator.id == "overload" for decorator in each.decorator_list):
                 continue
             if ast.get_docstring(each) is not None:
                 described.add(each.name)

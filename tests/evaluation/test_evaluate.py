@@ -638,7 +638,7 @@ def test_no_such_run(tmp_path, capsys):
 
 
 def test_command_line_with_another_hysteresis(run_dir, capsys):
-    cfg = SAEConfig(d_in=32, d_sae=48, k=4, activation="rate")
+    cfg = SAEConfig(d_in=32, d_sae=48, k=4, activation="rate", gate_gradient=0.2)
     set_config(run_dir, sae=to_dict(cfg))
     sae = SparseAutoencoder(cfg)
     sae.rates.copy_(torch.stack([torch.full((48,), 0.05), torch.full((48,), 0.5)]))
@@ -657,7 +657,8 @@ def test_command_line_with_another_hysteresis(run_dir, capsys):
         json.loads((run_dir / f"eval{name}.json").read_text())
         for name in ("", "-hysteresis-two-sided", "-hysteresis-path")
     )
-    assert set(path) == KEYS | {"source"}
+    assert set(path) == KEYS | {"source", "hysteresis"}
+    assert path["hysteresis"] == "path"
     assert sided["l0"] > causal["l0"]
     assert path["temporal"]["support_bits"] != causal["temporal"]["support_bits"]
     remove_run(run_dir)
@@ -667,7 +668,7 @@ def test_command_line_with_another_hysteresis(run_dir, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--hysteresis", "two-sided"], "sae.hysteresis is 'two-sided' with sae.activation 'topk'"),
+        (["--hysteresis", "two-sided"], "activation is 'topk'; only schmitt and rate have hysteresis"),
         (["--hysteresis", "path", "--release-ratio", "1"], "--hysteresis and --release-ratio change"),
         (["--hysteresis", "path", "--format", "saebench"], "--hysteresis and --format saebench change"),
     ],

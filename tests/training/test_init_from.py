@@ -150,6 +150,8 @@ def test_step_0_is_the_source_of_another_library(name: str, normalize: bool, tmp
 
 OURS: dict[str, dict[str, Any]] = {
     "schmitt": {},
+    "rate": {"activation": "rate"},
+    "rate path": {"activation": "rate", "hysteresis": "path"},
     "schmitt exact": {"steering": "exact"},
     "schmitt two-sided": {"hysteresis": "two-sided", "release_ratio": 0.5},
     "topk": {"activation": "topk"},

@@ -237,7 +237,8 @@ def write_run(arguments: Arguments, measured: Measured) -> str:
     release: dict[str, Any] = {} if measured.release is None else {"release": measured.release}
     ratio = None if not release else release["release"]["ratio"]
     path = run / layout.other_evaluation(ratio, measured.length, hysteresis)
-    write_json(path, result.metrics | release | {"source": measured.text.source or {}})
+    other = {} if hysteresis is None else {"hysteresis": hysteresis}
+    write_json(path, result.metrics | release | other | {"source": measured.text.source or {}})
     return f"{path}; the run's own eval.json and report.png are as they were"
 
 

@@ -25,7 +25,7 @@ def common_architecture(sae: SparseAutoencoder, library: str) -> str:
         missing = f"the activation {cfg.activation}"
     elif cfg.input_scale != 1.0:
         missing = f"a scaled input (sae.input_scale {cfg.input_scale:g})"
-    elif cfg.kind.release and bool((sae.release < sae.threshold).any()):
+    elif cfg.kind.release and (cfg.hysteresis == "path" or bool((sae.release < sae.threshold).any())):
         raise UserError(
             f"{library} has no hysteresis (sae.activation '{cfg.activation}'); --drop-hysteresis exports the plain "
             "threshold with the same mean L0, and evaluates it again."

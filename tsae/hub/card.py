@@ -31,6 +31,11 @@ HYSTERESIS = (
     "it falls below its `release`. Encode complete texts, `[batch, tokens, d_in]`, not single tokens, and pass "
     "`segments` to `encode` if a row holds several documents.\n"
 )
+LOOKS_AHEAD = {
+    "two-sided": "It also extends backwards from where the feature switches on, so it uses later tokens.\n",
+    "path": "Which stretches are on is the path of least error and bits over the whole sequence (`rates`, "
+    "`bit_price`), so it uses later tokens.\n",
+}
 
 
 def model_card(
@@ -78,7 +83,7 @@ def model_card(
         "```\n"
     )
     if cfg.kind.release:
-        parts.append(HYSTERESIS)
+        parts.append(HYSTERESIS if cfg.hysteresis == "causal" else HYSTERESIS + LOOKS_AHEAD[cfg.hysteresis])
     if evaluation:
         parts.append("## Measured\n\n" + _measured(evaluation, data, text))
     if figure is not None:

@@ -105,7 +105,7 @@ def _unit_norm(sae: SparseAutoencoder) -> SparseAutoencoder:
     norm = copy.W_dec.norm(dim=1)
     if torch.allclose(norm, torch.ones_like(norm), atol=1e-5):
         return copy
-    if not sae.cfg.kind.rescalable or sae.cfg.layer_norm != "none":
+    if not sae.cfg.kind.rescalable or sae.cfg.layer_norm != "none" or sae.cfg.hysteresis == "path":
         raise UserError(
             f"SAEBench needs decoder rows of norm 1, but these have norms from {norm.min():.3g} to {norm.max():.3g}, "
             f"and the activation {sae.cfg.activation!r} (layer_norm {sae.cfg.layer_norm!r}) does not allow rescaling "

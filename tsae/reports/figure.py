@@ -121,9 +121,11 @@ def _header(head: SubFigure, records: Records) -> None:
     if "activation" in sae:
         kind = _kind(sae)
         details = [f"k = {sae['k']}"] if "k" in sae and kind.k_sparse else []
+        if kind.rates and sae.get("support_bits"):
+            details = [f"{sae['support_bits']:g} support bits"]
         if kind.steered and "release_ratio" in sae:
-            details.append(f"release ratio {sae['release_ratio']:g}")
-            details += ["two-sided"] if sae.get("hysteresis") == "two-sided" else []
+            details += [] if kind.rates else [f"release ratio {sae['release_ratio']:g}"]
+            details += [sae["hysteresis"]] if sae.get("hysteresis", "causal") != "causal" else []
             details += ["exact threshold"] if sae.get("steering") == "exact" else []
         how.append(f"{sae['activation']} ({', '.join(details)})" if details else str(sae["activation"]))
     if "temporal" in objective:

@@ -52,7 +52,7 @@ def _path(
     backend: str | None,
 ) -> Tensor:
     z = pre if bias is None else pre.float() + bias
-    return viterbi_path(z, transition_cost, start_cost, segments, backend=backend)
+    return viterbi_path(z, transition_cost, start_cost, segments, backend=backend) | z.isnan()  # NaN must not be hidden
 
 
 def mask_path(

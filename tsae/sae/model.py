@@ -301,7 +301,7 @@ class SparseAutoencoder(nn.Module):
         """``h`` for `decode_prefixes` in training, with the pseudo-gradient of being on (``cfg.gate_gradient``).
 
         h: (B, T, d_sae), from `activate_counted` of ``pre``; pre, segments: as there
-        price: what a unit of squared error of one position weighs in the loss
+        price: what a unit of squared error of one position weighs in the loss; a scalar or (d_sae)
         """
         levels = GateLevels(self.b_enc, self.threshold, self.release)
         return gate_gradient(h, pre, levels, segments, self.cfg.bandwidth, self.cfg.gate_gradient, price)

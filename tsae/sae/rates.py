@@ -114,9 +114,9 @@ class TransitionRates:
         return torch.stack([after_off, _smoothed(both, both + ends, *_PRIOR_ON_AFTER_ON)])
 
     @property
-    def starts(self) -> Tensor:
-        """Pairs in which each feature is on, (d_sae)."""
-        return self.counts.sum(0)
+    def active_pairs(self) -> Tensor:
+        """Pairs in which each feature is on at one end or both, (d_sae)."""
+        return self.counts.sum(0).clamp(min=0)
 
     def support_bits(self, counts: Tensor, pairs: Tensor) -> Tensor:
         """Bits per token of the support with these ``counts`` (3, d_sae) in the code of the running rates; a scalar."""

@@ -46,7 +46,12 @@ def with_hysteresis(sae: SparseAutoencoder, hysteresis: str) -> SparseAutoencode
     Raises:
         UserError: its activation does not have that kind.
     """
+    if not sae.cfg.kind.steered:
+        raise UserError(
+            f"The autoencoder's activation is {sae.cfg.activation!r}; only schmitt and rate have hysteresis."
+        )
     change: dict[str, Any] = {"hysteresis": hysteresis}
+    change |= {} if hysteresis == "causal" else {"gate_gradient": 0.0}  # which only causal training has
     out = SparseAutoencoder(dataclasses.replace(sae.cfg, **change)).to(sae.b_dec.device)
     out.metadata = dict(sae.metadata)
     out.load_state_dict(sae.state_dict())

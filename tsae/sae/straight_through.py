@@ -176,11 +176,11 @@ def gate_gradient(
 
         dL / dz += strength / width (g + price l)        where |z - l| < width l / 2
 
-    with g the gradient of h, also where h is 0. The effect on the feature that l keeps on later is left out.
+    with g the gradient of h through the reconstruction, also where h is 0. The effect on later positions is left out.
 
     h: (B, T, d_sae), from `activate_with_stats` with these levels; pre: (B, T, d_sae), without bias
     segments: (B, T); width, strength: positive
-    price: what a unit of squared error of one position weighs in the loss
+    price: what a unit of squared error of one position weighs in the loss; a scalar or (d_sae)
     out: (B, T, d_sae), ``h`` with `NEAR_MISS` at entries in the window that are 0; for the decoder alone
     """
     return _Gate.apply(h, pre, *levels, segments, width, strength, price)
@@ -216,7 +216,7 @@ class _Gate(torch.autograd.Function):
         low = torch.where(release > 0, release, threshold) * (1 - width / 2)
         if bias is not None:
             low = low - bias
-        maybe = pre > low.to(pre.dtype)  # [B, T, d_sae], all entries in the window and few others
+        maybe = pre >= low.to(pre.dtype)  # [B, T, d_sae], all entries in the window and few others
         place = maybe.flatten().nonzero().squeeze(1)  # [n]
         position, feature = place // d_sae, place % d_sae
         flat = h.flatten()
@@ -231,6 +231,8 @@ class _Gate(torch.autograd.Function):
         missed = place[flat[place] == 0]
         out.view(-1)[missed] = NEAR_MISS
         ctx.save_for_backward(place, level, feature)
+        if isinstance(price, Tensor) and price.dim():
+            ctx.price = price[feature]
         return out
 
     @staticmethod

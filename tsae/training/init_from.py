@@ -105,10 +105,11 @@ def adopted(cfg: TrainConfig, given: Collection[str]) -> TrainConfig:
     values |= {"bandwidth": own.bandwidth} if ours and own.kind.learned else {}
     if own.kind.rates and kind.rates:
         values |= {name: getattr(own, name) for name in ("support_bits", "amplitude_bits", "lookahead")}
-    if not kind.steered:
-        values |= {"hysteresis": "causal", "steering": "controller"}
-    elif own.kind.steered:
-        values |= {"hysteresis": own.hysteresis, "steering": own.steering}
+    values |= {"hysteresis": "causal", "steering": "controller"}
+    if kind.steered and own.kind.steered:
+        values |= {"hysteresis": own.hysteresis if kind.rates or own.hysteresis != "path" else "causal"}
+        values |= {"steering": "controller" if kind.rates else own.steering}
+    values |= {"gate_gradient": own.gate_gradient if ours and own.kind.steered else 0.0}
     sae = replace(cfg.sae, **{name: value for name, value in values.items() if f"sae.{name}" not in given})
     out = replace(cfg, sae=sae)
     check_fits(out, source)
@@ -178,7 +179,7 @@ def check_fits(cfg: TrainConfig, source: SparseAutoencoder) -> None:
         ratios = source.release / source.threshold.clamp(min=1e-30)
         if not _is_uniform(source.threshold) or not _is_uniform(ratios):
             raise UserError(
-                f"{cfg.init_from} has a threshold for each feature, and {sae.activation} is trained with one; use "
+                f"{cfg.init_from} has a threshold for each feature, and {sae.activation} begins with one; use "
                 "--sae.activation jumprelu_schmitt."
             )
 

@@ -103,6 +103,12 @@ def kept_positions(segments: Tensor | None, x: Tensor, ranks: Ranks = SINGLE_PRO
     return ranks.data.sum_no_grad((segments >= 0).sum(dtype=torch.float32)).clamp(min=1.0)
 
 
+def prefix_share(groups: Sequence[int]) -> Tensor:
+    """Share of the Matryoshka prefixes that contain each feature, (d_sae); groups: their sizes."""
+    ends = torch.tensor(groups)
+    return (torch.arange(groups[-1])[:, None] < ends).float().mean(1)
+
+
 def reconstruction_loss(
     x: Tensor, xhat: Tensor, segments: Tensor | None = None, ranks: Ranks = SINGLE_PROCESS
 ) -> Tensor:

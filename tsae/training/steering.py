@@ -39,7 +39,7 @@ class Steering:
 
     @property
     def active(self) -> bool:
-        """Whether the controller holds the mean L0 at ``sae.k``."""
+        """Whether the controller holds the mean L0 at ``sae.k``, or the bits of the support."""
         if self.cfg.sae.kind.steered:
             return self.cfg.sae.steering == "controller"
         return self.sae.thresholds_learned and self.cfg.objective.l0 == 0
@@ -53,12 +53,14 @@ class Steering:
     def start_from(self, theta: float | None) -> None:
         """Continue from the thresholds of the autoencoder, which has those of a trained one.
 
-        theta: of the controller; None: what the first batch gives. With `rate` thresholds of each feature, the
-            autoencoder's rates and price of a bit decide.
+        theta: of the controller; None: what the first batch gives. With thresholds that follow from the rates of the
+            autoencoder, these and the price of a bit decide.
         """
         if self.rates is not None and bool(self.sae.bit_price > 0):
             self.rates.start(self.sae.rates, MEMORY * self.cfg.batch * self.cfg.length)
-            _, mean = self._costs(self.rates)
+            costs, mean = self._costs(self.rates)
+            follow = torch.isclose(self.sae.threshold.square(), self.sae.bit_price * costs.from_off, rtol=1e-2)
+            self.rates.settled = not self.ranks.features.any(~follow)[0]
             self.controller.start((self.sae.bit_price * mean).sqrt())
         elif theta is not None:
             self.controller.start(torch.tensor(theta, device=self.sae.threshold.device))
@@ -98,11 +100,11 @@ class Steering:
     def _costs(self, rates: TransitionRates) -> tuple[SwitchCosts, Tensor]:
         """Bits of switching, and their mean: theta^2 is the price of a bit times the mean.
 
-        So theta is the rms of the thresholds over pairs in which features are on, and keeps its size while thresholds
-        per feature replace the common one.
+        So theta is the rms of the thresholds, weighted by how often features are on, and keeps its size while
+        thresholds per feature replace the common one.
         """
         costs = switch_costs(rates.rates, self.cfg.sae.amplitude_bits, lookahead=self.cfg.sae.lookahead)
-        weights, features = rates.starts + 1, self.ranks.features
+        weights, features = rates.active_pairs + 1, self.ranks.features
         total = features.sum_no_grad((weights * costs.from_off).sum())
         return costs, total / features.sum_no_grad(weights.sum())
 

@@ -34,7 +34,15 @@ from tsae.sae.normalization import InputNormalizer
 from tsae.training.cuda_graph import GraphedSteps
 from tsae.training.feature_lists import FeatureLists
 from tsae.training.feature_state import DeadFeatures, TemporalBuffer, lag1_correlation
-from tsae.training.objectives import LossInputs, LossTerms, auxk_loss, bands_for, kept_positions, objective
+from tsae.training.objectives import (
+    LossInputs,
+    LossTerms,
+    auxk_loss,
+    bands_for,
+    kept_positions,
+    objective,
+    prefix_share,
+)
 from tsae.training.optimization import (
     add_gradient_noise,
     add_l0_lagrangian_gradient,
@@ -349,6 +357,8 @@ class Trainer:
         if not self.cfg.sae.uses_gate_gradient:
             return h
         price = plan.loss.reconstruction / kept_positions(segments, h, self.ranks)
+        if self.cfg.sae.groups:  # the loss is the mean over prefixes
+            price = price * split(prefix_share(self.cfg.sae.groups).to(h.device), 0, self.ranks.features)
         return self.sae.gated(h, pre, segments, price if weight is None else weight * price)
 
     def _pairs(self, segments: Tensor) -> Pairs | MaskedPairs | None:

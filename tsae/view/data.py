@@ -102,7 +102,9 @@ def facts(cfg: TrainConfig, tokens: int, length: int) -> list[tuple[str, str]]:
     sae, objective = cfg.sae, cfg.objective
     activation = str(sae.activation)
     details = [f"k = {sae.k}"] if sae.kind.k_sparse else []
-    details += [f"release ratio {sae.release_ratio:g}"] if sae.kind.release else []
+    if sae.support_bits:
+        details = [f"{sae.support_bits:g} support bits"]
+    details += [f"release ratio {sae.release_ratio:g}"] if sae.kind.release and not sae.kind.rates else []
     trained_on = cfg.steps * cfg.batch * cfg.length
     return [
         ("model", f"{_last(cfg.model)}, {cfg.described}"),
@@ -181,7 +183,7 @@ def columns(sae: SparseAutoencoder, activity: Activity, ids: np.ndarray) -> dict
 
 def thresholds(sae: SparseAutoencoder) -> tuple[np.ndarray | None, np.ndarray | None]:
     """[d_sae] switch-on threshold and release of each feature; None if the activation has none."""
-    if not sae.cfg.kind.thresholded or sae.cfg.layer_norm == "post":
+    if not sae.cfg.kind.thresholded or sae.cfg.layer_norm == "post" or sae.cfg.hysteresis == "path":
         return None, None
     release = sae.release.cpu().numpy() if sae.cfg.kind.release else None
     return sae.threshold.cpu().numpy(), release
