@@ -119,19 +119,12 @@ def fit(found: list[Gain], value: Callable[[Gain], float | None], seed: int = 0)
         return None
     x = np.stack([_row(gain.tokens, gain.d_sae) for gain, _ in kept])
     y = np.array([value for _, value in kept])
-    cells: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for i, (gain, _) in enumerate(kept):
-        cells[gain.d_sae, gain.tokens].append(i)
     rng = np.random.default_rng(seed)
     coefficients = _solve(x, y)
     residuals = y - x @ coefficients
-    draws = []
-    for _ in range(DRAWS):
-        picks = np.concatenate([rng.choice(members, len(members)) for members in cells.values()])
-        # A cell with one seed has no spread of its own: residuals stand in for it.
-        noise = rng.choice(residuals, len(picks))
-        alone = np.concatenate([[len(members) == 1] * len(members) for members in cells.values()])
-        draws.append(_solve(x[picks], np.where(alone, (x @ coefficients)[picks] + noise, y[picks])))
+    # A bootstrap of the residuals, since most cells have one seed; enlarged by what the fit has taken from them.
+    spread = residuals * math.sqrt(len(y) / max(len(y) - 3, 1))
+    draws = [_solve(x, x @ coefficients + rng.choice(spread, len(y))) for _ in range(DRAWS)]
     return Fit(coefficients, np.array(draws), residuals)
 
 

@@ -24,6 +24,7 @@ from tsae.data.harvest import ActivationBatch
 from tsae.errors import UserError
 from tsae.rundir.directory import read_config
 from tsae.sae.normalization import InputNormalizer
+from tsae.sae.rates import switch_costs
 from tsae.sae.release import with_release_ratio
 from tsae.train import main
 from tsae.training.init_from import adopted, differences, field_names, warm_start
@@ -173,6 +174,12 @@ def test_step_0_is_the_source_of_our_own(name: str, normalize: bool, tmp_path: P
     x = raw()
     sae = make(**OURS[name])
     sae.release.copy_(sae.threshold * sae.cfg.release_ratio)
+    if sae.cfg.kind.rates:  # of a feature that lasts 2 tokens
+        sae.rates.copy_(torch.tensor([[0.05], [0.5]]).expand(2, D_SAE))
+        costs = switch_costs(sae.rates, sae.cfg.amplitude_bits)
+        sae.bit_price.copy_(sae.threshold[0] ** 2 / costs.from_off[0])
+        sae.threshold.copy_((sae.bit_price * costs.from_off).sqrt())
+        sae.release.copy_((sae.bit_price * costs.from_on).sqrt())
     sae.folded(x.mean((0, 1)) + 1, 2.0).save(tmp_path, trained_with="x")
     cfg = config(tmp_path, normalize=normalize)
     own = tsae.load(tmp_path).cfg
@@ -194,6 +201,12 @@ def test_training_goes_on_from_there(name: str, tmp_path: Path) -> None:
     x = raw()
     sae = make(**OURS[name])
     sae.release.copy_(sae.threshold * sae.cfg.release_ratio)
+    if sae.cfg.kind.rates:  # of a feature that lasts 2 tokens
+        sae.rates.copy_(torch.tensor([[0.05], [0.5]]).expand(2, D_SAE))
+        costs = switch_costs(sae.rates, sae.cfg.amplitude_bits)
+        sae.bit_price.copy_(sae.threshold[0] ** 2 / costs.from_off[0])
+        sae.threshold.copy_((sae.bit_price * costs.from_off).sqrt())
+        sae.release.copy_((sae.bit_price * costs.from_on).sqrt())
     sae.folded(x.mean((0, 1)), 3.0).save(tmp_path, trained_with="x")
     cfg = config(tmp_path)
     cfg = replace(cfg, optimizer=replace(cfg.optimizer, lr=1e-12))
@@ -280,7 +293,7 @@ def test_options_that_do_not_fit_the_source(tmp_path: Path) -> None:
         config("/nowhere/at/all")
     released = with_release_ratio(tsae.load(jump), 0.5, [(raw(), torch.zeros(3, 20, dtype=torch.int32))]).sae
     released.save(tmp_path / "released")
-    with pytest.raises(UserError, match="has a threshold for each feature, and schmitt is trained with one"):
+    with pytest.raises(UserError, match="has a threshold for each feature, and schmitt begins with one"):
         config(tmp_path / "released", "sae.k")
     check_equal(config(tmp_path / "released", "sae.k", sae_activation="jumprelu_schmitt"), raw())
 

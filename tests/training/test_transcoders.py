@@ -67,7 +67,7 @@ def test_trained_and_measured(
     logits = logits_with(lm, tokens[:4], from_hook_name(named), spliced)
     predicts = (segments[:4, 1:] == segments[:4, :-1]) & counted[:4, 1:]
     loss = torch.nn.functional.cross_entropy(logits[:, 1:-1][predicts], tokens[:4, 2:][predicts])
-    assert metrics["ce_loss_with_sae"] == pytest.approx(float(loss), abs=2e-3)
+    assert metrics["ce_loss_with_sae"] == pytest.approx(float(loss), abs=4e-3)
 
     assert evaluate.main([str(run)]) == 0
     after = json.loads((run / "eval.json").read_text())
@@ -82,7 +82,10 @@ def test_trained_and_measured(
         (("--target", "blocks.0.hook_mlp_out"), "comes before the site"),
         (("--target", "mlp"), "the site 'mlp' is unknown"),
         (("--target", "mlp_out", "--buffer.max-norm-ratio", "4"), "a token then has two norms"),
-        (("--target", "mlp_out", "--sparse-step", "on"), "encoder and decoder have other widths"),
+        (
+            ("--target", "mlp_out", "--sparse-step", "on", "--sae.gate-gradient", "0"),
+            "encoder and decoder have other widths",
+        ),
         (("--sae.d-out", "32", "--sae.no-apply-b-dec-to-input"), "but there is no target; name one with --target"),
     ],
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tsae.config import ObjectiveConfig, OptimizerConfig, SAEConfig, TrainConfig
 from tsae.data.harvest import ActivationBatch
+from tsae.sae.kinds import KINDS
 from tsae.sae.model import SparseAutoencoder
 from tsae.sae.normalization import InputNormalizer
 from tsae.synthetic.bayes import filter_states, leak_for, leaky_mean, smooth_states
@@ -77,7 +78,7 @@ def configuration(method: Method, setting: Setting, seed: int) -> TrainConfig:
     tokens = setting.steps * setting.batch * setting.length
     objective = {"temporal": "none", "boost": 1.0, "l1": 0.0} | method.objective
     objective = {"hold_steps": setting.steps // 4, "ramp_steps": setting.steps // 4} | objective  # of `rate`
-    if method.sae["activation"] == "relu":
+    if not KINDS[method.sae["activation"]].k_sparse:
         objective |= {"l1": setting.l1}
     cfg = TrainConfig(
         preset="synthetic",

@@ -107,7 +107,7 @@ def _announce(setup: Setup, cache: ActivationCache, missing: int) -> None:
 
 def _fill(setup: Setup, cache: ActivationCache, check: Callable[[], None]) -> None:
     """Pass over all groups in order: those in the cache are verified, the others harvested, a shard at a time."""
-    feed, length, wanted = make_feed(setup), setup.job.shared.length, _whole_groups(setup.job)
+    feed, length, wanted = make_feed(setup, cache), setup.job.shared.length, _whole_groups(setup.job)
     feed.bar = _silent(check)
     per_group = cache.group * length * setup.width * setup.storage_dtype.itemsize
     shard = -(-SHARD_BYTES // per_group) * cache.group  # sequences
