@@ -29,8 +29,8 @@ def labels(source: str, documents: Iterable[Document], column: str, config: Text
     # Pieces of a long row are called FILE#ROW.PIECE.
     names: dict[str, list[str]] = {}
     for document in documents:
-        path, _, row = document.name.rpartition("#")
-        names.setdefault(f"{path}#{row.partition('.')[0]}", []).append(document.name)
+        path, _, piece = document.name.rpartition("#")
+        names.setdefault(f"{path}#{piece.partition('.')[0]}", []).append(document.name)
     mixture = parse_mixture(source)
     found: dict[str, str] = {}
     for each, own in (
@@ -38,17 +38,17 @@ def labels(source: str, documents: Iterable[Document], column: str, config: Text
     ):
         if each == PYTHON_DOCS or not is_local(each):
             continue
-        for path in choose_files(expanded(each), own.column, own.split).paths:
-            if has_suffix(path, TXT):
+        for file in choose_files(expanded(each), own.column, own.split).paths:
+            if has_suffix(file, TXT):
                 continue
-            for number, row in read_rows(path, [column]):
-                here = names.get(f"{path}#{number}", ())
+            for number, row in read_rows(file, [column]):
+                here = names.get(f"{file}#{number}", ())
                 value = lookup(row, column)[1] if here else None
                 if value is None or value == "":
                     continue
                 if not isinstance(value, (str, int)):
                     raise UserError(
-                        f"row {number} of {str(path)!r} has {value!r} in the column {column!r}, which is no label: "
+                        f"row {number} of {str(file)!r} has {value!r} in the column {column!r}, which is no label: "
                         "name a column of words or whole numbers"
                     )
                 found |= dict.fromkeys(here, str(value))

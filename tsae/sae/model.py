@@ -21,7 +21,7 @@ from tsae.sae.sparse_linear import decode_sparse, encode_linear, use_sparse_prod
 from tsae.sae.straight_through import GateLevels, gate_gradient, learned_thresholds, straight_through
 from tsae.sae.thresholds import batch_topk_threshold, mean_l0, topk_threshold
 from tsae.utils.paths import expanded
-from tsae_kernels import TemporalStats, activate_with_stats, leaky_recurrence
+from tsae_kernels import CountedStats, TemporalStats, activate_with_stats, leaky_recurrence
 
 NO_BANDS = ((1, 1),)  # the cheapest statistics, for callers that need only the features
 THRESHOLD_EMA_WEIGHT = 0.05  # of the latest batch, in the running threshold
@@ -189,12 +189,14 @@ class SparseAutoencoder(nn.Module):
         Raises as `tsae_kernels.activate_with_stats`.
         """
         h, stats, _ = self._activate(pre, bands, segments, backend)
-        return h, stats
+        return h, stats.temporal if isinstance(stats, CountedStats) else stats
 
     def activate_counted(
         self, pre: Tensor, bands: tuple[tuple[int, int], ...] = NO_BANDS, segments: Tensor | None = None
-    ) -> tuple[Tensor, TemporalStats, Tensor]:
+    ) -> tuple[Tensor, TemporalStats | CountedStats, Tensor]:
         """`activate`, and the mean L0 as a scalar, whose gradient reaches learned thresholds.
+
+        In training with rates the statistics are `CountedStats`.
 
         pre, bands, segments: as in `activate`
         """
@@ -207,7 +209,7 @@ class SparseAutoencoder(nn.Module):
 
     def _activate(
         self, pre: Tensor, bands: tuple[tuple[int, int], ...], segments: Tensor | None, backend: str | None
-    ) -> tuple[Tensor, TemporalStats, Tensor | None]:
+    ) -> tuple[Tensor, TemporalStats | CountedStats, Tensor | None]:
         """Features, statistics, and the mean L0 if thresholds are being learned (else None)."""
         cfg, kind = self.cfg, self.cfg.kind
         bias: Tensor | None = self.b_enc
@@ -220,8 +222,9 @@ class SparseAutoencoder(nn.Module):
             pre = mask_two_sided(pre, bias, threshold, release, segments, backend=backend)
             threshold, release = None, None
         elif cfg.hysteresis == "path":
-            costs = (self.bit_price * bits for bits in path_costs(self.rates, cfg.amplitude_bits))
-            pre = mask_path(pre, bias, *costs, segments, backend=backend)
+            transition, start = path_costs(self.rates, cfg.amplitude_bits)
+            price = self.bit_price
+            pre = mask_path(pre, bias, price * transition, price * start, segments, backend=backend)
             threshold, release = None, None
         arguments = (pre, bias, kind.nonlinearity, threshold, release)
         if cfg.layer_norm == "post":

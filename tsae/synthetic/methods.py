@@ -76,7 +76,7 @@ READOUTS: dict[str, Readout] = {
 def configuration(method: Method, setting: Setting, seed: int) -> TrainConfig:
     """The training configuration of a method, checked: no temporal term, so that activations alone differ."""
     tokens = setting.steps * setting.batch * setting.length
-    objective = {"temporal": "none", "boost": 1.0, "l1": 0.0} | method.objective
+    objective: dict[str, Any] = {"temporal": "none", "boost": 1.0, "l1": 0.0} | method.objective
     objective = {"hold_steps": setting.steps // 4, "ramp_steps": setting.steps // 4} | objective  # of `rate`
     if not KINDS[method.sae["activation"]].k_sparse:
         objective |= {"l1": setting.l1}

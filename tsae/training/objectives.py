@@ -172,7 +172,7 @@ def temporal_term(batch: FeatureBatch, cfg: ObjectiveConfig) -> Tensor:
         terms.append(cfg.window_weight * ranks.world.sum_identity_grad(_window(batch, segments, cfg.window, width)))
     stats, variance = batch.stats, batch.variance
     if width < h.shape[-1]:
-        stats = TemporalStats(*(each[..., :width] for each in stats[:3]))
+        stats = TemporalStats(*(each[..., :width] for each in stats))
         variance = None if variance is None else variance[:width]
     if "multiscale" in cfg.terms:
         terms.append(_multiscale(stats, cfg, count_positions(segments), variance, ranks))

@@ -24,7 +24,7 @@ from tsae.parallel.axis import Axis, Ranks
 from tsae.sae.model import SparseAutoencoder
 from tsae.training.feature_lists import FeatureLists
 from tsae.training.optimization import adam_state
-from tsae_kernels import TemporalStats, available_backends
+from tsae_kernels import CountedStats, TemporalStats, available_backends
 from tsae_kernels.row_adam import RowGradient, row_adam_
 from tsae_kernels.sparse_features import (
     DeferredGradients,
@@ -182,7 +182,7 @@ class SparseStep:
 
     def encode(
         self, x: Tensor, pre: Tensor, bands: tuple[tuple[int, int], ...], segments: Tensor
-    ) -> tuple[FeatureLists, TemporalStats, Tensor]:
+    ) -> tuple[FeatureLists, TemporalStats | CountedStats, Tensor]:
         """The active features, their statistics, and the mean L0 (a scalar, exact whatever the capacity).
 
         x, pre: from `pre_activation`

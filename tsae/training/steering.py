@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ class Steering:
         return costs, total / features.sum_no_grad(weights.sum())
 
     @torch.no_grad()
-    def update(self, l0: Tensor, transitions: list[Tensor], segments: Tensor) -> None:
+    def update(self, l0: Tensor, transitions: Sequence[Tensor | None], segments: Tensor) -> None:
         """One step of the controller, after the optimizer's. It moves the common factor of learned thresholds.
 
         l0: of the step, a scalar
@@ -120,7 +121,8 @@ class Steering:
             return
         measured = l0
         if self.rates is not None:
-            counts = self.ranks.data.sum_no_grad(sum(each.sum(0).float() for each in transitions))
+            parts = [each.sum(0, dtype=torch.float32) for each in transitions if each is not None]
+            counts = self.ranks.data.sum_no_grad(torch.stack(parts).sum(0))
             pairs = count_pairs(segments).sum().float().to(counts.device)
             if self.cfg.sae.support_bits:
                 measured = self.ranks.features.sum_no_grad(self.rates.support_bits(counts, pairs))

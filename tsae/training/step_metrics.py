@@ -18,6 +18,7 @@ class Piece(NamedTuple):
 
     weight: the piece's share of the positions of the batch
     h: (b, T, d_sae), dense or lists, kept for the last piece only
+    transitions: of activations with rates, the counts of `CountedStats`
     l0_gradients: of the mean L0 to the learned thresholds, times ``weight``
     """
 
@@ -26,6 +27,7 @@ class Piece(NamedTuple):
     h: Tensor | FeatureLists | None
     segments: Tensor
     stats: TemporalStats
+    transitions: Tensor | None
     variance: Tensor
     terms: LossTerms
     l0: Tensor

@@ -210,8 +210,7 @@ class Trainer:
             if self.lists is not None:
                 self.lists.forget_copies()
         l0 = _sum(piece.weight * piece.l0 for piece in pieces)
-        transitions = [piece.stats.transitions for piece in pieces if isinstance(piece.stats, CountedStats)]
-        self.steering.update(l0, transitions, batch.full_segments)
+        self.steering.update(l0, [piece.transitions for piece in pieces], batch.full_segments)
         self.dead.update(torch.cat([piece.stats.square for piece in pieces]), tokens, ranks)
         self.step_on_device.add_(1)
         return StepResult(pieces, l0, norm)
@@ -305,14 +304,16 @@ class Trainer:
             if lists is None:
                 pre = sae.pre_activation(x)
                 self.steering.prepare(pre, segments, self.step, plan.ramp)
-                h, stats, l0 = sae.activate_counted(pre, bands_for(cfg.objective), segments)
+                h, counted, l0 = sae.activate_counted(pre, bands_for(cfg.objective), segments)
                 *prefixes, xhat = sae.decode_prefixes(self._gated(h, pre, segments, weight, plan))
             else:
                 centred, pre = lists.pre_activation(x)
                 self.steering.prepare(pre, segments, self.step, plan.ramp)
-                h, stats, l0 = lists.encode(centred, pre, bands_for(cfg.objective), segments)
+                h, counted, l0 = lists.encode(centred, pre, bands_for(cfg.objective), segments)
                 *prefixes, xhat = lists.decode(h)
             auxiliary = self._auxiliary(x, target - xhat, dead, segments)
+        transitions = counted.transitions if isinstance(counted, CountedStats) else None
+        stats = counted.temporal if isinstance(counted, CountedStats) else counted
         variance = self._variance(stats, segments)
         if weight is None:  # the loss uses the temporal buffer as updated by this batch
             self._update_temporal_buffer(variance, plan.mixing)
@@ -345,7 +346,8 @@ class Trainer:
             target,
             h.detach(),
             segments,
-            type(stats)(*(each.detach() for each in stats)),
+            TemporalStats(*(each.detach() for each in stats)),
+            transitions,
             variance,
             LossTerms(*(term.detach() for term in terms)),
             l0.detach(),

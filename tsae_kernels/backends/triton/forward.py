@@ -570,9 +570,9 @@ def forward_kernel(
         if COUNTED:
             # All positions but the last are the first of a pair, all but the first are the second.
             changes = (
-                changes[0] + tl.where(excluded, 0, counts[2]),
-                changes[1] + tl.where(excluded, 0, counts[1] - counts[0]),
-                changes[2] + tl.where(excluded, 0, counts[1] - is_on(first)),
+                changes[0] + tl.where(excluded, 0, counts[2]),  # type: ignore[misc]
+                changes[1] + tl.where(excluded, 0, counts[1] - counts[0]),  # type: ignore[misc]
+                changes[2] + tl.where(excluded, 0, counts[1] - is_on(first)),  # type: ignore[misc]
             )
         t = end
 
@@ -600,6 +600,6 @@ def forward_kernel(
     store_column_values(total, b, k, columns, totals[0] * (1 / SCALE), VECTOR)
     store_column_values(square, b, k, columns, totals[1], VECTOR)
     if COUNTED:
-        store_column_values(transitions, b * 3, k, columns, changes[0], VECTOR)
-        store_column_values(transitions, b * 3 + 1, k, columns, changes[1] - changes[0], VECTOR)
-        store_column_values(transitions, b * 3 + 2, k, columns, changes[2] - changes[0], VECTOR)
+        store_column_values(transitions, b * 3, k, columns, changes[0], VECTOR)  # type: ignore[misc]
+        store_column_values(transitions, b * 3 + 1, k, columns, changes[1] - changes[0], VECTOR)  # type: ignore[misc]
+        store_column_values(transitions, b * 3 + 2, k, columns, changes[2] - changes[0], VECTOR)  # type: ignore[misc]
