@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kStepThreads) leaky_backward_kernel(const __gr
   V g{}, total{};
   for (int block = (f.T - 1) / kBlock; block >= 0; --block) {
     V part{};
-#pragma unroll 4
+#pragma unroll 2
     for (int t = smaller((block + 1) * kBlock, f.T) - 1; t >= block * kBlock; --t) {
       const Bounds at = bounds_at(ids, t, f.T);
       const V now = fused(decay, at.ends ? V{} : g, grad_h(t));
