@@ -41,7 +41,7 @@ def demo() -> TrainConfig:
 
 
 def demo_hysteresis() -> TrainConfig:
-    """The demo of version 0.2: one threshold with hysteresis, and temporal terms.
+    """The earlier demo: one threshold with hysteresis, and temporal terms.
 
     The hysteresis activation with a contrastive and a window term, as measured in docs/results.md, with TSAE's
     schedules shortened.

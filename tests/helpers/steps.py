@@ -57,9 +57,13 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "jumprelu, slow": {"sae": {"activation": "jumprelu"}, "objective": {"temporal": "slow", "slow_weight": 0.1}},
     "jumprelu_schmitt, L0": {"sae": {"activation": "jumprelu_schmitt"}, "objective": {"l0": 0.01}},
-    "rate, gate": {"sae": {"activation": "rate", "gate_gradient": 0.2}},
+    "rate, gate, window": {
+        "sae": {"activation": "rate", "gate_gradient": 0.2},
+        "objective": {"temporal": "window"},
+    },
     "rate, support bits, matryoshka": {
-        "sae": {"activation": "rate", "gate_gradient": 0.2, "support_bits": 20.0, "groups": [10, 30, 48]}
+        "sae": {"activation": "rate", "gate_gradient": 0.2, "support_bits": 20.0, "groups": [10, 30, 48]},
+        "objective": {"temporal": "window"},
     },
     "schmitt, exact, window": {"sae": {"steering": "exact"}, "objective": {"temporal": "window"}},
 }
