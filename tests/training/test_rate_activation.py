@@ -142,6 +142,16 @@ def test_the_path_costs_less_than_the_causal_trigger() -> None:
     assert path < causal
 
 
+@pytest.mark.parametrize("kind", ["causal", "two-sided", "path"])
+def test_nan_stays_visible(kind: str) -> None:
+    sae = with_hysteresis(trained(30).finished(), kind)
+    x, segments = batch(5)
+    x[2, 3] = torch.nan
+    h = sae.encode(x, segments)
+    assert h[2, 3].isnan().all()
+    assert not h[3:].isnan().any()
+
+
 def test_a_warm_start_from_its_own_kind_is_the_source_at_step_0() -> None:
     source = trained(50).finished()
     cfg = make(RATE, NONE).cfg

@@ -42,19 +42,6 @@ def mask_two_sided(
     return _only(pre, kept)
 
 
-@torch.no_grad()
-def _path(
-    pre: Tensor,
-    bias: Tensor | None,
-    transition_cost: Tensor,
-    start_cost: Tensor,
-    segments: Tensor | None,
-    backend: str | None,
-) -> Tensor:
-    z = pre if bias is None else pre.float() + bias
-    return viterbi_path(z, transition_cost, start_cost, segments, backend=backend) | z.isnan()  # NaN must not be hidden
-
-
 def mask_path(
     pre: Tensor,
     bias: Tensor | None,
@@ -73,7 +60,11 @@ def mask_path(
         `tsae_kernels.viterbi_path`, in the square of the units of ``pre``; segments: (B, T) or None
     out: like `mask_two_sided`
     """
-    return _only(pre, _path(pre, bias, transition_cost, start_cost, segments, backend))
+    z = pre.detach()
+    if bias is not None:
+        z = z.to(torch.promote_types(z.dtype, torch.float32)) + bias.detach()
+    on = viterbi_path(z, transition_cost, start_cost, segments, backend=backend)
+    return _only(pre, on | z.isnan())  # NaN must not be hidden
 
 
 def _only(pre: Tensor, kept: Tensor) -> Tensor:

@@ -399,16 +399,20 @@ class SparseAutoencoder(nn.Module):
         out.W_dec.copy_(self.W_dec)
         out.b_enc.copy_(b_enc * gain)
         out.b_dec.copy_(self.b_dec * scale + mean)
+        self._copy_levels(out, gain)
+        out.metadata = dict(self.metadata)
+        return out
+
+    def _copy_levels(self, out: SparseAutoencoder, gain: float) -> None:
+        """Give ``out`` what decides its features, for features multiplied by ``gain``."""
         out.threshold.copy_(self.threshold * gain)
         out.release.copy_(self.release * gain)
-        if cfg.kind.rates:
+        if self.cfg.kind.rates:
             out.rates.copy_(self.rates)
             out.bit_price.copy_(self.bit_price * gain**2)
         if self.decay_logit is not None:
             out.decay.copy_(self.decay)
         out.update_threshold_parameters()
-        out.metadata = dict(self.metadata)
-        return out
 
     def _folded_transcoder(
         self, mean: Tensor, scale: float, target_mean: Tensor, target_scale: float
@@ -427,14 +431,7 @@ class SparseAutoencoder(nn.Module):
         out.b_enc.copy_(b_enc * gain)
         out.W_dec.copy_(self.W_dec if homogeneous else self.W_dec * (target_scale / scale))
         out.b_dec.copy_(self.b_dec * target_scale + target_mean)
-        out.threshold.copy_(self.threshold * gain)
-        out.release.copy_(self.release * gain)
-        if cfg.kind.rates:
-            out.rates.copy_(self.rates)
-            out.bit_price.copy_(self.bit_price * gain**2)
-        if self.decay_logit is not None:
-            out.decay.copy_(self.decay)
-        out.update_threshold_parameters()
+        self._copy_levels(out, gain)
         out.metadata = dict(self.metadata)
         return out
 

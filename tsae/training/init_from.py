@@ -168,7 +168,8 @@ def check_fits(cfg: TrainConfig, source: SparseAutoencoder) -> None:
         if not one_by_one or sae.layer_norm != "none":
             raise UserError(
                 f"sae.unit_norm_decoder is on, but decoder rows of {cfg.init_from} have other norms, and with "
-                f"{sae.activation} features cannot be rescaled one by one; use --sae.no-unit-norm-decoder."
+                f"{sae.activation} features cannot be rescaled one by one; use "
+                + ("another activation." if sae.kind.rates else "--sae.no-unit-norm-decoder.")
             )
         if zero := int((source.W_dec.norm(dim=1) == 0).sum()):
             raise UserError(
