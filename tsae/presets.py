@@ -34,8 +34,8 @@ def demo() -> TrainConfig:
         objective=replace(
             base.objective,
             temporal="none",
-            dead_after_tokens=30_000,
-            aux_weight=1 / 8,  # rare features switch on late
+            dead_after_tokens=30_000,  # rare features have the highest thresholds: revive them sooner
+            aux_weight=1 / 8,
         ),
     )
 
