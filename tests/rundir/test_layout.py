@@ -42,6 +42,7 @@ def test_every_name_of_the_layout_is_removed_or_marks_the_directory() -> None:
     inside = {name for name in names if "/" in name}  # goes with its folder
     assert names - inside == {*layout.OUTPUTS, layout.CONFIG, layout.SWEEP, layout.LOCK} - {
         "eval-release-*.json",
+        "eval-hysteresis-*.json",
         "eval-length-*.json",
     }
     assert all(name.split("/")[0] in layout.OUTPUTS for name in inside)
