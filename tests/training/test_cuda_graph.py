@@ -38,6 +38,14 @@ RUNS: dict[str, tuple[bool, Callable[[], TrainConfig]]] = {
     "lists, batchtopk": (True, CASES["batchtopk, l1"]),
     "lists, free decoder, adamw": (True, CASES["free decoder, adamw"]),
     "dense, jumprelu": (False, lambda: config("jumprelu", {"temporal": "slow"}, optimizer={"schedule": "linear"})),
+    "lists, rate": (
+        True,
+        lambda: config("rate", {"hold_steps": 4, "ramp_steps": 4}, sae={"release_ratio": 0.5}),
+    ),
+    "dense, rate, gate gradient": (
+        False,
+        lambda: config("rate", {"hold_steps": 4, "ramp_steps": 4}, sae={"release_ratio": 0.5, "gate_gradient": 0.2}),
+    ),
     "dense, gelu": (False, lambda: config("gelu", {"temporal": "window", "l1": 0.1, "ramp_steps": 5})),
     "dense, relu, AuxK": (False, lambda: config("relu", {"l1": 0.04, "aux_weight": 0.1, "dead_after_tokens": 200})),
     "lists, pieces": (True, lambda: replace(CASES["all terms"](), chunk=3)),
@@ -68,7 +76,7 @@ def with_rates_on_device(trainer: Trainer) -> Trainer:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_replayed_steps_are_the_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bit for bit, while the schedules change and the temporal term and AuxK begin."""
+    """Bit for bit, while the schedules change, and the temporal term, AuxK and thresholds from rates begin."""
     record_graphs(monkeypatch)
     sparse, cfg = RUNS[name]
     graphed, plain = with_recorded_graphs(make(cfg(), sparse)), with_rates_on_device(make(cfg(), sparse))

@@ -83,11 +83,12 @@ def test_it_holds_the_wanted_bits_on_other_text() -> None:
     assert code.support()[0] == pytest.approx(12.0, rel=0.2)
 
 
-def test_resumed_training_continues_bit_for_bit() -> None:
-    trainer = trained(50)
+@pytest.mark.parametrize("steps", [10, 30, 50], ids=["common thresholds", "blend", "thresholds of the rates"])
+def test_resumed_training_continues_bit_for_bit(steps: int) -> None:
+    trainer = trained(steps)
     again = make(RATE, NONE)
     again.load_state_dict(copy.deepcopy(trainer.state_dict()))
-    for step in (50, 51):
+    for step in (steps, steps + 1):
         assert again.train_step(batch(step, 24), log=True) == trainer.train_step(batch(step, 24), log=True)
     assert all(torch.equal(a, b) for a, b in zip(again.sae.buffers(), trainer.sae.buffers(), strict=True))
 
@@ -164,6 +165,21 @@ def test_a_warm_start_from_its_own_kind_is_the_source_at_step_0() -> None:
         trainer.steering.prepare(trainer.sae.pre_activation(y), segments, 0)
         h, _ = trainer.sae.activate(trainer.sae.pre_activation(y), segments=segments)
     torch.testing.assert_close(2.0 * h, source.encode(x, segments), atol=2e-3, rtol=1e-3)
+
+
+def test_a_resumed_warm_start_keeps_the_thresholds_of_the_rates() -> None:
+    source = trained(50).finished()
+    cfg = make(RATE, NONE).cfg
+    start = warm_start(cfg, source, InputNormalizer(torch.full((8,), 0.3), 2.0))
+    trainer = Trainer(cfg, start.normalizer, torch.device("cpu"), autocast=False)
+    trainer.start_from(start)
+    trainer.train_step(batch(9))
+    again = make(RATE, NONE)
+    again.load_state_dict(copy.deepcopy(trainer.state_dict()))
+    trainer.train_step(batch(10))
+    again.train_step(batch(10))
+    assert float(again.sae.threshold.std()) > 1e-3  # in step 1, when those of a run from scratch are all the same
+    assert all(torch.equal(a, b) for a, b in zip(again.sae.buffers(), trainer.sae.buffers(), strict=True))
 
 
 @pytest.mark.parametrize(
