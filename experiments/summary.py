@@ -21,7 +21,17 @@ from statistics import mean
 from typing import Any
 
 from tsae.evaluation.catalogue import lookup
-from tsae.reports.frontier import BASELINES, CE, EV, SUPPORT, TOTAL, Estimate, Frontier, run_name
+from tsae.reports.frontier import (
+    BASELINES,
+    CE,
+    EV,
+    SUPPORT,
+    TOTAL,
+    Estimate,
+    Frontier,
+    difference_at_equal,
+    run_name,
+)
 
 # Quality and bits stand first.
 COLUMNS = (
@@ -45,6 +55,7 @@ COLOURS = {
     "multiscale": "#0072B2",
     "window": "#E69F00",
     "default": "#D55E00",
+    "rate": "#D55E00",
 }
 OTHER = "#CC79A7"
 EXCESS, SHUFFLED = "temporal.persistence_excess", "temporal.persistence_excess_shuffled"
@@ -202,8 +213,9 @@ def shown(found: Estimate, form: str) -> str:
 def at_equal_quality(runs: Named, baselines: tuple[str, ...] = BASELINES, quality: str = EV) -> str:
     """Bits of every configuration relative to the best of the baselines at equal explained variance; "" without bits.
 
-    Of each bits: the configuration's, how many per cent fewer or more than the best baseline, and which that is. Below
-    the table, which baselines could not be compared, and why.
+    Of each bits: the configuration's, how many per cent fewer or more than the best baseline, and which that is. Last,
+    the CE score less that of the best baseline of the total bits. Below the table, which baselines could not be
+    compared, and why.
     """
     label = {EV: "EV", CE: "CE score"}.get(quality, quality)
     frontiers = [Frontier(runs, bits, quality) for bits in (SUPPORT, TOTAL)]
@@ -212,6 +224,8 @@ def at_equal_quality(runs: Named, baselines: tuple[str, ...] = BASELINES, qualit
     heads = [f"at equal {label}", label]
     for heading in ("support bits", "total bits"):
         heads += [heading, "relative", "best baseline"]
+    scored = quality != CE and any(measured(run, CE) for _, run in runs)
+    heads += ["CE score, difference"] if scored else []
     lines, notes = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"], []
     for name in frontiers[0].configurations:
         found = [frontier.relative(name, baselines) for frontier in frontiers if name in frontier.configurations]
@@ -219,6 +233,8 @@ def at_equal_quality(runs: Named, baselines: tuple[str, ...] = BASELINES, qualit
         for each in found:
             cells += [shown(each.bits, ".1f"), shown(each.difference, "+.1%"), each.baseline or "–"]
             notes += [f"{name}: {note}" for note in (*each.notes, each.difference.why) if note]
+        if scored:
+            cells.append(shown(difference_at_equal(runs, name, found[-1].baseline, CE, quality), "+.4f"))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, *(["", *(f"* {note}" for note in dict.fromkeys(notes))] if notes else [])])
 
@@ -272,7 +288,7 @@ def figure(runs: Named, path: Path, quality: str = EV) -> None:
                 if run_name(name).method == method
             )
             colour = chosen[method]
-            style = {"marker": "*", "markersize": 11} if method == "default" else {"marker": "o", "markersize": 4.5}
+            style = {"marker": "*", "markersize": 11} if method == "rate" else {"marker": "o", "markersize": 4.5}
             ax.plot([p[0] for p in points], [p[1] for p in points], color=colour, label=method, **style)
         ax.set_xlabel(f"{label} per token")
     axes[0].set_ylabel({EV: "explained variance (share)", CE: "cross-entropy recovered (share)"}.get(quality, quality))

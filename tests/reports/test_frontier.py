@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tsae.reports.frontier import CE, SUPPORT, TOTAL, Curve, Frontier, run_name
+from tsae.reports.frontier import CE, SUPPORT, TOTAL, Curve, Frontier, difference_at_equal, run_name
 
 
 @pytest.mark.parametrize(
@@ -133,3 +133,15 @@ def test_runs_without_bits_are_left_out() -> None:
     old = {"explained_variance": 0.9, "temporal": {"persistence": 0.4}}
     frontier = Frontier([("plain-k36", old), ("plain-k24", run(0.8, 100.0))])
     assert list(frontier.configurations) == ["plain-k24"]
+
+
+def test_another_metric_at_equal_quality() -> None:
+    runs = sweep()
+    for name, metrics in runs.items():
+        metrics["ce_loss_score"] = metrics["explained_variance"] / 2 + (0.01 if name.startswith("memory") else 0.0)
+    found = difference_at_equal(runs.items(), "memory-k30", "plain")
+    assert (found.value, found.seeds) == (pytest.approx(0.01), 3)
+    assert difference_at_equal(runs.items(), "plain-k36", "plain").value == pytest.approx(0, abs=0.01)
+    far = difference_at_equal([*runs.items(), ("far-k1", run(0.99, 10.0))], "far-k1", "plain")
+    assert (far.value, far.why) == (None, "plain was not measured at 0.9900 with every seed")
+    assert difference_at_equal(runs.items(), "other-k1", "plain").why == "other-k1 was not measured"

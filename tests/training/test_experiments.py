@@ -121,11 +121,13 @@ def test_bits_at_equal_explained_variance(sweep_with_bits: Path) -> None:
     lines = at_equal_quality(runs).splitlines()
     assert lines[0] == (
         "| at equal EV | EV | support bits | relative | best baseline | total bits | relative | best baseline |"
+        " CE score, difference |"
     )
     row = next(line for line in lines if line.startswith("| memory-k30"))
     # 118.2 of 144 bits, and half the range over seeds.
     assert row == (
         "| memory-k30 | 0.9167 ± 0.0000 | 118.2 ± 3.0 | -17.9% ± 2.1% | plain | 189.1 ± 4.8 | -17.9% ± 2.1% | plain |"
+        " +0.0000 ± 0.0000 |"
     )
     assert "| plain-k36 | 0.9255 ± 0.0000 | 180.0 ± 0.0 | +0.0% ± 0.0% | plain |" in "\n".join(lines)
     assert "* memory-k30: jumprelu was measured at 0.5000 to 0.5000, which 0.9167 lies outside of" in lines

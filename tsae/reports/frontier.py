@@ -208,3 +208,32 @@ class Frontier:
                 return Relative(quality, bits, name, reference, notes)
             shares.append(cost / reference.value - 1)
         return Relative(quality, bits, name, Estimate.of(shares), notes)
+
+
+def difference_at_equal(runs: Runs, configuration: str, baseline: str, key: str = CE, quality: str = EV) -> Estimate:
+    """How much more a configuration has of a metric than a baseline at the same quality, in the metric's units.
+
+    The baseline's metric is linear in the quality between its sizes, for each of its seeds by itself, and then
+    averaged; outside of them there is none.
+
+    key, quality: keys of eval.json
+    """
+    points: list[tuple[float, float]] = []
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for name, metrics in runs:
+        at, value = (lookup(dict(metrics), each) for each in (quality, key))
+        if not all(isinstance(each, (int, float)) and math.isfinite(each) for each in (at, value)):
+            continue
+        parts = run_name(name)
+        if parts.configuration == configuration:
+            points.append((at, value))
+        if parts.method == baseline:
+            curves.setdefault(parts.seed, []).append((at, value))
+    differences = []
+    for at, value in points:
+        others = [_interpolate(sorted(curve), at) for curve in curves.values()]
+        found = [other for other in others if other is not None]
+        if not found or len(found) < len(others):
+            return Estimate(None, why=f"{baseline} was not measured at {at:.4f} with every seed")
+        differences.append(value - mean(found))
+    return Estimate.of(differences) if differences else Estimate(None, why=f"{configuration} was not measured")
