@@ -1,0 +1,137 @@
+"""The features whose memory saves the most bits, with passages in which they last: a page to look at.
+
+    python -m experiments.lasting_features RUN docs/lasting-features.md
+
+Features are ranked by the bits per token that the memory of one token saves on held-out text,
+
+    H(d) - [d H(p11) + (1 - d) H(p01)],
+
+the mutual information between a feature's states at neighbouring tokens (docs/metrics.md); d is the share of tokens at
+which it is on. The five first are shown, each with its longest stretches, of which one per document: no choice is made.
+"""
+# ruff: noqa: T201
+
+from __future__ import annotations
+
+import argparse
+import html
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tsae.data.harvest import content_activations
+from tsae.evaluation.held_out import evaluation_batches
+from tsae.evaluation.subject import open_run
+from tsae.utils.atomic import atomic_write
+from tsae.view.data import content_tokens, token_texts
+from tsae.view.features import Activity
+
+FEATURES, PASSAGES, BEFORE, WIDTH = 5, 3, 8, 48  # WIDTH: tokens of a passage, BEFORE of them ahead of the stretch
+LEAST = 20  # activations; with fewer the rates say little
+
+
+def entropy(p: np.ndarray) -> np.ndarray:
+    """Bits of a coin, elementwise; 0 at 0 and 1."""
+    p = np.clip(p, 1e-300, 1 - 1e-16)
+    return np.asarray(-p * np.log2(p) - (1 - p) * np.log2(1 - p))
+
+
+def saved_bits(on: np.ndarray, run: np.ndarray) -> tuple[float, float, float]:
+    """Bits per token that memory saves, P(on), and P(on | on before), of one feature.
+
+    on: (n) bool; run: (n) the segment run of each token, -1 where excluded
+    """
+    pair = (run[1:] == run[:-1]) & (run[1:] >= 0)
+    before, after = on[:-1][pair], on[1:][pair]
+    if not before.any() or before.all():
+        return 0.0, float(on[run >= 0].mean()), float(before.all())
+    p11, p01, d = after[before].mean(), after[~before].mean(), before.mean()
+    return float(entropy(d) - d * entropy(p11) - (1 - d) * entropy(p01)), float(on[run >= 0].mean()), float(p11)
+
+
+def stretches(on: np.ndarray, run: np.ndarray) -> list[tuple[int, int]]:
+    """(first position, tokens) of the uninterrupted stretches at which a feature is on, the longest first."""
+    number = np.where(on & (run >= 0), run, -1)
+    starts = np.flatnonzero((number >= 0) & (np.diff(number, prepend=-2) != 0))
+    changes = np.flatnonzero(np.diff(number, append=-2) != 0)
+    ends = changes[np.searchsorted(changes, starts)]
+    lengths = ends - starts + 1
+    return [(int(starts[i]), int(lengths[i])) for i in np.lexsort((starts, -lengths))]
+
+
+def passage(start: int, on: np.ndarray, run: np.ndarray, tokens: list[str]) -> str:
+    """The tokens around a stretch, within its document, as HTML in which those where the feature is on are marked."""
+    inside = np.flatnonzero(run == run[start])
+    first = max(start - BEFORE, int(inside[0]))
+    shown = range(first, min(first + WIDTH, int(inside[-1]) + 1))
+    parts = [f"<mark>{html.escape(tokens[i])}</mark>" if on[i] else html.escape(tokens[i]) for i in shown]
+    return "".join(parts).replace("</mark><mark>", "").replace("\n", "⏎\n")
+
+
+@torch.no_grad()
+def activity(run: Path) -> tuple[Activity, list[str]]:
+    """The features of a run on its held-out text, and the text's tokens."""
+    subject = open_run(run)
+    cfg, sae, lm = subject.config, subject.sae, subject.load_lm()
+    batches = evaluation_batches(cfg, lm, cfg.evaluation.sequences)
+    found = Activity(sae.cfg.d_sae, cfg.length)
+    for batch in batches:
+        x = content_activations(lm, batch, cfg.place).float()
+        found.update(sae.encode(x, batch.segments), batch.segments)
+    found.finish()
+    index, texts = token_texts(lm.tokenizer, torch.cat([content_tokens(batch) for batch in batches]))
+    return found, [texts[i] for i in index]
+
+
+def page(found: Activity, tokens: list[str], run_name: str) -> Iterator[str]:
+    """The page's lines."""
+    bounds = np.searchsorted(found.feature, np.arange(found.d_sae + 1))
+    states = {}
+    for feature in range(found.d_sae):
+        positions = found.position[bounds[feature] : bounds[feature + 1]]
+        if len(positions) >= LEAST:
+            on = np.zeros(len(tokens), bool)
+            on[positions] = True
+            states[feature] = on
+    facts = {feature: saved_bits(on, found.run) for feature, on in states.items()}
+    ranked = sorted(facts, key=lambda feature: -facts[feature][0])
+    yield "# Five features that last\n"
+    yield (
+        f"Of {len(ranked):,} features of `{run_name}` that are on at {LEAST} or more of {len(tokens):,} held-out "
+        "tokens, those whose memory of one token saves the most bits. Ranked by that alone, without a choice; each "
+        f"with its longest stretches in {PASSAGES} documents. Marked: the feature is on. ⏎ is a line break.\n"
+    )
+    for place, feature in enumerate(ranked[:FEATURES], 1):
+        saved, share, stays = facts[feature]
+        on = states[feature]
+        seen: set[int] = set()
+        runs = stretches(on, found.run)
+        median = int(np.median([length for _, length in runs]))
+        yield f"## {place}. Feature {feature}\n"
+        yield (
+            f"Saves {saved:.3f} bits per token. On at {share:.1%} of the tokens, at {stays:.0%} of those that follow "
+            f"one where it is on; stretches: {len(runs)}, in the median {median} tokens, at most {runs[0][1]}.\n"
+        )
+        for start, length in runs:
+            if found.run[start] in seen or len(seen) == PASSAGES:
+                continue
+            seen.add(found.run[start])
+            yield f"{length} tokens:\n\n<pre>{passage(start, on, found.run, tokens)}</pre>\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("page", type=Path)
+    arguments = parser.parse_args()
+    found, tokens = activity(arguments.run)
+    text = "\n".join(page(found, tokens, arguments.run.resolve().name))
+    with atomic_write(arguments.page) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(f"Written: {arguments.page}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""The page of features that last: the bits that memory saves, stretches, passages, and the ranking."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.lasting_features import page, passage, saved_bits, stretches
+from tsae.view.features import Activity
+
+
+def test_saved_bits_of_a_chain() -> None:
+    """A feature that lasts 10 tokens saves what its entropy rate says; one of independent tokens saves nothing."""
+    generator = np.random.default_rng(0)
+    run = np.zeros(200_000, int)
+    state, on = False, []
+    for u in generator.random(len(run)):
+        state = u < (0.9 if state else 0.1 / 9)
+        on.append(state)
+    saved, share, stays = saved_bits(np.array(on), run)
+    assert (share, stays) == (pytest.approx(0.1, abs=0.01), pytest.approx(0.9, abs=0.01))
+    assert saved == pytest.approx(0.469 - 0.1 * 0.469 - 0.9 * 0.0881, abs=0.02)
+    assert saved_bits(generator.random(len(run)) < 0.1, run)[0] == pytest.approx(0, abs=1e-3)
+    assert saved_bits(np.ones(9, bool), np.zeros(9, int))[0] == 0
+
+
+def test_stretches_end_with_a_document() -> None:
+    on = np.array([1, 1, 0, 1, 1, 1, 1, 1], bool)
+    run = np.array([0, 0, 0, 0, 0, 1, 1, -1])
+    assert stretches(on, run) == [(0, 2), (3, 2), (5, 2)]
+
+
+def test_a_passage_is_escaped_and_stays_in_its_document() -> None:
+    on, run = np.array([0, 1, 1, 1], bool), np.array([0, 0, 0, 1])
+    assert passage(1, on, run, ["a", "<b>", "&", "c"]) == "a<mark>&lt;b&gt;&amp;</mark>"
+
+
+def test_the_feature_that_lasts_is_first() -> None:
+    activity = Activity(3, 64)
+    h = torch.zeros(4, 64, 3)
+    h[:, 5:35, 2] = 1.0  # lasts
+    h[:, ::3, 1] = 1.0  # never lasts, though what is predictable saves bits
+    h[0, 0, 0] = 1.0  # too seldom
+    activity.update(h, torch.arange(4)[:, None].expand(4, 64).int())
+    activity.finish()
+    text = "\n".join(page(activity, ["x"] * 256, "run"))
+    assert text.index("## 1. Feature 2") < text.index("## 2. Feature 1")
+    assert "Feature 0" not in text
+    assert "30 tokens:" in text
+    assert text.count("<pre>") == 6
