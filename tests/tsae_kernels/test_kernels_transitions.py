@@ -65,7 +65,7 @@ def assert_counts(pre, backend, segments=None, bands=BANDS, **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_activation_and_dtype(backend, case, segmented, dtype):
     oracle.too_slow(backend, not segmented or dtype in (torch.float64, torch.float16))
-    oracle.compiles_too_much(backend, dtype in (torch.float64, torch.float16))
+    oracle.compiles_too_much(backend, dtype in (torch.float64, torch.float16) or case in ("gelu", "per position"))
     generator = torch.Generator().manual_seed(2)
     pre = torch.randn(2, 23, 5, generator=generator).to(dtype)
     segments = oracle.random_segments(2, 23, generator, longest=9) if segmented else None
@@ -95,6 +95,7 @@ def test_the_bands_do_not_matter(backend, bands):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_long_sequences_of_many_features(backend, dtype):
     """Blocks of rows and tiles of features are processed in turn: each must find its own state again."""
+    oracle.compiles_too_much(backend, dtype in (torch.float64, torch.float16))
     generator = torch.Generator().manual_seed(3)
     pre = torch.randn(1, 700, 450, generator=generator).to(dtype)
     ids = (torch.rand(1, 700, generator=generator) < 0.01).long().cumsum(1)
@@ -292,7 +293,7 @@ def test_the_mask_operator_counts_the_same(backend):
 
 @pytest.mark.parametrize("backend", oracle.parameters(("eager", "triton")))
 @pytest.mark.parametrize("capacity", [8, 2])
-def test_lists_of_active_features(backend, capacity):
+def test_sparse_lists_of_active_features(backend, capacity):
     """The counts come from all active features, also of tokens whose list is full."""
     bands = oracle.few(backend, BANDS)
     segments = torch.tensor([[0] * 8 + [1] * 5, [-1] * 3 + [0] * 10])
