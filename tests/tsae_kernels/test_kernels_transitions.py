@@ -77,6 +77,7 @@ def test_every_activation_and_dtype(backend, case, segmented, dtype):
 @pytest.mark.parametrize("k", [1, 34, 97])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lengths_and_widths(backend, T, k, dtype):
+    oracle.compiles_too_much(backend, T == 128 and dtype == torch.float32)
     generator = torch.Generator().manual_seed(T * k)
     pre = torch.randn(2, T, k, generator=generator).to(dtype)
     for segments in (None, oracle.random_segments(2, T, generator, longest=50)):

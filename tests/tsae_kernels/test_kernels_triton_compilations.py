@@ -73,7 +73,7 @@ def test_no_shape_stride_or_absent_argument_of_the_same_kind_compiles_a_kernel(t
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_tests_compile_at_most_60_kernels_on_a_gpu_and_13_that_count_transitions(tmp_path):
+def test_the_tests_compile_at_most_73_kernels_on_a_gpu_of_which_11_count_transitions(tmp_path):
     """Those of statistics and their gradient; the kernels on lists and of Adam compile in under a second each.
 
     Nor the walks along T, of which every dtype and alignment compiles one.
@@ -81,5 +81,5 @@ def test_the_tests_compile_at_most_60_kernels_on_a_gpu_and_13_that_count_transit
     selection = "triton and not compil and not sparse and not adam and not scans"
     kernels = compiled(tmp_path, "tests/tsae_kernels", "-k", selection)
     counting = [key for key in kernels if '"COUNTED": "True"' in key]
-    assert 0 < len(counting) <= 13
-    assert len(kernels) - len(counting) <= 60
+    assert 0 < len(counting) <= 11
+    assert len(kernels) <= 73
