@@ -7,7 +7,8 @@ Features are ranked by the bits per token that the memory of one token saves on 
     H(d) - [d H(p11) + (1 - d) H(p01)],
 
 the mutual information between a feature's states at neighbouring tokens (docs/metrics.md); d is the share of tokens at
-which it is on. The five first are shown, each with its longest stretches, of which one per document: no choice is made.
+which it is on. A table has the five first. Those are dense, so passages are shown of the five first that are on at
+most at a tenth of the tokens: each with its longest stretches, of which one per document. No choice is made.
 """
 # ruff: noqa: T201
 
@@ -30,6 +31,7 @@ from tsae.view.features import Activity
 
 FEATURES, PASSAGES, BEFORE, WIDTH = 5, 3, 8, 48  # WIDTH: tokens of a passage, BEFORE of them ahead of the stretch
 LEAST = 20  # activations; with fewer the rates say little
+DENSE = 0.1  # share of tokens
 
 
 def entropy(p: np.ndarray) -> np.ndarray:
@@ -97,24 +99,28 @@ def page(found: Activity, tokens: list[str], run_name: str) -> Iterator[str]:
             states[feature] = on
     facts = {feature: saved_bits(on, found.run) for feature, on in states.items()}
     ranked = sorted(facts, key=lambda feature: -facts[feature][0])
+    sparse = [feature for feature in ranked if facts[feature][1] <= DENSE]
     yield "# Five features that last\n"
     yield (
         f"Of {len(ranked):,} features of `{run_name}` that are on at {LEAST} or more of {len(tokens):,} held-out "
-        "tokens, those whose memory of one token saves the most bits. Ranked by that alone, without a choice; each "
-        f"with its longest stretches in {PASSAGES} documents. Marked: the feature is on. ⏎ is a line break.\n"
+        "tokens, those whose memory of one token saves the most bits (`experiments/lasting_features.py`):\n"
     )
-    for place, feature in enumerate(ranked[:FEATURES], 1):
+    yield "| feature | bits saved per token | on | on, given on before | stretches | median tokens | most |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for feature in dict.fromkeys([*ranked[:FEATURES], *sparse[:FEATURES]]):
         saved, share, stays = facts[feature]
+        lengths = [length for _, length in stretches(states[feature], found.run)]
+        numbers = f"{saved:.3f} | {share:.1%} | {stays:.0%} | {len(lengths)} | {int(np.median(lengths))} | {lengths[0]}"
+        yield f"| {feature} | {numbers} |"
+    yield (
+        f"\nThe {FEATURES} first of all, then the {FEATURES} first of those that are on at most at {DENSE:.0%} of the "
+        f"tokens. Of these the longest stretches in {PASSAGES} documents; marked: it is on; ⏎ is a line break.\n"
+    )
+    for place, feature in enumerate(sparse[:FEATURES], 1):
         on = states[feature]
         seen: set[int] = set()
-        runs = stretches(on, found.run)
-        median = int(np.median([length for _, length in runs]))
         yield f"## {place}. Feature {feature}\n"
-        yield (
-            f"Saves {saved:.3f} bits per token. On at {share:.1%} of the tokens, at {stays:.0%} of those that follow "
-            f"one where it is on; stretches: {len(runs)}, in the median {median} tokens, at most {runs[0][1]}.\n"
-        )
-        for start, length in runs:
+        for start, length in stretches(on, found.run):
             if found.run[start] in seen or len(seen) == PASSAGES:
                 continue
             seen.add(found.run[start])

@@ -36,16 +36,21 @@ def test_a_passage_is_escaped_and_stays_in_its_document() -> None:
     assert passage(1, on, run, ["a", "<b>", "&", "c"]) == "a<mark>&lt;b&gt;&amp;</mark>"
 
 
-def test_the_feature_that_lasts_is_first() -> None:
-    activity = Activity(3, 64)
-    h = torch.zeros(4, 64, 3)
-    h[:, 5:35, 2] = 1.0  # lasts
-    h[:, ::3, 1] = 1.0  # never lasts, though what is predictable saves bits
+def test_the_feature_that_lasts_is_first_and_dense_ones_have_no_passages() -> None:
+    activity = Activity(4, 64)
+    h = torch.zeros(4, 64, 4)
+    h[:, 5:35, 2] = 1.0  # lasts, and is dense
+    h[:, 20:26, 1] = 1.0
+    h[:, 7:13:2, 3] = 1.0
+    h[:, 30:33, 3] = 1.0
     h[0, 0, 0] = 1.0  # too seldom
     activity.update(h, torch.arange(4)[:, None].expand(4, 64).int())
     activity.finish()
     text = "\n".join(page(activity, ["x"] * 256, "run"))
-    assert text.index("## 1. Feature 2") < text.index("## 2. Feature 1")
-    assert "Feature 0" not in text
-    assert "30 tokens:" in text
+    rows = [line.split(" |")[0] for line in text.splitlines() if line.startswith("| ") and "bits" not in line]
+    assert rows == ["| ---", "| 2", "| 1", "| 3"]
+    assert "| 2 | 0." in text
+    assert text.index("## 1. Feature 1") < text.index("## 2. Feature 3")
+    assert "Feature 2" not in text
+    assert "6 tokens:" in text
     assert text.count("<pre>") == 6
