@@ -137,6 +137,14 @@ def without_seed(name: str) -> str:
     return name.replace(f"-seed{seed}", "", 1) if seed else name
 
 
+def of_seed(sweeps: dict[str, Runs], seed: str) -> dict[str, Runs]:
+    """The runs whose name ends with this seed."""
+    return {
+        sweep: {name: run for name, run in runs.items() if run_name(name).seed == seed}
+        for sweep, runs in sweeps.items()
+    }
+
+
 def named(sweeps: dict[str, Runs]) -> Named:
     """The runs of all sweeps."""
     return [run for runs in sweeps.values() for run in runs.items()]
@@ -327,8 +335,11 @@ def main() -> None:
     parser.add_argument("--at", type=float, help="the bits of all methods at this explained variance")
     parser.add_argument("--quality", default=EV, help=f"what is equal or drawn instead of {EV}, such as {CE}")
     parser.add_argument("--baselines", nargs="+", default=BASELINES, help="the methods to compare with")
+    parser.add_argument("--seed", help="only runs with this seed")
     arguments = parser.parse_args()
     sweeps = read_sweeps(arguments.sweeps)
+    if arguments.seed is not None:
+        sweeps = of_seed(sweeps, arguments.seed)
     if arguments.json:
         write_json(sweeps, arguments.json)
     found = by_configuration(sweeps)

@@ -15,6 +15,7 @@ from experiments.summary import (
     by_configuration,
     figure,
     named,
+    of_seed,
     persistence_figure,
     read_sweeps,
     table,
@@ -137,6 +138,14 @@ def test_bits_at_equal_explained_variance(sweep_with_bits: Path) -> None:
     assert "| topk | 158.4 ± 0.0 | 253.4 ± 0.0 |" in at
     assert "| jumprelu | – | – |" in at
     assert at_equal_quality([("old-k36", metrics(0.9, 0.1))]) == ""
+    of_one = of_seed(read_sweeps([sweep_with_bits]), "1")
+    assert list(of_one["bits"]) == [
+        "plain-k24-seed1",
+        "topk-k24-seed1",
+        "plain-k36-seed1",
+        "topk-k36-seed1",
+        "memory-k30-seed1",
+    ]
 
 
 def test_bits_stand_behind_explained_variance_in_the_table(sweep_with_bits: Path) -> None:
