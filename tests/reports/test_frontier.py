@@ -129,6 +129,17 @@ def test_a_baseline_that_was_not_measured_there_is_named() -> None:
     assert len(far.notes) == 3
 
 
+def test_no_baseline_is_the_best_where_a_better_one_was_not_measured() -> None:
+    """Below the measured sizes of `plain` there are only those of `topk`, which are known to take more bits."""
+    runs = sweep() | {f"topk-k{k}-seed0": run(power(5.0 * k), 6.5 * k) for k in (20, 24, 36, 48)}
+    runs = {name: metrics for name, metrics in runs.items() if not (name.startswith("topk") and "seed0" not in name)}
+    runs["memory-k20-seed0"] = run(power(112.0), 100.0)
+    found = Frontier(runs.items(), SUPPORT).relative("memory-k20")
+    assert (found.baseline, found.difference.value) == ("", None)
+    assert found.difference.why == "plain takes fewer bits than topk at a higher quality, but was not measured there"
+    assert Frontier(runs.items(), SUPPORT).relative("memory-k20", ["topk"]).baseline == "topk"
+
+
 def test_runs_without_bits_are_left_out() -> None:
     old = {"explained_variance": 0.9, "temporal": {"persistence": 0.4}}
     frontier = Frontier([("plain-k36", old), ("plain-k24", run(0.8, 100.0))])

@@ -178,17 +178,34 @@ class Frontier:
         return Estimate.of(values)
 
     def best(self, methods: Iterable[str], quality: float) -> tuple[str, Estimate, list[str]]:
-        """The method with the fewest bits at a quality, its bits, and why others have none there."""
+        """The method with the fewest bits at a quality, its bits, and why others have none there.
+
+        If one that was not measured there takes fewer bits at a higher quality, no one is known to be the best.
+        """
         name, least, notes = "", Estimate(None, why="no method was measured there"), []
+        outside = []
         for method in methods:
             if method not in self.methods:
                 continue
             found = self.bits_at(method, quality)
             if found.value is None:
                 notes.append(found.why)
+                outside.append(method)
             elif least.value is None or found.value < least.value:
                 name, least = method, found
+        for method in outside:
+            if least.value is not None and self._beats(method, least.value, quality):
+                why = f"{method} takes fewer bits than {name} at a higher quality, but was not measured there"
+                return "", Estimate(None, why=why), notes
         return name, least, notes
+
+    def _beats(self, method: str, bits: float, quality: float) -> bool:
+        """Whether a configuration of a method has more of the quality with fewer bits, in the mean over seeds."""
+        return any(
+            mean(point[0] for point in points) < bits and mean(point[1] for point in points) > quality
+            for configuration, points in self.configurations.items()
+            if run_name(configuration).method == method
+        )
 
     def relative(self, configuration: str, baselines: Iterable[str] = BASELINES) -> Relative:
         """A configuration, where it was measured, against the best of the baselines there.
