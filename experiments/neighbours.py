@@ -24,107 +24,27 @@ import torch
 from torch import Tensor, nn
 
 from experiments import inputs
-from experiments.inputs import Crosscoder, RunningMeans, encoder_mask, windows
 from tsae.config import TrainConfig
-from tsae.data.harvest import ActivationBatch, content_activations
+from tsae.data.harvest import content_activations
 from tsae.data.sequences import TokenBatch
 from tsae.evaluation.evaluator import evaluate_all, evaluation_options
 from tsae.evaluation.held_out import evaluation_batches
 from tsae.evaluation.metrics import CodeLength
 from tsae.lm.loading import LanguageModel
 from tsae.rundir import layout
-from tsae.sae.normalization import InputNormalizer
+from tsae.synthetic.inputs import Crosscoder, RunningMeans
+from tsae.synthetic.training import CrosscoderTraining, RunningMeansTraining
 from tsae.training.assemble import Setup, open_stream, prepare
 from tsae.training.job import Job
 from tsae.training.sweep_file import read_sweep
-from tsae.training.trainer import Trainer
 from tsae.utils.atomic import write_json
 
 SWEEP = Path(__file__).with_name("neighbours.yaml")
-WINDOW = 4
-CONSTANTS = (4.0, 16.0, 64.0)
 ACTIVE = (80, 112, 144, 176)  # of a crosscoder's window; 144 is 36 a token
 SIZES = (32, 64, 128, 256)  # features of each running mean
 EVALUATION = layout.EVALUATION
 
 Codes = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-
-
-class Method:
-    """A neighbour in training.
-
-    Args:
-        cfg: the base configuration, with ``sae.d_in`` the width of the activations.
-        first: activations from which the input's mean and scale are estimated.
-        device, autocast: as for `Trainer`.
-    """
-
-    def __init__(self, cfg: TrainConfig, first: ActivationBatch, device: torch.device, *, autocast: bool) -> None:
-        self.cfg = self.adapted(cfg)
-        batch = self.batch(first)
-        d_in, d_out = self.cfg.sae.d_in, self.cfg.sae.d_out
-        estimate = InputNormalizer.estimate_pair(*batch, d_in) if d_out else InputNormalizer.estimate(*batch)
-        self.trainer = Trainer(self.cfg, estimate, device, autocast=autocast)
-
-    def adapted(self, cfg: TrainConfig) -> TrainConfig:
-        """The configuration of the trainer."""
-        raise NotImplementedError
-
-    def batch(self, batch: ActivationBatch) -> ActivationBatch:
-        """What the trainer reads of a batch."""
-        raise NotImplementedError
-
-    def finished(self) -> RunningMeans | Crosscoder:
-        """The method on raw activations."""
-        raise NotImplementedError
-
-
-class CrosscoderTraining(Method):
-    """`Crosscoder` with ``active`` features a window; windows that cross segments are left out of training."""
-
-    def __init__(self, active: int, *arguments: Any, autocast: bool) -> None:
-        self.active = active
-        super().__init__(*arguments, autocast=autocast)
-
-    def adapted(self, cfg: TrainConfig) -> TrainConfig:
-        sae = replace(cfg.sae, d_in=WINDOW * cfg.sae.d_in, activation="batchtopk", k=self.active)
-        dead = cfg.objective.dead_after_tokens // WINDOW
-        return replace(cfg, sae=sae, objective=replace(cfg.objective, temporal="none", dead_after_tokens=dead))
-
-    def batch(self, batch: ActivationBatch) -> ActivationBatch:
-        return ActivationBatch(*windows(batch.x, batch.segments, WINDOW))
-
-    def finished(self) -> Crosscoder:
-        return Crosscoder(self.trainer.finished(), WINDOW).eval()
-
-
-class RunningMeansTraining(Method):
-    """`RunningMeans` with ``size`` features for each time constant."""
-
-    def __init__(self, size: int, *arguments: Any, autocast: bool) -> None:
-        self.size = size
-        super().__init__(*arguments, autocast=autocast)
-        sae = self.trainer.sae
-        mask = encoder_mask(sae.cfg.d_out, sae.cfg.d_sae, size, len(CONSTANTS)).to(sae.W_enc.device)
-        with torch.no_grad():  # tied, as an autoencoder begins; what is 0 and has no gradient stays 0
-            tied = sae.W_dec.T.repeat(1 + len(CONSTANTS), 1) * sae.cfg.encoder_scale
-            sae.W_enc.copy_(tied * mask)
-        sae.W_enc.register_hook(lambda gradient: gradient * mask)
-
-    def adapted(self, cfg: TrainConfig) -> TrainConfig:
-        d = cfg.sae.d_in
-        wide = {"d_in": d * (1 + len(CONSTANTS)), "d_out": d, "apply_b_dec_to_input": False}
-        sae = replace(cfg.sae, **wide, activation="batchtopk")
-        return replace(cfg, sae=sae, objective=replace(cfg.objective, temporal="none"))
-
-    def batch(self, batch: ActivationBatch) -> ActivationBatch:
-        x = batch.x.float()
-        return ActivationBatch(
-            torch.cat([x, inputs.running_means(x, batch.segments, CONSTANTS), x], dim=-1), batch.segments
-        )
-
-    def finished(self) -> RunningMeans:
-        return RunningMeans(self.trainer.finished(), CONSTANTS).eval()
 
 
 METHODS = {f"crosscoder-{k}": (CrosscoderTraining, k) for k in ACTIVE}
@@ -163,10 +83,15 @@ def measure(modules: dict[str, nn.Module], cfg: TrainConfig, lm: LanguageModel) 
         module = modules[name]
         if isinstance(module, Crosscoder):
             norms, step = module.inner.W_dec.double().norm(dim=1), result.metrics["mse"] ** 0.5
-            found = code_bits(module.window_codes, norms, step, batches, cfg, lm)
+            found = code_bits(window_codes(module), norms, step, batches, cfg, lm)
             result.metrics["l0"] = found.pop("l0")
             result.metrics["temporal"] |= found
     return {name: result.metrics for name, result in results.items()}
+
+
+def window_codes(module: Crosscoder) -> Codes:
+    """The codes of activations, for `code_bits`."""
+    return lambda x, segments: module.window_codes(module.encode(x, segments), segments)
 
 
 @torch.no_grad()

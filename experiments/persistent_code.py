@@ -14,40 +14,15 @@ that of any method.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from experiments.neighbours import code_bits, to_json
-from tsae.errors import UserError
 from tsae.evaluation.held_out import evaluation_batches
 from tsae.evaluation.subject import open_run
 from tsae.rundir import layout
-from tsae.sae.model import SparseAutoencoder
-
-
-class SparseInput:
-    """The values a of an autoencoder with a recurrence, and what an error in one of them costs.
-
-    Raises:
-        UserError: it has no recurrence.
-    """
-
-    def __init__(self, sae: SparseAutoencoder) -> None:
-        if not sae.cfg.kind.recurrent:
-            raise UserError(f"The autoencoder's activation is {sae.cfg.activation!r}; name a run of persistent.")
-        decay = sae.decay.double()
-        self.norms = sae.W_dec.detach().double().norm(dim=1) * ((1 - decay) / (1 + decay)).sqrt()
-        self.sae = copy.deepcopy(sae)
-        self.sae.decay.zero_()  # h = a
-
-    def codes(self, x: Tensor, segments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As `code_bits` takes them: one of each token."""
-        return self.sae.encode(x, segments), segments, torch.arange(x.shape[1]).expand(segments.shape)
+from tsae.synthetic.codes import SparseInput
 
 
 def measure(run: Path) -> dict[str, Any]:

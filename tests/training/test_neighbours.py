@@ -15,14 +15,14 @@ from tiny_sae import D_IN, D_SAE, make
 from torch import Tensor
 
 from experiments import hmm, inputs, neighbours, persistent_code, slow_variance
-from experiments.inputs import Crosscoder, RunningMeans, encoder_mask, running_means, windows
-from experiments.neighbours import CrosscoderTraining, RunningMeansTraining
 from experiments.summary import read_sweeps
 from tsae.config import SAEConfig, TrainConfig
 from tsae.data.harvest import ActivationBatch
 from tsae.errors import UserError
 from tsae.evaluation.metrics import CodeLength
 from tsae.sae.model import SparseAutoencoder
+from tsae.synthetic.inputs import Crosscoder, RunningMeans, encoder_mask, running_means, windows
+from tsae.synthetic.training import CrosscoderTraining, RunningMeansTraining
 from tsae.train import main as train
 from tsae.training.sweep_file import with_options
 from tsae_kernels import leaky_recurrence
@@ -113,7 +113,7 @@ def test_a_crosscoder_reads_and_writes_each_window_within_a_segment() -> None:
     assert torch.equal(module.encode(changed, SEGMENTS)[1, :5], h[1, :5])
     assert not torch.equal(h[1, 4], h[1, 5])
     torch.testing.assert_close(module.encode(x[:, :14], SEGMENTS[:, :14])[0, :12], h[0, :12])  # any length
-    codes, ids, places = module.window_codes(x, SEGMENTS)
+    codes, ids, places = module.window_codes(h, SEGMENTS)
     assert [row[row >= 0].tolist() for row in ids] == [[0] * 4, [0, 0, 1, 1, 1], [3, 3, 4, 5, 5]]
     assert places[1, :5].tolist() == [0, 4, 5, 8, 12]
     assert torch.equal(codes[1, 3], h[1, 8])
@@ -129,7 +129,7 @@ def test_a_crosscoder_is_charged_once_for_each_window(monkeypatch: pytest.Monkey
     module, cfg = crosscoder(), TrainConfig()
     batch = type("Batch", (), {"segments": segments})()
     norms = module.inner.W_dec.double().norm(dim=1)
-    found = neighbours.code_bits(module.window_codes, norms, 0.3, [batch], cfg, Model())  # type: ignore[arg-type, list-item]
+    found = neighbours.code_bits(neighbours.window_codes(module), norms, 0.3, [batch], cfg, Model())  # type: ignore[arg-type, list-item]
     codes = module.inner.encode(x.reshape(4, 4, -1))
     expected = CodeLength()
     expected.update(codes, segments[:, :4], torch.tensor([0, 0, 1, 1])[:, None].expand(4, 4))

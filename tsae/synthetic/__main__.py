@@ -19,7 +19,9 @@ class Arguments:
     """Settings: `published` (40 features, d = 80), `mixed` (2,048 features, d = 256, dwell times 2, 8, 32 and 128
     tokens), `dwell-2`, `dwell-8`, `dwell-32`, `dwell-128` (512 features of one dwell time)."""
     methods: tuple[str, ...] = ("relu", "topk", "batchtopk", "jumprelu", "schmitt")
-    """Activations of the autoencoders."""
+    """Autoencoders: `relu`, `topk`, `batchtopk`, `jumprelu`, `schmitt`, `rate`, `plain` (one threshold), `matryoshka`;
+    `t-sae`, `tsae`, `tc-sae` with a temporal term; `persistent`, `running-means`, `crosscoder-4`, `crosscoder-12`,
+    which read more than one token (docs/synthetic.md)."""
     steps: int | None = None
     """Optimizer steps. Default: the setting's."""
     seed: int = 0

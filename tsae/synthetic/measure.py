@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tsae.evaluation.evaluator import decoder_norms
 from tsae.evaluation.metrics.bits import CodeLength
 from tsae.evaluation.metrics.reconstruction import ReconstructionMetrics
-from tsae.sae.model import SparseAutoencoder
 from tsae.synthetic.chains import Chain, Source, Truth
+from tsae.synthetic.codes import code_of, directions_of
 from tsae.synthetic.estimate import fit_chain
 from tsae.synthetic.methods import READOUTS, Method
 from tsae.synthetic.scores import StateScores, match, summary
@@ -28,13 +27,15 @@ class _Reader:
     """One autoencoder, or with ``sae`` None the true amplitudes, and the scores of all its read-outs."""
 
     def __init__(
-        self, sae: SparseAutoencoder | None, chain: Chain, index: Tensor | None, readouts: Iterable[str]
+        self, sae: Any | None, chain: Chain, index: Tensor | None, readouts: Iterable[str], *, causal: bool = True
     ) -> None:
-        self.sae, self.chain, self.index = sae, chain, index
+        self.sae, self.chain, self.index, self.causal = sae, chain, index, causal
         self.scores = {FEATURES: StateScores()} | {name: StateScores(READOUTS[name].above) for name in readouts}
         self.reconstruction = ReconstructionMetrics()
         self.bits = {name: CodeLength() for name in self.scores if name == FEATURES or READOUTS[name].support}
-        self.active = dict.fromkeys(self.bits, 0.0)
+        self.active, self.coded, self.on = (dict.fromkeys(self.bits, 0.0) for _ in range(3))
+        if sae is not None:
+            self.code, self.norms = code_of(sae)
 
     def update(self, truth: Truth, half: int) -> None:
         h = truth.amplitude if self.sae is None else self.sae.encode(truth.x, truth.segments)
@@ -44,31 +45,38 @@ class _Reader:
             values = h if name == FEATURES else READOUTS[name].read(h, truth.segments, self.chain)
             if self.sae is not None and name in self.bits:
                 held = h if name == FEATURES else values * h.clamp(min=_SMALLEST)
-                self.bits[name].update(held, truth.segments, half)
-                self.active[name] += float((held > 0).sum())
+                code = self.code(truth.x, h, truth.segments) if name == FEATURES else (held, truth.segments)
+                self._charge(name, *code, half)
+                self.on[name] += float((held > 0).sum())
             scores.update(values if self.index is None else values[..., self.index], truth.hidden, truth.amplitude > 0)
+
+    def _charge(self, name: str, code: Tensor, segments: Tensor, half: int) -> None:
+        self.bits[name].update(code, segments, half)
+        self.coded[name] += float((segments >= 0).sum())
+        self.active[name] += float((code[segments >= 0] > 0).sum())
 
     def result(self, groups: list[Tensor], ceilings: dict[bool, StateScores]) -> dict[str, Any]:
         """``groups``: masks [n] of features; ``ceilings``: of causal read-outs (True) and others."""
         rows: dict[str, Any] = {}
         for name, scores in self.scores.items():
-            causal = name == FEATURES or READOUTS[name].causal
+            causal = self.causal and (name == FEATURES or READOUTS[name].causal)
             parts = [summary(scores, which, ceilings[causal]) for which in (*groups, torch.stack(groups).any(0))]
             rows[name] = {"causal": causal, "groups": parts[:-1], "all": parts[-1]}
         if self.sae is None:
             return {"rows": rows}
         metrics = self.reconstruction.compute()
-        norms = decoder_norms(self.sae, self.sae.cfg.d_sae)
+        tokens = self.reconstruction.tokens
         for name, bits in self.bits.items():
-            rows[name] |= bits.compute(self.reconstruction.rms_error(), norms)
-            rows[name]["l0"] = self.active[name] / self.reconstruction.tokens
+            found = bits.compute(self.reconstruction.rms_error(), self.norms)  # per position of the code
+            rows[name] |= {key: value * self.coded[name] / tokens for key, value in found.items()}
+            rows[name] |= {"l0": self.active[name] / tokens, "on": self.on[name] / tokens}
         kept = ("explained_variance", "frac_alive")
         return {"rows": rows} | {key: metrics[key] for key in kept}
 
 
 @torch.no_grad()
 def measure(
-    saes: dict[str, SparseAutoencoder],
+    saes: dict[str, nn.Module],
     methods: dict[str, Method],
     setting: Setting,
     source: Source,
@@ -77,7 +85,7 @@ def measure(
 ) -> dict[str, Any]:
     """What the results file says of a setting's methods.
 
-    saes, methods: by name, the same names
+    saes, methods: by name, the same names; from `train`
     seed: of the tokens; rates are estimated on others
     advance: called with the tokens of each batch that was scored
     out: by method, and under `CEILING` for the true amplitudes with the true rates: `rows` by read-out, with the scores
@@ -88,11 +96,11 @@ def measure(
     readers = {CEILING: _Reader(None, source.chain, None, READOUTS)}
     matched = {}
     for name, sae in saes.items():
-        feature, cosine = match(sae.W_dec, source.directions)
+        feature, cosine = match(directions_of(sae), source.directions)
         matched[name] = {"mcc": float(cosine.mean()), "found": float((cosine > 0.9).double().mean())}
         needed = bool(methods[name].readouts)
         chain = _estimated(sae, source.batches(*batches, seed + 1)) if needed else source.chain
-        readers[name] = _Reader(sae, chain, feature, methods[name].readouts)
+        readers[name] = _Reader(sae, chain, feature, methods[name].readouts, causal=methods[name].causal)
     for done, truth in enumerate(source.batches(*batches, seed)):
         for reader in readers.values():
             reader.update(truth, int(2 * done >= count))
@@ -103,7 +111,7 @@ def measure(
     return {name: reader.result(groups, ceilings) | matched.get(name, {}) for name, reader in readers.items()}
 
 
-def _estimated(sae: SparseAutoencoder, batches: Iterable[Truth]) -> Chain:
+def _estimated(sae: Any, batches: Iterable[Truth]) -> Chain:
     """The chains of an autoencoder's features, from its features alone."""
     parts = [(sae.encode(truth.x, truth.segments) > 0, truth.segments) for truth in batches]
     observed, segments = (torch.cat(each) for each in zip(*parts, strict=True))

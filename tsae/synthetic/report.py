@@ -18,13 +18,14 @@ from tsae.utils.atomic import atomic_write
 from tsae.utils.output import tables
 
 COLORS = {FEATURES: GREY, "leaky": ORANGE, "hold": GREEN, "filter": BLUE, "smoother": PURPLE}
-MARKERS = "osD^vPX*"
+MARKERS = "osD^vPX*<>hpd"
 
 
 def headings(result: dict[str, Any]) -> list[str]:
     """The columns of one setting's table."""
     groups = [f"{group['dwell']:.3g}" for group in result["groups"]]
-    return ["method", "read-out", *groups, "all", "of Bayes", "F1 hidden", "MCC", "EV", "L0", "support bits", "bits"]
+    scores = ["of Bayes", "F1 hidden", "MCC", "EV", "on", "L0", "support bits", "bits"]
+    return ["method", "read-out", *groups, "all", *scores]
 
 
 def cells(result: dict[str, Any]) -> list[list[str]]:
@@ -36,7 +37,7 @@ def cells(result: dict[str, Any]) -> list[list[str]]:
             groups = [_pair(part) for part in (*row["groups"], row["all"])]
             numbers = [row["all"].get("of_bayes"), row["all"].get("f1_hidden")]
             quality = [found.get("mcc"), found.get("explained_variance")] if i == 0 else [None, None]
-            bits = [row.get(key) for key in ("l0", "support_bits", "total_bits")]
+            bits = [row.get(key) for key in ("on", "l0", "support_bits", "total_bits")]
             shown = [*(_number(value, 3) for value in (*numbers, *quality)), *(_number(value, 1) for value in bits)]
             out.append([*first, *groups, *shown])
     return out
@@ -66,7 +67,9 @@ def described(name: str, result: dict[str, Any]) -> str:
 LEGEND = (
     "By dwell time: the denoising ratio, correlation with the hidden over correlation with the observed state, and in "
     "parentheses the correlation with the hidden state. `truth` reads the true amplitudes with the true rates: its "
-    "filter and smoother are the ceilings of causal methods and of all, its features what one token tells."
+    "filter and smoother are the ceilings of causal methods and of all, its features what one token tells. `on` is the "
+    "features above 0 at a token; L0 and bits are those of the code behind them, per token: of a crosscoder one code a "
+    "window, of `persistent` what it integrates."
 )
 
 

@@ -38,8 +38,8 @@ class Setting:
     """Optimizer steps."""
     batch: PositiveInt = 32
     """Sequences per step."""
-    length: Annotated[int, at_least(2)] = 32
-    """Tokens per sequence in training."""
+    length: Annotated[int, at_least(2)] = 36
+    """Tokens per sequence in training; a multiple of the windows of crosscoders."""
     lr: Annotated[float, positive] = 1e-3
     """Learning rate."""
     l1: Annotated[float, at_least(0)] = 0.04
@@ -107,12 +107,12 @@ def quick(setting: Setting) -> Setting:
     return replace(
         setting,
         features=8 * groups,
-        d_sae=8 * groups,
+        d_sae=16 * groups,
         width=16 * groups,
         pi=0.15,
         steps=60,
         batch=8,
-        length=32,
+        length=36,
         eval_length=64,
         eval_sequences=16,
     )
