@@ -55,13 +55,13 @@ class StateScores(Accumulator):
         flat = values.flatten(0, 1)
         on = flat > self.above
         for name, state in (("hidden", hidden.flatten(0, 1)), ("observed", observed.flatten(0, 1))):
-            self._add(f"{name}", state.sum(0))
-            self._add(f"value_{name}", torch.einsum("tn,tn->n", flat, state.to(flat)).double())
-            self._add(f"both_{name}", (on & state).sum(0))
+            self._add(f"{name}", _count(state))
+            self._add(f"value_{name}", torch.where(state, flat, 0).sum(0).double())
+            self._add(f"both_{name}", _count(on & state))
         self._add("tokens", float(len(flat)))
         self._add("value", flat.sum(0).double())
         self._add("square", flat.square().sum(0).double())
-        self._add("on", on.sum(0))
+        self._add("on", _count(on))
 
     def correlation(self, state: str) -> Tensor:
         """[n]; state: hidden or observed."""
@@ -81,6 +81,10 @@ class StateScores(Accumulator):
     def l0(self) -> float:
         """Features on per token."""
         return float(self._get("on").sum() / self._get("tokens"))
+
+
+def _count(mask: Tensor) -> Tensor:
+    return mask.sum(0, dtype=torch.int32).long()  # twice as fast on a CPU as the sum in int64
 
 
 def summary(scores: StateScores, which: Tensor, ceiling: StateScores | None = None) -> dict[str, float]:
