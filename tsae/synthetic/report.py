@@ -112,7 +112,7 @@ def write_figure(results: dict[str, Any], path: Path) -> Path:
     """Correlation with the hidden state, and the denoising ratio, against the dwell time; a column per setting."""
     settings = results["settings"]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(max(5.6 * len(settings), 7.0), 8.0), dpi=120, layout="constrained", facecolor="white")
+        figure = Figure(figsize=(5.6 * len(settings) + 1.8, 8.0), dpi=120, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
         axes = cast(Any, figure.subplots(2, len(settings), squeeze=False))
         for column, (name, result) in zip(axes.T, settings.items(), strict=True):
@@ -122,7 +122,7 @@ def write_figure(results: dict[str, Any], path: Path) -> Path:
                 _panel(ax, result, key)
                 ax.set_ylabel(label)
                 ax.set_title(name)
-        axes[0, -1].legend(fontsize=7, loc="lower right")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
         with atomic_write(path) as temporary:
             figure.savefig(temporary, format="png", metadata={"Software": None})
     return path
@@ -136,7 +136,8 @@ def _panel(ax: Axes, result: dict[str, Any], key: str) -> None:
             style: dict[str, Any] = (
                 {"linestyle": (0, (3, 2)), "linewidth": 1.2} if method == CEILING else {"linewidth": 1.0}
             )
-            marker = "" if method == CEILING else MARKERS[i % len(MARKERS)]
+            ceiling = "_" if len(dwell) == 1 else ""  # a line of one point cannot be seen
+            marker = ceiling if method == CEILING else MARKERS[i % len(MARKERS)]
             ax.plot(
                 dwell, values, marker=marker, markersize=4, color=COLORS[readout], label=f"{method}, {readout}", **style
             )
