@@ -279,24 +279,25 @@ def pair_energy(
 
 
 @triton.jit
-def is_on(h):
-    """1 where a feature is on, h > 0 or NaN (which compares false), else 0; int32."""
-    return tl.where(h <= 0, 0, 1)
+def is_on(h, included):
+    """``included`` where a feature is on, h > 0 or NaN (which compares false), else 0; int32."""
+    return tl.where(h <= 0, 0, included)
 
 
 @triton.jit
 def forward_chunk(
     arrived, before, off, history, windows, parts, sums, counts,
     source, h, k, words, threshold, threshold_t, on_threshold, release_level, shift, centre, columns, t, p, n,
-    FIRST: tl.constexpr, LAST: tl.constexpr, TRAIL: tl.constexpr, OUTER: tl.constexpr,
+    included, FIRST: tl.constexpr, LAST: tl.constexpr, TRAIL: tl.constexpr, OUTER: tl.constexpr,
     ACTIVATION: tl.constexpr, OUTPUT: tl.constexpr, THRESHOLD_PER_POSITION: tl.constexpr,
     SCALE: tl.constexpr, COUNTED: tl.constexpr, STORED: tl.constexpr, ROUNDING: tl.constexpr, CHUNK: tl.constexpr,
     GUARDED: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """One chunk at position p of a segment of n that begins at t; see `forward_kernel`. GUARDED: rows may be missing
 
-    counts: of the segment, if COUNTED: whether a feature is on at the last position, at how many positions it is on,
-        and at how many it is on as at the one before
+    counts: if COUNTED, whether a feature is on at the last position, at how many positions it is on as at the one
+        before, at how many it is on and was off at the one before, and see `forward_kernel`
+    included: 1, or 0 if the segment does not count
     """
     S: tl.constexpr = len(FIRST)
     row = t + p
@@ -328,12 +329,11 @@ def forward_chunk(
             counted = tl.where(p + i < n, x, 0.0)
             x = tl.where(p + i < n, x, centre)
         if COUNTED:
-            on = is_on(counted)
-            still = counts[2] + (on & counts[0])
+            on = is_on(counted, included)
             last_on = on
             if GUARDED:
                 last_on = tl.where(p + i < n, on, counts[0])
-            counts = (last_on, counts[1] + on, still)
+            counts = (last_on, counts[1] + (on & counts[0]), counts[2] + (on & ~counts[0]), counts[3])
         if OUTPUT == "mask":
             bits = bits | tl.where(counted != 0, 1 << i, 0).to(tl.uint32)
         chunk_x = tl.fma(counted, zero + SCALE, chunk_x)
@@ -488,9 +488,8 @@ def forward_kernel(
     totals = (zero,) * SUMS
     energies = (zero,) * S
     none = each(columns, 0)
-    changes = ()  # pairs that are on at both positions, at the first, at the second
-    if COUNTED:
-        changes = (none, none, none)
+    # On at the last position; pairs that are on at both, and at the second alone; starts less ends at which it is on.
+    counts = (none, none, none, none) if COUNTED else ()
     history = each(columns, 0).to(tl.uint32)
     t = 0
     while t < T:
@@ -524,9 +523,10 @@ def forward_kernel(
 
         off = tl.full([BLOCK_K], True, tl.int1)
         before = (centre,) * CHUNK
-        counts = ()
+        included = tl.where(excluded, 0, 1)
         if COUNTED:
-            counts = (none, none, none)
+            first_on = is_on(first, included)  # is counted with those that come after one that is off
+            counts = (none, counts[1], counts[2] - first_on, counts[3] + first_on)  # type: ignore[misc]
         for q in range(0, n, refresh):
             sums = (zero,) * SUMS
             parts = (zero,) * S
@@ -548,14 +548,14 @@ def forward_kernel(
                 before, off, history, windows, parts, sums, counts = forward_chunk(
                     arrived, before, off, history, windows, parts, sums, counts,
                     source, out, k, words, thresholds, threshold_t, on_threshold, release_level, shift, centre, columns,
-                    t, p, n, FIRST, LAST, TRAIL, OUTER, ACTIVATION, OUTPUT, THRESHOLD_PER_POSITION, SCALE,
+                    t, p, n, included, FIRST, LAST, TRAIL, OUTER, ACTIVATION, OUTPUT, THRESHOLD_PER_POSITION, SCALE,
                     COUNTED, STORED, ROUNDING, CHUNK, False, VECTOR,
                 )  # fmt: skip
             if whole < stop:
                 before, off, history, windows, parts, sums, counts = forward_chunk(
                     upcoming, before, off, history, windows, parts, sums, counts,
                     source, out, k, words, thresholds, threshold_t, on_threshold, release_level, shift, centre, columns,
-                    t, whole, n, FIRST, LAST, TRAIL, OUTER, ACTIVATION, OUTPUT, THRESHOLD_PER_POSITION, SCALE,
+                    t, whole, n, included, FIRST, LAST, TRAIL, OUTER, ACTIVATION, OUTPUT, THRESHOLD_PER_POSITION, SCALE,
                     COUNTED, STORED, ROUNDING, CHUNK, True, VECTOR,
                 )  # fmt: skip
 
@@ -568,12 +568,7 @@ def forward_kernel(
                 new_totals = new_totals + (totals[i] + tl.where(excluded, 0.0, sums[i]),)
             totals = new_totals
         if COUNTED:
-            # All positions but the last are the first of a pair, all but the first are the second.
-            changes = (
-                changes[0] + tl.where(excluded, 0, counts[2]),  # type: ignore[misc]
-                changes[1] + tl.where(excluded, 0, counts[1] - counts[0]),  # type: ignore[misc]
-                changes[2] + tl.where(excluded, 0, counts[1] - is_on(first)),  # type: ignore[misc]
-            )
+            counts = (counts[0], counts[1], counts[2], counts[3] - counts[0])  # type: ignore[misc]
         t = end
 
     if OUTPUT == "mask":
@@ -600,6 +595,7 @@ def forward_kernel(
     store_column_values(total, b, k, columns, totals[0] * (1 / SCALE), VECTOR)
     store_column_values(square, b, k, columns, totals[1], VECTOR)
     if COUNTED:
-        store_column_values(transitions, b * 3, k, columns, changes[0], VECTOR)  # type: ignore[misc]
-        store_column_values(transitions, b * 3 + 1, k, columns, changes[1] - changes[0], VECTOR)  # type: ignore[misc]
-        store_column_values(transitions, b * 3 + 2, k, columns, changes[2] - changes[0], VECTOR)  # type: ignore[misc]
+        # A feature is switched on as often as off, but for those that are on at one end of a segment.
+        store_column_values(transitions, b * 3, k, columns, counts[1], VECTOR)  # type: ignore[misc]
+        store_column_values(transitions, b * 3 + 1, k, columns, counts[2] + counts[3], VECTOR)  # type: ignore[misc]
+        store_column_values(transitions, b * 3 + 2, k, columns, counts[2], VECTOR)  # type: ignore[misc]
