@@ -283,8 +283,17 @@ def colours(methods: list[str]) -> dict[str, Any]:
     return {method: COLOURS.get(method, others[i % len(others)]) for i, method in enumerate(methods)}
 
 
-def figure(runs: Named, path: Path, quality: str = EV) -> None:
-    """Explained variance against support bits and against total bits; a line joins the sizes of one method."""
+def figure(runs: Named, path: Path, quality: str = EV, lowest: float | None = None) -> None:
+    """Explained variance against support bits and against total bits; a line joins the sizes of one method.
+
+    lowest: runs of a lower quality are left out
+    """
+    if lowest is not None:
+        runs = [
+            (name, metrics)
+            for name, metrics in runs
+            if measured(metrics, quality) and lookup(metrics, quality) > lowest
+        ]
     pyplot, drawing, axes = start_figure(2)
     for ax, (bits, label) in zip(axes, ((SUPPORT, "support bits"), (TOTAL, "total bits")), strict=True):
         frontier = Frontier(runs, bits, quality)
@@ -300,7 +309,7 @@ def figure(runs: Named, path: Path, quality: str = EV) -> None:
             ax.plot([p[0] for p in points], [p[1] for p in points], color=colour, label=method, **style)
         ax.set_xlabel(f"{label} per token")
     axes[0].set_ylabel({EV: "explained variance (share)", CE: "cross-entropy recovered (share)"}.get(quality, quality))
-    axes[1].legend(frameon=False, fontsize=8)
+    drawing.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     drawing.savefig(path, dpi=150)
     pyplot.close(drawing)
 
@@ -330,6 +339,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", type=Path, nargs="+")
     parser.add_argument("--figure", type=Path, help="draw explained variance against bits into this file")
+    parser.add_argument("--lowest", type=float, help="of the quality in the figure")
+    parser.add_argument("--methods", nargs="+", help="only these in the figure, such as plain")
     parser.add_argument("--persistence", type=Path, help="draw explained variance against persistence into this file")
     parser.add_argument("--json", type=Path, help="write the metrics of every run in compact form into this file")
     parser.add_argument("--at", type=float, help="the bits of all methods at this explained variance")
@@ -352,7 +363,8 @@ def main() -> None:
     if arguments.at is not None:
         print("\n" + at_one_quality(runs, arguments.at, arguments.quality))
     if arguments.figure:
-        figure(runs, arguments.figure, arguments.quality)
+        drawn = [run for run in runs if not arguments.methods or run_name(run[0]).method in arguments.methods]
+        figure(drawn, arguments.figure, arguments.quality, arguments.lowest)
     if arguments.persistence:
         persistence_figure(found, arguments.persistence)
 

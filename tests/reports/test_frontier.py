@@ -27,12 +27,17 @@ from tsae.reports.frontier import CE, SUPPORT, TOTAL, Curve, Frontier, differenc
 )
 def test_parts_of_names(name: str, method: str, size: str, seed: str) -> None:
     assert run_name(name) == (method, size, seed)
-    assert run_name(name).configuration == (f"{method}-{size}" if size else method)
+    assert run_name(run_name(name).configuration) == (method, size, "")
 
 
 def power(bits: float, c: float = 2.0, gamma: float = 0.5) -> float:
     """The quality where the error is a power of the bits."""
     return 1 - c * bits**-gamma
+
+
+def test_the_name_of_a_configuration() -> None:
+    assert run_name("plain-k36-seed0@0.4").configuration == "plain-k36@0.4"
+    assert run_name("contrastive-3").configuration == "contrastive-3"
 
 
 def test_a_power_law_is_interpolated_exactly_in_both_directions() -> None:

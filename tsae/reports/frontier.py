@@ -36,8 +36,9 @@ class RunName(NamedTuple):
 
     @property
     def configuration(self) -> str:
-        """Method and size."""
-        return f"{self.method}-{self.size}" if self.size else self.method
+        """Method and size, a name whose parts are the same."""
+        method, at, ratio = self.method.partition("@")
+        return f"{method}-{self.size}{at}{ratio}" if self.size else self.method
 
 
 def run_name(name: str) -> RunName:
