@@ -32,6 +32,7 @@ import tsae
 from tsae.config import TrainConfig
 from tsae.data.harvest import ActivationBatch
 from tsae.evaluation.catalogue import lookup
+from tsae.lm.loading import default_dtype
 from tsae.presets import preset
 from tsae.rundir import layout
 from tsae.sae.normalization import InputNormalizer
@@ -110,15 +111,15 @@ class Planned:
     seconds: float
 
 
-def grid(methods: Iterable[str] = METHODS) -> list[Cell]:
+def grid(methods: Iterable[str] = METHODS, ks: Iterable[int] = KS, seeds: int = SEEDS) -> list[Cell]:
     """All cells, in order of size."""
     sizes = sorted(((d, tokens) for d in WIDTHS for tokens in TOKENS), key=lambda size: size[0] * size[1])
     return [
         Cell(method, d, tokens, k, seed)
         for d, tokens in sizes
-        for seed in range(SEEDS if d * tokens <= SEVERAL_SEEDS else 1)
+        for seed in range(seeds if d * tokens <= SEVERAL_SEEDS else 1)
         for method in methods
-        for k in KS
+        for k in ks
     ]
 
 
@@ -146,7 +147,8 @@ def seconds_per_token(method: str, d_sae: int, d_in: int = 640) -> float:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(BATCH, LENGTH, d_in, generator=generator)
     batch = ActivationBatch(x, torch.zeros(BATCH, LENGTH, dtype=torch.int32))
-    trainer = Trainer(cfg, InputNormalizer.identity(d_in), torch.device("cpu"))
+    device = torch.device("cpu")
+    trainer = Trainer(cfg, InputNormalizer.identity(d_in), device, autocast=default_dtype(device) == torch.bfloat16)
     times = []
     for _ in range(1 + TIMED):
         start = time.perf_counter()
@@ -195,7 +197,7 @@ def tokens_in_cache(cache: Path) -> int:
     if not manifest.is_file():
         return 0
     values = json.loads(manifest.read_text())
-    return sum(shard["sequences"] for shard in values["shards"]) * values["request"]["length"]
+    return int(sum(shard["sequences"] for shard in values["shards"]) * values["request"]["length"])
 
 
 def read_results(path: Path) -> dict[Cell, dict[str, Any]]:
@@ -259,7 +261,8 @@ def describe(title: str, planned: list[Planned]) -> Iterator[str]:
 
 def plan(arguments: argparse.Namespace, seconds: float) -> list[Planned]:
     """What remains to be done within a time, cheapest first; says what is done, dropped or waits, and why."""
-    cells, done = grid(METHODS), read_results(arguments.results)
+    cells = grid(arguments.methods, arguments.k, arguments.seeds)
+    done = read_results(arguments.results)
     left = [cell for cell in cells if cell not in done]
     have = tokens_in_cache(arguments.cache)
     ready = [cell for cell in left if arguments.plan or cell.steps * BATCH * LENGTH <= have]
@@ -293,6 +296,9 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True, help="the activation cache")
     parser.add_argument("--results", type=Path, default=Path("docs/results/scale.jsonl"), help="file of the results")
     parser.add_argument("--hours", type=float, default=float("inf"), help="time budget; default none")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--k", nargs="+", type=int, default=list(KS), help="active features, of each method")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="of the cells that have several")
     parser.add_argument("--plan", action="store_true", help="print the plan, whatever the cache holds, and stop")
     parser.add_argument("--harvest", action="store_true", help="fill the cache, and stop")
     arguments = parser.parse_args()

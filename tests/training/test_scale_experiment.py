@@ -64,7 +64,20 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def arguments(tmp_path: Path, **more: Any) -> Namespace:
     base = {"runs": tmp_path / "runs", "data": "text", "cache": tmp_path / "cache", "results": tmp_path / "scale.jsonl"}
-    return Namespace(**base | {"hours": 1.0, "plan": False, "harvest": False} | more)
+    cells = {"methods": list(scale.METHODS), "k": list(scale.KS), "seeds": scale.SEEDS}
+    return Namespace(**base | cells | {"hours": 1.0, "plan": False, "harvest": False} | more)
+
+
+@pytest.mark.parametrize("method", scale.METHODS)
+def test_a_step_of_every_method_is_timed(method: str) -> None:
+    assert 0 < scale.seconds_per_token(method, 64, 16) < 1
+
+
+def test_a_part_of_the_grid() -> None:
+    cells = grid(["plain", "rate"], [30, 38], 1)
+    assert {cell.method for cell in cells} == {"plain", "rate"}
+    assert {(cell.k, cell.seed) for cell in cells} == {(30, 0), (38, 0)}
+    assert len(cells) == 9 * 2 * 2
 
 
 def write_cache(folder: Path, sequences: int) -> None:
