@@ -8,7 +8,7 @@ Features are ranked by the bits per token that the memory of one token saves on 
 
 the mutual information between a feature's states at neighbouring tokens (docs/metrics.md); d is the share of tokens at
 which it is on. A table has the five first. Those are dense, so passages are shown of the five first that are on at
-most at a tenth of the tokens: each with its longest stretches, of which one per document. No choice is made.
+most at a tenth of the tokens: each with its longest stretches, at most one per sequence. No choice is made.
 """
 # ruff: noqa: T201
 
@@ -64,7 +64,7 @@ def stretches(on: np.ndarray, run: np.ndarray) -> list[tuple[int, int]]:
 
 
 def passage(start: int, on: np.ndarray, run: np.ndarray, tokens: list[str]) -> str:
-    """The tokens around a stretch, within its document, as HTML in which those where the feature is on are marked."""
+    """The tokens around a stretch, within its segment, as HTML in which those where the feature is on are marked."""
     inside = np.flatnonzero(run == run[start])
     first = max(start - BEFORE, int(inside[0]))
     shown = range(first, min(first + WIDTH, int(inside[-1]) + 1))
@@ -114,7 +114,7 @@ def page(found: Activity, tokens: list[str], run_name: str) -> Iterator[str]:
         yield f"| {feature} | {numbers} |"
     yield (
         f"\nThe {FEATURES} first of all, then the {FEATURES} first of those that are on at most at {DENSE:.0%} of the "
-        f"tokens. Of these the longest stretches in {PASSAGES} documents; marked: it is on; ⏎ is a line break.\n"
+        f"tokens. Of these the longest stretches in {PASSAGES} sequences; marked: it is on; ⏎ is a line break.\n"
     )
     for place, feature in enumerate(sparse[:FEATURES], 1):
         on = states[feature]

@@ -163,6 +163,8 @@ def test_the_compact_file_keeps_the_bits_and_the_figure_is_drawn(sweep_with_bits
     assert table(by_configuration(kept)) == table(by_configuration(sweeps))
     figure(named(kept), tmp_path / "bits.png")
     assert (tmp_path / "bits.png").stat().st_size > 10_000
+    figure(named(kept), tmp_path / "best.png", lowest=0.9)  # without jumprelu
+    assert (tmp_path / "best.png").read_bytes() != (tmp_path / "bits.png").read_bytes()
 
 
 def test_the_compact_file_gives_the_same_tables(found: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:

@@ -25,13 +25,13 @@ def test_saved_bits_of_a_chain() -> None:
     assert saved_bits(np.ones(9, bool), np.zeros(9, int))[0] == 0
 
 
-def test_stretches_end_with_a_document() -> None:
+def test_stretches_end_with_a_segment() -> None:
     on = np.array([1, 1, 0, 1, 1, 1, 1, 1], bool)
     run = np.array([0, 0, 0, 0, 0, 1, 1, -1])
     assert stretches(on, run) == [(0, 2), (3, 2), (5, 2)]
 
 
-def test_a_passage_is_escaped_and_stays_in_its_document() -> None:
+def test_a_passage_is_escaped_and_stays_in_its_segment() -> None:
     on, run = np.array([0, 1, 1, 1], bool), np.array([0, 0, 0, 1])
     assert passage(1, on, run, ["a", "<b>", "&", "c"]) == "a<mark>&lt;b&gt;&amp;</mark>"
 

@@ -153,14 +153,19 @@ def test_nan_stays_visible(kind: str) -> None:
     assert not h[3:].isnan().any()
 
 
-def test_a_warm_start_from_its_own_kind_is_the_source_at_step_0() -> None:
-    source = trained(50).finished()
+def warm(source: SparseAutoencoder) -> Trainer:
     cfg = make(RATE, NONE).cfg
     start = warm_start(cfg, source, InputNormalizer(torch.full((8,), 0.3), 2.0))
     trainer = Trainer(cfg, start.normalizer, torch.device("cpu"), autocast=False)
     trainer.start_from(start)
+    return trainer
+
+
+def test_a_warm_start_from_its_own_kind_is_the_source_at_step_0() -> None:
+    source = trained(50).finished()
+    trainer = warm(source)
     x, segments = batch(9)
-    y = start.normalizer(x)
+    y = trainer.normalizer(x)
     with torch.no_grad():
         trainer.steering.prepare(trainer.sae.pre_activation(y), segments, 0)
         h, _ = trainer.sae.activate(trainer.sae.pre_activation(y), segments=segments)
@@ -168,11 +173,7 @@ def test_a_warm_start_from_its_own_kind_is_the_source_at_step_0() -> None:
 
 
 def test_a_resumed_warm_start_keeps_the_thresholds_of_the_rates() -> None:
-    source = trained(50).finished()
-    cfg = make(RATE, NONE).cfg
-    start = warm_start(cfg, source, InputNormalizer(torch.full((8,), 0.3), 2.0))
-    trainer = Trainer(cfg, start.normalizer, torch.device("cpu"), autocast=False)
-    trainer.start_from(start)
+    trainer = warm(trained(50).finished())
     trainer.train_step(batch(9))
     again = make(RATE, NONE)
     again.load_state_dict(copy.deepcopy(trainer.state_dict()))
