@@ -17,10 +17,12 @@ Each cell that is done is a line of the results; one that is there is skipped, o
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -54,7 +56,15 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
 
 WIDTHS = (2_560, 10_240, 40_960)
 TOKENS = (1_000_000, 4_000_000, 10_000_000)
-KS = (28, 44)  # two sizes of each method, between which bits at equal explained variance are interpolated
+KS: dict[str, tuple[int, ...]] = {
+    "plain": (28, 38),
+    "batchtopk": (28, 38),
+    "hysteresis-0.4": (36,),
+    "default-0.2": (38,),
+    "rate": (40,),
+}
+"""Active features of each method: two sizes of a baseline, between which its bits are interpolated, and one size of the
+others, whose explained variance is between those."""
 SEEDS = 3
 SEVERAL_SEEDS = 2_560 * 4_000_000  # width times tokens up to which a cell has three seeds
 
@@ -111,15 +121,21 @@ class Planned:
     seconds: float
 
 
-def grid(methods: Iterable[str] = METHODS, ks: Iterable[int] = KS, seeds: int = SEEDS) -> list[Cell]:
-    """All cells, in order of size."""
-    sizes = sorted(((d, tokens) for d in WIDTHS for tokens in TOKENS), key=lambda size: size[0] * size[1])
+def grid(
+    methods: Sequence[str] = (),
+    ks: Sequence[int] = (),
+    seeds: int = SEEDS,
+    widths: Sequence[int] = (),
+    tokens: Sequence[int] = (),
+) -> list[Cell]:
+    """All cells, in order of size; what is given replaces what is above."""
+    sizes = sorted(itertools.product(widths or WIDTHS, tokens or TOKENS), key=math.prod)
     return [
-        Cell(method, d, tokens, k, seed)
-        for d, tokens in sizes
-        for seed in range(seeds if d * tokens <= SEVERAL_SEEDS else 1)
-        for method in methods
-        for k in ks
+        Cell(method, d, count, k, seed)
+        for d, count in sizes
+        for seed in range(seeds if d * count <= SEVERAL_SEEDS else 1)
+        for method in methods or METHODS
+        for k in ks or KS[method]
     ]
 
 
@@ -133,7 +149,7 @@ def options(cell: Cell, data: str, cache: str) -> dict[str, Any]:
 
 def seconds_per_token(method: str, d_sae: int, d_in: int = 640) -> float:
     """Of a training step, measured on made-up activations; the median of a few steps."""
-    cell = Cell(method, d_sae, BATCH * LENGTH, KS[0], 0)
+    cell = Cell(method, d_sae, BATCH * LENGTH, KS[method][0], 0)
     base: TrainConfig = preset("demo")
     own = options(cell, base.data, "")
     cfg = replace(
@@ -261,7 +277,7 @@ def describe(title: str, planned: list[Planned]) -> Iterator[str]:
 
 def plan(arguments: argparse.Namespace, seconds: float) -> list[Planned]:
     """What remains to be done within a time, cheapest first; says what is done, dropped or waits, and why."""
-    cells = grid(arguments.methods, arguments.k, arguments.seeds)
+    cells = grid(arguments.methods, arguments.k, arguments.seeds, arguments.widths, arguments.tokens)
     done = read_results(arguments.results)
     left = [cell for cell in cells if cell not in done]
     have = tokens_in_cache(arguments.cache)
@@ -297,8 +313,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("docs/results/scale.jsonl"), help="file of the results")
     parser.add_argument("--hours", type=float, default=float("inf"), help="time budget; default none")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--k", nargs="+", type=int, default=list(KS), help="active features, of each method")
+    parser.add_argument("--k", nargs="+", type=int, default=[], help="active features of all methods")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="of the cells that have several")
+    parser.add_argument("--widths", nargs="+", type=int, default=[], help="features of the dictionaries")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[], help="training tokens")
     parser.add_argument("--plan", action="store_true", help="print the plan, whatever the cache holds, and stop")
     parser.add_argument("--harvest", action="store_true", help="fill the cache, and stop")
     arguments = parser.parse_args()

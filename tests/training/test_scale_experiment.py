@@ -20,7 +20,7 @@ from tsae.training.trainer import Trainer
 
 
 def test_the_grid_has_three_seeds_where_cells_are_small() -> None:
-    cells = grid(["plain", "default"])
+    cells = grid(["plain", "default-0.2"])
     assert len(set(cells)) == len(cells)
     assert len({cell.name for cell in cells}) == len(cells)
     seeds = {(cell.d_sae, cell.tokens): 0 for cell in cells}
@@ -29,7 +29,7 @@ def test_the_grid_has_three_seeds_where_cells_are_small() -> None:
     assert set(seeds) == {(d, tokens) for d in scale.WIDTHS for tokens in scale.TOKENS}
     assert seeds[2_560, 1_000_000] == seeds[2_560, 4_000_000] == seeds[10_240, 1_000_000] == 3
     assert seeds[40_960, 10_000_000] == seeds[10_240, 10_000_000] == 1
-    assert {cell.k for cell in cells} == set(scale.KS)
+    assert {(cell.method, cell.k) for cell in cells} == {("plain", 28), ("plain", 38), ("default-0.2", 38)}
 
 
 def test_the_most_expensive_cells_are_dropped_first() -> None:
@@ -56,7 +56,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A grid of two methods, two widths and one number of tokens, with made-up times."""
     monkeypatch.setattr(scale, "WIDTHS", (48, 96))
     monkeypatch.setattr(scale, "TOKENS", (4096,))
-    monkeypatch.setattr(scale, "KS", (6,))
+    monkeypatch.setattr(scale, "KS", {"plain": (6,), "batchtopk": (6,)})
     monkeypatch.setattr(scale, "SEVERAL_SEEDS", 0)
     monkeypatch.setattr(scale, "METHODS", {name: scale.METHODS[name] for name in ("plain", "batchtopk")})
     monkeypatch.setattr(scale, "seconds_per_token", lambda method, d_sae: d_sae / 48 / 4096)
@@ -64,7 +64,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def arguments(tmp_path: Path, **more: Any) -> Namespace:
     base = {"runs": tmp_path / "runs", "data": "text", "cache": tmp_path / "cache", "results": tmp_path / "scale.jsonl"}
-    cells = {"methods": list(scale.METHODS), "k": list(scale.KS), "seeds": scale.SEEDS}
+    cells = {"methods": list(scale.METHODS), "k": [], "seeds": scale.SEEDS, "widths": [], "tokens": []}
     return Namespace(**base | cells | {"hours": 1.0, "plan": False, "harvest": False} | more)
 
 
@@ -78,6 +78,10 @@ def test_a_part_of_the_grid() -> None:
     assert {cell.method for cell in cells} == {"plain", "rate"}
     assert {(cell.k, cell.seed) for cell in cells} == {(30, 0), (38, 0)}
     assert len(cells) == 9 * 2 * 2
+    few = grid(["plain"], widths=[2_560], tokens=[10_000_000, 1_000_000], seeds=1)
+    assert [(cell.d_sae, cell.tokens, cell.k) for cell in few] == [
+        (2_560, tokens, k) for tokens in (1_000_000, 10_000_000) for k in scale.KS["plain"]
+    ]
 
 
 def write_cache(folder: Path, sequences: int) -> None:
@@ -193,7 +197,7 @@ def made_up(slope: float, noise: float, seed: int = 1) -> list[scale_figure.Gain
         )
         for d in scale.WIDTHS
         for tokens in scale.TOKENS
-        for k in scale.KS
+        for k in (28, 44)
         for repeat in range(2)
     ]
 
