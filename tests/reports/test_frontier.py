@@ -124,6 +124,22 @@ def test_methods_against_the_best_baseline_at_equal_quality() -> None:
     assert frontier.relative("plain-k36").difference.value == pytest.approx(0)
 
 
+def test_a_seed_is_compared_with_the_same_seed() -> None:
+    """The seeds of both methods are 10 % apart, and each is 20 % below its own; one more has no counterpart."""
+    runs = {}
+    for seed, shift in enumerate((0.9, 1.0, 1.1)):
+        for k in (20, 48):
+            runs[f"plain-k{k}-seed{seed}"] = run(power(5.0 * k), 5.0 * k * shift) | {"ce_loss_score": 0.9 + shift / 20}
+        runs[f"memory-k30-seed{seed}"] = run(power(150.0), 0.8 * 150 * shift) | {"ce_loss_score": 0.91 + shift / 20}
+    found = Frontier(runs.items(), SUPPORT).relative("memory-k30")
+    assert (found.difference.value, found.difference.half_range) == (pytest.approx(-0.2), pytest.approx(0, abs=1e-9))
+    score = difference_at_equal(runs.items(), "memory-k30", "plain")
+    assert (score.value, score.half_range) == (pytest.approx(0.01), pytest.approx(0, abs=1e-9))
+    runs["memory-k30-seed7"] = run(power(150.0), 0.8 * 150)
+    found = Frontier(runs.items(), SUPPORT).relative("memory-k30")
+    assert found.difference.value == pytest.approx(-0.2)  # that of seed 7 against the mean over seeds
+
+
 def test_a_baseline_that_was_not_measured_there_is_named() -> None:
     runs = sweep() | {"jumprelu-k36-seed0": run(0.3, 100.0)}
     found = Frontier(runs.items(), SUPPORT).relative("memory-k30")

@@ -143,6 +143,7 @@ class Frontier:
     def __init__(self, runs: Runs, bits: str = TOTAL, quality: str = EV) -> None:
         self.configurations: dict[str, list[tuple[float, float]]] = {}
         """(bits, quality) of each seed, by method and size."""
+        self._seeds: dict[str, list[str]] = {}  # of these, in the same order
         points: dict[str, dict[str, list[tuple[float, float]]]] = {}
         for name, metrics in runs:
             cost, worth = lookup(dict(metrics), bits), lookup(dict(metrics), quality)
@@ -150,6 +151,7 @@ class Frontier:
                 continue
             parts = run_name(name)
             self.configurations.setdefault(parts.configuration, []).append((cost, worth))
+            self._seeds.setdefault(parts.configuration, []).append(parts.seed)
             points.setdefault(parts.method, {}).setdefault(parts.seed, []).append((cost, worth))
         self.methods = {method: {seed: Curve(each) for seed, each in seeds.items()} for method, seeds in points.items()}
         """The curve of each seed, by method."""
@@ -212,16 +214,18 @@ class Frontier:
         """A configuration, where it was measured, against the best of the baselines there.
 
         Nothing is interpolated but the baselines: each seed's bits are divided by those of the best baseline at the
-        quality of that seed. The best is the one at the mean quality.
+        quality of that seed, with the same seed if the baseline has it there, else in the mean over the baseline's
+        seeds. The best is the one at the mean quality.
         """
-        points = self.configurations[configuration]
+        points, seeds = self.configurations[configuration], self._seeds[configuration]
         quality, bits = Estimate.of([point[1] for point in points]), Estimate.of([point[0] for point in points])
         name, least, notes = self.best(baselines, mean(point[1] for point in points))
         if least.value is None:
             return Relative(quality, bits, "", least, notes)
         shares = []
-        for cost, worth in points:
-            reference = self.bits_at(name, worth)
+        for (cost, worth), seed in zip(points, seeds, strict=True):
+            paired = self.methods[name][seed].bits_at(worth) if seed in self.methods[name] else None
+            reference = self.bits_at(name, worth) if paired is None else Estimate.of([paired])
             if reference.value is None:
                 return Relative(quality, bits, name, reference, notes)
             shares.append(cost / reference.value - 1)
@@ -231,12 +235,12 @@ class Frontier:
 def difference_at_equal(runs: Runs, configuration: str, baseline: str, key: str = CE, quality: str = EV) -> Estimate:
     """How much more a configuration has of a metric than a baseline at the same quality, in the metric's units.
 
-    The baseline's metric is linear in the quality between its sizes, for each of its seeds by itself, and then
-    averaged; outside of them there is none.
+    The baseline's metric is linear in the quality between its sizes, for each of its seeds by itself; outside of them
+    there is none. A seed is compared with the baseline's same seed, or else with the mean over its seeds.
 
     key, quality: keys of eval.json
     """
-    points: list[tuple[float, float]] = []
+    points: list[tuple[float, float, str]] = []
     curves: dict[str, list[tuple[float, float]]] = {}
     for name, metrics in runs:
         at, value = (lookup(dict(metrics), each) for each in (quality, key))
@@ -244,14 +248,16 @@ def difference_at_equal(runs: Runs, configuration: str, baseline: str, key: str 
             continue
         parts = run_name(name)
         if parts.configuration == configuration:
-            points.append((at, value))
+            points.append((at, value, parts.seed))
         if parts.method == baseline:
             curves.setdefault(parts.seed, []).append((at, value))
     differences = []
-    for at, value in points:
-        others = [_interpolate(sorted(curve), at) for curve in curves.values()]
-        found = [other for other in others if other is not None]
-        if not found or len(found) < len(others):
+    for at, value, seed in points:
+        others = {each: _interpolate(sorted(curve), at) for each, curve in curves.items()}
+        found = [other for other in others.values() if other is not None]
+        if (paired := others.get(seed)) is not None:
+            found = [paired]
+        elif not found or len(found) < len(others):
             return Estimate(None, why=f"{baseline} was not measured at {at:.4f} with every seed")
         differences.append(value - mean(found))
     return Estimate.of(differences) if differences else Estimate(None, why=f"{configuration} was not measured")
