@@ -56,7 +56,8 @@ def test_it_is_the_definition(
                 z = float(pre.detach()[b, t, j] + bias.detach()[j])
                 near = segments[b, t] >= 0 and abs(z - level) < WIDTH / 2 * level
                 if near:
-                    expected[b, t, j] = STRENGTH / WIDTH * (grad[b, t, j] + PRICE * level)
+                    jump = 0.0 if h[b, t, j] > 0 else 2 * PRICE * level
+                    expected[b, t, j] = STRENGTH / WIDTH * (grad[b, t, j] + jump)
                 miss = near and h[b, t, j] == 0
                 misses += miss
                 assert marked[b, t, j] == (NEAR_MISS if miss else h[b, t, j])
@@ -83,6 +84,20 @@ def test_a_feature_that_would_lower_the_error_is_pushed_on_and_one_that_does_not
     ((marked[0, 0] - x).square().sum()).backward()
     assert pre.grad is not None
     assert float(pre.grad[0, 0, 0]) < 0 < float(pre.grad[0, 0, 1])
+
+
+def test_its_sign_is_that_of_what_being_on_changes_in_error_and_price() -> None:
+    """Of the squared error and the price l^2, computed with the feature on and off; on either side of the level."""
+    for target in (0.3, 0.8, 0.98, 1.02, 1.2, 1.7):  # l is 1, so that being on pays above 1
+        change = (1.0 - target) ** 2 + 1.0 - target**2
+        for value in (0.99, 1.01):
+            pre = torch.tensor([[[value]]], requires_grad=True)
+            segments, levels = torch.zeros(1, 1, dtype=torch.int32), GateLevels(None, torch.ones(1), torch.ones(1))
+            h = features(pre, levels, segments)
+            marked = gate_gradient(h.detach(), pre, levels, segments, WIDTH, STRENGTH, 1.0)
+            (marked - target).square().sum().backward()
+            assert pre.grad is not None
+            assert float(pre.grad) == pytest.approx(STRENGTH / WIDTH * change, abs=0.02)
 
 
 @pytest.mark.parametrize("activation", ["schmitt", "rate"])

@@ -170,11 +170,12 @@ def gate_gradient(
     """``h`` for the decoder, with a pseudo-gradient to ``pre`` of entries that are nearly on or nearly off.
 
     With z = pre + bias and l the level that decides (the release if the feature was on at the position before, else the
-    threshold), the derivative of z [z > l] has a delta of weight l at z = l. A rectangular window of width ``width`` l
-    replaces it, as in JumpReLU's estimator (Rajamanoharan et al. 2024, section 3), where it reaches the thresholds and
-    here the pre-activations. At the best thresholds being on costs l^2 (section 9 of docs/mathematics.md), so
+    threshold), the loss jumps at z = l. A rectangular window of width ``width`` l replaces the delta in its derivative,
+    as in JumpReLU's estimator (Rajamanoharan et al. 2024, section 3), where it reaches the thresholds and here the
+    pre-activations. The jump is that of the squared error, which is quadratic in h, and of the price l^2 of being on at
+    the best thresholds (section 9 of docs/mathematics.md): l (g + 2 price l) if the feature is off, l g if it is on, so
 
-        dL / dz += strength / width (g + price l)        where |z - l| < width l / 2
+        dL / dz += strength / width (g + 2 price l [off])        where |z - l| < width l / 2
 
     with g the gradient of h through the reconstruction, also where h is 0. The effect on later positions is left out.
 
@@ -210,7 +211,7 @@ class _Gate(torch.autograd.Function):
             level = torch.where(on_before & joined[..., None], release, threshold).float()
             z = pre.float() if bias is None else pre.float() + bias.detach()
             near = ((z - level).abs() < width / 2 * level) & (segments >= 0)[..., None]
-            ctx.save_for_backward(near, level)
+            ctx.save_for_backward(near, torch.where(h > 0, 0.0, 2.0 * level))
             return torch.where(near & (h == 0), NEAR_MISS, h).to(h.dtype)
         d_sae = ctx.d_sae = h.shape[2]
         low = torch.where(release > 0, release, threshold) * (1 - width / 2)
@@ -230,7 +231,7 @@ class _Gate(torch.autograd.Function):
         out = h.clone()
         missed = place[flat[place] == 0]
         out.view(-1)[missed] = NEAR_MISS
-        ctx.save_for_backward(place, level, feature)
+        ctx.save_for_backward(place, torch.where(flat[place] > 0, 0.0, 2.0 * level), feature)
         if isinstance(price, Tensor) and price.dim():
             ctx.price = price[feature]
         return out
@@ -239,12 +240,12 @@ class _Gate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.dense:
-            near, level = ctx.saved_tensors
-            dense = torch.where(near, ctx.factor * (grad.float() + ctx.price * level), 0.0)
+            near, jump = ctx.saved_tensors
+            dense = torch.where(near, ctx.factor * (grad.float() + ctx.price * jump), 0.0)
             grad_bias = dense.sum((0, 1)) if ctx.has_bias and ctx.needs_input_grad[2] else None
             return grad, dense.to(grad.dtype), grad_bias, None, None, None, None, None, None
-        place, level, feature = ctx.saved_tensors
-        extra = ctx.factor * (grad.flatten()[place].float() + ctx.price * level)
+        place, jump, feature = ctx.saved_tensors
+        extra = ctx.factor * (grad.flatten()[place].float() + ctx.price * jump)
         grad_pre = torch.zeros_like(grad)
         grad_pre.view(-1)[place] = extra.to(grad.dtype)
         grad_bias = None
