@@ -50,20 +50,24 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "sae": ONE_THRESHOLD | {"release_ratio": 0.4},
         "objective": {"temporal": "contrastive+window", "contrastive_weight": 2.0, "window_weight": 0.02},
     },
+    "hysteresis-0.4-with-gate": {"sae": {"activation": "schmitt", "release_ratio": 0.4}},
     "rate": {},
+    "rate-without-lookahead": {"sae": {"lookahead": False}},
 }
 """Name -> options beside those of the demo."""
 
 WIDTHS = (2_560, 10_240, 40_960)
 TOKENS = (1_000_000, 4_000_000, 10_000_000)
 KS: dict[str, tuple[int, ...]] = {
-    "plain": (28, 38),
-    "batchtopk": (28, 38),
+    "plain": (24, 30, 38),
+    "batchtopk": (24, 30, 38),
     "hysteresis-0.4": (36,),
     "default-0.2": (38,),
+    "hysteresis-0.4-with-gate": (36,),
     "rate": (40,),
+    "rate-without-lookahead": (38,),
 }
-"""Active features of each method: two sizes of a baseline, between which its bits are interpolated, and one size of the
+"""Active features of each method: three sizes of a baseline, between which its bits are interpolated, and one size of the
 others, whose explained variance is between those."""
 SEEDS = 3
 SEVERAL_SEEDS = 2_560 * 4_000_000  # width times tokens up to which a cell has three seeds
