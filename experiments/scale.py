@@ -67,8 +67,8 @@ KS: dict[str, tuple[int, ...]] = {
     "rate": (40,),
     "rate-without-lookahead": (38,),
 }
-"""Active features of each method: three sizes of a baseline, between which its bits are interpolated, and one size of the
-others, whose explained variance is between those."""
+"""Active features of each method: three sizes of a baseline, between which its bits are interpolated, and one size of
+the others, whose explained variance is between those."""
 SEEDS = 3
 SEVERAL_SEEDS = 2_560 * 4_000_000  # width times tokens up to which a cell has three seeds
 
