@@ -60,7 +60,7 @@ check_cuda() {
   export PYTHONPATH=$root:$emulation
   # shellcheck disable=SC2046
   sanitized_python -m pytest -p emulated_backend -p no:cacheprovider -k cuda \
-    $(test_files activation cuda losses properties stats) "${arguments[@]}"
+    $(test_files activation cuda losses properties stats transitions) "${arguments[@]}"
   # shellcheck disable=SC2046
   sanitized_python -m pytest -p emulated_backend -p no:cacheprovider -k "cuda and agree" \
     $(test_files gradients) "${arguments[@]}"

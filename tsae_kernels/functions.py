@@ -86,7 +86,7 @@ def temporal_stats(
     bands: disjoint ascending inclusive ranges of offsets >= 1; they may reach past T; at most 8 for `cuda`
     segments: [B, T] integers or None. A segment is a maximal run of equal non-negative ids; a negative id
         excludes the position. None: every row is one segment.
-    transitions: also count how often each feature switches on and off, in the same pass (`cuda`: in a second one)
+    transitions: also count how often each feature switches on and off, in the same pass
     backend: a name from `available_backends()`; None for `TSAE_BACKEND` or, if unset, the fastest on h's device
     out: `TemporalStats`, or with `transitions` `CountedStats`, in the square of h's unit (`total` in h's unit).
         Differentiable once in h.

@@ -41,7 +41,10 @@ struct Gelu {
   }
 };
 
-enum class Mode { kIdentity, kRelu, kSchmitt, kGelu };
+// kThreshold: relu or the trigger, as Forward::release says, for kernels that are compiled once for both.
+enum class Mode { kIdentity, kRelu, kSchmitt, kGelu, kThreshold };
+template <Mode mode>
+constexpr bool kHasThreshold = mode == Mode::kRelu || mode == Mode::kSchmitt || mode == Mode::kThreshold;
 
 // The activation at one position after another. `held`: the trigger's release at this run's positions.
 template <class T, Mode mode>
@@ -55,21 +58,25 @@ struct Activate {
   __device__ __forceinline__ Activate(const Forward& f, const Place& place)
       : bias(f.bias ? load_numbers<E>(f.bias, place.j, place.count) : splat(-E(0))),  // adding -0 changes nothing
         threshold(f.threshold && !f.threshold_per_position ? load_numbers<E>(f.threshold, place.j, place.count) : V{}),
-        release(mode == Mode::kSchmitt ? load_numbers<E>(f.release, place.j, place.count) : V{}),
+        // Nothing exceeds an infinite release, which leaves relu.
+        release(mode == Mode::kThreshold && !f.release ? splat(E(INFINITY))
+                : mode == Mode::kSchmitt || mode == Mode::kThreshold
+                    ? load_numbers<E>(f.release, place.j, place.count)
+                    : V{}),
         thresholds(f.threshold_per_position ? static_cast<const E*>(f.threshold) + place.b * f.T : nullptr) {}
 
   __device__ __forceinline__ void start(const Run& run) {
     off = {true, true};
-    // At excluded positions no state carries over: nothing exceeds an infinite release.
+    // At excluded positions no state carries over.
     held = run.excluded ? splat(E(INFINITY)) : release;
   }
   // `limit`: the threshold at this position.
   __device__ __forceinline__ Stored<T> operator()(const Stored<T>& pre, const V& limit) {
     V z = widen<T>(pre) + bias;
     if constexpr (mode == Mode::kGelu) return Gelu<T>(z).value;
-    if constexpr (mode == Mode::kRelu || mode == Mode::kSchmitt) {
-      if constexpr (mode == Mode::kSchmitt) off = stays_off(z, limit, held, off);
-      else off = less_equal(z, limit);
+    if constexpr (kHasThreshold<mode>) {
+      if constexpr (mode == Mode::kRelu) off = less_equal(z, limit);
+      else off = stays_off(z, limit, held, off);
       z = select(off, V{}, z);
     }
     return narrow<T>(z);

@@ -75,6 +75,8 @@ __device__ __forceinline__ double fused(double a, double b, double c) { return _
 __device__ __forceinline__ float fast_exponential(float x) { return __expf(x); }
 __device__ __forceinline__ float fast_reciprocal(float x) { return __fdividef(1.f, x); }
 
+__device__ __forceinline__ int count_ones(uint32_t word) { return __popc(word); }
+
 // Two bfloat16 or two halves in one word, the first in the low bits.
 __device__ __forceinline__ void widen_bfloat16(uint32_t word, float& first, float& second) {
   first = __uint_as_float(word << 16);

@@ -1,6 +1,7 @@
 // The forward pass for any bands, any number of features and float64. docs/mathematics.md, sections 2 to 4.
 #include "activation.cuh"
 #include "statistics.cuh"
+#include "transitions.cuh"
 
 namespace tsae::cuda {
 namespace {
@@ -22,7 +23,7 @@ __device__ __forceinline__ void activate_column(Activate<T, mode>& activate, con
 // Block by block along T, for all bands at once. The features are in a tile if it is small enough, else in global memory:
 // pre, or h where it is written, whose column only this thread writes and reads. What a band reads again there is no
 // further back than the band reaches, so it comes from the caches unless the band is very wide.
-template <class T, Mode mode>
+template <class T, Mode mode, bool counted>
 __global__ void __launch_bounds__(kLanes, 8) forward_any_kernel(const __grid_constant__ Forward f) {
   using E = compute_of<T>;
   using V = Pair<E>;
@@ -46,6 +47,7 @@ __global__ void __launch_bounds__(kLanes, 8) forward_any_kernel(const __grid_con
     x.feature = 1;
     x.paired = h.paired;
   }
+  [[maybe_unused]] Transitions transitions;
   const auto put = [&](int t, const Stored<T>& value) {
     if (tiled) column[t * kLanes] = value;
     h(t, value);
@@ -59,12 +61,16 @@ __global__ void __launch_bounds__(kLanes, 8) forward_any_kernel(const __grid_con
     const int n = run.end - run.begin;
     const Column<T> rows = x.from(run.begin);
     activate.start(run);
+    if constexpr (counted) transitions.start();
     V scaled_centre{};
     Sums<V> sums;
     for (int begin = 0; begin < n; begin += kBlock) {
       const int end = smaller(begin + kBlock, n);
       if (f.h) activate_column(activate, pre, run.begin + begin, run.begin + end, put);
       if (run.excluded) continue;
+      if constexpr (counted) {
+        for (int t = begin; t < end; ++t) transitions.add(is_on<T>(rows.stored(t)));
+      }
       if (begin == 0) {
         scaled_centre = scaled_centre_of_first(rows, n);
         for (int s = 0; s < f.S; ++s) bands[s * kLanes].past = V{};
@@ -85,6 +91,7 @@ __global__ void __launch_bounds__(kLanes, 8) forward_any_kernel(const __grid_con
     store_numbers(f.differences, at, finished_energy(bands[s * kLanes].energy, square), f.paired, place.count);
   }
   write_moments<E>(f, place, total * kInverseSumScale<E>, square);
+  if constexpr (counted) transitions.write(f, place);
 }
 
 // A bit for each feature of h that is not 0.
@@ -107,14 +114,20 @@ __global__ void __launch_bounds__(kLanes) find_active(const __grid_constant__ Fo
   }
 }
 
+template <class T, bool counted>
+auto kernel_for(const Forward& f) {
+  if (!f.h || f.activation == kIdentity) return forward_any_kernel<T, Mode::kIdentity, counted>;
+  if (f.activation == kGelu) return forward_any_kernel<T, Mode::kGelu, counted>;
+  if constexpr (counted) return forward_any_kernel<T, Mode::kThreshold, counted>;
+  else if (f.release) return forward_any_kernel<T, Mode::kSchmitt, counted>;
+  else return forward_any_kernel<T, Mode::kRelu, counted>;
+}
+
 template <class T>
 const char* forward_any_of(const Forward& f, void* stream) {
   const int64_t blocks = f.B * ((f.k + kTile - 1) / kTile), tile = tile_bytes<T>(f.T);
   const int64_t state = f.S * kLanes * int64_t(sizeof(BandState<compute_of<T>>));
-  const auto kernel = !f.h || f.activation == kIdentity ? forward_any_kernel<T, Mode::kIdentity>
-                      : f.activation == kGelu           ? forward_any_kernel<T, Mode::kGelu>
-                      : f.release                       ? forward_any_kernel<T, Mode::kSchmitt>
-                                                        : forward_any_kernel<T, Mode::kRelu>;
+  const auto kernel = f.transitions ? kernel_for<T, true>(f) : kernel_for<T, false>(f);
   const char* error = launch(kernel, blocks, kLanes, (tile <= kMostTileBytes ? tile : 0) + state, stream, f);
   if (error || !f.active) return error;
   return launch(find_active<T>, blocks, kLanes, 0, stream, f);

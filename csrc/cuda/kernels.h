@@ -43,6 +43,7 @@ struct Forward {
   void* differences;       // [B, S, k] compute type
   void* total;             // [B, k]
   void* square;            // [B, k]
+  void* transitions;       // [B, 3, k] int32: pairs on to on, on to off, off to on; or null
 };
 
 struct Backward {
@@ -127,13 +128,15 @@ inline bool is_tuned(int S, const int* bands, int64_t k, int64_t tile_bytes) {
   return inner && (S == 2 || (S == 3 && bands[4] == 16)) && k % 2 == 0 && tile_bytes <= kMostTileBytes;
 }
 
-// Whether the tuned kernels apply to f; otherwise h must be given with `active`.
+// Whether the tuned kernels apply to f; otherwise h must be given with `active`. With transitions they take fewer
+// positions.
 bool is_tuned_forward(const Forward& f);
 
 // Each launches its kernel on `stream` (a cudaStream_t) and returns null or an error message.
 const char* find_segment_ends(const int64_t* ids, int64_t B, int T, int* ends, void* stream);
 const char* forward(const Forward& f, void* stream);
-const char* forward_any(const Forward& f, void* stream);  // which `forward` calls if no tuned kernel applies
+const char* forward_any(const Forward& f, void* stream);      // which `forward` calls if no tuned kernel applies
+const char* forward_counted(const Forward& f, void* stream);  // if one does, with transitions
 const char* backward(const Backward& f, void* stream);
 const char* step_energy(const Steps& f, void* stream);
 const char* step_energy_backward(const Steps& f, void* stream);

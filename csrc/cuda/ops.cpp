@@ -63,10 +63,12 @@ const int* ends_of(const OptionalTensor& segments, const Tensor& x, Tensor& owne
 
 enum class Written { kStatistics, kFeatures, kMask };
 
-// The first result is h, the mask of active features, or empty.
-std::tuple<Tensor, Tensor, Tensor, Tensor> run_forward(Tensor pre, OptionalTensor bias, int64_t activation,
-                                                       OptionalTensor threshold, OptionalTensor release, Sizes bands,
-                                                       OptionalTensor segments, Written written) {
+using Uncounted = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Counted = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// The first result is h, the mask of active features, or empty; the last one nothing unless `counted`.
+Counted run_forward(Tensor pre, OptionalTensor bias, int64_t activation, OptionalTensor threshold,
+                    OptionalTensor release, Sizes bands, OptionalTensor segments, Written written, bool counted) {
   const CurrentStream stream(pre);
   Tensor owner, runs;
   Forward f{};
@@ -82,6 +84,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_forward(Tensor pre, OptionalTenso
   f.release = data_of("release", release, pre, dtype, {f.k});
   f.ends = ends_of(segments, pre, runs, stream.get());
   f.words = (f.T + 31) / 32;
+  Tensor transitions = empty(pre, counted ? Sizes{f.B, 3, f.k} : Sizes{0}, ScalarType::Int);
+  f.transitions = counted ? transitions.mutable_data_ptr() : nullptr;
   const bool mask = written == Written::kMask, with_h = written == Written::kFeatures || (mask && !is_tuned_forward(f));
   Tensor h = empty(pre, with_h ? Sizes{f.B, f.T, f.k} : Sizes{0}, pre.scalar_type());
   Tensor active = empty(pre, mask ? Sizes{f.B, f.words, f.k} : Sizes{0}, ScalarType::Int);
@@ -94,23 +98,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_forward(Tensor pre, OptionalTenso
   f.total = total.mutable_data_ptr();
   f.square = square.mutable_data_ptr();
   check_launch(forward(f, stream.get()));
-  return {mask ? active : h, differences, total, square};
+  return {mask ? active : h, differences, total, square, transitions};
+}
+
+Uncounted without_counts(const Counted& results) {
+  const auto& [written, differences, total, square, transitions] = results;
+  return {written, differences, total, square};
 }
 
 // If `with_h` is false, h is an empty tensor.
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_op(Tensor pre, OptionalTensor bias, int64_t activation,
-                                                      OptionalTensor threshold, OptionalTensor release, Sizes bands,
-                                                      OptionalTensor segments, bool with_h) {
+Uncounted forward_op(Tensor pre, OptionalTensor bias, int64_t activation, OptionalTensor threshold,
+                     OptionalTensor release, Sizes bands, OptionalTensor segments, bool with_h) {
   const Written written = with_h ? Written::kFeatures : Written::kStatistics;
-  return run_forward(pre, bias, activation, threshold, release, bands, segments, written);
+  return without_counts(run_forward(pre, bias, activation, threshold, release, bands, segments, written, false));
+}
+Counted forward_counted_op(Tensor pre, OptionalTensor bias, int64_t activation, OptionalTensor threshold,
+                           OptionalTensor release, Sizes bands, OptionalTensor segments, bool with_h) {
+  const Written written = with_h ? Written::kFeatures : Written::kStatistics;
+  return run_forward(pre, bias, activation, threshold, release, bands, segments, written, true);
 }
 
 // relu with the mask of its active features, int32 [B, ceil(T / 32), k], instead of h: bit i of word w is position
 // 32 w + i. Where no tuned kernel applies, h is computed on the way.
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_with_mask_op(Tensor pre, OptionalTensor bias,
-                                                                OptionalTensor threshold, OptionalTensor release,
-                                                                Sizes bands, OptionalTensor segments) {
-  return run_forward(pre, bias, kRelu, threshold, release, bands, segments, Written::kMask);
+Uncounted forward_with_mask_op(Tensor pre, OptionalTensor bias, OptionalTensor threshold, OptionalTensor release,
+                               Sizes bands, OptionalTensor segments) {
+  return without_counts(run_forward(pre, bias, kRelu, threshold, release, bands, segments, Written::kMask, false));
+}
+Counted forward_with_mask_counted_op(Tensor pre, OptionalTensor bias, OptionalTensor threshold, OptionalTensor release,
+                                     Sizes bands, OptionalTensor segments) {
+  return run_forward(pre, bias, kRelu, threshold, release, bands, segments, Written::kMask, true);
 }
 
 // `grad_differences` is [1 or B, S, k]. The second result is grad_bias before the sum over the batch, [B, k]; the
@@ -257,11 +273,16 @@ TSAE_DEFINE_LIBRARY(TSAE_LIBRARY) {
   library.def(
       "forward_with_mask(Tensor pre, Tensor? bias, Tensor? threshold, Tensor? release, int[] bands, Tensor? segments) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "forward_with_mask_counted(Tensor pre, Tensor? bias, Tensor? threshold, Tensor? release, int[] bands, "
+      "Tensor? segments) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(TSAE_LIBRARY, TSAE_DISPATCH_KEY, library) {
   library.impl("forward", TORCH_BOX(&tsae::cuda::forward_op));
+  library.impl("forward_counted", TORCH_BOX(&tsae::cuda::forward_counted_op));
   library.impl("forward_with_mask", TORCH_BOX(&tsae::cuda::forward_with_mask_op));
+  library.impl("forward_with_mask_counted", TORCH_BOX(&tsae::cuda::forward_with_mask_counted_op));
   library.impl("backward", TORCH_BOX(&tsae::cuda::backward_op));
   library.impl("step_energy", TORCH_BOX(&tsae::cuda::step_energy_op));
   library.impl("step_energy_backward", TORCH_BOX(&tsae::cuda::step_energy_backward_op));

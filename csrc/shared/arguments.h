@@ -94,7 +94,7 @@ inline std::vector<BackwardWindow> backward_windows(const std::vector<int>& limi
   return windows;
 }
 
-// The schemas of both libraries; the CUDA library does not implement forward_counted. `threshold` is [k], or [B, T] for one threshold per position. The last result of
+// The schemas of both libraries. `threshold` is [k], or [B, T] for one threshold per position. The last result of
 // forward_counted is the transitions of h, [B, 3, k] int32.
 template <class Library>
 void define_operators(Library& library) {

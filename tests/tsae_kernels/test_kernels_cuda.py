@@ -8,6 +8,7 @@ import kernels_oracle as oracle
 import pytest
 import torch
 from backend_checks import ACTIVATIONS, RTOL, SCHMITT, assert_same_bits, everything
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tsae_kernels import (
     MULTISCALE,
@@ -361,6 +362,82 @@ def test_the_mask_of_active_features_is_that_of_h_cuda(dtype, T, k):
                     torch.testing.assert_close(ours, right, rtol=0, atol=0, equal_nan=True)
 
 
+COUNTED = {  # activation, threshold, release
+    "identity": ("identity", None, None),
+    "gelu": ("gelu", None, None),
+    "relu": ("relu", None, None),
+    "threshold": ("relu", 0.6, None),
+    "per position": ("relu", "random", None),
+    "trigger": ("relu", 0.6, 0.1),
+    "trigger, per position": ("relu", "random", 0.1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", COUNTED)
+@pytest.mark.parametrize(("T", "k"), [(1, 66), (16, 66), (45, 7), (128, 66), (512, 66)])
+def test_kernels_that_count_transitions_cuda(dtype, case, T, k):
+    """With h, with the mask, and of h alone; the rest of the results has the bits that it has without counts."""
+    generator = torch.Generator().manual_seed(T)
+    pre = torch.randn(2, T, k, generator=generator).to(dtype)
+    pre[0, T // 2, 3] = float("nan")
+    pre[:, :, 1] *= 1e-8  # rounds to 0 in float16
+    pre, bias = pre.to(DEVICE), torch.full((k,), 1e-9, device=DEVICE)
+    per_position = torch.rand(2, T, 1, generator=generator).to(DEVICE)
+    name, *levels = COUNTED[case]
+    threshold, release = (
+        per_position if level == "random" else None if level is None else torch.full((k,), level, device=DEVICE)
+        for level in levels
+    )
+    activation, backend = Activation(name, bias, threshold, release), get_backend("cuda")
+
+    def assert_same(results, others):  # also where both are NaN
+        assert_same_bits(*([x.contiguous().view(torch.uint8) for x in each] for each in (results, others)))
+
+    for ids in (None, oracle.random_segments(2, T, generator, longest=60).to(DEVICE)):
+        for bands in (MULTISCALE, ((1, 3), (4, 15)), ((2, 7), (9, 40))):
+            plain = backend.activate_with_stats(pre, activation, bands, ids)
+            *counted, counts = backend.activate_with_stats(pre, activation, bands, ids, True)
+            assert_same(plain, counted)
+            assert counts.dtype == torch.int32
+            wanted = get_backend("reference").temporal_stats(plain[0], (), ids, True)[-1]
+            assert torch.equal(counts, wanted)
+            *alone, counts = backend.temporal_stats(plain[0], bands, ids, True)
+            assert_same(plain[1:], alone)
+            assert torch.equal(counts, wanted)
+            if name == "relu":
+                *masked, counts = backend.activate_with_mask(pre, activation, bands, ids, True)
+                assert_same(backend.activate_with_mask(pre, activation, bands, ids), masked)
+                assert torch.equal(counts, wanted)
+
+
+@pytest.mark.parametrize("name", ["identity", "gelu", "relu"])
+def test_transitions_are_counted_without_a_second_pass_cuda(name):
+    """One operator gives all results; no other reads the features."""
+    pre, backend, called = torch.randn(2, 40, 66).to(DEVICE), get_backend("cuda"), []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(str(function).split(".")[1])
+            return function(*args, **(kwargs or {}))
+
+    with Record():
+        backend.activate_with_stats(pre, Activation(name), MULTISCALE, None, True)
+        backend.temporal_stats(pre, MULTISCALE, None, True)
+        if name == "relu":
+            backend.activate_with_mask(pre, Activation(name), MULTISCALE, None, True)
+    assert called == ["forward_counted", "forward_counted", "forward_with_mask_counted"][: 3 if name == "relu" else 2]
+
+
+@pytest.mark.parametrize("T", [2**16, 2**16 + 1])
+def test_transitions_of_features_that_never_change_cuda(T):
+    """The tuned kernels keep counts in 16 bits, and leave longer sequences to the others."""
+    pre = torch.tensor([1.0, 1.0, -1.0, 1.0]).expand(1, T, 4).bfloat16().contiguous()
+    pre[0, 1::2, 3] = -1  # on and off in turn
+    _, stats = activate_with_stats(pre.to(DEVICE), transitions=True, backend="cuda")
+    assert stats.transitions[0].tolist() == [[T - 1, T - 1, 0, 0], [0, 0, 0, T // 2], [0, 0, 0, (T - 1) // 2]]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 15, 16, 17, 30, 31, 35, 36, 37, 48, 50, 127, 129, 143])
 def test_runs_of_every_length_at_every_place_of_the_ring_cuda(dtype, length):
@@ -371,6 +448,9 @@ def test_runs_of_every_length_at_every_place_of_the_ring_cuda(dtype, length):
     pre = torch.randn(1, T, 66, generator=torch.Generator().manual_seed(length)).to(dtype) + 2
     for bands in (MULTISCALE, ((1, 3), (4, 15), (16, 20)), ((1, 3), (4, 15), (16, 10_000)), ((1, 3), (4, 15))):
         agrees(pre, bands=bands, segments=segments, **SCHMITT)
+        options = {"segments": segments, "transitions": True, **SCHMITT}
+        found, wanted = (activate_with_stats(pre.to(DEVICE), backend=b, **options)[1] for b in ("cuda", "reference"))
+        assert torch.equal(found.transitions, wanted.transitions)
 
 
 def test_the_centre_follows_the_feature_cuda():

@@ -39,7 +39,9 @@ def run(library, *command, **variables):
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "parts", [("activation", "losses", "ops"), ("scans",), ("cuda", "gradients", "properties", "stats")], ids="-".join
+    "parts",
+    [("activation", "losses", "ops", "transitions"), ("scans",), ("cuda", "gradients", "properties", "stats")],
+    ids="-".join,
 )
 def test_the_backends_tests_pass_on_the_emulated_kernels(library, parts):
     files = [str(HERE / f"test_kernels_{part}.py") for part in parts]

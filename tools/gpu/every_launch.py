@@ -37,7 +37,7 @@ def cases(backend: str) -> Iterator[Case]:
 
 
 def launch(case: Case, backend: str, device: torch.device, generator: torch.Generator) -> int:
-    """Forward, statistics alone, backward, window loss and its gradient, walks along T; the number of launches."""
+    """Forward and statistics, also with transitions; backward, window loss, walks along T. Returns how many calls."""
     T, k, dtype, bands, activation = case
     ops, flat = torch.ops.tsae_kernels, flatten_bands(bands)
 
@@ -52,7 +52,12 @@ def launch(case: Case, backend: str, device: torch.device, generator: torch.Gene
     threshold, release = (None if x is None else torch.full((k,), x).to(device) for x in ACTIVATIONS[activation])
     pre, bias, grad_h = normal(2, T, k, dtype=dtype), normal(k), normal(2, T, k, dtype=dtype)
     h, *_ = ops.activate_with_stats(pre, bias, activation, threshold, release, flat, segments, backend)
+    ops.activate_with_stats_counted(pre, bias, activation, threshold, release, flat, segments, backend)
     ops.temporal_stats(h, flat, segments, backend)
+    ops.temporal_stats_counted(h, flat, segments, backend)
+    masks = (ops.activate_with_mask, ops.activate_with_mask_counted) if activation == "relu" else ()
+    for mask in masks:
+        mask(pre, bias, threshold, release, flat, segments, backend)
     saved = pre if activation == "gelu" else h
     gradients = (normal(2, len(bands), k), normal(2, k), normal(2, k))
     ops.activate_with_stats_backward(saved, bias, grad_h, *gradients, activation, flat, segments, backend)
@@ -60,7 +65,7 @@ def launch(case: Case, backend: str, device: torch.device, generator: torch.Gene
     ops.viterbi_path(pre, normal(2, 2, k), normal(2, k), segments, backend)
     states = ops.leaky_recurrence(pre, torch.full((k,), 0.9).to(device), segments, backend)
     ops.leaky_recurrence_backward(grad_h, torch.full((k,), 0.9).to(device), pre, states, segments, backend)
-    return 8
+    return 10 + len(masks)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -152,6 +152,7 @@ def steps(loop: bool = False) -> list[Step]:
             needs=(f"file:{MODEL}/packed.gguf", "module:gguf", *tsae),
         ),
         benchmarks("kernels", "benchmarks/test_kernels.py", 180),
+        benchmarks("transitions", "benchmarks/test_transitions.py", 45),
         benchmarks("harvest", "benchmarks/test_harvest.py", 45, needs=tsae),
         Step(
             "profile",

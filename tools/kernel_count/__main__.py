@@ -60,10 +60,10 @@ def main() -> None:
 
 def report(backend: str, found: dict[tuple[str, str, int], Launch]) -> None:
     """Print a line per case."""
-    print(f"{backend:<8}{'text':<9}{'T':>5}{'instructions':>14}{'registers':>11}{'warps':>7}  kernel")
+    print(f"{backend:<21}{'text':<9}{'T':>4}{'instructions':>14}{'registers':>11}{'warps':>7}  kernel")
     for (name, text, T), launch in found.items():
         numbers = f"{launch.per_element:>9.2f}{launch.registers:>11}{launch.warps:>7}"
-        print(f"  {name:<11}{text:<9}{T:>5}{numbers}  {launch.kernel}", flush=True)
+        print(f"  {name:<19}{text:<9}{T:>4}{numbers}  {launch.kernel}", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from sass import Launch
 
 from tsae_kernels import MULTISCALE
+from tsae_kernels.backends.compiled import CudaBackend
 from tsae_kernels.backends.interface import Activation, Backend, Gradients, MaskBackend
 
 if TYPE_CHECKING:
@@ -52,6 +53,10 @@ def operations(backend: Backend, T: int, ids: torch.Tensor | None) -> dict[str, 
     }
     if isinstance(backend, MaskBackend):
         calls["mask"] = lambda: backend.activate_with_mask(x, trigger, MULTISCALE, ids)
+    if isinstance(backend, CudaBackend):  # with counts of transitions
+        calls["counted statistics"] = lambda: backend.temporal_stats(x, MULTISCALE, ids, True)
+        calls["counted trigger"] = lambda: backend.activate_with_stats(x, trigger, MULTISCALE, ids, True)
+        calls["counted mask"] = lambda: backend.activate_with_mask(x, trigger, MULTISCALE, ids, True)
     return calls
 
 
@@ -82,8 +87,6 @@ def _backend(name: str, folder: Path) -> tuple[TritonKernels | CudaKernels, Back
     if nvcc is None:
         sys.exit("error: nvcc is not on the PATH; install the CUDA toolkit, or count with --backend triton")
     kernels = CudaKernels(nvcc, tool("nvdisasm"), tool("cuobjdump"), folder)
-    from tsae_kernels.backends.compiled import CudaBackend
-
     return kernels, CudaBackend("tsae_kernels_cuda_emulated")
 
 

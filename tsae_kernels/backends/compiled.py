@@ -13,8 +13,6 @@ from torch import Tensor
 
 from tsae_kernels.arguments import ACTIVATIONS
 from tsae_kernels.backends.interface import Activation, Gradients
-from tsae_kernels.backends.reference import count_transitions
-from tsae_kernels.backends.sparse_eager import unpack_active
 from tsae_kernels.backends.two_state import path_levels
 from tsae_kernels.bands import Bands, flatten_bands
 from tsae_kernels.dtypes import dtype_of_stats
@@ -123,13 +121,7 @@ class CompiledBackend:
 
 
 class CudaBackend(CompiledBackend):
-    """`CompiledBackend` with the operator `forward_with_mask` besides; transitions are counted in a second pass."""
-
-    def _forward(
-        self, x: Tensor, activation: Activation, bands: Bands, segments: Tensor | None, transitions: bool, with_h: bool
-    ) -> tuple[Tensor, ...]:
-        out = super()._forward(x, activation, bands, segments, False, with_h)
-        return (*out, count_transitions(out[0] if with_h else x, segments)) if transitions else out
+    """`CompiledBackend` with the operators `forward_with_mask` and `forward_with_mask_counted` besides."""
 
     def activate_with_mask(
         self, pre: Tensor, activation: Activation, bands: Bands, segments: Tensor | None, transitions: bool = False
@@ -143,11 +135,8 @@ class CudaBackend(CompiledBackend):
         name, bias, threshold, release = activation
         assert name == "relu"
         bias, threshold, release = _compute(bias, pre), _threshold(threshold, pre), _threshold(release, pre)
-        offsets, ids = flatten_bands(bands), _ids(segments)
-        out = tuple(self._ops.forward_with_mask(pre, bias, threshold, release, offsets, ids))
-        if not transitions:
-            return out
-        return *out, count_transitions(unpack_active(out[0], pre.shape[1]).byte(), segments)
+        function = self._ops.forward_with_mask_counted if transitions else self._ops.forward_with_mask
+        return tuple(function(pre, bias, threshold, release, flatten_bands(bands), _ids(segments)))
 
 
 cpp = CompiledBackend("tsae_kernels_cpp")

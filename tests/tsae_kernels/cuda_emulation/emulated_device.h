@@ -220,6 +220,8 @@ inline double fused(double a, double b, double c) { return std::fma(a, b, c); }
 inline float fast_exponential(float x) { return std::exp(x); }
 inline float fast_reciprocal(float x) { return 1.f / x; }
 
+inline int count_ones(uint32_t word) { return __builtin_popcount(word); }
+
 template <class To, class From>
 inline To bits_as(const From& x) {
   static_assert(sizeof(To) == sizeof(From));
