@@ -261,7 +261,7 @@ std::tuple<Tensor, Tensor> leaky_recurrence_backward(Tensor grad_h, Tensor decay
 }  // namespace tsae
 
 // Raise this with every change of an operator's signature, so that a library built from older sources is not used.
-TSAE_EXPORT int tsae_interface() { return 6; }
+TSAE_EXPORT int tsae_interface() { return 7; }
 TSAE_EXPORT const char* tsae_built_for() { return "torch " TORCH_VERSION ", " TSAE_COMPILER; }
 TSAE_EXPORT const char* tsae_instruction_sets() {
 #if defined(__x86_64__)

@@ -262,7 +262,7 @@ std::tuple<Tensor, Tensor> leaky_recurrence_backward_op(Tensor grad_h, Tensor de
 }  // namespace tsae::cuda
 
 // Raise this with every change of an operator's signature, so that a library built from older sources is not used.
-TSAE_EXPORT int tsae_interface() { return 6; }
+TSAE_EXPORT int tsae_interface() { return 7; }
 TSAE_EXPORT const char* tsae_built_for() { return "torch " TORCH_VERSION ", " TSAE_COMPILER; }
 TSAE_EXPORT const char* tsae_cuda_version() { return tsae::cuda::built_for(); }
 TSAE_EXPORT const char* tsae_architectures() { return tsae::cuda::architectures(); }

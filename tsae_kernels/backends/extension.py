@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-INTERFACE = 6  # must equal tsae_interface in csrc/cpu/ops.cpp and csrc/cuda/ops.cpp
+INTERFACE = 7  # must equal tsae_interface in csrc/cpu/ops.cpp and csrc/cuda/ops.cpp
 REMEDY = "with torch and a C++ compiler run `pip install --no-build-isolation .` in the source tree"
 CUDA_REMEDY = (
     "with a CUDA build of torch and its version of nvcc run `TSAE_BUILD=cuda pip install --no-build-isolation .` "
