@@ -32,6 +32,10 @@ def record_sparse(record: Callable[..., Any], empty: Callable[..., torch.Tensor]
         entries = empty(E, dtype=dtype)
         label = f"{{}}-{short}".format
         record(label("sparse-compress"), sparse_launch.compress, empty(B, 4, k, **integers), pre, empty(k), C)
+        schmitt = empty(k), empty(k), empty(k)
+        for segments, suffix in ((None, ""), (ids, "-segments")):
+            gated = empty(B, 4, k, **integers), pre, *schmitt, segments, 0.5, C
+            record(label(f"sparse-compress-gated{suffix}"), sparse_launch.compress_gated, *gated)
         record(label("sparse-order"), sparse_launch.sort_entries, indices, values, k)
         for segments, suffix in ((None, ""), (ids, "-segments")):
             sorted_entries = entries, order, features, tokens, k

@@ -51,6 +51,23 @@ class SparseFeatures(NamedTuple):
         return (self.counts > self.values.shape[1]).any()
 
 
+class GatedFeatures(NamedTuple):
+    """The features of N = B T tokens that are active or nearly so, at most C of each token, in ascending order.
+
+    values:  [N, C] in the pre-activations' dtype and unit, 0 where a feature is off and past the count; differentiable
+    indices: [N, C] int32, k past the count
+    counts:  [N] int32, how many features are in the list or would be, which may be more than C
+    levels:  [N, C] float32, the threshold or release in whose window the entry is, active or not; 0 if in none
+    active:  [N] int32, how many features are active
+    """
+
+    values: Tensor
+    indices: Tensor
+    counts: Tensor
+    levels: Tensor
+    active: Tensor
+
+
 class WeightGradients(NamedTuple):
     """Gradients of the weights by rows; only rows of features that `fired` are defined in the first two.
 
@@ -190,16 +207,23 @@ class _Encode(torch.autograd.Function):
         backend: str,
         deferred: DeferredGradients | None,
         anchor: Tensor | None,
+        width: float | None,
     ) -> tuple[Tensor, ...]:
         activate = _ops.activate_with_mask_counted if transitions else _ops.activate_with_mask
         active, *stats = activate(pre, bias, *levels, bands, segments, backend)
         ctx.bands, ctx.backend, ctx.deferred, ctx.k = bands, backend_for_lists(backend), deferred, pre.shape[2]
-        values, indices, counts = _ops.sparse_compress(active, pre, bias, capacity, ctx.backend)
+        near: list[Tensor] = []
+        if width is None:
+            values, indices, counts = _ops.sparse_compress(active, pre, bias, capacity, ctx.backend)
+        else:
+            both = (level.expand(ctx.k) for level in levels if level is not None)
+            options = segments, width, capacity, ctx.backend
+            values, indices, counts, *near = _ops.sparse_compress_gated(active, pre, bias, *both, *options)
         ctx.save_for_backward(x, weight, segments, values, indices, counts)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(indices, counts, *stats[3:])
+        ctx.mark_non_differentiable(indices, counts, *stats[3:], *near)
         ctx.set_materialize_grads(False)
-        return values, indices, counts, *stats
+        return values, indices, counts, *stats, *near
 
     @staticmethod
     @once_differentiable
@@ -225,7 +249,7 @@ class _Encode(torch.autograd.Function):
             )
             grad_weight = grad_rows.to(weight.dtype).T
             grad_bias = None if ctx.bias_dtype is None else sums.to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, *[None] * 9
+        return grad_x, grad_weight, grad_bias, *[None] * 10
 
 
 @overload
@@ -308,6 +332,70 @@ def encode_sparse(
 
     Raises the errors of `encode_with_stats`, and `ValueError` for a capacity below 1.
     """
+    out = _encode(x, weight, bias, threshold, release, bands, segments, capacity, pre, deferred, transitions, backend)
+    values, indices, counts, *stats = out
+    features = SparseFeatures(values, indices, counts)
+    return features, CountedStats(*stats) if transitions else TemporalStats(*stats)
+
+
+def encode_gated(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    threshold: float | Tensor,
+    release: float | Tensor,
+    bands: Bands = MULTISCALE,
+    segments: Tensor | None = None,
+    *,
+    width: float,
+    capacity: int,
+    pre: Tensor | None = None,
+    deferred: DeferredGradients | None = None,
+    transitions: bool = False,
+    backend: str | None = None,
+) -> tuple[GatedFeatures, TemporalStats | CountedStats]:
+    """`encode_sparse` of a Schmitt trigger whose lists also hold features that are nearly on.
+
+    With z = pre + bias and l the level that decides (the release if the feature was on at the position before in its
+    segment, else the threshold), these are the features with |z - l| < width l / 2 at positions that are not excluded.
+
+    threshold, release: numbers, or tensors [] or [k]
+    width: positive
+    capacity: of active features and near misses together
+    x, weight, bias, bands, segments, pre, deferred, transitions, backend: as in `encode_sparse`
+    out: as of `encode_sparse`. The gradient of a value reaches its pre-activation even if it is 0; that of the
+        statistics reaches active features only.
+
+    Raises the errors of `encode_sparse`, and `ValueError` for a width that is not positive or other thresholds.
+    """
+    if not width > 0:
+        raise ValueError(f"width must be positive, got {width!r}")
+    if any(level is None or (isinstance(level, Tensor) and level.dim() > 1) for level in (threshold, release)):
+        raise ValueError("threshold and release must be numbers or tensors of shape [] or [k]")
+    options = capacity, pre, deferred, transitions, backend, float(width)
+    values, indices, counts, *stats, levels, active = _encode(
+        x, weight, bias, threshold, release, bands, segments, *options
+    )
+    features = GatedFeatures(values, indices, counts, levels, active)
+    return features, CountedStats(*stats) if transitions else TemporalStats(*stats)
+
+
+def _encode(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    threshold: float | Tensor | None,
+    release: float | Tensor | None,
+    bands: Bands,
+    segments: Tensor | None,
+    capacity: int,
+    pre: Tensor | None,
+    deferred: DeferredGradients | None,
+    transitions: bool,
+    backend: str | None,
+    width: float | None = None,
+) -> tuple[Tensor, ...]:
+    """Check the arguments and apply `_Encode`."""
     check_features("x", x)
     check_weight(weight, x)
     if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
@@ -328,11 +416,9 @@ def encode_sparse(
     if deferred is not None:
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         anchor = x.new_empty(0).requires_grad_()  # else autograd would not call the backward pass
-    options = flat_bands, segments, capacity, transitions, chosen, deferred, anchor
-    out = _Encode.apply(x, weight, bias, pre.detach(), levels, *options)  # type: ignore[no-untyped-call]
-    values, indices, counts, *stats = out
-    features = SparseFeatures(values, indices, counts)
-    return features, CountedStats(*stats) if transitions else TemporalStats(*stats)
+    options = flat_bands, segments, capacity, transitions, chosen, deferred, anchor, width
+    out: tuple[Tensor, ...] = _Encode.apply(x, weight, bias, pre.detach(), levels, *options)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _Decode(torch.autograd.Function):

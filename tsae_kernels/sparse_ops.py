@@ -3,6 +3,7 @@
 N = B T tokens, C the capacity of a list, k features, G prefixes of the dictionary, E = N C entries:
 
     sparse_compress(active [B, W, k], pre [B, T, k], bias [k]?)   -> values [N, C], indices [N, C], counts [N]
+    sparse_compress_gated(active, pre, bias?, threshold [k], ...)  -> values, indices, counts, levels [N, C], active [N]
     sparse_decode(values, indices, counts, weight [k, d])         -> [G, N, d], a reconstruction from each prefix
     sparse_decode_backward(grad [G, N, d], ...)                   -> [N, C], of the values
     sparse_sort_entries(indices, values)                          -> `Entries`
@@ -13,7 +14,14 @@ N = B T tokens, C the capacity of a list, k features, G prefixes of the dictiona
     squared_errors_backward(x, xhat, grad [N])                    -> [N, d], of xhat
 
 Lists are those of `SparseFeatures`. `ends` [G] are the prefixes' ends, ascending; the last is k. Group g are the
-features of prefix g that no smaller prefix has; the gradients [G, N, d] are those of the sum over each group. `backend`
+features of prefix g that no smaller prefix has; the gradients [G, N, d] are those of the sum over each group.
+
+`sparse_compress_gated` also lists features that are off within a window of the level at which they would switch: with
+z = pre + bias and l the release of a feature that was on at the position before in its segment, else its threshold,
+
+    |z - l| < width l / 2        at positions that are not excluded, in float32
+
+Their value is 0. `levels` is l for entries in the window, active ones too, and 0 for all others. `backend`
 is "eager" (`backends/sparse_eager.py`) or "triton" (`backends/triton/sparse_launch.py`).
 """
 
@@ -36,6 +44,8 @@ from tsae_kernels.dtypes import dtype_of_stats
 _SCHEMAS = {
     "sparse_compress": "(Tensor active, Tensor pre, Tensor? bias, int capacity, str backend) "
     "-> (Tensor, Tensor, Tensor)",
+    "sparse_compress_gated": "(Tensor active, Tensor pre, Tensor? bias, Tensor threshold, Tensor release, "
+    "Tensor? segments, float width, int capacity, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "sparse_decode": "(Tensor values, Tensor indices, Tensor counts, Tensor weight, int[] ends, ScalarType dtype, "
     "str backend) -> Tensor",
     "sparse_decode_backward": "(Tensor grad, Tensor indices, Tensor counts, Tensor weight, int[] ends, "
@@ -101,6 +111,38 @@ def _(active: Tensor, pre: Tensor, bias: Tensor | None, capacity: int, backend: 
     N = pre.shape[0] * pre.shape[1]
     indices, counts = (pre.new_empty(*size, dtype=torch.int32) for size in ((N, capacity), (N,)))
     return pre.new_empty(N, capacity), indices, counts
+
+
+@_implement("sparse_compress_gated")
+def _(
+    active: Tensor,
+    pre: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor,
+    release: Tensor,
+    segments: Tensor | None,
+    width: float,
+    capacity: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _module(backend).compress_gated(active, pre, bias, threshold, release, segments, width, capacity)
+
+
+@_fake("sparse_compress_gated")
+def _(
+    active: Tensor,
+    pre: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor,
+    release: Tensor,
+    segments: Tensor | None,
+    width: float,
+    capacity: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    N = pre.shape[0] * pre.shape[1]
+    indices, counts, numbers = (active.new_empty(*size) for size in ((N, capacity), (N,), (N,)))
+    return pre.new_empty(N, capacity), indices, counts, pre.new_empty(N, capacity, dtype=torch.float32), numbers
 
 
 @_implement("sparse_decode")

@@ -42,6 +42,10 @@ RUNS: dict[str, tuple[bool, Callable[[], TrainConfig]]] = {
         True,
         lambda: config("rate", {"hold_steps": 4, "ramp_steps": 4}, sae={"release_ratio": 0.5}),
     ),
+    "lists, rate, gate gradient": (
+        True,
+        lambda: config("rate", {"hold_steps": 4, "ramp_steps": 4}, sae={"release_ratio": 0.5, "gate_gradient": 0.2}),
+    ),
     "dense, rate, gate gradient": (
         False,
         lambda: config("rate", {"hold_steps": 4, "ramp_steps": 4}, sae={"release_ratio": 0.5, "gate_gradient": 0.2}),

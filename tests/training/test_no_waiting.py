@@ -109,7 +109,13 @@ def without_what_meta_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
 
 
-@pytest.mark.parametrize("name", ["all terms", "AuxK", "batchtopk, l1", "schmitt, exact", "matryoshka"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("all terms", "AuxK", "batchtopk, l1", "schmitt, exact", "matryoshka"),
+        *(name for name in CASES if "gate" in name),
+    ],
+)
 def test_steps_without_values(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step on lists, with row-wise Adam: every tensor is on the device, and none has a value."""
     cfg = replace(CASES[name](), sparse_step="on")

@@ -89,6 +89,21 @@ CASES: dict[str, Callable[[], TrainConfig]] = {
     "schmitt": lambda: config(),
     "schmitt, exact": lambda: config(sae={"steering": "exact"}),
     "rate": lambda: config("rate", {"hold_steps": 1, "ramp_steps": 1}, sae={"release_ratio": 0.5}),
+    "gate": lambda: config(sae={"gate_gradient": 0.5}),
+    "gate, rate, matryoshka": lambda: config(
+        "rate",
+        {"hold_steps": 1, "ramp_steps": 2},
+        sae={"release_ratio": 0.5, "gate_gradient": 0.3, "groups": (10, 40, K), "encoder_scale": 0.5},
+    ),
+    "gate, all terms": lambda: config(
+        objective={"temporal": "multiscale+window+contrastive+slow", "pairs": 20, "ramp_steps": 3, "l1": 0.02},
+        sae={"gate_gradient": 0.4, "bandwidth": 0.3},
+    ),
+    "gate, AuxK": lambda: config(
+        "rate",
+        {"aux_weight": 0.5, "dead_after_tokens": 200, "aux_k": 3},
+        sae={"k": 1, "encoder_scale": 0.8, "gate_gradient": 0.5, "release_ratio": 0.8, "bandwidth": 0.2},
+    ),
     "multiscale": lambda: config(objective={"temporal": "multiscale", "weights": (0.5, 0.2, 0.1), "hold_steps": 1}),
     "multiscale, equal weights, first features": lambda: config(
         "topk", {"temporal": "multiscale", "adaptive": False, "group": 30, "weight": 20.0}
@@ -131,7 +146,7 @@ def test_lists_make_the_steps_of_dense_features(name: str) -> None:
     check_same(lists, dense, got, wanted, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["topk", "schmitt", "batchtopk, l1", "all terms", "AuxK"])
+@pytest.mark.parametrize("name", ["topk", "schmitt", "batchtopk, l1", "all terms", "AuxK", "gate, all terms"])
 def test_under_autocast_they_agree_as_bfloat16_can(name: str) -> None:
     cfg = replace(CASES[name](), optimizer=OptimizerConfig(lr=1e-3))
     lists, dense = make(cfg, True, autocast=True), make(cfg, False, autocast=True)
@@ -145,9 +160,12 @@ def test_under_autocast_they_agree_as_bfloat16_can(name: str) -> None:
             assert (lists.sae.state_dict()[key] - tensor).norm() < 0.25 * moved, key
 
 
+@pytest.mark.parametrize("name", ["topk", "gate"])
 @pytest.mark.parametrize("chunk", [1, 3])
-def test_in_pieces(chunk: int) -> None:
-    cfg = config("topk", {"l1": 0.05, "aux_weight": 0.5, "dead_after_tokens": 200, "aux_k": 3}, chunk=chunk)
+def test_in_pieces(chunk: int, name: str) -> None:
+    objective = {"l1": 0.05, "aux_weight": 0.5, "dead_after_tokens": 200, "aux_k": 3}
+    options = {"activation": "schmitt", "sae": {"gate_gradient": 0.5}} if name == "gate" else {"activation": "topk"}
+    cfg = config(objective=objective, chunk=chunk, **options)
     lists, dense = make(cfg, True), make(cfg, False)
     check_same(lists, dense, steps(lists, 5), steps(dense, 5), rtol=1e-5)
 
@@ -205,8 +223,12 @@ def test_the_bfloat16_weights_follow_what_is_loaded() -> None:
     assert torch.equal(trainer.lists._operand("W_enc"), other.sae.W_enc.detach().T.bfloat16())
 
 
-def test_a_step_whose_lists_overflow_changes_no_weight_and_the_next_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    cfg = config(objective={"temporal": "multiscale", "aux_weight": 0.1, "dead_after_tokens": 100})
+@pytest.mark.parametrize("gate", [0.0, 0.4])
+def test_a_step_whose_lists_overflow_changes_no_weight_and_the_next_fits(
+    gate: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    objective = {"temporal": "multiscale", "aux_weight": 0.1, "dead_after_tokens": 100}
+    cfg = config(objective=objective, sae={"gate_gradient": gate})
     trainer, dense = make(cfg, True), make(cfg, False)
     trainer.lists.capacity = 4
     before = {name: tensor.clone() for name, tensor in trainer.sae.state_dict().items()}

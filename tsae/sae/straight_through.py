@@ -252,3 +252,38 @@ class _Gate(torch.autograd.Function):
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = torch.zeros(ctx.d_sae, device=grad.device).index_add_(0, feature, extra)
         return grad, grad_pre, grad_bias, None, None, None, None, None, None
+
+
+class GatedEntries(NamedTuple):
+    """What `gate_gradient` needs of features in lists of capacity C, from `tsae_kernels.sparse_features.encode_gated`.
+
+    values: (B * T, C), 0 at entries that are off; levels: (B * T, C) float32, 0 outside of the windows
+    """
+
+    values: Tensor
+    levels: Tensor
+
+
+def gate_gradient_of_lists(entries: GatedEntries, width: float, strength: float, price: float | Tensor) -> Tensor:
+    """`gate_gradient` for lists: the values for the decoder, (B * T, C).
+
+    price: as there, a scalar, or of every entry (B * T, C)
+    """
+    return _GateOfLists.apply(*entries, strength / width, price)
+
+
+class _GateOfLists(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, levels: Tensor, factor: float, price: float | Tensor) -> Tensor:
+        ctx.save_for_backward(values, levels)
+        ctx.factor, ctx.price = factor, price
+        return values.view_as(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, levels = ctx.saved_tensors
+        wide, on = grad.float(), values != 0
+        jump = torch.where(on, 0.0, 2.0 * levels)
+        extra = torch.where(levels > 0, ctx.factor * (wide + ctx.price * jump), 0.0)
+        return (torch.where(on, wide, 0.0) + extra).to(grad.dtype), None, None, None

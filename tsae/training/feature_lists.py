@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tsae.sae.straight_through import GatedEntries
+
 
 @dataclass(frozen=True)
 class FeatureLists:
@@ -17,12 +19,14 @@ class FeatureLists:
 
     values: (B * T, C), 0 past the count; indices: (B * T, C) int32, ascending, d_sae past the count
     counts: (B * T) int32, may exceed C; shape: (B, T, d_sae)
+    gate: of lists that also hold features that are nearly on, whose value is 0 and has no gradient in `values`
     """
 
     values: Tensor
     indices: Tensor
     counts: Tensor
     shape: tuple[int, int, int]
+    gate: GatedEntries | None = None
 
     @property
     def device(self) -> torch.device:

@@ -7,13 +7,13 @@ is the step of the dense path to rounding. Nothing waits for the device.
 A token's list has a fixed capacity. If a token that counts has more active features, the gradient would lack some, so
 that step changes no weight: the flag `SparseStep.overflow` turns the optimizer's update off on the device. L0, a
 steered threshold and the statistics of features do not come from the lists, and change. `check`, called wherever the
-host reads values anyway, reports the steps lost and enlarges the capacity.
+host reads values anyway, reports the steps lost and fits the capacity.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from tsae.config import OptimizerConfig, TrainConfig
 from tsae.errors import UserError
 from tsae.parallel.axis import Axis, Ranks
 from tsae.sae.model import SparseAutoencoder
+from tsae.sae.straight_through import GatedEntries, gate_gradient_of_lists
 from tsae.training.feature_lists import FeatureLists
 from tsae.training.optimization import adam_state
 from tsae_kernels import CountedStats, TemporalStats, available_backends
@@ -31,11 +32,15 @@ from tsae_kernels.sparse_features import (
     SparseFeatures,
     WeightGradients,
     decode_sparse_features,
+    encode_gated,
     encode_sparse,
     weight_gradients,
 )
 
 _MARGIN = 4.0  # times the mean number of active features, where the number per token varies
+_NEAR = (
+    2.0  # times as much with the features that are nearly on, at most 1.3 for every active one in trained dictionaries
+)
 _ROUND = 16  # capacities are multiples of this
 
 
@@ -44,8 +49,6 @@ def dense_reason(cfg: TrainConfig, processes: int = 1) -> str | None:
     sae, kind = cfg.sae, cfg.sae.kind
     if not kind.k_sparse or kind.nonlinearity != "relu":
         return f"sae.activation {sae.activation!r} has no threshold that keeps few features active"
-    if sae.uses_gate_gradient:
-        return f"sae.gate_gradient is {sae.gate_gradient:g}, which needs gradients of features that are off"
     if kind.learned:
         return f"sae.activation {sae.activation!r} needs gradients of features that are off, for its thresholds"
     if kind.recurrent:
@@ -130,6 +133,8 @@ class SparseStep:
         margin = _MARGIN
         if cfg.sae.kind.threshold == "token":  # in bfloat16, features that tie with the (k + 1)-th can be on too
             margin = 1.5 if autocast else 1.0
+        if cfg.sae.uses_gate_gradient:
+            margin *= _NEAR
         self.capacity = self._rounded(math.ceil(margin * cfg.sae.k))
         device = sae.W_dec.device
         self.overflow = torch.zeros((), dtype=torch.bool, device=device)  # of this step
@@ -189,23 +194,38 @@ class SparseStep:
         """
         sae, bias = self.sae, self.sae.b_enc.detach()
         threshold, release = sae.thresholds(pre, bias, segments, self.capacity)
-        W_enc = self._operand("W_enc").T
-        features, stats = encode_sparse(
-            x, W_enc, bias, threshold, release, bands, segments,
-            capacity=self.capacity, pre=pre, deferred=self._deferred, transitions=sae.cfg.kind.rates,
-        )  # fmt: skip
+        arguments = x, self._operand("W_enc").T, bias, threshold, release, bands, segments
+        shape = pre.shape[0], pre.shape[1], pre.shape[2]
+        options: dict[str, Any] = {"capacity": self.capacity, "pre": pre, "deferred": self._deferred}
+        options["transitions"] = sae.cfg.kind.rates
+        if sae.cfg.uses_gate_gradient:
+            near, stats = encode_gated(*arguments, width=sae.cfg.bandwidth, **options)
+            values = torch.where(near.values != 0, near.values, 0.0)  # only the decoder's gradient reaches the others
+            gate, active = GatedEntries(near.values, near.levels), near.active
+            lists = FeatureLists(values, near.indices, near.counts, shape, gate)
+        else:
+            features, stats = encode_sparse(*arguments, **options)
+            lists, active = FeatureLists(*features, shape), features.counts
         kept = (segments >= 0).flatten()
-        counts = torch.where(kept, features.counts, 0)
-        most = counts.max()
+        most = torch.where(kept, lists.counts, 0).max()
         self.overflow.logical_or_(most > self.capacity)
         self.most.copy_(torch.maximum(self.most, most))
-        l0 = self.ranks.world.sum_no_grad(counts.sum(dtype=torch.float32))
+        l0 = self.ranks.world.sum_no_grad(torch.where(kept, active, 0).sum(dtype=torch.float32))
         l0 = l0 / self.ranks.data.sum_no_grad(kept.sum()).clamp(min=1)
-        return FeatureLists(*features, shape=(pre.shape[0], pre.shape[1], pre.shape[2])), stats, l0
+        return lists, stats, l0
 
-    def decode(self, features: FeatureLists) -> list[Tensor]:
-        """Reconstructions (B, T, d_in) from the Matryoshka prefixes, the last of them the whole dictionary."""
-        lists = SparseFeatures(features.values, features.indices, features.counts)
+    def decode(self, features: FeatureLists, price: Tensor | None = None) -> list[Tensor]:
+        """Reconstructions (B, T, d_in) from the Matryoshka prefixes, the last of them the whole dictionary.
+
+        price: for the gate's gradient, if the activation uses it, as in `SparseAutoencoder.gated`
+        """
+        values, cfg = features.values, self.cfg.sae
+        if features.gate is not None:
+            assert price is not None
+            if price.dim():
+                price = price[features.indices.clamp(max=cfg.d_sae - 1).long()]
+            values = gate_gradient_of_lists(features.gate, cfg.bandwidth, cfg.gate_gradient, price)
+        lists = SparseFeatures(values, features.indices, features.counts)
         ends = self.cfg.sae.groups if len(self.cfg.sae.groups) > 1 else (self.cfg.sae.d_sae,)
         parts = decode_sparse_features(lists, self._operand("W_dec"), ends=ends, deferred=self._deferred)
         return [part.view(*features.shape[:2], -1) + self.sae.b_dec for part in parts]

@@ -300,17 +300,19 @@ class Trainer:
         if cfg.sae.d_out:
             x, target = (part.contiguous() for part in x.split((cfg.sae.d_in, cfg.sae.d_out), dim=-1))
         h: Tensor | FeatureLists
+        price = self._gate_price(segments, weight, plan)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             if lists is None:
                 pre = sae.pre_activation(x)
                 self.steering.prepare(pre, segments, self.step, plan.ramp)
                 h, counted, l0 = sae.activate_counted(pre, bands_for(cfg.objective), segments)
-                *prefixes, xhat = sae.decode_prefixes(self._gated(h, pre, segments, weight, plan))
+                gated = h if price is None else sae.gated(h, pre, segments, price)
+                *prefixes, xhat = sae.decode_prefixes(gated)
             else:
                 centred, pre = lists.pre_activation(x)
                 self.steering.prepare(pre, segments, self.step, plan.ramp)
                 h, counted, l0 = lists.encode(centred, pre, bands_for(cfg.objective), segments)
-                *prefixes, xhat = lists.decode(h)
+                *prefixes, xhat = lists.decode(h, price)
             auxiliary = self._auxiliary(x, target - xhat, dead, segments)
         transitions = counted.transitions if isinstance(counted, CountedStats) else None
         stats = counted.temporal if isinstance(counted, CountedStats) else counted
@@ -354,14 +356,14 @@ class Trainer:
             tuple(weight * gradient for gradient in l0_gradients),
         )
 
-    def _gated(self, h: Tensor, pre: Tensor, segments: Tensor, weight: float | Tensor | None, plan: StepPlan) -> Tensor:
-        """The features for the decoder, with `SparseAutoencoder.gated` if the activation uses it."""
+    def _gate_price(self, segments: Tensor, weight: float | Tensor | None, plan: StepPlan) -> Tensor | None:
+        """What a unit of squared error weighs, for `SparseAutoencoder.gated`; None without ``sae.gate_gradient``."""
         if not self.cfg.sae.uses_gate_gradient:
-            return h
-        price = plan.loss.reconstruction / kept_positions(segments, h, self.ranks)
+            return None
+        price = plan.loss.reconstruction / kept_positions(segments, segments, self.ranks)
         if self.cfg.sae.groups:  # the loss is the mean over prefixes
-            price = price * split(prefix_share(self.cfg.sae.groups).to(h.device), 0, self.ranks.features)
-        return self.sae.gated(h, pre, segments, price if weight is None else weight * price)
+            price = price * split(prefix_share(self.cfg.sae.groups).to(segments.device), 0, self.ranks.features)
+        return price if weight is None else weight * price
 
     def _pairs(self, segments: Tensor) -> Pairs | MaskedPairs | None:
         """The pairs of the contrastive objective, a function of the seed and the step alone."""
@@ -457,8 +459,9 @@ class Trainer:
         lost = self.lists.check()
         self._lost += lost
         if lost:
+            listed = "active or nearly active" if self.cfg.sae.uses_gate_gradient else "active"
             say(
-                f"Up to step {self.step}, {lost} steps changed no weight, because a token had more active features "
+                f"Up to step {self.step}, {lost} steps changed no weight, because a token had more {listed} features "
                 f"than its list has places; from now on it has {self.lists.capacity}."
             )
         return {"list_capacity": self.lists.capacity, "lost_steps": self._lost}

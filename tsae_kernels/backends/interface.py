@@ -116,6 +116,19 @@ class ListBackend(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """values [N, C], indices [N, C] and counts [N] of the features in an active mask [B, W, k]."""
 
+    def compress_gated(
+        self,
+        active: Tensor,
+        pre: Tensor,
+        bias: Tensor | None,
+        threshold: Tensor,
+        release: Tensor,
+        segments: Tensor | None,
+        width: float,
+        capacity: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The same of active features and of those near a level [k]; levels [N, C]; the active features' counts [N]."""
+
     def decode(
         self, values: Tensor, indices: Tensor, counts: Tensor, weight: Tensor, ends: Sequence[int], dtype: torch.dtype
     ) -> Tensor:

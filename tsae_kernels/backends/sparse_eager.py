@@ -43,17 +43,64 @@ def unpack_active(active: Tensor, T: int) -> Tensor:
 
 def compress(active: Tensor, pre: Tensor, bias: Tensor | None, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
     """values [N, C] in pre's dtype, indices [N, C] int32, counts [N] int32 of the features in an active mask."""
-    B, T, k = pre.shape
-    mask = unpack_active(active, T).reshape(B * T, k)
-    reached = mask.cumsum(1, dtype=torch.int32)
-    ranks = torch.arange(1, capacity + 1, dtype=torch.int32, device=pre.device).expand(B * T, capacity)
-    indices = torch.searchsorted(reached, ranks.contiguous(), out_int32=True)  # k where there is no such feature
-    columns = indices.clamp_max(k - 1).long()
-    z = pre.reshape(B * T, k).gather(1, columns).to(dtype_of_stats(pre.dtype))
-    if bias is not None:
-        z = z + bias.to(z.dtype)[columns]
-    values = torch.where(indices < k, z, 0).to(pre.dtype)
+    mask = unpack_active(active, pre.shape[1]).flatten(0, 1)
+    indices = _first_places(mask, capacity)
+    values = torch.where(indices < pre.shape[2], _pre_at(indices, pre, bias), 0).to(pre.dtype)
     return values, indices, mask.sum(1, dtype=torch.int32)
+
+
+def _first_places(mask: Tensor, capacity: int) -> Tensor:
+    """[N, C] int32: the columns of the first C set entries of each row of mask [N, k], k past the last of them."""
+    reached = mask.cumsum(1, dtype=torch.int32)
+    ranks = torch.arange(1, capacity + 1, dtype=torch.int32, device=mask.device).expand(len(mask), capacity)
+    return torch.searchsorted(reached, ranks.contiguous(), out_int32=True)
+
+
+def _at(indices: Tensor, x: Tensor) -> Tensor:
+    """[N, C]: the entries of x [N, k] at the indices, any past the count."""
+    return x.gather(1, indices.clamp_max(x.shape[1] - 1).long())
+
+
+def _pre_at(indices: Tensor, pre: Tensor, bias: Tensor | None) -> Tensor:
+    """[N, C]: pre + bias at the indices, not rounded."""
+    z = _at(indices, pre.flatten(0, 1)).to(dtype_of_stats(pre.dtype))
+    return z if bias is None else z + bias.to(z.dtype)[indices.clamp_max(len(bias) - 1).long()]
+
+
+def compress_gated(
+    active: Tensor,
+    pre: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor,
+    release: Tensor,
+    segments: Tensor | None,
+    width: float,
+    capacity: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`compress` of the active features and of those in the window around a level, which `sparse_ops.py` defines.
+
+    values, indices, counts: of these; values are 0 where a feature is off
+    levels: [N, C] float32, the level in whose window the entry is, 0 if in none
+    active: [N] int32, the number of active features
+    """
+    T, k = pre.shape[1:]
+    on = unpack_active(active, T)
+    before = torch.zeros_like(on)
+    before[:, 1:] = on[:, :-1]
+    if segments is not None:
+        before[:, 1:] &= (segments[:, 1:] == segments[:, :-1])[..., None]
+    level = torch.where(before, release, threshold).float()  # [B, T, k]
+    z = pre.float() if bias is None else pre.float() + bias.float()
+    near = (z - level).abs() < width / 2 * level
+    if segments is not None:
+        near &= (segments >= 0)[..., None]
+    on, near, level = (each.flatten(0, 1) for each in (on, near, level))
+    listed = on | near
+    indices = _first_places(listed, capacity)
+    used = indices < k
+    values = torch.where(used & _at(indices, on), _pre_at(indices, pre, bias), 0).to(pre.dtype)
+    levels = torch.where(used & _at(indices, near), _at(indices, level), 0)
+    return values, indices, listed.sum(1, dtype=torch.int32), levels, on.sum(1, dtype=torch.int32)
 
 
 def _used(indices: Tensor, k: int, slot: int) -> tuple[Tensor, Tensor]:
@@ -135,8 +182,8 @@ def stats_backward(
 ) -> Tensor:
     """[E]: the gradient of every entry through itself and the statistics, in the order by feature.
 
-    grad_values: [N, C]. In the order by feature the entries of a feature within a distance are at most as many places
-    apart.
+    grad_values: [N, C]. Entries of value 0 are off and get that of the statistics no more than features without an
+    entry. In the order by feature the entries of a feature within a distance are at most as many places apart.
     """
     E = values.numel()
     dtype = dtype_of_stats(values.dtype)
@@ -157,7 +204,7 @@ def stats_backward(
         out += grad_total[token // T, feature]
     if grad_square is not None:
         out += 2 * grad_square[token // T, feature] * h
-    out = torch.where(end > start, out, 0)  # excluded positions do not enter the statistics
+    out = torch.where((end > start) & (h != 0), out, 0)  # excluded positions do not enter the statistics
     if grad_values is not None:
         out += grad_values.flatten()[order]
     return torch.where(used, out, 0)

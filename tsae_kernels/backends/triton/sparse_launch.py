@@ -49,26 +49,89 @@ def compress(active: Tensor, pre: Tensor, bias: Tensor | None, capacity: int) ->
     Bytes: N k / 4 + 36 N A + N C (8 + e) + 8 N, where an entry of pre costs a sector of 32. The mask (N k / 8) is read
     twice, the second time from the L2 cache if it fits.
     """
-    from tsae_kernels.backends.triton.sparse_lists import list_kernel, values_kernel
+    from tsae_kernels.backends.triton.sparse_lists import values_kernel
 
-    (B, T, k), W = pre.shape, active.shape[1]
-    values = pre.new_empty(B * T, capacity)
-    indices = pre.new_empty(B * T, capacity, dtype=torch.int32)
-    counts = pre.new_empty(B * T, dtype=torch.int32)
+    (B, T, k), values = pre.shape, pre.new_empty(pre.shape[0] * pre.shape[1], capacity)
+    indices, counts = _places(active, T, capacity)
     if B == 0:
         return values, indices, counts
-    chunks = _RANGES[k > _WIDE]
-    chunk_counts = pre.new_empty(B * W, chunks, 32, dtype=torch.int32)
-    lists = active.contiguous(), chunk_counts, indices, counts, T, W, k, capacity
     E, block = B * T * capacity, 512
     with _on_device_of(pre):
-        for writes in (False, True):
-            list_kernel[(B * W * chunks,)](*lists, CHUNKS=chunks, WRITES=writes, num_warps=1, enable_fp_fusion=True)
         values_kernel[(-(-E // block),)](
             pre, bias, counts, indices, values, T, k, capacity, E, *pre.stride(),
             COMPUTE=_triton_dtype(dtype_of_stats(pre.dtype)), ROUNDING=_rounding(pre.dtype), BLOCK=block, num_warps=4,
         )  # fmt: skip
     return values, indices, counts
+
+
+def _places(active: Tensor, T: int, capacity: int) -> tuple[Tensor, Tensor]:
+    """indices [N, C], written up to the counts [N], of the features in a mask [B, W, k]: two launches."""
+    from tsae_kernels.backends.triton.sparse_lists import list_kernel
+
+    (B, W, k), chunks = active.shape, _RANGES[active.shape[2] > _WIDE]
+    indices, counts = active.new_empty(B * T, capacity), active.new_empty(B * T)
+    if B == 0:
+        return indices, counts
+    chunk_counts = active.new_empty(B * W, chunks, 32)
+    lists = active.contiguous(), chunk_counts, indices, counts, T, W, k, capacity
+    with _on_device_of(active):
+        for writes in (False, True):
+            list_kernel[(B * W * chunks,)](*lists, CHUNKS=chunks, WRITES=writes, num_warps=1, enable_fp_fusion=True)
+    return indices, counts
+
+
+def _count(active: Tensor, T: int) -> Tensor:
+    """[N] int32: the features of each token in a mask [B, W, k]. One launch and a sum over the ranges of columns."""
+    from tsae_kernels.backends.triton.sparse_lists import list_kernel
+
+    (B, W, k), chunks = active.shape, _RANGES[active.shape[2] > _WIDE]
+    chunk_counts = active.new_empty(B, W, chunks, 32)
+    with _on_device_of(active):
+        list_kernel[(B * W * chunks,)](
+            active, chunk_counts, None, None, T, W, k, 0,
+            CHUNKS=chunks, WRITES=False, num_warps=1, enable_fp_fusion=True,
+        )  # fmt: skip
+    return chunk_counts.sum(2, dtype=torch.int32).view(B, W * 32)[:, :T].flatten()
+
+
+def compress_gated(
+    active: Tensor,
+    pre: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor,
+    release: Tensor,
+    segments: Tensor | None,
+    width: float,
+    capacity: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Five launches and a sum: the window, the lists of what it adds to the mask, the active features' counts.
+
+    Bytes: N k (e + 1 / 4) for the window, then as `compress`, with A the entries of a token, and N k / 8 + 96 N A more
+    and 4 N C: an entry reads two words of the mask and one level of each kind, mostly from the caches.
+    """
+    from tsae_kernels.backends.triton.sparse_lists import gated_values_kernel, window_kernel
+
+    (B, T, k), W = pre.shape, active.shape[1]
+    values = pre.new_empty(B * T, capacity)
+    levels = pre.new_empty(B * T, capacity, dtype=torch.float32)
+    active = active.contiguous()
+    if B == 0:
+        return values, *_places(active, T, capacity), levels, active.new_empty(0)
+    listed, half = torch.empty_like(active), width / 2
+    strides = *pre.stride(), *_strides(threshold, 1), *_strides(release, 1), *_strides(segments, 2)
+    E, block, columns = B * T * capacity, 512, 256
+    with _on_device_of(pre):
+        window_kernel[(B * W * -(-k // columns),)](
+            active, pre, bias, threshold, release, segments, listed, T, W, k, half, *strides,
+            BLOCK=columns, num_warps=1, enable_fp_fusion=True,
+        )  # fmt: skip
+        indices, counts = _places(listed, T, capacity)
+        gated_values_kernel[(-(-E // block),)](
+            active, pre, bias, threshold, release, segments, counts, indices, values, levels,
+            T, W, k, capacity, E, half, *strides,
+            COMPUTE=_triton_dtype(dtype_of_stats(pre.dtype)), ROUNDING=_rounding(pre.dtype), BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return values, indices, counts, levels, _count(active, T)
 
 
 def decode(

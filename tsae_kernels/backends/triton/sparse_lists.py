@@ -92,6 +92,121 @@ def values_kernel(
     tl.store(indices + entries, j * 0 + k, mask=(entries < E) & (used == 0))
 
 
+@triton.jit(do_not_specialize=["T", "W"])
+def window_kernel(
+    active,
+    pre,
+    bias,
+    threshold,
+    release,
+    segments,
+    listed,
+    T,
+    W,
+    k,
+    half_width,
+    pre_b,
+    pre_t,
+    pre_k,
+    threshold_k,
+    release_k,
+    ids_b,
+    ids_t,
+    BLOCK: tl.constexpr,
+):
+    """`active` with the features in the window around a level set too, of 32 positions and a block of columns."""
+    blocks = tl.cdiv(k, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)  # of words
+    b, first = row // W, (row % W).to(tl.int32) * 32
+    columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < k
+    words = tl.load(active + row * k + columns, mask=inside, other=0)
+    last = tl.load(active + (row - 1) * k + columns, mask=inside & (columns * 0 + first > 0), other=0)
+    before = (words << 1) | ((last >> 31) & 1)  # bit i: on at the position before
+    lanes = tl.arange(0, 32)
+    t = first + lanes
+    keeps = t < T
+    if segments is not None:
+        at = segments + b * ids_b + t.to(tl.int64) * ids_t
+        ids = tl.load(at, mask=keeps, other=0)
+        joined = keeps & (t > 0) & (tl.load(at - ids_t, mask=keeps & (t > 0), other=0) == ids)
+        before = before & tl.sum(joined.to(tl.int32) << lanes, 0)
+        keeps = keeps & (ids >= 0)
+    kept = tl.sum(keeps.to(tl.int32) << lanes, 0)  # bit i: the position counts
+    from_off = tl.load(threshold + columns * threshold_k, mask=inside, other=0.0).to(tl.float32)
+    from_on = tl.load(release + columns * release_k, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.zeros([BLOCK], tl.float32)
+    if bias is not None:
+        shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    row_of_pre = pre + b * pre_b + columns.to(tl.int64) * pre_k
+    near = tl.zeros([BLOCK], tl.int32)
+    for i in range(tl.minimum(T - first, 32)):
+        z = tl.load(row_of_pre + (first + i).to(tl.int64) * pre_t, mask=inside, other=0.0).to(tl.float32) + shift
+        level = tl.where(((before >> i) & 1) != 0, from_on, from_off)
+        near |= (tl.abs(z - level) < half_width * level).to(tl.int32) << i
+    tl.store(listed + row * k + columns, words | (near & kept), mask=inside)
+
+
+@triton.jit(do_not_specialize=["T", "W", "k", "C", "E"])
+def gated_values_kernel(
+    active,
+    pre,
+    bias,
+    threshold,
+    release,
+    segments,
+    counts,
+    indices,
+    values,
+    levels,
+    T,
+    W,
+    k,
+    C,
+    E,
+    half_width,
+    pre_b,
+    pre_t,
+    pre_k,
+    threshold_k,
+    release_k,
+    ids_b,
+    ids_t,
+    COMPUTE: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """As `values_kernel`, but 0 for features that are off, and the levels [E] whose window the entries are in."""
+    entries = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    n = entries // C
+    used = (entries < E) & (entries - n * C < tl.load(counts + n, mask=entries < E, other=0))
+    j = tl.load(indices + entries, mask=used, other=0).to(tl.int64)
+    b, t = n // T, n % T
+    stored = tl.load(pre + b * pre_b + t * pre_t + j * pre_k, mask=used, other=0.0)
+    z, rounded = stored.to(COMPUTE), stored.to(tl.float32)
+    if bias is not None:
+        shift = tl.load(bias + j, mask=used, other=0.0)
+        z += shift.to(COMPUTE)
+        rounded += shift.to(tl.float32)
+    on = (tl.load(active + (b * W + t // 32) * k + j, mask=used, other=0) >> (t % 32).to(tl.int32)) & 1
+    earlier = used & (t > 0)
+    s = tl.maximum(t - 1, 0)
+    before = (tl.load(active + (b * W + s // 32) * k + j, mask=earlier, other=0) >> (s % 32).to(tl.int32)) & 1
+    kept = used
+    if segments is not None:
+        ids = tl.load(segments + b * ids_b + t * ids_t, mask=used, other=0)
+        same = tl.load(segments + b * ids_b + s * ids_t, mask=used, other=0) == ids
+        before = tl.where(same, before, 0)
+        kept = kept & (ids >= 0)
+    from_on = tl.load(release + j * release_k, mask=used, other=0.0).to(tl.float32)
+    level = tl.where(before != 0, from_on, tl.load(threshold + j * threshold_k, mask=used, other=0.0).to(tl.float32))
+    near = kept & (tl.abs(rounded - level) < half_width * level)
+    value = narrow(tl.where(on != 0, z, 0.0), values.dtype.element_ty, ROUNDING)
+    tl.store(values + entries, value, mask=entries < E)
+    tl.store(levels + entries, tl.where(near, level, 0.0), mask=entries < E)
+    tl.store(indices + entries, (j * 0 + k).to(tl.int32), mask=(entries < E) & (used == 0))
+
+
 @triton.jit(do_not_specialize=["E", "C"])
 def entries_kernel(order, values, tokens, sorted_values, E, C, BLOCK: tl.constexpr):
     """Token and value [E] of every entry in the order by feature."""

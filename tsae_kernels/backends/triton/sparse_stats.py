@@ -88,7 +88,7 @@ def stats_backward_kernel(
     if starts is not None:
         low = tl.load(starts + token, mask=used, other=0)
         high = tl.load(ends + token, mask=used, other=0)
-    counted = used & (low < high)  # not excluded
+    counted = used & (low < high) & (h != 0)  # not excluded, and active: relu passes no other gradient
     column = feature.to(tl.int64)
 
     grad = tl.zeros([BLOCK], COMPUTE)
