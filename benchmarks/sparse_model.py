@@ -1,10 +1,11 @@
 """The time of a sparse training step on a GPU by its bytes and operations: a model, not a measurement.
 
-    python -m benchmarks.sparse_model [D_SAE ...]        default: 16384 65536 262144
+    python -m benchmarks.sparse_model [--gate] [D_SAE ...]        default: 16384 65536 262144
 
-prints a Markdown table. The bytes are those of the docstrings in `tsae_kernels/backends/triton/sparse_launch.py`. Rows
-that are gathered count for the L2 cache each time; for memory once if a column block of the gathered matrix fits in the
-cache, and otherwise as often as they are missed.
+prints a Markdown table; with `--gate` of a step with the gate's gradient, whose lists also hold features that are
+nearly on. The bytes are those of the docstrings in `tsae_kernels/backends/triton/sparse_launch.py`. Rows that are
+gathered count for the L2 cache each time; for memory once if a column block of the gathered matrix fits in the cache,
+and otherwise as often as they are missed.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ class Step(NamedTuple):
     fired: float = 1.0  # share of the features
     bands: int = 3
     length: int = 128
+    near: int = 0  # features in the lists beside the active ones, mean per token
+
+
+GATED = {"near": 38, "capacity": 320}  # the most that a trained dictionary of 2,560 features had; the initial capacity
 
 
 class Kernel(NamedTuple):
@@ -66,13 +71,13 @@ def _columns(rows: int, element: int, device: Device) -> int:
 def _gathered(step: Step, rows: int, element: int, device: Device) -> tuple[float, float]:
     """Bytes from memory and from the L2 cache for one row of d elements per entry, out of a matrix [rows, d]."""
     missed = max(1 - device.cached / (rows * _columns(rows, element, device) * element), 0.0)
-    total = step.tokens * step.active * step.d * element
+    total = step.tokens * (step.active + step.near) * step.d * element
     return max(rows * step.d * element, missed * total), float(total)
 
 
 def kernels(step: Step, device: Device = H100) -> list[Kernel]:
     """Every kernel of the step in order. The optimizer: Adam on both matrices, a bfloat16 copy in the same pass."""
-    N, d, k, A, C = step.tokens, step.d, step.features, step.active, step.capacity
+    N, d, k, A, C = step.tokens, step.d, step.features, step.active + step.near, step.capacity
     entries, listed = N * A, N * C
     blocks = -(-d // _columns(2 * N, 2, device))  # of x and the gradient of xhat
     columns = _columns(k, 2, device)  # of W_dec
@@ -85,10 +90,13 @@ def kernels(step: Step, device: Device = H100) -> list[Kernel]:
     written = 8 * step.fired * k * d
     partials = 2 * entries / ENTRIES * 16 * d
     lists = entries * 6 * decoder_blocks
+    # The window, the active features' counts, masks and levels of entries; the gradient in PyTorch, 100 bytes a place.
+    gate = Kernel("features that are nearly on", 2 * N * k + 3 * mask + 64 * entries + 104 * listed, launches=18)
     return [
         Kernel("x W_enc", 2 * (N * d + k * d + N * k), operations=2.0 * N * d * k),
         Kernel("activation, statistics, mask", 2 * N * k + mask + stats),
         Kernel("lists", 2 * mask + 36 * entries + 10 * listed + 8 * N, launches=3),
+        *([gate] if step.near else []),
         Kernel("decoder", weight + 2 * N * d, weight_l2 + lists),
         Kernel("reconstruction error", 16 * N * d, launches=4),  # both passes, b_dec added and its gradient
         Kernel("gradient of values", weight + 2 * N * d + 8 * parts * listed, weight_l2 + lists, launches=3),
@@ -120,13 +128,15 @@ def dense_kernels(step: Step) -> list[Kernel]:
         Kernel("gradient of W_dec", outer, operations=product),
         Kernel("gradient of statistics and activation", 6 * N * k + stats),
         Kernel("gradient of W_enc", outer, operations=product),
+        # The operators of `_Gate` in tsae/sae/straight_through.py where the host must not wait.
+        *([Kernel("features that are nearly on", 136 * N * k, launches=27)] if step.near else []),
         Kernel("Adam", 2 * k * d * (24 + 2 + 4), launches=2),
     ]
 
 
-def table(widths: list[int], device: Device = H100) -> str:
+def table(widths: list[int], device: Device = H100, *, gate: bool = False) -> str:
     """Milliseconds of every kernel by the model, for dictionaries of these widths, as a Markdown table."""
-    steps = [Step(features=k) for k in widths]
+    steps = [Step(features=k, **(GATED if gate else {})) for k in widths]
     sparse = [kernels(step, device) for step in steps]
     totals = [sum(kernel.seconds(device) for kernel in column) for column in sparse]
     dense = [sum(kernel.seconds(device) for kernel in dense_kernels(step)) for step in steps]
@@ -145,4 +155,5 @@ def table(widths: list[int], device: Device = H100) -> str:
 
 
 if __name__ == "__main__":
-    print(table([int(width) for width in sys.argv[1:]] or [16_384, 65_536, 262_144]))
+    gate = "--gate" in sys.argv[1:]
+    print(table([int(each) for each in sys.argv[1:] if each != "--gate"] or [16_384, 65_536, 262_144], gate=gate))

@@ -461,8 +461,9 @@ class TrainConfig:
     """Precision of the autoencoder's matrix products; its weights stay float32."""
     sparse_step: Literal["auto", "on", "off"] = "auto"
     """Steps on lists of the active features, with one dense product (the encoder's) and an optimizer that reads the
-    gradient of features that fired: `auto` on a GPU with Triton. For topk, batchtopk and schmitt (not two-sided),
-    without layer normalization, in one process; anything else has dense products on a GPU. On a CPU `off` is faster."""
+    gradient of features that fired: `auto` on a GPU with Triton. For topk, batchtopk, schmitt and rate (causal
+    hysteresis), without layer normalization, in one process; anything else has dense products on a GPU. On a CPU `off`
+    is faster."""
     cuda_graph: bool = False
     """Capture the training step in a CUDA graph, which spares the host the launches (docs/scale.md)."""
     log_every: PositiveInt = 10

@@ -58,3 +58,16 @@ def test_the_table_has_a_column_per_width() -> None:
     assert lines[0] == "| kernel | 16,384 features | 65,536 features |"
     assert all(line.count("|") == 4 for line in lines)
     assert len(lines) == 2 + len(named(STEP)) + 5
+
+
+def test_the_gate_adds_passes_over_the_pre_activations_and_entries() -> None:
+    plain, gated = named(STEP), named(STEP._replace(**sparse_model.GATED))
+    name = "features that are nearly on"
+    assert set(gated) - set(plain) == {name}
+    assert gated[name].memory > 2 * STEP.tokens * STEP.features
+    entries = (STEP.active + sparse_model.GATED["near"]) / STEP.active
+    assert gated["decoder"].l2 == pytest.approx(entries * plain["decoder"].l2)
+    dense = {kernel.name: kernel for kernel in sparse_model.dense_kernels(STEP._replace(**sparse_model.GATED))}
+    assert dense[name].memory > 20 * gated[name].memory
+    assert f"| {name} |" in sparse_model.table([16_384], gate=True)
+    assert f"| {name} |" not in sparse_model.table([16_384])

@@ -251,6 +251,33 @@ def test_a_step_whose_lists_overflow_changes_no_weight_and_the_next_fits(
     assert all(state["step"] == 1 for state in trainer.optimizer.state.values())
 
 
+def test_one_crowded_token_does_not_make_the_lists_of_all_as_long() -> None:
+    lists = make(config("topk", sae={"d_sae": 4096, "k": 10}), True).lists
+    found = []
+    for longest in (4000, 4000, 20, 20):
+        lists.lost.fill_(longest > lists.capacity)
+        lists.most.fill_(longest)
+        lists.check()
+        found.append(lists.capacity)
+    assert found == [64, 256, 32, 32]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_lists_become_shorter_once_they_are_too_long_for_the_last_steps(resumed: bool) -> None:
+    trainer, found = make(config(), True), []
+    wanted = trainer.lists.capacity
+    trainer.lists.capacity = K
+    trainer.lists.most.fill_(K)  # as after a first step with a crowded token
+    with pretend_to_run_behind():
+        for i, batch in enumerate(batches(18)):
+            found.append(trainer.train_step(batch, log=i % 3 == 2).get("list_capacity", K))
+            if resumed and i % 5 == 0:
+                state, trainer = copy.deepcopy(trainer.state_dict()), make(config(), True)
+                trainer.load_state_dict(state)
+    assert found[:6] == [K] * 6
+    assert found[-1] == wanted < K // 2
+
+
 def test_excluded_positions_do_not_overflow() -> None:
     """A token that does not count may have any number of active features, and its list any of them."""
     data = batches(3)

@@ -11,7 +11,9 @@ from tsae_kernels.backends import sparse_eager as eager
 from tsae_kernels.backends.triton import sparse_launch as triton
 from tsae_kernels.sparse_features import (
     DeferredGradients,
+    SparseFeatures,
     decode_sparse_features,
+    encode_gated,
     encode_sparse,
     weight_gradients,
 )
@@ -66,8 +68,9 @@ def test_the_mode_notices_waiting():
             wait()
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("backend", oracle.parameters(("reference", "triton")))
-def test_a_training_step_does_not_wait(backend):
+def test_a_training_step_does_not_wait(backend, gated):
     """`eager`'s own activation waits if there are segments; `reference`'s does not, and has the same lists."""
     x, W_enc, b_enc, W_dec = (random(*shape) for shape in ((1, 6, 2), (4, 2), (4,), (4, 2)))
     x = x.requires_grad_()
@@ -75,7 +78,11 @@ def test_a_training_step_does_not_wait(backend):
     deferred = DeferredGradients()
     with NoWaiting():
         options = {"capacity": 2, "deferred": deferred, "backend": backend}
-        found, stats = encode_sparse(x, W_enc.T, b_enc, 0.1, 0.05, BANDS, segments, **options)
+        if gated:
+            near, stats = encode_gated(x, W_enc.T, b_enc, 0.1, 0.05, BANDS, segments, width=0.5, **options)
+            found = SparseFeatures(*near[:3])
+        else:
+            found, stats = encode_sparse(x, W_enc.T, b_enc, 0.1, 0.05, BANDS, segments, **options)
         xhat = decode_sparse_features(found, W_dec, ends=(2, 4), deferred=deferred, backend=backend)
         loss = xhat.square().sum() + found.values.sum() + sum(s.sum() for s in stats)
         loss.backward()
@@ -98,8 +105,9 @@ def test_shapes_of_wide_dictionaries(k, module, monkeypatch):
     if module is triton:
         pytest.importorskip("triton")
         folder = "tsae_kernels.backends.triton"
-        for kernel in ("lists.list", "lists.values", "lists.entries", "lists.segment_bounds", "rows.decode"):
-            monkeypatch.setattr(f"{folder}.sparse_{kernel}_kernel", Recorder())
+        for kernel in ("list", "values", "window", "gated_values", "entries", "segment_bounds"):
+            monkeypatch.setattr(f"{folder}.sparse_lists.{kernel}_kernel", Recorder())
+        monkeypatch.setattr(f"{folder}.sparse_rows.decode_kernel", Recorder())
         for kernel in ("rows.decode_backward", "rows.weight_gradients", "rows.finish_weight_gradients"):
             monkeypatch.setattr(f"{folder}.sparse_{kernel}_kernel", Recorder())
         monkeypatch.setattr(f"{folder}.sparse_stats.stats_backward_kernel", Recorder())
@@ -113,6 +121,9 @@ def test_shapes_of_wide_dictionaries(k, module, monkeypatch):
     N = B * T
     values, indices, counts = module.compress(meta(B, 4, k, dtype=torch.int32), meta(B, T, k), meta(k), C)
     assert values.shape == indices.shape == (N, C)
+    level, ids, integers = meta(k, dtype=torch.float32), meta(B, T, dtype=torch.int64), {"dtype": torch.int32}
+    gated = module.compress_gated(meta(B, 4, k, **integers), meta(B, T, k), meta(k), level, level, ids, 0.5, C)
+    assert [tuple(each.shape) for each in gated] == [(N, C), (N, C), (N,), (N, C), (N,)]
     assert module.decode(values, indices, counts, meta(k, d), (k,), torch.bfloat16).shape == (1, N, d)
     grad = meta(1, N, d)
     assert module.decode_backward(grad, indices, counts, meta(k, d), (k,), torch.float32).shape == (N, C)
@@ -129,7 +140,7 @@ def test_shapes_of_wide_dictionaries(k, module, monkeypatch):
     assert bias.shape == (k,)
     assert measures.shape == (4, k)
     assert all(grid[0] < 2**31 and max((1, *grid[1:])) < 2**16 for grid in grids)
-    assert len(grids) == (0 if module is eager else 10)
+    assert len(grids) == (0 if module is eager else 15)
 
 
 @needs_triton

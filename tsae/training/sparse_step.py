@@ -38,10 +38,10 @@ from tsae_kernels.sparse_features import (
 )
 
 _MARGIN = 4.0  # times the mean number of active features, where the number per token varies
-_NEAR = (
-    2.0  # times as much with the features that are nearly on, at most 1.3 for every active one in trained dictionaries
-)
+_NEAR = 2.0  # times as many with the features that are nearly on: the most that trained dictionaries had on average
 _ROUND = 16  # capacities are multiples of this
+_MEMORY = 0.9  # of a step, for the longest list that is remembered
+_GROWTH = 4  # at most, from one check to the next: the first step's longest list can be half the dictionary
 
 
 def dense_reason(cfg: TrainConfig, processes: int = 1) -> str | None:
@@ -135,11 +135,11 @@ class SparseStep:
             margin = 1.5 if autocast else 1.0
         if cfg.sae.uses_gate_gradient:
             margin *= _NEAR
-        self.capacity = self._rounded(math.ceil(margin * cfg.sae.k))
+        self.least = self.capacity = self._rounded(math.ceil(margin * cfg.sae.k))
         device = sae.W_dec.device
         self.overflow = torch.zeros((), dtype=torch.bool, device=device)  # of this step
         self.lost = torch.zeros((), dtype=torch.int64, device=device)  # steps since the last check
-        self.most = torch.zeros((), dtype=torch.int32, device=device)  # active features of a token, since then
+        self.most = torch.zeros((), device=device)  # longest list of the last steps, older ones counting as shorter
         self._half: dict[str, Tensor] = {}  # W_enc.T and W_dec in bfloat16
         self._stale: set[str] = set()  # those of them that are out of date
         self._deferred = DeferredGradients()
@@ -175,6 +175,7 @@ class SparseStep:
         """Start a step."""
         self._deferred = DeferredGradients()
         self.overflow.zero_()
+        self.most.mul_(_MEMORY)
 
     @torch.no_grad()
     def pre_activation(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -297,13 +298,26 @@ class SparseStep:
         self.lost.add_(self.overflow)
 
     def check(self) -> int:
-        """Steps lost to overflow since the last call, after which the capacity fits the most crowded token so far.
+        """Steps lost to overflow since the last call, after which the capacity fits the lists of the last steps.
 
-        Waits for the device.
+        The first steps have longer lists than any later ones, since their thresholds do not fit yet. So the capacity
+        grows in steps, and shrinks once it is more than twice the wanted one. Waits for the device.
         """
-        lost, most = int(self.lost), int(self.most)
+        lost, wanted = int(self.lost), self._rounded(math.ceil(1.25 * float(self.most)))
         if lost:
-            self.capacity = max(self.capacity, self._rounded(most + most // 4))
+            largest = self._rounded(_GROWTH * max(self.capacity, self.least))
+            self.capacity = max(self.capacity, min(wanted, largest))
+        elif self.capacity > 2 * wanted:
+            self.capacity = max(self.least, wanted)
         self.lost.zero_()
-        self.most.zero_()
         return lost
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the capacity, and the longest list of the last steps."""
+        return {"list_capacity": self.capacity, "longest_list": float(self.most)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint, of dense steps too."""
+        self.forget_copies()
+        self.capacity = max(self.capacity, state.get("list_capacity", 0))
+        self.most.fill_(state.get("longest_list", 0.0))

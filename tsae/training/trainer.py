@@ -453,7 +453,7 @@ class Trainer:
         return torch.Generator(self.device).manual_seed((self.cfg.seed * 1_000_003 + self.step + 1) % 2**63)
 
     def _check_lists(self) -> dict[str, int]:
-        """Enlarge the lists if they were too short since the last call, and say so; what a log line has of it."""
+        """Fit the lists, and say so if they were too short since the last call; what a log line has of it."""
         if self.lists is None:
             return {}
         lost = self.lists.check()
@@ -536,7 +536,7 @@ class Trainer:
             "steps": self.step,
             "tokens": self.tokens,
             "any_dead": self._any_dead,
-        } | ({} if self.lists is None else {"list_capacity": self.lists.capacity})
+        } | ({} if self.lists is None else self.lists.state_dict())
 
     def _normalizer_state(self) -> dict[str, Any]:
         state = {field.name: getattr(self.normalizer, field.name) for field in fields(self.normalizer)}
@@ -588,8 +588,7 @@ class Trainer:
         # Older checkpoints lack it: no auxiliary loss for dead features until the next logged step.
         self._any_dead = state.get("any_dead", False)
         if self.lists is not None:
-            self.lists.forget_copies()
-            self.lists.capacity = max(self.lists.capacity, state.get("list_capacity", 0))
+            self.lists.load_state_dict(state)
 
 
 def _sum(values: Iterable[Tensor]) -> Tensor:

@@ -106,8 +106,8 @@ def compress_gated(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Five launches and a sum: the window, the lists of what it adds to the mask, the active features' counts.
 
-    Bytes: N k (e + 1 / 4) for the window, then as `compress`, with A the entries of a token, and N k / 8 + 96 N A more
-    and 4 N C: an entry reads two words of the mask and one level of each kind, mostly from the caches.
+    Bytes: N k (e + 1 / 4) for the window, then as `compress` with A the entries of a token, N k / 8 for the counts, and
+    64 N A + 4 N C, where the two words that an entry reads cost a sector of 32 each. Levels come from the caches.
     """
     from tsae_kernels.backends.triton.sparse_lists import gated_values_kernel, window_kernel
 

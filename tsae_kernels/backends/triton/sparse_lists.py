@@ -181,21 +181,22 @@ def gated_values_kernel(
     n = entries // C
     used = (entries < E) & (entries - n * C < tl.load(counts + n, mask=entries < E, other=0))
     j = tl.load(indices + entries, mask=used, other=0).to(tl.int64)
-    b, t = n // T, n % T
-    stored = tl.load(pre + b * pre_b + t * pre_t + j * pre_k, mask=used, other=0.0)
+    b = (n.to(tl.int32) // T).to(tl.int64)  # tokens are fewer than 2^31, and a 64-bit division takes many registers
+    t = n.to(tl.int32) % T
+    stored = tl.load(pre + b * pre_b + t.to(tl.int64) * pre_t + j * pre_k, mask=used, other=0.0)
     z, rounded = stored.to(COMPUTE), stored.to(tl.float32)
     if bias is not None:
         shift = tl.load(bias + j, mask=used, other=0.0)
         z += shift.to(COMPUTE)
         rounded += shift.to(tl.float32)
-    on = (tl.load(active + (b * W + t // 32) * k + j, mask=used, other=0) >> (t % 32).to(tl.int32)) & 1
+    on = (tl.load(active + (b * W + t // 32) * k + j, mask=used, other=0) >> (t % 32)) & 1
     earlier = used & (t > 0)
     s = tl.maximum(t - 1, 0)
-    before = (tl.load(active + (b * W + s // 32) * k + j, mask=earlier, other=0) >> (s % 32).to(tl.int32)) & 1
+    before = (tl.load(active + (b * W + s // 32) * k + j, mask=earlier, other=0) >> (s % 32)) & 1
     kept = used
     if segments is not None:
-        ids = tl.load(segments + b * ids_b + t * ids_t, mask=used, other=0)
-        same = tl.load(segments + b * ids_b + s * ids_t, mask=used, other=0) == ids
+        ids = tl.load(segments + b * ids_b + t.to(tl.int64) * ids_t, mask=used, other=0)
+        same = tl.load(segments + b * ids_b + s.to(tl.int64) * ids_t, mask=used, other=0) == ids
         before = tl.where(same, before, 0)
         kept = kept & (ids >= 0)
     from_on = tl.load(release + j * release_k, mask=used, other=0.0).to(tl.float32)
