@@ -85,6 +85,23 @@ def test_the_lists_are_the_definition(B, T, k, dtype, backend, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_the_state_before_the_first_position_of_a_word_counts(backend):
+    """On at position 31, just below the release at 32, which is far below the threshold."""
+    pre = torch.full((1, 34, 3), 2.0, device=DEVICE)
+    pre[:, 32] = 0.45
+    pre[:, [0, 33]] = 0.0
+    threshold, release = torch.ones(3, device=DEVICE), torch.full((3,), 0.5, device=DEVICE)
+    active = pack_active(torch.where(pre > 1, pre, 0.0))
+    for ids, found in (([0] * 34, 3), ([0] * 32 + [1] * 2, 0)):
+        segments = torch.tensor([ids], device=DEVICE)
+        _, _, counts, levels, _ = module(backend).compress_gated(
+            active, pre, None, threshold, release, segments, WIDTH, 3
+        )
+        assert counts[31:].tolist() == [3, found, 0]
+        assert levels[32].tolist() == [0.5] * found + [0.0] * (3 - found)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_the_window_needs_may_have_any_strides(backend):
     active, pre, bias, threshold, release, segments = arguments(2, 40, 20)
     wanted = module(backend).compress_gated(active, pre, bias, threshold[:1].expand(20), release, segments, WIDTH, 20)
