@@ -21,15 +21,9 @@ from benchmarks.results import Measurement
 from tsae_kernels import MULTISCALE, activate_with_stats
 from tsae_kernels.backends.registry import choose_backend
 from tsae_kernels.bands import flatten_bands
-from tsae_kernels.sparse_features import (
-    DeferredGradients,
-    SparseFeatures,
-    decode_sparse_features,
-    encode_sparse,
-    squared_errors,
-    weight_gradients,
-)
+from tsae_kernels.sparse_features import SparseFeatures, decode_sparse_features, encode_sparse, squared_errors
 from tsae_kernels.sparse_ops import Entries, backend_for_lists
+from tsae_kernels.sparse_weights import DeferredGradients, weight_gradients
 
 pytestmark = pytest.mark.timeout(1200)
 

@@ -6,13 +6,8 @@ import torch
 
 from tsae_kernels import MULTISCALE, activate_with_stats
 from tsae_kernels.backends.sparse_eager import pack_active, unpack_active
-from tsae_kernels.sparse_features import (
-    DeferredGradients,
-    SparseFeatures,
-    decode_sparse_features,
-    encode_sparse,
-    weight_gradients,
-)
+from tsae_kernels.sparse_features import SparseFeatures, decode_sparse_features, encode_sparse
+from tsae_kernels.sparse_weights import DeferredGradients, weight_gradients
 
 BACKENDS = oracle.parameters(("eager", "triton"))
 BANDS = ((1, 2), (4, 9), (11, 11))

@@ -11,13 +11,8 @@ from tsae_kernels import activate_with_stats
 from tsae_kernels.backends import sparse_eager as eager
 from tsae_kernels.backends.sparse_eager import pack_active
 from tsae_kernels.backends.triton import sparse_launch as triton
-from tsae_kernels.sparse_features import (
-    DeferredGradients,
-    SparseFeatures,
-    decode_sparse_features,
-    encode_gated,
-    weight_gradients,
-)
+from tsae_kernels.sparse_features import SparseFeatures, decode_sparse_features, encode_gated
+from tsae_kernels.sparse_weights import DeferredGradients, weight_gradients
 
 WIDTH = 0.6
 ops = torch.ops.tsae_kernels

@@ -12,9 +12,7 @@ from tsae_kernels.backends import sparse_eager as eager
 from tsae_kernels.backends.sparse_eager import pack_active
 from tsae_kernels.backends.triton import sparse_launch as triton
 from tsae_kernels.segments import find_runs
-from tsae_kernels.sparse_features import (
-    squared_errors,
-)
+from tsae_kernels.sparse_features import squared_errors
 from tsae_kernels.sparse_ops import Entries
 
 ops = torch.ops.tsae_kernels

@@ -9,15 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tsae_kernels import activate_with_stats
 from tsae_kernels.backends import sparse_eager as eager
 from tsae_kernels.backends.triton import sparse_launch as triton
-from tsae_kernels.sparse_features import (
-    DeferredGradients,
-    SparseFeatures,
-    decode_sparse_features,
-    encode_gated,
-    encode_sparse,
-    weight_gradients,
-)
+from tsae_kernels.sparse_features import SparseFeatures, decode_sparse_features, encode_gated, encode_sparse
 from tsae_kernels.sparse_ops import backend_for_lists
+from tsae_kernels.sparse_weights import DeferredGradients, weight_gradients
 
 
 def step(x, W_enc, b_enc, W_dec, segments, backend, threshold=None):

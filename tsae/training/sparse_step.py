@@ -27,15 +27,8 @@ from tsae.training.feature_lists import FeatureLists
 from tsae.training.optimization import adam_state
 from tsae_kernels import CountedStats, TemporalStats, available_backends
 from tsae_kernels.row_adam import RowGradient, row_adam_
-from tsae_kernels.sparse_features import (
-    DeferredGradients,
-    SparseFeatures,
-    WeightGradients,
-    decode_sparse_features,
-    encode_gated,
-    encode_sparse,
-    weight_gradients,
-)
+from tsae_kernels.sparse_features import SparseFeatures, decode_sparse_features, encode_gated, encode_sparse
+from tsae_kernels.sparse_weights import DeferredGradients, WeightGradients, weight_gradients
 
 _MARGIN = 4.0  # times the mean number of active features, where the number per token varies
 _NEAR = 2.0  # times as many with the features that are nearly on: the most that trained dictionaries had on average
@@ -195,18 +188,21 @@ class SparseStep:
         """
         sae, bias = self.sae, self.sae.b_enc.detach()
         threshold, release = sae.thresholds(pre, bias, segments, self.capacity)
-        arguments = x, self._operand("W_enc").T, bias, threshold, release, bands, segments
+        W_enc = self._operand("W_enc").T
         shape = pre.shape[0], pre.shape[1], pre.shape[2]
         options: dict[str, Any] = {"capacity": self.capacity, "pre": pre, "deferred": self._deferred}
         options["transitions"] = sae.cfg.kind.rates
         if sae.cfg.uses_gate_gradient:
-            near, stats = encode_gated(*arguments, width=sae.cfg.bandwidth, **options)
+            assert threshold is not None
+            assert release is not None
+            levels = threshold, release
+            near, stats = encode_gated(x, W_enc, bias, *levels, bands, segments, width=sae.cfg.bandwidth, **options)
             values = torch.where(near.values != 0, near.values, 0.0)  # only the decoder's gradient reaches the others
             gate, active = GatedEntries(near.values, near.levels), near.active
             lists = FeatureLists(values, near.indices, near.counts, shape, gate)
         else:
-            features, stats = encode_sparse(*arguments, **options)
-            lists, active = FeatureLists(*features, shape), features.counts
+            features, stats = encode_sparse(x, W_enc, bias, threshold, release, bands, segments, **options)
+            lists, active = FeatureLists(features.values, features.indices, features.counts, shape), features.counts
         kept = (segments >= 0).flatten()
         most = torch.where(kept, lists.counts, 0).max()
         self.overflow.logical_or_(most > self.capacity)
