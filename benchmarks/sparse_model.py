@@ -43,7 +43,7 @@ class Step(NamedTuple):
     near: int = 0  # features in the lists beside the active ones, mean per token
 
 
-GATED = {"near": 38, "capacity": 320}  # the most that a trained dictionary of 2,560 features had; the initial capacity
+GATED = {"near": 17, "capacity": 240}  # the most that a trained dictionary of 2,560 features had; the initial capacity
 
 
 class Kernel(NamedTuple):

@@ -31,7 +31,7 @@ from tsae_kernels.sparse_features import SparseFeatures, decode_sparse_features,
 from tsae_kernels.sparse_weights import DeferredGradients, WeightGradients, weight_gradients
 
 _MARGIN = 4.0  # times the mean number of active features, where the number per token varies
-_NEAR = 2.0  # times as many with the features that are nearly on: the most that trained dictionaries had on average
+_NEAR = 1.5  # times as many with the features that are nearly on: 1.3 to 1.5 in trained dictionaries
 _ROUND = 16  # capacities are multiples of this
 _MEMORY = 0.9  # of a step, for the longest list that is remembered
 _GROWTH = 4  # at most, from one check to the next: the first step's longest list can be half the dictionary
