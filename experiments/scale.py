@@ -52,7 +52,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "hysteresis-0.4-with-gate": {"sae": {"activation": "schmitt", "release_ratio": 0.4}},
     "rate": {},
-    "rate-without-lookahead": {"sae": {"lookahead": False}},
+    "rate-with-lookahead": {"sae": {"lookahead": True}},
 }
 """Name -> options beside those of the demo."""
 
@@ -64,8 +64,8 @@ KS: dict[str, tuple[int, ...]] = {
     "hysteresis-0.4": (36,),
     "default-0.2": (38,),
     "hysteresis-0.4-with-gate": (36,),
-    "rate": (40,),
-    "rate-without-lookahead": (38,),
+    "rate": (38,),
+    "rate-with-lookahead": (40,),
 }
 """Active features of each method: three sizes of a baseline, between which its bits are interpolated, and one size of
 the others, whose explained variance is between those."""
