@@ -28,7 +28,13 @@ from tsae.reports.frontier import SUPPORT, TOTAL, Curve
 BASELINES = ("plain", "batchtopk")
 FAR = ((100_000_000, 40_960), (1_000_000_000, 65_536))  # tokens and width that the fits are extrapolated to
 DRAWS = 2_000
-COLOURS = {"hysteresis-0.4": "#009E73", "rate": "#0072B2", "default": "#D55E00"}
+COLOURS = {
+    "hysteresis-0.4": "#56B4E9",
+    "hysteresis-0.4-with-gate": "#009E73",
+    "rate": "#0072B2",
+    "rate-with-lookahead": "#E69F00",
+    "default-0.2": "#D55E00",
+}
 
 
 @dataclass(frozen=True)
@@ -193,7 +199,7 @@ def figure(found: list[Gain], path: Path, bits: str) -> None:
     shown, axes = pyplot.subplots(
         2,
         len(widths),
-        figsize=(3.6 * len(widths) + 1, 6.4),
+        figsize=(max(3.6 * len(widths) + 1, 6.4), 6.4),
         sharex=True,
         sharey="row",
         squeeze=False,
@@ -223,7 +229,7 @@ def figure(found: list[Gain], path: Path, bits: str) -> None:
                     axis.set_title(f"{d_sae:,} features")
     for row, label in enumerate(what.values()):
         axes[row, 0].set_ylabel(f"{label},\nagainst the best of plain and BatchTopK")
-    axes[-1, len(widths) // 2].set_xlabel("training tokens; lines and bands: fit and its 90 % interval")
+    shown.supxlabel("training tokens; lines and bands, where there are: fit and its 90 % interval", fontsize=10)
     axes[0, 0].legend(frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     shown.savefig(path, dpi=150)
