@@ -24,7 +24,7 @@ def test_costs_are_those_of_the_formula() -> None:
     priced = switch_costs(rates([0.008], [0.43]), 3.0, lookahead=False)
     assert float((priced.from_on / priced.from_off).sqrt()) == pytest.approx(0.59, abs=0.01)
     saved = 0.43 * math.log2(0.43 / 0.008) + 0.57 * math.log2(0.57 / 0.992)
-    ahead = switch_costs(rates([0.008], [0.43]), 3.0)
+    ahead = switch_costs(rates([0.008], [0.43]), 3.0, lookahead=True)
     assert float(ahead.from_off) == pytest.approx(float(priced.from_off) - saved)
     assert float(ahead.from_on) == pytest.approx(float(priced.from_on) - saved)
 
@@ -50,7 +50,7 @@ def test_lookahead_is_the_expected_change_of_the_next_transition() -> None:
     """Against the chain's own code length: flip the state at t, the states around it drawn from the chain."""
     p01, p11, a = 0.03, 0.7, 4.5
     transition, _ = path_costs(rates([p01], [p11]), a)
-    for before, expected in enumerate(switch_costs(rates([p01], [p11]), a)):
+    for before, expected in enumerate(switch_costs(rates([p01], [p11]), a, lookahead=True)):
         change = 0.0
         for after, share in ((0, 1 - p11), (1, p11)):  # the next state, if the feature is on
             bits = [float(transition[before, state, 0] + transition[state, after, 0]) for state in (0, 1)]

@@ -11,13 +11,13 @@ at t, being on saves
     s(q) = q log2(p11 / p01) + (1 - q) log2((1 - p11) / (1 - p01))
 
 there, which for q = p11 is the Kullback-Leibler divergence of p11 from p01. With decoder rows of norm 1, a feature of
-pre-activation z lowers the squared error by about z^2. So error + lambda bits is least with
+pre-activation z lowers the squared error by about z^2. A decision that knows the state before and the rates has
 
     on^2      = lambda c01,  c01 = log2((1 - p01) / p01) + a - s(p11)      from off
     release^2 = lambda c11,  c11 = log2((1 - p11) / p11) + a - s(p11)      from on
 
-which is a Schmitt trigger with thresholds per feature (docs/mathematics.md, section 9). Without s these are the
-thresholds of a decision that ignores what follows it.
+which is a Schmitt trigger with thresholds per feature (docs/mathematics.md, section 9). The default leaves s out, and
+with it what follows the decision (`sae.lookahead`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class SwitchCosts(NamedTuple):
     """At least 0 and at most ``from_off``."""
 
 
-def switch_costs(rates: Tensor, amplitude_bits: float, *, lookahead: bool = True) -> SwitchCosts:
+def switch_costs(rates: Tensor, amplitude_bits: float, *, lookahead: bool = False) -> SwitchCosts:
     """c01 and c11 of the module's docstring.
 
     rates: (2, d_sae), p01 and p11, each in (0, 1); a p11 below p01 counts as p01
