@@ -52,6 +52,8 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "hysteresis-0.4-with-gate": {"sae": {"activation": "schmitt", "release_ratio": 0.4}},
     "rate": {},
+    "rate-a2": {"sae": {"amplitude_bits": 2.0}},
+    "rate-a0.6": {"sae": {"amplitude_bits": 0.6}},
     "rate-with-lookahead": {"sae": {"lookahead": True}},
 }
 """Name -> options beside those of the demo."""
@@ -59,16 +61,18 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
 WIDTHS = (2_560, 10_240, 40_960)
 TOKENS = (1_000_000, 4_000_000, 10_000_000)
 KS: dict[str, tuple[int, ...]] = {
-    "plain": (24, 30, 38),
-    "batchtopk": (24, 30, 38),
+    "plain": (28, 36),
+    "batchtopk": (28, 36),
     "hysteresis-0.4": (36,),
     "default-0.2": (38,),
     "hysteresis-0.4-with-gate": (36,),
     "rate": (38,),
+    "rate-a2": (38,),
+    "rate-a0.6": (38,),
     "rate-with-lookahead": (40,),
 }
-"""Active features of each method: three sizes of a baseline, between which its bits are interpolated, and one size of
-the others, whose explained variance is between those."""
+"""Active features of each method: two sizes of a baseline, between which its bits are interpolated, and one size of
+the others, whose explained variance is between those from a million tokens on."""
 SEEDS = 3
 SEVERAL_SEEDS = 2_560 * 4_000_000  # width times tokens up to which a cell has three seeds
 

@@ -32,6 +32,8 @@ COLOURS = {
     "hysteresis-0.4": "#56B4E9",
     "hysteresis-0.4-with-gate": "#009E73",
     "rate": "#0072B2",
+    "rate-a2": "#CC79A7",
+    "rate-a0.6": "#8A8A8A",
     "rate-with-lookahead": "#E69F00",
     "default-0.2": "#D55E00",
 }
