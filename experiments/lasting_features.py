@@ -8,7 +8,7 @@ Features are ranked by the bits per token that the memory of one token saves on 
 
 the mutual information between a feature's states at neighbouring tokens (docs/metrics.md); d is the share of tokens at
 which it is on. A table has the five first. Those are dense, so passages are shown of the five first that are on at
-most at a tenth of the tokens: each with its longest stretches, at most one per sequence. No choice is made.
+most at a tenth of the tokens: each with its longest stretches, at most one per document. No choice is made.
 """
 # ruff: noqa: T201
 
@@ -63,6 +63,18 @@ def stretches(on: np.ndarray, run: np.ndarray) -> list[tuple[int, int]]:
     return [(int(starts[i]), int(lengths[i])) for i in np.lexsort((starts, -lengths))]
 
 
+def documents(run: np.ndarray, length: int) -> np.ndarray:
+    """The document of each token: a segment at the start of a row continues the one at the end of the row before.
+
+    run: (n) the segment run of each token of rows of ``length`` tokens, -1 where excluded
+    out: (n) numbers of documents; two documents that meet at the end of a row count as one
+    """
+    begins = np.diff(run, prepend=-2) != 0
+    row = np.arange(len(run)) % length == 0
+    continues = row & (np.append(-1, run[:-1]) >= 0) & (run >= 0)
+    return np.cumsum(begins & ~continues)
+
+
 def passage(start: int, on: np.ndarray, run: np.ndarray, tokens: list[str]) -> str:
     """The tokens around a stretch, within its segment, as HTML in which those where the feature is on are marked."""
     inside = np.flatnonzero(run == run[start])
@@ -98,6 +110,7 @@ def page(found: Activity, tokens: list[str], run_name: str) -> Iterator[str]:
             on[positions] = True
             states[feature] = on
     facts = {feature: saved_bits(on, found.run) for feature, on in states.items()}
+    document = documents(found.run, found.segments.shape[1])
     ranked = sorted(facts, key=lambda feature: -facts[feature][0])
     sparse = [feature for feature in ranked if facts[feature][1] <= DENSE]
     yield "# Five features that last\n"
@@ -114,16 +127,16 @@ def page(found: Activity, tokens: list[str], run_name: str) -> Iterator[str]:
         yield f"| {feature} | {numbers} |"
     yield (
         f"\nThe {FEATURES} first of all, then the {FEATURES} first of those that are on at most at {DENSE:.0%} of the "
-        f"tokens. Of these the longest stretches in {PASSAGES} sequences; marked: it is on; ⏎ is a line break.\n"
+        f"tokens. Of these the longest stretches in {PASSAGES} documents; marked: it is on; ⏎ is a line break.\n"
     )
     for place, feature in enumerate(sparse[:FEATURES], 1):
         on = states[feature]
         seen: set[int] = set()
         yield f"## {place}. Feature {feature}\n"
         for start, length in stretches(on, found.run):
-            if found.run[start] in seen or len(seen) == PASSAGES:
+            if document[start] in seen or len(seen) == PASSAGES:
                 continue
-            seen.add(found.run[start])
+            seen.add(document[start])
             yield f"{length} tokens:\n\n<pre>{passage(start, on, found.run, tokens)}</pre>\n"
 
 

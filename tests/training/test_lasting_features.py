@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.lasting_features import page, passage, saved_bits, stretches
+from experiments.lasting_features import documents, page, passage, saved_bits, stretches
 from tsae.view.features import Activity
 
 
@@ -31,6 +31,12 @@ def test_stretches_end_with_a_segment() -> None:
     assert stretches(on, run) == [(0, 2), (3, 2), (5, 2)]
 
 
+def test_a_document_goes_on_in_the_next_row() -> None:
+    rows = [[0, 0, 1, 1], [2, 2, 2, 3], [4, 4, 4, -1], [5, 5, 5, 5]]
+    found = documents(np.array(rows).ravel(), 4).reshape(4, 4)
+    assert found.tolist() == [[1, 1, 2, 2], [2, 2, 2, 3], [3, 3, 3, 4], [5, 5, 5, 5]]
+
+
 def test_a_passage_is_escaped_and_stays_in_its_segment() -> None:
     on, run = np.array([0, 1, 1, 1], bool), np.array([0, 0, 0, 1])
     assert passage(1, on, run, ["a", "<b>", "&", "c"]) == "a<mark>&lt;b&gt;&amp;</mark>"
@@ -44,7 +50,9 @@ def test_the_feature_that_lasts_is_first_and_dense_ones_have_no_passages() -> No
     h[:, 7:13:2, 3] = 1.0
     h[:, 30:33, 3] = 1.0
     h[0, 0, 0] = 1.0  # too seldom
-    activity.update(h, torch.arange(4)[:, None].expand(4, 64).int())
+    segments = torch.arange(4)[:, None].repeat(1, 64).int()
+    segments[2:, -1] = -1  # the first three rows are one document, which has one passage
+    activity.update(h, segments)
     activity.finish()
     text = "\n".join(page(activity, ["x"] * 256, "run"))
     rows = [line.split(" |")[0] for line in text.splitlines() if line.startswith("| ") and "bits" not in line]
@@ -53,4 +61,5 @@ def test_the_feature_that_lasts_is_first_and_dense_ones_have_no_passages() -> No
     assert text.index("## 1. Feature 1") < text.index("## 2. Feature 3")
     assert "Feature 2" not in text
     assert "6 tokens:" in text
-    assert text.count("<pre>") == 6
+    assert text.count("<pre>") == 4
+    assert "in 3 documents" in text
