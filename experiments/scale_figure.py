@@ -29,9 +29,10 @@ BASELINES = ("plain", "batchtopk")
 FAR = ((100_000_000, 40_960), (1_000_000_000, 65_536))  # tokens and width that the fits are extrapolated to
 DRAWS = 2_000
 COLOURS = {
-    "hysteresis-0.4": "#56B4E9",
+    "hysteresis-0.4": "#F0E442",
     "hysteresis-0.4-with-gate": "#009E73",
     "rate": "#0072B2",
+    "rate-a6": "#56B4E9",
     "rate-a2": "#CC79A7",
     "rate-a0.6": "#8A8A8A",
     "rate-with-lookahead": "#E69F00",
