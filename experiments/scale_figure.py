@@ -202,14 +202,14 @@ def figure(found: list[Gain], path: Path, bits: str) -> None:
     shown, axes = pyplot.subplots(
         2,
         len(widths),
-        figsize=(max(3.6 * len(widths) + 1, 6.4), 6.4),
+        figsize=(max(3.6 * len(widths) + 1, 6.4), 7.6),
         sharex=True,
         sharey="row",
         squeeze=False,
         layout="constrained",
     )
     what = {"bits": f"{bits} bits at equal EV", "quality": f"EV at equal {bits} bits"}
-    for method in dict.fromkeys(gain.method for gain in found):
+    for method in dict.fromkeys(gain.method for gain in found if gain.bits is not None or gain.quality is not None):
         members = [gain for gain in found if gain.method == method]
         colour = COLOURS.get(method, "#CC79A7")
         for row, name in enumerate(what):
@@ -233,7 +233,8 @@ def figure(found: list[Gain], path: Path, bits: str) -> None:
     for row, label in enumerate(what.values()):
         axes[row, 0].set_ylabel(f"{label},\nagainst the best of plain and BatchTopK")
     shown.supxlabel("training tokens; lines and bands, where there are: fit and its 90 % interval", fontsize=10)
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    handles = axes[0, 0].get_legend_handles_labels()
+    shown.legend(*handles, frameon=False, fontsize=8, loc="outside upper center", ncols=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     shown.savefig(path, dpi=150)
 
