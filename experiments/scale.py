@@ -74,7 +74,7 @@ KS: dict[str, tuple[int, ...]] = {
     "rate-with-lookahead": (40,),
 }
 """Active features of each method: two sizes of a baseline, between which its bits are interpolated, and one size of
-the others, whose explained variance is between those from a million tokens on."""
+the others, whose explained variance is between those with 4 million tokens or more; with fewer, --k gives the sizes."""
 SEEDS = 3
 SEVERAL_SEEDS = 2_560 * 4_000_000  # width times tokens up to which a cell has three seeds
 

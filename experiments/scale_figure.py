@@ -26,7 +26,8 @@ import numpy as np
 from tsae.reports.frontier import SUPPORT, TOTAL, Curve
 
 BASELINES = ("plain", "batchtopk")
-FAR = ((100_000_000, 40_960), (1_000_000_000, 65_536))  # tokens and width that the fits are extrapolated to
+# Tokens and width that the fits are extrapolated to.
+FAR = ((100_000_000, 2_560), (100_000_000, 40_960), (1_000_000_000, 65_536))
 DRAWS = 2_000
 COLOURS = {
     "hysteresis-0.4": "#F0E442",
