@@ -57,8 +57,8 @@ class SAEConfig:
     """rate: count in a switch what the new state saves at the next position (docs/mathematics.md, section 9): fewer
     bits for the support, and features that last longer the longer the training."""
     release_ratio: Fraction = 0.3
-    """schmitt: switch-off threshold divided by switch-on threshold, 0 to 1; 1 is no hysteresis. jumprelu_schmitt, rate:
-    its initial value."""
+    """schmitt: switch-off threshold divided by switch-on threshold, 0 to 1; 1 is no hysteresis. jumprelu_schmitt: its
+    initial value. rate: its initial value, and the one that rare features keep."""
     hysteresis: Literal["causal", "two-sided", "path"] = "causal"
     """schmitt, rate: `causal` keeps a feature on after it switches on; `two-sided` also extends it backwards, which
     costs two more passes. rate: `path` takes each feature's path of least error and bits over the whole sequence. Both

@@ -26,7 +26,7 @@ from tsae.lm.loading import load_language_model
 from tsae.reports.table import print_table
 from tsae.rundir.directory import remove_run
 from tsae.sae.model import SparseAutoencoder
-from tsae.sae.rates import switch_costs
+from tsae.sae.rates import decision_rates, switch_costs
 from tsae.utils.config_json import to_dict
 from tsae.utils.nested import flatten
 
@@ -643,7 +643,7 @@ def test_command_line_with_another_hysteresis(run_dir, capsys):
     sae = SparseAutoencoder(cfg)
     sae.rates.copy_(torch.stack([torch.full((48,), 0.05), torch.full((48,), 0.5)]))
     sae.bit_price.fill_(0.6)
-    costs = switch_costs(sae.rates, cfg.amplitude_bits)
+    costs = switch_costs(decision_rates(sae.rates, cfg.amplitude_bits, cfg.release_ratio), cfg.amplitude_bits)
     sae.threshold.copy_((sae.bit_price * costs.from_off).sqrt())
     sae.release.copy_((sae.bit_price * costs.from_on).sqrt())
     sae.save(run_dir / "sae")

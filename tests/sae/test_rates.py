@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from tsae.sae.rates import MEMORY, TransitionRates, path_costs, switch_costs
+from tsae.sae.rates import MEMORY, TransitionRates, decision_rates, path_costs, switch_costs
 
 
 def rates(p01: list[float], p11: list[float]) -> torch.Tensor:
@@ -56,6 +56,43 @@ def test_lookahead_is_the_expected_change_of_the_next_transition() -> None:
             bits = [float(transition[before, state, 0] + transition[state, after, 0]) for state in (0, 1)]
             change += share * (bits[1] - bits[0])
         assert float(expected) == pytest.approx(change)
+
+
+def test_a_rare_feature_is_decided_by_common_rates() -> None:
+    """Its threshold is bounded, however seldom it is on, and its release has the common ratio."""
+    own = rates([1e-6, 0.01, 0.02, 0.1], [0.3, 0.2, 0.6, 0.9])
+    found = decision_rates(own, 4.0, 0.4)
+    mean = float((own[0] / (1 - own[1] + own[0])).mean())
+    assert float(found[0, 0]) == pytest.approx(mean / 2)
+    costs = switch_costs(found, 4.0)
+    assert float((costs.from_on / costs.from_off).sqrt()[0]) == pytest.approx(0.4, abs=1e-4)
+    rarer = switch_costs(decision_rates(torch.where(own == 1e-6, 1e-9, own), 4.0, 0.4), 4.0)
+    assert float(rarer.from_off[0]) == pytest.approx(float(costs.from_off[0]), rel=1e-3)
+    assert float(switch_costs(own, 4.0).from_off[0]) > 1.5 * float(costs.from_off[0])
+
+
+def test_a_frequent_feature_is_decided_by_its_own_rates() -> None:
+    own = torch.cat([rates([0.2], [0.95]), rates([1e-5], [0.1]).expand(2, 999)], 1)
+    assert torch.allclose(decision_rates(own, 4.0, 0.4)[:, 0], own[:, 0], rtol=1e-3)
+
+
+def test_the_weight_of_common_rates_is_that_of_the_mean_density() -> None:
+    own = rates([0.02] * 5, [0.5] * 5)
+    found = decision_rates(own, 4.0, 0.4)
+    assert torch.equal(found[0], own[0])  # above half of the mean density, 0.038
+    wanted = 0.16 * (math.log2(0.98 / 0.02) + 4.0) - 4.0
+    assert torch.allclose(found[1], torch.full((5,), (0.5 + 1 / (1 + 2.0**wanted)) / 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("release_ratio", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("amplitude_bits", [0.0, 4.0, 20.0])
+def test_common_rates_give_usable_costs(release_ratio: float, amplitude_bits: float) -> None:
+    p = torch.logspace(-8, -0.001, 40, dtype=torch.float64)
+    found = decision_rates(torch.stack([p, p.flip(0)]), amplitude_bits, release_ratio)
+    assert bool(((found > 0) & (found < 1)).all())
+    assert bool((found[1] >= found[0]).all())
+    for costs in switch_costs(found, amplitude_bits):
+        assert bool(costs.isfinite().all())
 
 
 def test_path_costs_are_the_code_length_of_a_chain() -> None:

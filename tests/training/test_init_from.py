@@ -24,7 +24,7 @@ from tsae.data.harvest import ActivationBatch
 from tsae.errors import UserError
 from tsae.rundir.directory import read_config
 from tsae.sae.normalization import InputNormalizer
-from tsae.sae.rates import switch_costs
+from tsae.sae.rates import decision_rates, switch_costs
 from tsae.sae.release import with_release_ratio
 from tsae.train import main
 from tsae.training.init_from import adopted, differences, field_names, warm_start
@@ -176,7 +176,8 @@ def test_step_0_is_the_source_of_our_own(name: str, normalize: bool, tmp_path: P
     sae.release.copy_(sae.threshold * sae.cfg.release_ratio)
     if sae.cfg.kind.rates:  # of a feature that lasts 2 tokens
         sae.rates.copy_(torch.tensor([[0.05], [0.5]]).expand(2, D_SAE))
-        costs = switch_costs(sae.rates, sae.cfg.amplitude_bits)
+        decisive = decision_rates(sae.rates, sae.cfg.amplitude_bits, sae.cfg.release_ratio)
+        costs = switch_costs(decisive, sae.cfg.amplitude_bits)
         sae.bit_price.copy_(sae.threshold[0] ** 2 / costs.from_off[0])
         sae.threshold.copy_((sae.bit_price * costs.from_off).sqrt())
         sae.release.copy_((sae.bit_price * costs.from_on).sqrt())
@@ -203,7 +204,8 @@ def test_training_goes_on_from_there(name: str, tmp_path: Path) -> None:
     sae.release.copy_(sae.threshold * sae.cfg.release_ratio)
     if sae.cfg.kind.rates:  # of a feature that lasts 2 tokens
         sae.rates.copy_(torch.tensor([[0.05], [0.5]]).expand(2, D_SAE))
-        costs = switch_costs(sae.rates, sae.cfg.amplitude_bits)
+        decisive = decision_rates(sae.rates, sae.cfg.amplitude_bits, sae.cfg.release_ratio)
+        costs = switch_costs(decisive, sae.cfg.amplitude_bits)
         sae.bit_price.copy_(sae.threshold[0] ** 2 / costs.from_off[0])
         sae.threshold.copy_((sae.bit_price * costs.from_off).sqrt())
         sae.release.copy_((sae.bit_price * costs.from_on).sqrt())

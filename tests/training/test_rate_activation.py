@@ -15,7 +15,7 @@ from tsae.errors import UserError
 from tsae.evaluation.metrics.bits import CodeLength
 from tsae.sae.model import SparseAutoencoder
 from tsae.sae.normalization import InputNormalizer
-from tsae.sae.rates import MEMORY, switch_costs
+from tsae.sae.rates import MEMORY, decision_rates, path_costs, switch_costs
 from tsae.sae.release import with_hysteresis
 from tsae.training.init_from import warm_start
 from tsae.training.trainer import Trainer
@@ -44,7 +44,7 @@ def test_thresholds_are_common_before_the_blend_and_those_of_the_rates_after() -
         assert (spread < 1e-6) == (step <= 20)
     sae, rates = trainer.sae, trainer.steering.rates
     assert rates is not None
-    costs = switch_costs(sae.rates, RATE["amplitude_bits"])
+    costs = switch_costs(decision_rates(sae.rates, RATE["amplitude_bits"], RATE["release_ratio"]), RATE["amplitude_bits"])
     torch.testing.assert_close(sae.threshold.square(), sae.bit_price * costs.from_off)
     torch.testing.assert_close(sae.release.square(), sae.bit_price * costs.from_on)
     assert float((sae.release / sae.threshold).std()) > 0.01
@@ -121,9 +121,8 @@ def test_saved_and_folded_it_computes_the_same(tmp_path: Any) -> None:
 
 def cost(sae: SparseAutoencoder, h: torch.Tensor, segments: torch.Tensor) -> float:
     """The objective of `path`: less the squares of what is on, plus the price of the support."""
-    from tsae.sae.rates import path_costs
-
-    transition, start = (sae.bit_price * bits for bits in path_costs(sae.rates, sae.cfg.amplitude_bits))
+    rates = decision_rates(sae.rates, sae.cfg.amplitude_bits, sae.cfg.release_ratio)
+    transition, start = (sae.bit_price * bits for bits in path_costs(rates, sae.cfg.amplitude_bits))
     total, on = -float(h.detach().double().square().sum()), (h > 0).long()
     features = torch.arange(h.shape[2])
     for b, t in (segments >= 0).nonzero().tolist():

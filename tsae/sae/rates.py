@@ -17,7 +17,8 @@ pre-activation z lowers the squared error by about z^2. A decision that knows th
     release^2 = lambda c11,  c11 = log2((1 - p11) / p11) + a - s(p11)      from on
 
 which is a Schmitt trigger with thresholds per feature (docs/mathematics.md, section 9). The default leaves s out, and
-with it what follows the decision (`sae.lookahead`).
+with it what follows the decision (`sae.lookahead`). Thresholds use the rates as `decision_rates` bounds them for rare
+features.
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tsae.parallel.axis import SINGLE_PROCESS, Axis
+
 MEMORY = 200  # steps over which counts are averaged
 # A feature without counts has these rates, as if it had been seen at so many positions.
 _PRIOR_ON_AFTER_OFF = (0.013, 2000.0)
 _PRIOR_ON_AFTER_ON = (0.3, 20.0)
+_RAREST = 0.5  # of the mean density: lower bound of p01 in thresholds
 _LEAST = 0.05  # bits: lower bound of c01, so that an always-on feature keeps a threshold
 
 
@@ -40,6 +44,34 @@ class SwitchCosts(NamedTuple):
     from_off: Tensor
     from_on: Tensor
     """At least 0 and at most ``from_off``."""
+
+
+def decision_rates(
+    rates: Tensor, amplitude_bits: float, release_ratio: float, features: Axis = SINGLE_PROCESS.features
+) -> Tensor:
+    """The rates that decide when a feature is on: those of rare features are drawn to common ones.
+
+    With m the mean over features of the stationary density d = p01 / (1 - p11 + p01):
+
+        p01' = max(p01, m / 2)
+        p11' = (d p11 + m P) / (d + m),   log2((1 - P) / P) + a = release_ratio^2 (log2((1 - p01') / p01') + a)
+
+    Without the bound, a feature that is seldom on gets a higher threshold, is on more seldom, and dies. P gives a
+    release of ``release_ratio`` times the threshold, which is what a feature has whose own p11 is not known yet.
+
+    rates: (2, d_sae) or a shard of it, p01 and p11, each in (0, 1); a p11 below p01 counts as p01
+    amplitude_bits: a, at least 0; release_ratio: in [0, 1]
+    features: the axis that d_sae is divided over
+    out: (2, d_sae), as ``rates``, with p11 at least p01
+    """
+    p01, p11 = rates[0], torch.maximum(rates[0], rates[1])
+    density = p01 / (1 - p11 + p01)
+    mean = features.sum_no_grad(density.sum()) / (density.numel() * features.size)
+    p01 = torch.maximum(p01, _RAREST * mean)
+    bits = release_ratio**2 * (torch.log2((1 - p01) / p01) + amplitude_bits) - amplitude_bits
+    common = 1 / (1 + torch.exp2(bits))
+    p11 = (density * p11 + mean * common) / (density + mean)
+    return torch.stack([p01, torch.maximum(p01, p11)])
 
 
 def switch_costs(rates: Tensor, amplitude_bits: float, *, lookahead: bool = False) -> SwitchCosts:

@@ -12,7 +12,7 @@ from tsae.config import TrainConfig
 from tsae.parallel.axis import Ranks
 from tsae.parallel.sharding import split, whole
 from tsae.sae.model import SparseAutoencoder
-from tsae.sae.rates import MEMORY, SwitchCosts, TransitionRates, switch_costs
+from tsae.sae.rates import MEMORY, SwitchCosts, TransitionRates, decision_rates, switch_costs
 from tsae.sae.thresholds import ThresholdController, initial_threshold
 from tsae_kernels.segments import count_pairs
 
@@ -104,8 +104,10 @@ class Steering:
         So theta is the rms of the thresholds, weighted by how often features are on, and keeps its size while
         thresholds per feature replace the common one.
         """
-        costs = switch_costs(rates.rates, self.cfg.sae.amplitude_bits, lookahead=self.cfg.sae.lookahead)
-        weights, features = rates.active_pairs + 1, self.ranks.features
+        cfg, features = self.cfg.sae, self.ranks.features
+        decisive = decision_rates(rates.rates, cfg.amplitude_bits, cfg.release_ratio, features)
+        costs = switch_costs(decisive, cfg.amplitude_bits, lookahead=cfg.lookahead)
+        weights = rates.active_pairs + 1
         total = features.sum_no_grad((weights * costs.from_off).sum())
         return costs, total / features.sum_no_grad(weights.sum())
 
