@@ -44,7 +44,8 @@ def test_thresholds_are_common_before_the_blend_and_those_of_the_rates_after() -
         assert (spread < 1e-6) == (step <= 20)
     sae, rates = trainer.sae, trainer.steering.rates
     assert rates is not None
-    costs = switch_costs(decision_rates(sae.rates, RATE["amplitude_bits"], RATE["release_ratio"]), RATE["amplitude_bits"])
+    price = RATE["amplitude_bits"]
+    costs = switch_costs(decision_rates(sae.rates, price, RATE["release_ratio"]), price)
     torch.testing.assert_close(sae.threshold.square(), sae.bit_price * costs.from_off)
     torch.testing.assert_close(sae.release.square(), sae.bit_price * costs.from_on)
     assert float((sae.release / sae.threshold).std()) > 0.01
