@@ -30,7 +30,7 @@ def demo() -> TrainConfig:
     return replace(
         base,
         preset="demo",
-        sae=replace(base.sae, activation="rate", gate_gradient=0.4),
+        sae=replace(base.sae, activation="rate", release_ratio=0.25, gate_gradient=0.4),
         objective=replace(
             base.objective,
             temporal="none",

@@ -76,12 +76,12 @@ def test_a_frequent_feature_is_decided_by_its_own_rates() -> None:
     assert torch.allclose(decision_rates(own, 4.0, 0.4)[:, 0], own[:, 0], rtol=1e-3)
 
 
-def test_the_weight_of_common_rates_is_that_of_the_mean_density() -> None:
+def test_the_weight_of_common_rates_is_four_times_the_mean_density() -> None:
     own = rates([0.02] * 5, [0.5] * 5)
     found = decision_rates(own, 4.0, 0.4)
     assert torch.equal(found[0], own[0])  # above half of the mean density, 0.038
     wanted = 0.16 * (math.log2(0.98 / 0.02) + 4.0) - 4.0
-    assert torch.allclose(found[1], torch.full((5,), (0.5 + 1 / (1 + 2.0**wanted)) / 2, dtype=torch.float64))
+    assert torch.allclose(found[1], torch.full((5,), (0.5 + 4 / (1 + 2.0**wanted)) / 5, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("release_ratio", [0.0, 0.4, 1.0])

@@ -34,7 +34,8 @@ MEMORY = 200  # steps over which counts are averaged
 # A feature without counts has these rates, as if it had been seen at so many positions.
 _PRIOR_ON_AFTER_OFF = (0.013, 2000.0)
 _PRIOR_ON_AFTER_ON = (0.3, 20.0)
-_RAREST = 0.5  # of the mean density: lower bound of p01 in thresholds
+# Of the mean density: the lower bound of p01, and the weight of the common p11, in thresholds.
+_RAREST, _COMMON = 0.5, 4.0
 _LEAST = 0.05  # bits: lower bound of c01, so that an always-on feature keeps a threshold
 
 
@@ -54,10 +55,10 @@ def decision_rates(
     With m the mean over features of the stationary density d = p01 / (1 - p11 + p01):
 
         p01' = max(p01, m / 2)
-        p11' = (d p11 + m P) / (d + m),   log2((1 - P) / P) + a = release_ratio^2 (log2((1 - p01') / p01') + a)
+        p11' = (d p11 + 4 m P) / (d + 4 m),   log2((1 - P) / P) + a = release_ratio^2 (log2((1 - p01') / p01') + a)
 
     Without the bound, a feature that is seldom on gets a higher threshold, is on more seldom, and dies. P gives a
-    release of ``release_ratio`` times the threshold, which is what a feature has whose own p11 is not known yet.
+    release of ``release_ratio`` times the threshold.
 
     rates: (2, d_sae) or a shard of it, p01 and p11, each in (0, 1); a p11 below p01 counts as p01
     amplitude_bits: a, at least 0; release_ratio: in [0, 1]
@@ -67,10 +68,10 @@ def decision_rates(
     p01, p11 = rates[0], torch.maximum(rates[0], rates[1])
     density = p01 / (1 - p11 + p01)
     mean = features.sum_no_grad(density.sum()) / (density.numel() * features.size)
-    p01 = torch.maximum(p01, _RAREST * mean)
+    p01, weight = torch.maximum(p01, _RAREST * mean), _COMMON * mean
     bits = release_ratio**2 * (torch.log2((1 - p01) / p01) + amplitude_bits) - amplitude_bits
     common = 1 / (1 + torch.exp2(bits))
-    p11 = (density * p11 + mean * common) / (density + mean)
+    p11 = (density * p11 + weight * common) / (density + weight)
     return torch.stack([p01, torch.maximum(p01, p11)])
 
 
