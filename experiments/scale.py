@@ -53,9 +53,6 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "hysteresis-0.4-with-gate": {"sae": {"activation": "schmitt", "release_ratio": 0.4}},
     "rate": {},
     "rate-a6": {"sae": {"amplitude_bits": 6.0}},
-    "rate-a2": {"sae": {"amplitude_bits": 2.0}},
-    "rate-a0.6": {"sae": {"amplitude_bits": 0.6}},
-    "rate-with-lookahead": {"sae": {"lookahead": True}},
 }
 """Name -> options beside those of the demo."""
 
@@ -69,9 +66,6 @@ KS: dict[str, tuple[int, ...]] = {
     "hysteresis-0.4-with-gate": (36,),
     "rate": (38,),
     "rate-a6": (38,),
-    "rate-a2": (38,),
-    "rate-a0.6": (38,),
-    "rate-with-lookahead": (40,),
 }
 """Active features of each method: two sizes of a baseline, between which its bits are interpolated, and one size of
 the others, whose explained variance is between those with 4 million tokens or more; with fewer, --k gives the sizes."""

@@ -34,9 +34,6 @@ COLOURS = {
     "hysteresis-0.4-with-gate": "#009E73",
     "rate": "#0072B2",
     "rate-a6": "#56B4E9",
-    "rate-a2": "#CC79A7",
-    "rate-a0.6": "#8A8A8A",
-    "rate-with-lookahead": "#E69F00",
     "default-0.2": "#D55E00",
 }
 
