@@ -53,12 +53,9 @@ class SAEConfig:
     """rate: target of the support's bits per token, instead of sae.k of the mean L0; 0: sae.k."""
     amplitude_bits: NonNegativeFloat = 4.0
     """rate: price in bits of an active value, beside what its switching costs."""
-    lookahead: bool = False
-    """rate: count in a switch what the new state saves at the next position (docs/mathematics.md, section 9): fewer
-    bits for the support, and features that last longer the longer the training."""
     release_ratio: Fraction = 0.3
     """schmitt: switch-off threshold divided by switch-on threshold, 0 to 1; 1 is no hysteresis. jumprelu_schmitt: its
-    initial value. rate: its initial value, and the one that rare features keep."""
+    initial value. rate: its initial value, and what the ratio of a feature approaches the rarer it is."""
     hysteresis: Literal["causal", "two-sided", "path"] = "causal"
     """schmitt, rate: `causal` keeps a feature on after it switches on; `two-sided` also extends it backwards, which
     costs two more passes. rate: `path` takes each feature's path of least error and bits over the whole sequence. Both

@@ -63,6 +63,7 @@ def test_tcsae_preset_is_the_papers() -> None:
 def test_demo_is_rate_without_a_temporal_term() -> None:
     cfg = preset("demo")
     assert (cfg.sae.activation, cfg.sae.gate_gradient, cfg.sae.k) == ("rate", 0.4, 36)
+    assert cfg.sae.release_ratio == 0.25
     assert cfg.objective.terms == ()
 
 

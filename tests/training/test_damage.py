@@ -144,7 +144,6 @@ NEWER = {
     "sae.d_out": 8,
     "sae.support_bits": 9.0,
     "sae.amplitude_bits": 1.0,
-    "sae.lookahead": True,
     "sae.gate_gradient": 0.5,
     "lm_quantization": "8bit",
     "text.roles": ["assistant"],

@@ -122,8 +122,7 @@ def test_saved_and_folded_it_computes_the_same(tmp_path: Any) -> None:
 
 def cost(sae: SparseAutoencoder, h: torch.Tensor, segments: torch.Tensor) -> float:
     """The objective of `path`: less the squares of what is on, plus the price of the support."""
-    rates = decision_rates(sae.rates, sae.cfg.amplitude_bits, sae.cfg.release_ratio)
-    transition, start = (sae.bit_price * bits for bits in path_costs(rates, sae.cfg.amplitude_bits))
+    transition, start = (sae.bit_price * bits for bits in path_costs(sae.rates, sae.cfg.amplitude_bits))
     total, on = -float(h.detach().double().square().sum()), (h > 0).long()
     features = torch.arange(h.shape[2])
     for b, t in (segments >= 0).nonzero().tolist():
@@ -141,6 +140,19 @@ def test_the_path_costs_less_than_the_causal_trigger() -> None:
         for kind in ("causal", "path")
     )
     assert path < causal
+
+
+def test_the_path_is_that_of_the_features_own_rates() -> None:
+    sae = trained().finished()
+    x, segments = batch(5)
+
+    def of_path(other: SparseAutoencoder) -> float:
+        h = with_hysteresis(other, "path").encode(x, segments) * (segments >= 0)[..., None]
+        return cost(sae, h, segments)
+
+    decided = copy.deepcopy(sae)
+    decided.rates.copy_(decision_rates(sae.rates, sae.cfg.amplitude_bits, sae.cfg.release_ratio))
+    assert of_path(sae) < of_path(decided)
 
 
 @pytest.mark.parametrize("kind", ["causal", "two-sided", "path"])
@@ -170,6 +182,28 @@ def test_a_warm_start_from_its_own_kind_is_the_source_at_step_0() -> None:
         trainer.steering.prepare(trainer.sae.pre_activation(y), segments, 0)
         h, _ = trainer.sae.activate(trainer.sae.pre_activation(y), segments=segments)
     torch.testing.assert_close(2.0 * h, source.encode(x, segments), atol=2e-3, rtol=1e-3)
+
+
+def test_a_warm_start_takes_the_release_ratio_of_the_run() -> None:
+    source = trained(50).finished()
+    cfg = make(RATE, NONE).cfg
+    cfg = dataclasses.replace(cfg, sae=dataclasses.replace(cfg.sae, release_ratio=0.2))
+    start = warm_start(cfg, source, InputNormalizer(torch.zeros(8), 1.0))
+    trainer = Trainer(cfg, start.normalizer, torch.device("cpu"), autocast=False)
+    trainer.start_from(start)
+    x, segments = batch(9)
+    with torch.no_grad():
+        trainer.steering.prepare(trainer.sae.pre_activation(x), segments, 0)
+    costs = switch_costs(decision_rates(source.rates, source.cfg.amplitude_bits, 0.2), source.cfg.amplitude_bits)
+    torch.testing.assert_close(trainer.sae.threshold, source.threshold, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(trainer.sae.release.square(), source.bit_price * costs.from_on, rtol=1e-3, atol=1e-4)
+
+
+def test_thresholds_of_other_rates_are_said_and_start_in_common(caplog: pytest.LogCaptureFixture) -> None:
+    source = trained(50).finished()
+    source.threshold *= torch.linspace(0.8, 1.2, len(source.threshold))
+    warm(source)
+    assert "do not follow from its rates" in caplog.text
 
 
 def test_a_resumed_warm_start_keeps_the_thresholds_of_the_rates() -> None:

@@ -124,7 +124,7 @@ def _header(head: SubFigure, records: Records) -> None:
         if kind.rates and sae.get("support_bits"):
             details = [f"{sae['support_bits']:g} support bits"]
         if kind.steered and "release_ratio" in sae:
-            details += [] if kind.rates else [f"release ratio {sae['release_ratio']:g}"]
+            details += [f"release ratio {sae['release_ratio']:g}"]
             details += [sae["hysteresis"]] if sae.get("hysteresis", "causal") != "causal" else []
             details += ["exact threshold"] if sae.get("steering") == "exact" else []
         how.append(f"{sae['activation']} ({', '.join(details)})" if details else str(sae["activation"]))

@@ -27,7 +27,6 @@ _ADDED: dict[str, Any] = {
     "sae.d_out": 0,
     "sae.support_bits": 0.0,
     "sae.amplitude_bits": 4.0,
-    "sae.lookahead": False,
     "sae.gate_gradient": 0.0,
     "lm_quantization": "none",
     "text.roles": [],

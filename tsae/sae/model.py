@@ -15,7 +15,7 @@ from tsae.errors import UserError
 from tsae.parallel.axis import SINGLE_PROCESS, Ranks
 from tsae.sae import saving
 from tsae.sae.hysteresis import exact_threshold, mask_path, mask_two_sided
-from tsae.sae.rates import decision_rates, path_costs
+from tsae.sae.rates import path_costs
 from tsae.sae.recurrence import decay_of, logit_of
 from tsae.sae.sparse_linear import decode_sparse, encode_linear, use_sparse_products
 from tsae.sae.straight_through import GateLevels, gate_gradient, learned_thresholds, straight_through
@@ -222,8 +222,7 @@ class SparseAutoencoder(nn.Module):
             pre = mask_two_sided(pre, bias, threshold, release, segments, backend=backend)
             threshold, release = None, None
         elif cfg.hysteresis == "path":
-            rates = decision_rates(self.rates, cfg.amplitude_bits, cfg.release_ratio, self.ranks.features)
-            transition, start = path_costs(rates, cfg.amplitude_bits)
+            transition, start = path_costs(self.rates, cfg.amplitude_bits)
             price = self.bit_price
             pre = mask_path(pre, bias, price * transition, price * start, segments, backend=backend)
             threshold, release = None, None

@@ -5,20 +5,14 @@ A feature's support along the sequence is coded as a two-state Markov chain, wit
     p01 = P(on at t + 1 | off at t),    p11 = P(on at t + 1 | on at t).
 
 Being on at t costs, against being off, -log2 of the ratio of both probabilities given the state at t - 1, plus a bits
-for the amplitude. It also changes the cost of the state at t + 1: if that is on with probability q whatever the state
-at t, being on saves
+for the amplitude. With decoder rows of norm 1, a feature of pre-activation z lowers the squared error by about z^2. A
+decision that knows the state before and the rates has
 
-    s(q) = q log2(p11 / p01) + (1 - q) log2((1 - p11) / (1 - p01))
+    on^2      = lambda c01,  c01 = log2((1 - p01) / p01) + a      from off
+    release^2 = lambda c11,  c11 = log2((1 - p11) / p11) + a      from on
 
-there, which for q = p11 is the Kullback-Leibler divergence of p11 from p01. With decoder rows of norm 1, a feature of
-pre-activation z lowers the squared error by about z^2. A decision that knows the state before and the rates has
-
-    on^2      = lambda c01,  c01 = log2((1 - p01) / p01) + a - s(p11)      from off
-    release^2 = lambda c11,  c11 = log2((1 - p11) / p11) + a - s(p11)      from on
-
-which is a Schmitt trigger with thresholds per feature (docs/mathematics.md, section 9). The default leaves s out, and
-with it what follows the decision (`sae.lookahead`). Thresholds use the rates as `decision_rates` bounds them for rare
-features.
+which is a Schmitt trigger with thresholds per feature (docs/mathematics.md, section 9). What the state saves at t + 1
+is left out. Thresholds use the rates of `decision_rates`, which bounds those of rare features.
 """
 
 from __future__ import annotations
@@ -36,6 +30,7 @@ _PRIOR_ON_AFTER_OFF = (0.013, 2000.0)
 _PRIOR_ON_AFTER_ON = (0.3, 20.0)
 # Of the mean density: the lower bound of p01, and the weight of the common p11, in thresholds.
 _RAREST, _COMMON = 0.5, 4.0
+_MOST = 1 - 2.0**-20  # of a probability, so that its odds are finite in float32
 _LEAST = 0.05  # bits: lower bound of c01, so that an always-on feature keeps a threshold
 
 
@@ -50,15 +45,15 @@ class SwitchCosts(NamedTuple):
 def decision_rates(
     rates: Tensor, amplitude_bits: float, release_ratio: float, features: Axis = SINGLE_PROCESS.features
 ) -> Tensor:
-    """The rates that decide when a feature is on: those of rare features are drawn to common ones.
+    """The rates that decide when a feature is on: its own, drawn towards common ones the rarer it is.
 
-    With m the mean over features of the stationary density d = p01 / (1 - p11 + p01):
+    With m the mean over features of the stationary density d = p01 / (1 - p11 + p01), about the mean L0 / d_sae:
 
         p01' = max(p01, m / 2)
         p11' = (d p11 + 4 m P) / (d + 4 m),   log2((1 - P) / P) + a = release_ratio^2 (log2((1 - p01') / p01') + a)
 
-    Without the bound, a feature that is seldom on gets a higher threshold, is on more seldom, and dies. P gives a
-    release of ``release_ratio`` times the threshold.
+    Without the bound, a feature that is seldom on gets a higher threshold, is on still less often, and dies. P alone
+    would give a release of ``release_ratio`` times the threshold.
 
     rates: (2, d_sae) or a shard of it, p01 and p11, each in (0, 1); a p11 below p01 counts as p01
     amplitude_bits: a, at least 0; release_ratio: in [0, 1]
@@ -70,24 +65,20 @@ def decision_rates(
     mean = features.sum_no_grad(density.sum()) / (density.numel() * features.size)
     p01, weight = torch.maximum(p01, _RAREST * mean), _COMMON * mean
     bits = release_ratio**2 * (torch.log2((1 - p01) / p01) + amplitude_bits) - amplitude_bits
-    common = 1 / (1 + torch.exp2(bits))
+    common = (1 / (1 + torch.exp2(bits))).clamp(max=_MOST)
     p11 = (density * p11 + weight * common) / (density + weight)
     return torch.stack([p01, torch.maximum(p01, p11)])
 
 
-def switch_costs(rates: Tensor, amplitude_bits: float, *, lookahead: bool = False) -> SwitchCosts:
+def switch_costs(rates: Tensor, amplitude_bits: float) -> SwitchCosts:
     """c01 and c11 of the module's docstring.
 
     rates: (2, d_sae), p01 and p11, each in (0, 1); a p11 below p01 counts as p01
     amplitude_bits: a, at least 0
-    lookahead: whether to count the saving s(p11) at t + 1
     """
     p01, p11 = rates[0], torch.maximum(rates[0], rates[1])
     from_off = torch.log2((1 - p01) / p01) + amplitude_bits
     from_on = torch.log2((1 - p11) / p11) + amplitude_bits
-    if lookahead:
-        saved = p11 * torch.log2(p11 / p01) + (1 - p11) * torch.log2((1 - p11) / (1 - p01))
-        from_off, from_on = from_off - saved, from_on - saved
     from_off = from_off.clamp(min=_LEAST)
     return SwitchCosts(from_off, torch.minimum(from_on.clamp(min=0.0), from_off))
 

@@ -50,7 +50,7 @@ METHODS: dict[str, Method] = {
     "batchtopk": Method({"activation": "batchtopk"}, readouts=STATES),
     "jumprelu": Method({"activation": "jumprelu"}),
     "schmitt": Method({"activation": "schmitt", "release_ratio": 0.4}, readouts=STATES),
-    "rate": Method({"activation": "rate", "release_ratio": 0.4, "gate_gradient": 0.4}, readouts=STATES),
+    "rate": Method({"activation": "rate", "release_ratio": 0.25, "gate_gradient": 0.4}, readouts=STATES),
     "persistent": Method({"activation": "persistent"}),
     "matryoshka": Method({"activation": "batchtopk"}, groups=(0.1, 0.4, 1.0)),
     "t-sae": Method({"activation": "batchtopk"}, {"temporal": "contrastive", "weight": 1.0}, groups=(0.2, 1.0)),

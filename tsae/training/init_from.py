@@ -104,7 +104,7 @@ def adopted(cfg: TrainConfig, given: Collection[str]) -> TrainConfig:
     values |= {"release_ratio": own.release_ratio} if own.kind.release else {}
     values |= {"bandwidth": own.bandwidth} if ours and own.kind.learned else {}
     if own.kind.rates and kind.rates:
-        values |= {name: getattr(own, name) for name in ("support_bits", "amplitude_bits", "lookahead")}
+        values |= {name: getattr(own, name) for name in ("support_bits", "amplitude_bits")}
     values |= {"hysteresis": "causal", "steering": "controller"}
     if kind.steered and own.kind.steered:
         values |= {"hysteresis": own.hysteresis if kind.rates or own.hysteresis != "path" else "causal"}
@@ -243,7 +243,7 @@ def differences(cfg: TrainConfig, source: SparseAutoencoder) -> list[str]:
     names += ["k"] if sae.kind.threshold == "token" else []
     names += ["release_ratio"] if sae.kind.release and own.kind.release else []
     names += ["hysteresis"] if sae.kind.steered and own.kind.steered else []
-    names += ["amplitude_bits", "lookahead"] if sae.kind.rates and own.kind.rates else []
+    names += ["amplitude_bits"] if sae.kind.rates and own.kind.rates else []
     pairs = [(name, getattr(sae, name), getattr(own, name)) for name in names]
     return [f"sae.{name} is {here} and was {there}" for name, here, there in pairs if here != there]
 

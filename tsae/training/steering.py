@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from tsae.sae.model import SparseAutoencoder
 from tsae.sae.rates import MEMORY, SwitchCosts, TransitionRates, decision_rates, switch_costs
 from tsae.sae.thresholds import ThresholdController, initial_threshold
 from tsae_kernels.segments import count_pairs
+
+log = logging.getLogger(__name__)
 
 
 class Steering:
@@ -62,6 +65,11 @@ class Steering:
             costs, mean = self._costs(self.rates)
             follow = torch.isclose(self.sae.threshold.square(), self.sae.bit_price * costs.from_off, rtol=1e-2)
             self.rates.settled = not self.ranks.features.any(~follow)[0]
+            if not self.rates.settled:
+                log.warning(
+                    "The thresholds of the autoencoder to start from do not follow from its rates: training begins "
+                    "with a common threshold."
+                )
             self.controller.start((self.sae.bit_price * mean).sqrt())
         elif theta is not None:
             self.controller.start(torch.tensor(theta, device=self.sae.threshold.device))
@@ -106,7 +114,7 @@ class Steering:
         """
         cfg, features = self.cfg.sae, self.ranks.features
         decisive = decision_rates(rates.rates, cfg.amplitude_bits, cfg.release_ratio, features)
-        costs = switch_costs(decisive, cfg.amplitude_bits, lookahead=cfg.lookahead)
+        costs = switch_costs(decisive, cfg.amplitude_bits)
         weights = rates.active_pairs + 1
         total = features.sum_no_grad((weights * costs.from_off).sum())
         return costs, total / features.sum_no_grad(weights.sum())

@@ -104,7 +104,7 @@ def facts(cfg: TrainConfig, tokens: int, length: int) -> list[tuple[str, str]]:
     details = [f"k = {sae.k}"] if sae.kind.k_sparse else []
     if sae.support_bits:
         details = [f"{sae.support_bits:g} support bits"]
-    details += [f"release ratio {sae.release_ratio:g}"] if sae.kind.release and not sae.kind.rates else []
+    details += [f"release ratio {sae.release_ratio:g}"] if sae.kind.release else []
     trained_on = cfg.steps * cfg.batch * cfg.length
     return [
         ("model", f"{_last(cfg.model)}, {cfg.described}"),
