@@ -51,7 +51,7 @@ test: install
 	$(BIN)/python -m pytest tests -m "not slow" $(PARALLEL)
 
 test-slow: install
-	$(BIN)/python -m pytest tests -m slow
+	$(BIN)/python -m pytest tests -m slow $(PARALLEL)
 
 # Against those libraries; one that is missing is an error here, while `make test` skips its tests.
 test-peers: peers
