@@ -13,6 +13,7 @@ from test_families import batch, make
 
 from tsae.errors import UserError
 from tsae.evaluation.metrics.bits import CodeLength
+from tsae.sae.hysteresis import mask_path
 from tsae.sae.model import SparseAutoencoder
 from tsae.sae.normalization import InputNormalizer
 from tsae.sae.rates import MEMORY, decision_rates, path_costs, switch_costs
@@ -144,15 +145,13 @@ def test_the_path_costs_less_than_the_causal_trigger() -> None:
 
 def test_the_path_is_that_of_the_features_own_rates() -> None:
     sae = trained().finished()
-    x, segments = batch(5)
-
-    def of_path(other: SparseAutoencoder) -> float:
-        h = with_hysteresis(other, "path").encode(x, segments) * (segments >= 0)[..., None]
-        return cost(sae, h, segments)
-
-    decided = copy.deepcopy(sae)
-    decided.rates.copy_(decision_rates(sae.rates, sae.cfg.amplitude_bits, sae.cfg.release_ratio))
-    assert of_path(sae) < of_path(decided)
+    (x, segments), price = batch(5), sae.cfg.amplitude_bits
+    kept = (segments >= 0)[..., None]
+    decisive = decision_rates(sae.rates, price, sae.cfg.release_ratio)
+    transition, start = (sae.bit_price * bits for bits in path_costs(decisive, price))
+    pre = mask_path(sae.pre_activation(x), sae.b_enc, transition, start, segments)
+    other = (pre + sae.b_enc).relu() * kept
+    assert cost(sae, with_hysteresis(sae, "path").encode(x, segments) * kept, segments) < cost(sae, other, segments)
 
 
 @pytest.mark.parametrize("kind", ["causal", "two-sided", "path"])
@@ -202,8 +201,10 @@ def test_a_warm_start_takes_the_release_ratio_of_the_run() -> None:
 def test_thresholds_of_other_rates_are_said_and_start_in_common(caplog: pytest.LogCaptureFixture) -> None:
     source = trained(50).finished()
     source.threshold *= torch.linspace(0.8, 1.2, len(source.threshold))
-    warm(source)
+    trainer = warm(source)
+    trainer.train_step(batch(9))
     assert "do not follow from its rates" in caplog.text
+    assert float(trainer.sae.threshold.std()) < 1e-6
 
 
 def test_a_resumed_warm_start_keeps_the_thresholds_of_the_rates() -> None:
