@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from launch import fork, torchrun
+from once import made_once
 from steps import RUNS, record_reductions, train_all, trained
 
 Measured = dict[str, list[dict[str, float]]]
@@ -33,17 +34,19 @@ def written(out: Path) -> tuple[Measured, dict[str, dict[str, torch.Tensor]]]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Measured, dict[str, dict[str, torch.Tensor]]]:
-    folder = tmp_path_factory.mktemp("two")
-    fork(2, train_all, folder / "measured.json", [1, 2], folder=folder)
-    return written(folder / "measured.json")
+    def make(folder: Path) -> None:
+        fork(2, train_all, folder / "measured.json", [1, 2], folder=folder)
+
+    return written(made_once(tmp_path_factory, "two", make) / "measured.json")
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> tuple[Measured, dict[str, dict[str, torch.Tensor]]]:
-    out = tmp_path_factory.mktemp("four") / "measured.json"
-    result = torchrun(4, "steps.py", out, 1, 2, 4)  # the launcher itself, where time allows
-    assert result.returncode == 0, result.stderr
-    return written(out)
+    def make(folder: Path) -> None:
+        result = torchrun(4, "steps.py", folder / "measured.json", 1, 2, 4)  # the launcher itself, where time allows
+        assert result.returncode == 0, result.stderr
+
+    return written(made_once(tmp_path_factory, "four", make) / "measured.json")
 
 
 @pytest.mark.parametrize("features", [1, 2], ids=["2 shares", "2 parts"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from cuda_emulation.build import build, compiler
+from once import made_once
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -17,12 +18,11 @@ needs_compiler = pytest.mark.skipif(compiler() is None, reason="g++ is not insta
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cuda_emulation") / "emulated.so"
     try:
-        build(path)
+        folder = made_once(tmp_path_factory, "cuda_emulation", lambda folder: build(folder / "emulated.so"))
     except subprocess.CalledProcessError as error:
         pytest.fail(f"{' '.join(error.cmd)}\n{error.stderr}")
-    return path
+    return folder / "emulated.so"
 
 
 def run(library, *command, **variables):
