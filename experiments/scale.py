@@ -42,17 +42,20 @@ from tsae.training.trainer import Trainer
 from tsae.utils.atomic import atomic_write, write_json
 
 ONE_THRESHOLD = {"activation": "schmitt", "gate_gradient": 0.0}
+NO_TERM = {"temporal": "none"}
+RATE = {"amplitude_bits": 4.0, "release_ratio": 0.25}
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
-    "plain": {"sae": ONE_THRESHOLD | {"release_ratio": 1.0}},
-    "batchtopk": {"sae": {"activation": "batchtopk"}},
-    "hysteresis-0.4": {"sae": ONE_THRESHOLD | {"release_ratio": 0.4}},
+    "plain": {"sae": ONE_THRESHOLD | {"release_ratio": 1.0}, "objective": NO_TERM},
+    "batchtopk": {"sae": {"activation": "batchtopk"}, "objective": NO_TERM},
+    "hysteresis-0.4": {"sae": ONE_THRESHOLD | {"release_ratio": 0.4}, "objective": NO_TERM},
     "default-0.2": {
         "sae": ONE_THRESHOLD | {"release_ratio": 0.4},
         "objective": {"temporal": "contrastive+window", "contrastive_weight": 2.0, "window_weight": 0.02},
     },
-    "hysteresis-0.4-with-gate": {"sae": {"activation": "schmitt", "release_ratio": 0.4}},
-    "rate": {},
-    "rate-a6": {"sae": {"amplitude_bits": 6.0}},
+    "hysteresis-0.4-with-gate": {"sae": {"activation": "schmitt", "release_ratio": 0.4}, "objective": NO_TERM},
+    "rate": {"sae": RATE, "objective": NO_TERM},
+    "rate-a6": {"sae": RATE | {"amplitude_bits": 6.0}, "objective": NO_TERM},
+    "demo": {},
 }
 """Name -> options beside those of the demo."""
 
@@ -66,6 +69,7 @@ KS: dict[str, tuple[int, ...]] = {
     "hysteresis-0.4-with-gate": (36,),
     "rate": (38,),
     "rate-a6": (38,),
+    "demo": (38,),
 }
 """Active features of each method: two sizes of a baseline, between which its bits are interpolated, and one size of
 the others, whose explained variance is between those with 4 million tokens or more; with fewer, --k gives the sizes."""

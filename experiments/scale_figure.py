@@ -34,7 +34,8 @@ COLOURS = {
     "hysteresis-0.4-with-gate": "#009E73",
     "rate": "#0072B2",
     "rate-a6": "#56B4E9",
-    "default-0.2": "#D55E00",
+    "default-0.2": "#CC79A7",
+    "demo": "#D55E00",
 }
 
 

@@ -56,8 +56,15 @@ COLOURS = {
     "window": "#E69F00",
     "default": "#D55E00",
     "rate": "#D55E00",
+    "demo": "#D55E00",
 }
 OTHER = "#CC79A7"
+POINT: dict[str, Any] = {"marker": "o", "markersize": 4.5}
+OURS: dict[str, dict[str, Any]] = {
+    "rate": {"marker": "*", "markersize": 11},
+    "demo": {"marker": "D", "markersize": 7, "markerfacecolor": "none"},
+}
+"""Markers."""
 EXCESS, SHUFFLED = "temporal.persistence_excess", "temporal.persistence_excess_shuffled"
 STEPS = tuple(key for _, key, _ in COLUMNS[-3:])
 """Relative differences at lag 1, and smoothness."""
@@ -305,7 +312,7 @@ def figure(runs: Named, path: Path, quality: str = EV, lowest: float | None = No
                 if run_name(name).method == method
             )
             colour = chosen[method]
-            style = {"marker": "*", "markersize": 11} if method == "rate" else {"marker": "o", "markersize": 4.5}
+            style = OURS.get(method, POINT)
             ax.plot([p[0] for p in points], [p[1] for p in points], color=colour, label=method, **style)
         ax.set_xlabel(f"{label} per token")
     axes[0].set_ylabel({EV: "explained variance (share)", CE: "cross-entropy recovered (share)"}.get(quality, quality))

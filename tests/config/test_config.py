@@ -60,11 +60,12 @@ def test_tcsae_preset_is_the_papers() -> None:
     assert cfg.buffer.sequences == 2048
 
 
-def test_demo_is_rate_without_a_temporal_term() -> None:
+def test_demo_is_rate_with_a_contrastive_and_a_window_term() -> None:
     cfg = preset("demo")
     assert (cfg.sae.activation, cfg.sae.gate_gradient, cfg.sae.k) == ("rate", 0.4, 36)
-    assert cfg.sae.release_ratio == 0.25
-    assert cfg.objective.terms == ()
+    assert (cfg.sae.release_ratio, cfg.sae.amplitude_bits) == (0.1, 6.0)
+    assert cfg.objective.terms == ("window", "contrastive")
+    assert (cfg.objective.contrastive_weight, cfg.objective.window_weight) == (1.5, 0.015)
 
 
 def test_the_earlier_demo_is_hysteresis_with_a_contrastive_and_a_window_term() -> None:

@@ -99,6 +99,11 @@ CASES: dict[str, Callable[[], TrainConfig]] = {
         objective={"temporal": "multiscale+window+contrastive+slow", "pairs": 20, "ramp_steps": 3, "l1": 0.02},
         sae={"gate_gradient": 0.4, "bandwidth": 0.3},
     ),
+    "the demo's": lambda: config(
+        "rate",
+        {"temporal": "contrastive+window", "contrastive_weight": 1.5, "hold_steps": 1, "ramp_steps": 2},
+        sae={"release_ratio": 0.1, "amplitude_bits": 6.0, "gate_gradient": 0.4, "encoder_scale": 0.5},
+    ),
     "gate, AuxK": lambda: config(
         "rate",
         {"aux_weight": 0.5, "dead_after_tokens": 200, "aux_k": 3},
