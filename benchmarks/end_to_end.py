@@ -6,7 +6,7 @@
 Each side runs in its own process, one after the other. Both read the same documents (the Python installation's text, as
 JSON lines), run Gemma-3-270m to layer 9 in the same dtype (SAELens in its default `HookedTransformer`, which also stops
 at that layer), and train 2,560 features, 36 of them active, on the same number of tokens in batches of 1,024 under the
-same autocast. tsae uses hysteresis and the demo's temporal objective; SAELens's TopK uses neither.
+same autocast. tsae uses the demo's activation and temporal objective; SAELens's TopK uses neither.
 
 With --reuse R > 1, one token in R is harvested and trained on R times: by tsae from its buffer, by SAELens from the
 activations that its `CacheActivationsRunner` writes to disk.

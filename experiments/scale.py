@@ -55,7 +55,10 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "hysteresis-0.4-with-gate": {"sae": {"activation": "schmitt", "release_ratio": 0.4}, "objective": NO_TERM},
     "rate": {"sae": RATE, "objective": NO_TERM},
     "rate-a6": {"sae": RATE | {"amplitude_bits": 6.0}, "objective": NO_TERM},
-    "demo": {},
+    "demo": {
+        "sae": {"amplitude_bits": 6.0, "release_ratio": 0.1},
+        "objective": {"temporal": "contrastive+window", "contrastive_weight": 1.5, "window_weight": 0.015},
+    },
 }
 """Name -> options beside those of the demo."""
 

@@ -64,7 +64,7 @@ OURS: dict[str, dict[str, Any]] = {
     "rate": {"marker": "*", "markersize": 11},
     "demo": {"marker": "D", "markersize": 7, "markerfacecolor": "none"},
 }
-"""Markers."""
+"""Markers of our methods in the figure; the others have `POINT`."""
 EXCESS, SHUFFLED = "temporal.persistence_excess", "temporal.persistence_excess_shuffled"
 STEPS = tuple(key for _, key, _ in COLUMNS[-3:])
 """Relative differences at lag 1, and smoothness."""

@@ -2,8 +2,8 @@
 
 base: {preset: demo, steps: 800}                # any option, nested or with dotted keys
 runs:
-  plain: {sae.activation: schmitt, sae.release_ratio: 1.0, sae.gate_gradient: 0}
-  rate: {}
+  plain: {sae.activation: schmitt, sae.release_ratio: 1.0, sae.gate_gradient: 0, objective.temporal: none}
+  demo: {}
 grid: {seed: [0, 1, 2], sae.k: [24, 36]}        # every run at every point; optional, as is `runs`
 """
 
