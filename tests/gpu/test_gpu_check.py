@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -82,6 +83,18 @@ def test_workers_of_pytest_end_at_the_limit_too(tmp_path: Path, monkeypatch: pyt
     assert "1 failed, 1 passed" in child.outcome().detail
     with pytest.raises(ProcessLookupError):
         os.killpg(child.process.pid, 0)
+
+
+def test_a_step_is_interrupted_where_the_caller_ignores_the_signal(tmp_path: Path) -> None:
+    """As a shell does for what a script starts in the background."""
+    code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('interrupt' + 'ed')"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        (outcome,) = run(tmp_path, python(code, 6))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert outcome.status == "limit"
+    assert "interrupted" in (tmp_path / "log.txt").read_text()
 
 
 def test_a_deaf_step_and_what_it_started_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

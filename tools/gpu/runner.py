@@ -71,6 +71,11 @@ class Log:
         self._file.close()
 
 
+def hear_interrupts() -> None:
+    """In a step's process: SIGINT ends it, also where this program was started in a script's background, deaf to it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Child:
     """A step's process, its output copied to the log line by line."""
 
@@ -89,6 +94,7 @@ class Child:
             env={**environment, **dict(step.environment)},
             cwd=folder,
             start_new_session=True,  # so that a signal reaches all of its processes
+            preexec_fn=hear_interrupts,
         )
         self._copier = threading.Thread(target=self._copy, args=(self.process.stdout,), daemon=True)
         self._copier.start()
