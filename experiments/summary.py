@@ -3,10 +3,11 @@
     python experiments/summary.py SWEEP ... [--figure docs/figures/frontier.png] [--json docs/results/frontier.json]
 
 SWEEP is a sweep's directory or a file that `--json` wrote. Runs that differ in the seed alone are averaged; ± is half
-the range over seeds. The second table compares every configuration with `plain`, the third its bits with those of the
-best baseline at equal explained variance (`tsae.reports.frontier`): for that, the baselines are measured at two sizes
-or more, `plain-k30-seed0`, `plain-k36-seed0`. `--at 0.915` adds the bits of all methods at one explained variance.
-Measurements of a run at another release ratio (`python -m tsae.evaluate RUN --release-ratio R`) are listed as RUN@R.
+the range over seeds. The second table compares every configuration with `plain`, or with the one that `--against`
+names; the third compares its bits with those of the best baseline at equal explained variance
+(`tsae.reports.frontier`): for that, the baselines are measured at two sizes or more, `plain-k30-seed0`,
+`plain-k36-seed0`. `--at 0.915` adds the bits of all methods at one explained variance. Measurements of a run at another
+release ratio (`python -m tsae.evaluate RUN --release-ratio R`) are listed as RUN@R.
 """
 # ruff: noqa: T201
 
@@ -182,14 +183,14 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def against_plain(found: dict[str, list[dict[str, Any]]]) -> str:
-    """Every configuration against `plain`: differences and ratios of means. Not at equal explained variance."""
+def against(found: dict[str, list[dict[str, Any]]], reference: str = "plain") -> str:
+    """Every configuration against one of them: differences and ratios of means. Not at equal explained variance."""
 
     def difference(name: str, key: str) -> str:
-        return f"{average(found, name, key) - average(found, 'plain', key):+.4f}"
+        return f"{average(found, name, key) - average(found, reference, key):+.4f}"
 
     def change(name: str, key: str) -> str:
-        return f"{average(found, name, key) / average(found, 'plain', key) - 1:+.1%}"
+        return f"{average(found, name, key) / average(found, reference, key) - 1:+.1%}"
 
     def over_control(name: str) -> float:
         return average(found, name, EXCESS) - average(found, name, SHUFFLED)
@@ -197,21 +198,21 @@ def against_plain(found: dict[str, list[dict[str, Any]]]) -> str:
     bits = [
         (heading, key)
         for heading, key in (("support bits", SUPPORT), ("total bits", TOTAL))
-        if all(measured(run, key) for run in found["plain"])
+        if all(measured(run, key) for run in found[reference])
     ]
-    heads = ["against plain", "EV", *(heading for heading, _ in bits), "CE score", "L0", "alive", "excess"]
+    heads = [f"against {reference}", "EV", *(heading for heading, _ in bits), "CE score", "L0", "alive", "excess"]
     heads += ["excess minus control", "lag 1 pooled", "per feature", "smoothness"]
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for name in found:
-        if name == "plain":
+        if name == reference:
             continue
         cells = [name, difference(name, EV), *(change(name, key) for _, key in bits), difference(name, CE)]
         cells += [
             change(name, "l0"),
-            f"{average(found, name, 'frac_alive') / average(found, 'plain', 'frac_alive'):.1%}",
+            f"{average(found, name, 'frac_alive') / average(found, reference, 'frac_alive'):.1%}",
         ]
-        cells += [f"{average(found, name, EXCESS) / average(found, 'plain', EXCESS):.2f} x"]
-        cells += [f"{over_control(name) / over_control('plain'):.2f} x", *(change(name, key) for key in STEPS)]
+        cells += [f"{average(found, name, EXCESS) / average(found, reference, EXCESS):.2f} x"]
+        cells += [f"{over_control(name) / over_control(reference):.2f} x", *(change(name, key) for key in STEPS)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -353,6 +354,7 @@ def main() -> None:
     parser.add_argument("--at", type=float, help="the bits of all methods at this explained variance")
     parser.add_argument("--quality", default=EV, help=f"what is equal or drawn instead of {EV}, such as {CE}")
     parser.add_argument("--baselines", nargs="+", default=BASELINES, help="the methods to compare with")
+    parser.add_argument("--against", default="plain", help="the configuration of the second table, such as plain-k36")
     parser.add_argument("--seed", help="only runs with this seed")
     arguments = parser.parse_args()
     sweeps = read_sweeps(arguments.sweeps)
@@ -361,9 +363,11 @@ def main() -> None:
     if arguments.json:
         write_json(sweeps, arguments.json)
     found = by_configuration(sweeps)
+    if arguments.against not in ("plain", *found):
+        parser.error(f"--against {arguments.against}: there is no such configuration; name one of {', '.join(found)}")
     print(table(found))
-    if "plain" in found:
-        print("\n" + against_plain(found))
+    if arguments.against in found:
+        print("\n" + against(found, arguments.against))
     runs = named(sweeps)
     if relative := at_equal_quality(runs, tuple(arguments.baselines), arguments.quality):
         print("\n" + relative)

@@ -86,7 +86,7 @@ def test_workers_of_pytest_end_at_the_limit_too(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_step_is_interrupted_where_the_caller_ignores_the_signal(tmp_path: Path) -> None:
-    """As a shell does for what a script starts in the background."""
+    """As a program does that a script started with `&`."""
     code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('interrupt' + 'ed')"
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from experiments.summary import (
-    against_plain,
+    against,
     at_equal_quality,
     at_one_quality,
     by_configuration,
@@ -61,13 +61,16 @@ def found(tmp_path: Path) -> dict[str, list[dict[str, Any]]]:
     return by_configuration(read_sweeps([tmp_path]))
 
 
-def test_means_over_seeds_and_what_stands_against_plain(
+def test_means_over_seeds_and_what_stands_against(
     found: dict[str, list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert list(found) == ["plain", "schmitt-0.3"]
     assert "| plain | 2 | 0.9200 ± 0.0200 |" in table(found)
-    row = against_plain(found).splitlines()[-1]
+    row = against(found).splitlines()[-1]
     assert row.startswith("| schmitt-0.3 | -0.0100 | +0.0000 | +0.0% | 100.0% | 3.33 x | 4.00 x |")
+    head, _, row = against(found, "schmitt-0.3").splitlines()
+    assert head.startswith("| against schmitt-0.3 | EV |")
+    assert row.startswith("| plain | +0.0100 | +0.0000 | +0.0% | 100.0% | 0.30 x | 0.25 x |")
 
 
 def test_other_release_ratios_stand_beside_their_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,7 +88,7 @@ def test_other_release_ratios_stand_beside_their_run(tmp_path: Path, capsys: pyt
     assert list(found) == ["plain", "plain@0.4", "schmitt"]
     assert [run["temporal"]["persistence_excess"] for run in found["plain@0.4"]] == [0.2, 0.3]
     assert "on other text, other.txt; left out" in capsys.readouterr().out
-    assert "| plain@0.4 | -0.1000 |" in against_plain(found)
+    assert "| plain@0.4 | -0.1000 |" in against(found)
 
 
 def test_the_figure_is_drawn(found: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
@@ -171,12 +174,12 @@ def test_the_compact_file_gives_the_same_tables(found: dict[str, list[dict[str, 
     sweeps = read_sweeps([tmp_path])
     write_json(sweeps, tmp_path / "kept.json")
     kept = by_configuration(read_sweeps([tmp_path / "kept.json"]))
-    assert (table(kept), against_plain(kept)) == (table(found), against_plain(found))
+    assert (table(kept), against(kept)) == (table(found), against(found))
 
 
 @pytest.mark.parametrize(
     ("file", "sweep", "make"),
-    [("frontier-2026-11-26", "frontier", against_plain), ("sweeps-2026-11-25", "default", table)],
+    [("frontier-2026-11-26", "frontier", against), ("sweeps-2026-11-25", "default", table)],
 )
 def test_tables_in_the_docs_are_those_of_the_kept_results(file: str, sweep: str, make: Any) -> None:
     runs = read_sweeps([ROOT / "docs" / "results" / f"{file}.json"])[sweep]

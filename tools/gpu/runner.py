@@ -71,8 +71,8 @@ class Log:
         self._file.close()
 
 
-def hear_interrupts() -> None:
-    """In a step's process: SIGINT ends it, also where this program was started in a script's background, deaf to it."""
+def restore_sigint() -> None:
+    """In a step's process: SIGINT interrupts it, although this program ignores it when a script started it with `&`."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -94,7 +94,7 @@ class Child:
             env={**environment, **dict(step.environment)},
             cwd=folder,
             start_new_session=True,  # so that a signal reaches all of its processes
-            preexec_fn=hear_interrupts,
+            preexec_fn=restore_sigint,
         )
         self._copier = threading.Thread(target=self._copy, args=(self.process.stdout,), daemon=True)
         self._copier.start()
